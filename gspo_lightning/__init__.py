@@ -1,0 +1,1 @@
+"""GSPO on PyTorch Lightning."""
