@@ -137,7 +137,7 @@ def _completion_logits(
         return model(input_ids=ids[rows, columns], attention_mask=mask, **cache)
 
     every, end, length = slice(None), ids.shape[1], completion_ids.shape[1]
-    checkpointed = getattr(model, "is_gradient_checkpointing", False)
+    checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
     if group_size == 1 or head == 0 or checkpointed:
         return run(every, slice(0, end), length, use_cache=False).logits[:, -length:]
     cache = run(slice(None, None, group_size), slice(0, head), 1, use_cache=True).past_key_values

@@ -40,7 +40,8 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = Non
     Returns:
         The mean, float32 (float64 if ``x`` is); 0 where nothing is selected.
 
-    >>> masked_mean(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), torch.tensor([[True, True], [False, False]]), dim=1)
+    >>> mask = torch.tensor([[True, True], [False, False]])
+    >>> masked_mean(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), mask, dim=1)
     tensor([2., 0.])
     """
     count = mask.expand_as(x).sum(dim).clamp(min=1)

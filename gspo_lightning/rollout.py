@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None):
@@ -142,6 +143,41 @@ class Samples(_Movable):
         picked = {f.name: pick(getattr(self, f.name)) for f in fields(self)}
         return replace(self, **(picked | {"group_size": size if whole else 1}))
 
+    def minibatch_indices(self, count: int, generator: torch.Generator) -> list[Tensor]:
+        """Shuffle whole groups and cut the rows into equal parts.
+
+        Args:
+            count: Number of mini-batches; must divide the number of rows.
+            generator: Source of the order (CPU), seeded by ``stream_seed``.
+
+        Returns:
+            ``count`` index tensors, (B / count,) int64; together every row exactly once.
+
+        Raises:
+            ValueError: If the rows cannot be cut into ``count`` equal parts.
+        """
+        size = len(self)
+        if count < 1 or size % count:
+            raise ValueError(
+                f"num_minibatches must divide the {size} rows of a rollout, got {count}"
+            )
+        # groups stay together, so that a mini-batch can compute each prompt once
+        order = torch.randperm(size // self.group_size, generator=generator)
+        rows = order[:, None] * self.group_size + torch.arange(self.group_size)
+        return list(rows.flatten().chunk(count))
+
+    def micro_batches(self, size: int | None) -> list[Self]:
+        """Cut into consecutive pieces of at most ``size`` rows (None: one piece).
+
+        Raises:
+            ValueError: If ``size`` is below 1.
+        """
+        if size is not None and size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1, got {size}")
+        if size is None or size >= len(self):
+            return [self]
+        return [self.select(index) for index in torch.arange(len(self)).split(size)]
+
 
 @dataclass(frozen=True, eq=False)
 class Rollout(Samples):
@@ -174,44 +210,40 @@ class Rollout(Samples):
             _check(f"reward_parts[{name!r}]", part, (size,))
         _check("advantages", self.advantages, (size, length))
 
-    def minibatch_indices(self, count: int, generator: torch.Generator) -> list[Tensor]:
-        """Shuffle whole groups and cut the rows into equal parts.
-
-        Args:
-            count: Number of mini-batches; must divide the number of rows.
-            generator: Source of the order (CPU), seeded by ``stream_seed``.
-
-        Returns:
-            ``count`` index tensors, (B / count,) int64; together every row exactly once.
-
-        Raises:
-            ValueError: If the rows cannot be cut into ``count`` equal parts.
-        """
-        size = len(self)
-        if count < 1 or size % count:
-            raise ValueError(
-                f"num_minibatches must divide the {size} rows of a rollout, got {count}"
-            )
-        # groups stay together, so that a mini-batch can compute each prompt once
-        order = torch.randperm(size // self.group_size, generator=generator)
-        rows = order[:, None] * self.group_size + torch.arange(self.group_size)
-        return list(rows.flatten().chunk(count))
-
     def minibatches(self, count: int, generator: torch.Generator) -> list[Self]:
         """Return the mini-batches of ``minibatch_indices``."""
         return [self.select(index) for index in self.minibatch_indices(count, generator)]
 
-    def micro_batches(self, size: int | None) -> list[Self]:
-        """Cut into consecutive pieces of at most ``size`` rows (None: one piece).
 
-        Raises:
-            ValueError: If ``size`` is below 1.
-        """
-        if size is not None and size < 1:
-            raise ValueError(f"micro_batch_size must be at least 1, got {size}")
-        if size is None or size >= len(self):
-            return [self]
-        return [self.select(index) for index in torch.arange(len(self)).split(size)]
+def join_samples(parts: Sequence[Samples]) -> Samples:
+    """Put samples under one another, padded to the longest prompt and completion.
+
+    Args:
+        parts: Samples of the same group size.
+
+    Returns:
+        All rows in order. Added padding is 0 under a False mask.
+    """
+    width = max(part.prompt_ids.shape[1] for part in parts)
+    length = max(part.completion_ids.shape[1] for part in parts)
+
+    def stack(name: str, left: bool) -> Tensor:
+        padded = []
+        for tensor in (getattr(part, name) for part in parts):
+            missing = (width if left else length) - tensor.shape[1]
+            padded.append(pad(tensor, (missing, 0) if left else (0, missing)))
+        return torch.cat(padded)
+
+    return Samples(
+        prompt_ids=stack("prompt_ids", left=True),
+        prompt_mask=stack("prompt_mask", left=True),
+        completion_ids=stack("completion_ids", left=False),
+        mask=stack("mask", left=False),
+        finished=torch.cat([part.finished for part in parts]),
+        rows=[row for part in parts for row in part.rows],
+        texts=[text for part in parts for text in part.texts],
+        group_size=parts[0].group_size,
+    )
 
 
 def completion_mask(completion_ids: Tensor, eos_ids: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,91 @@
+"""Group-relative advantages: how much better a completion was than its siblings.
+
+Decides the baseline, the scale, and what counts as a group without information (flat: advantages
+exactly 0). A missing reward is NaN: it takes part in no statistic and gets advantage 0. Leaves out
+where rewards come from and the replacement of flat groups.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.masked import masked_mean, masked_sum
+
+Kind = Literal["normalized", "relative", "leave_one_out", "batch_normalized"]
+
+
+def group_advantages(rewards: Tensor, kind: Kind = "normalized", eps: float = 1e-6) -> Tensor:
+    """Compare each reward with the rewards of its group.
+
+    Args:
+        rewards: One row per prompt, (P, G), finite, or NaN where missing.
+        kind: ``relative``: reward minus group mean; ``normalized``: that over the group's standard
+            deviation (n - 1); ``leave_one_out``: reward minus the mean of the other members;
+            ``batch_normalized``: ``relative`` over the standard deviation of all P * G rewards.
+        eps: Added to the standard deviation, in units of the reward.
+
+    Returns:
+        Advantages, (P, G), float32 at least. 0 for missing rewards, for flat groups, and for
+        groups with fewer than two rewards. With ``normalized``, at most sqrt(G - 1) in size.
+
+    Raises:
+        ValueError: If the shape is not (P, G) with G >= 2, or ``kind``, ``eps`` or a reward is bad.
+
+    Source:
+        ``normalized``: GRPO, arXiv:2402.03300, section 4.1.2. ``relative``: Dr. GRPO,
+        arXiv:2503.20783, section 3.2. ``leave_one_out``: RLOO, arXiv:2402.14740.
+
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.5]]), kind="relative")
+    tensor([[ 0.5000, -0.5000,  0.0000]])
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+    flat = flat_groups(rewards)[:, None]
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+    valid = ~rewards.isnan()
+    count = valid.sum(dim=1, keepdim=True)
+    mean = masked_mean(rewards, valid, dim=1)[:, None]
+    # flat groups by decision, not by subtraction: the mean of eight 0.1 is not 0.1 in float32
+    centered = torch.where(valid & ~flat, rewards - mean, 0)
+    if kind == "relative":
+        return centered
+    if kind == "leave_one_out":  # r - (sum - r) / (n - 1), written with the group's mean
+        return centered * count / (count - 1).clamp(min=1)
+    if kind == "batch_normalized":
+        spread = rewards - masked_mean(rewards, valid)
+        variance = masked_sum(spread**2, valid) / (valid.sum() - 1).clamp(min=1)
+    else:
+        variance = masked_sum(centered**2, valid, dim=1)[:, None] / (count - 1).clamp(min=1)
+    # where: with eps 0 a flat group would be 0 / 0
+    return torch.where(centered == 0, 0, centered / (variance.sqrt() + eps))
+
+
+def flat_groups(rewards: Tensor) -> Tensor:
+    """Find the groups whose rewards carry no information.
+
+    Args:
+        rewards: One row per prompt, (P, G), finite, or NaN where missing.
+
+    Returns:
+        (P,) bool: True where largest and smallest reward agree to 1e-6 (of the largest, if that
+        is above 1 in size), or where fewer than two rewards are there.
+
+    Raises:
+        ValueError: If the shape is not (P, G) with G >= 2, or a reward is infinite.
+
+    >>> flat_groups(torch.tensor([[0.1, 0.1], [0.1, 0.2], [0.1, float("nan")]]))
+    tensor([ True, False,  True])
+    """
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        shape = tuple(rewards.shape)
+        raise ValueError(f"rewards must be (P, G) with group size G >= 2, got {shape}")
+    if rewards.isinf().any():
+        raise ValueError("rewards must be finite, or NaN where missing, got an infinite one")
+    valid = ~rewards.isnan()
+    largest = torch.where(valid, rewards, -torch.inf).amax(dim=1)
+    smallest = torch.where(valid, rewards, torch.inf).amin(dim=1)
+    agree = largest - smallest <= 1e-6 * largest.abs().clamp(min=1)
+    return agree | (valid.sum(dim=1) < 2)

@@ -1,0 +1,210 @@
+"""KL estimators per token, and the rules that adapt the KL coefficient.
+
+Decides the estimators' formulas, where the exponent is clamped, and which of them may be a loss.
+Leaves out the reduction (``objectives.token_weights``), who calls a rule and who stores the
+coefficient (``callbacks.AdaptiveKL``).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Estimator = Literal["k1", "k2", "k3"]
+
+MAX_EXPONENT = 20.0  # nats; exp(20) = 4.9e8 is still exact enough to add to
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: Estimator = "k3") -> Tensor:
+    """Estimate KL(policy || reference) from the log-probs of sampled tokens.
+
+    With d = logprobs - ref_logprobs: k1 = d; k2 = d**2 / 2; k3 = exp(-d) + d - 1. Never multiply
+    the result by a sequence ratio: value and gradient would be neither estimator's.
+
+    Args:
+        logprobs: Log-probs under the policy, nats, (B, T); the gradient flows through these.
+        ref_logprobs: Log-probs under the reference, nats, (B, T); no gradient.
+        kind: As a loss, k2 has the gradient of the reverse and k3 that of the forward KL.
+
+    Returns:
+        Nats per token, (B, T), float32 at least; k2 and k3 >= 0. The exponent of k3 is held
+        within +-20, see ``kl_clamped``; a clamped token keeps the gradient of the bound.
+
+    Raises:
+        ValueError: If ``kind`` is unknown.
+
+    Source:
+        J. Schulman, "Approximating KL Divergence", 2020.
+
+    >>> kl_estimate(torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -2.0]))
+    tensor([0.3679, 0.0000])
+    """
+    if kind not in get_args(Estimator):
+        raise ValueError(f"kind must be one of {', '.join(get_args(Estimator))}, got {kind!r}")
+    d = _difference(logprobs, ref_logprobs)
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return d**2 / 2
+    # a plain clamp would leave the gradient of "+ d" alone, which has the wrong sign there
+    exponent = -d + (d - d.clamp(-MAX_EXPONENT, MAX_EXPONENT)).detach()
+    return exponent.expm1() + d  # expm1: for small d, exp(-d) - 1 would lose every digit of d**2
+
+
+def kl_clamped(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Find the tokens whose k3 exponent is clamped, to be counted under the mask.
+
+    Args:
+        logprobs: Log-probs under the policy, nats, (B, T).
+        ref_logprobs: Log-probs under the reference, nats, (B, T).
+
+    Returns:
+        (B, T) bool.
+    """
+    return _difference(logprobs, ref_logprobs).detach().abs() > MAX_EXPONENT
+
+
+def check_loss_kind(kind: str) -> None:
+    """Refuse an estimator that cannot be a loss.
+
+    Args:
+        kind: Name of the estimator.
+
+    Raises:
+        ValueError: For k1, whose gradient is zero on average, and for an unknown name.
+    """
+    if kind == "k1":
+        raise ValueError(
+            "kl_estimator k1 cannot be a loss: on the policy's own samples its mean gradient is "
+            "zero, whatever the reference; use k2 (reverse KL) or k3 (forward KL)"
+        )
+    if kind not in get_args(Estimator):
+        raise ValueError(f"kl_estimator must be k2 or k3, got {kind!r}")
+
+
+@dataclass(frozen=True)
+class MultiplicativeKL:
+    """Multiply the coefficient when the KL leaves a band around the target.
+
+    Attributes:
+        target: KL to aim at, nats per token, > 0.
+        factor_up: Factor when KL > high * target, >= 1.
+        factor_down: Factor when KL < low * target, in (0, 1].
+        high: Upper edge of the band, in targets.
+        low: Lower edge of the band, in targets.
+        minimum: Smallest coefficient, > 0.
+        maximum: Largest coefficient.
+
+    Raises:
+        ValueError: If a value is out of range.
+
+    >>> MultiplicativeKL(target=0.01).next_coef(0.2, observed=0.03, sequences=64)
+    0.30000000000000004
+    """
+
+    target: float = 0.01
+    factor_up: float = 1.5
+    factor_down: float = 0.5
+    high: float = 2.0
+    low: float = 0.5
+    minimum: float = 0.01
+    maximum: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_target(self.target)
+        if not self.factor_up >= 1:
+            raise ValueError(f"factor_up must be at least 1, got {self.factor_up}")
+        if not 0 < self.factor_down <= 1:
+            raise ValueError(f"factor_down must be in (0, 1], got {self.factor_down}")
+        if not 0 <= self.low <= self.high:
+            raise ValueError(f"low must be in [0, high = {self.high}], got {self.low}")
+        if not 0 < self.minimum <= self.maximum:
+            raise ValueError(
+                f"minimum must be in (0, maximum = {self.maximum}], got {self.minimum}"
+            )
+
+    def next_coef(self, coef: float, observed: float, sequences: int) -> float:
+        """Return the coefficient for the next rollout.
+
+        Args:
+            coef: Coefficient used in this rollout, > 0.
+            observed: KL of this rollout's own samples, nats per token; NaN changes nothing.
+            sequences: Completions in the rollout; this rule does not depend on it.
+
+        Raises:
+            ValueError: If ``coef`` is not positive.
+        """
+        del sequences  # part of what every rule is given
+        _check_coef(coef)
+        if math.isnan(observed):
+            return coef
+        if observed > self.high * self.target:
+            coef *= self.factor_up
+        elif observed < self.low * self.target:
+            coef *= self.factor_down
+        return min(max(coef, self.minimum), self.maximum)
+
+
+@dataclass(frozen=True)
+class ProportionalKL:
+    """Move the coefficient in proportion to the relative error of the KL.
+
+    Attributes:
+        target: KL to aim at, nats per token, > 0.
+        horizon: Completions over which the coefficient may change by the factor 1 + clip.
+        clip: Largest relative error that counts, > 0.
+
+    Raises:
+        ValueError: If a value is out of range.
+
+    Source:
+        arXiv:1909.08593, section 2.2.
+    """
+
+    target: float
+    horizon: int = 10000
+    clip: float = 0.2
+
+    def __post_init__(self) -> None:
+        _check_target(self.target)
+        if not self.horizon >= 1:
+            raise ValueError(f"horizon must be at least 1 completion, got {self.horizon}")
+        if not self.clip > 0:
+            raise ValueError(f"clip must be > 0, got {self.clip}")
+
+    def next_coef(self, coef: float, observed: float, sequences: int) -> float:
+        """Return the coefficient for the next rollout.
+
+        Args:
+            coef: Coefficient used in this rollout, > 0.
+            observed: KL of this rollout's own samples, nats per token; NaN changes nothing.
+            sequences: Completions in the rollout.
+
+        Raises:
+            ValueError: If ``coef`` is not positive, or one rollout could make it so.
+        """
+        _check_coef(coef)
+        if self.clip * sequences >= self.horizon:
+            bound = f"clip * sequences = {self.clip * sequences:g}"
+            raise ValueError(f"horizon must exceed {bound} completions, got {self.horizon}")
+        if math.isnan(observed):
+            return coef
+        error = min(max(observed / self.target - 1, -self.clip), self.clip)
+        return coef * (1 + error * sequences / self.horizon)
+
+
+def _difference(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)
+    return logprobs.to(dtype) - ref_logprobs.detach().to(dtype)
+
+
+def _check_target(target: float) -> None:
+    if not target > 0:
+        raise ValueError(f"target must be > 0 nats per token, got {target}")
+
+
+def _check_coef(coef: float) -> None:
+    if not coef > 0:
+        raise ValueError(f"kl_coef must be > 0 to be adapted, a factor cannot move it, got {coef}")

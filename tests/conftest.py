@@ -1,0 +1,147 @@
+"""Fixtures: a policy and a tokenizer small enough to build in code, and a rollout factory.
+
+All sizes differ (P=2, G=3, L=4, T=5), so that a transposed axis fails.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may download
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from gspo_lightning.rollout import Rollout, completion_mask
+
+torch.set_num_threads(1)  # the same sums in the same order on every machine
+
+PAD, EOS, VOCABULARY = 0, 1, 32
+P, G, L, T = 2, 3, 4, 5
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Chain sums, one token per symbol: "7+9=" -> "7+9=16, answer: 16"."""
+    symbols = ["<pad>", "<eos>", "<unk>", *"0123456789", *"+-*=", ", ", "answer: ", " ", "\n"]
+    core = Tokenizer(models.WordLevel({s: i for i, s in enumerate(symbols)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"answer: |, |[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()  # no spaces between tokens
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+    )
+
+
+def build_model(architecture: str = "qwen3", seed: int = 0) -> PreTrainedModel:
+    """Two random float32 layers without dropout; weights large enough for varied logits."""
+    common = {
+        "vocab_size": VOCABULARY,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "bos_token_id": None,
+        "initializer_range": 0.2,
+    }
+    decoder = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "intermediate_size": 32,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+    }
+    if architecture == "qwen3":
+        config = Qwen3Config(**common, **decoder)
+    elif architecture == "llama":
+        config = LlamaConfig(**common, **decoder)
+    elif architecture == "gemma2":  # caps its logits; every other layer sees a short window
+        config = Gemma2Config(**common, **decoder, sliding_window=3, final_logit_softcapping=2.0)
+    elif architecture == "gpt2":  # learned absolute positions
+        drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        config = GPT2Config(**common, **drop, n_embd=16, n_layer=2, n_head=2, n_positions=128)
+    else:
+        raise ValueError(f"unknown architecture {architecture!r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config)
+
+
+def build_rollout(seed: int = 0, with_ref: bool = True) -> Rollout:
+    """P prompts of unequal length with G completions each: full, truncated and very short ones."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(3, 20, (P, L), generator=generator)
+    prompt_mask = torch.ones(P, L, dtype=torch.bool)
+    prompt_mask[1, :2] = False  # two tokens shorter than the other
+    prompts = prompts.masked_fill(~prompt_mask, PAD)
+    completion_ids = torch.randint(3, 20, (P * G, T), generator=generator)
+    for row, length in enumerate([5, 3, 1, 4, 2, 5]):
+        if row:  # row 0 is truncated, row 5 ends at the last allowed position
+            completion_ids[row, length - 1] = EOS
+            completion_ids[row, length:] = PAD
+    mask, finished = completion_mask(completion_ids, [EOS])
+
+    def logprobs() -> torch.Tensor:
+        values = -torch.rand(P * G, T, generator=generator) * 3
+        return values.masked_fill(~mask, 0)
+
+    rewards = torch.tensor([1.0, 0.0, 0.5, 0.0, 0.0, 1.0])
+    advantages = torch.tensor([0.5, -0.5, 0.0, -0.4, -0.2, 0.6])
+    return Rollout(
+        prompt_ids=prompts.repeat_interleave(G, 0),
+        prompt_mask=prompt_mask.repeat_interleave(G, 0),
+        completion_ids=completion_ids,
+        mask=mask,
+        finished=finished,
+        rows=[{"prompt": f"{p}", "row": p * G + g} for p in range(P) for g in range(G)],
+        texts=[f"text {row}" for row in range(P * G)],
+        group_size=G,
+        old_logprobs=logprobs(),
+        ref_logprobs=logprobs() if with_ref else None,
+        rewards=rewards,
+        reward_parts={"correct": rewards},
+        advantages=advantages[:, None].expand(-1, T).clone(),
+    )
+
+
+@pytest.fixture
+def make_model():
+    """A builder of tiny models, called with qwen3, llama, gpt2 or gemma2 and a seed."""
+    return build_model
+
+
+@pytest.fixture
+def tiny_policy():
+    return build_model("qwen3")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """A folder that from_pretrained loads the tiny policy and its tokenizer from."""
+    path = tmp_path_factory.mktemp("policy")
+    build_model("qwen3").save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def make_rollout():
+    """A builder of rollouts of P=2 prompts, G=3, L=4, T=5, called with seed and with_ref."""
+    return build_rollout
