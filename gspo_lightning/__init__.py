@@ -1,1 +1,35 @@
-"""GSPO on PyTorch Lightning."""
+"""GSPO, Group Sequence Policy Optimization (arXiv:2507.18071), for PyTorch Lightning."""
+
+from gspo_lightning.callbacks import AdaptiveKL, CurvePlot, HFExport, PredictionWriter, SampleTable
+from gspo_lightning.checkpoint import RolloutCheckpoint
+from gspo_lightning.data import PromptData, SFTData
+from gspo_lightning.evaluation import Evaluation
+from gspo_lightning.frozen import ReferencePolicy, RewardModel
+from gspo_lightning.module import GSPOModule
+from gspo_lightning.objectives import Objective
+from gspo_lightning.optim import OptimizerConfig
+from gspo_lightning.policy import PolicyConfig
+from gspo_lightning.rewards import RewardTerm
+from gspo_lightning.sampling import GroupSampler
+from gspo_lightning.sft import SFTModule
+
+__all__ = [
+    "AdaptiveKL",
+    "CurvePlot",
+    "Evaluation",
+    "GSPOModule",
+    "GroupSampler",
+    "HFExport",
+    "Objective",
+    "OptimizerConfig",
+    "PolicyConfig",
+    "PredictionWriter",
+    "PromptData",
+    "ReferencePolicy",
+    "RewardModel",
+    "RewardTerm",
+    "RolloutCheckpoint",
+    "SFTData",
+    "SFTModule",
+    "SampleTable",
+]

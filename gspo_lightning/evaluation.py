@@ -1,0 +1,131 @@
+"""Held-out evaluation: greedy accuracy, sampled accuracy, unbiased pass@k.
+
+Decides what "correct" means (a reward term at or above a threshold) and how completions are drawn
+for it, apart from the settings that training samples with. Leaves out the loops and the logger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torchmetrics import MetricCollection
+
+from gspo_lightning.metrics import PassAtK, RolloutMetrics
+from gspo_lightning.rewards import RewardTerm, Scores, score
+from gspo_lightning.rollout import PromptBatch, Samples
+from gspo_lightning.sampling import GroupSampler
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How held-out prompts are evaluated.
+
+    Args:
+        correct: Name of the reward term that tells right from wrong; ``None`` reports rewards only.
+        threshold: A completion is correct if that term is at least this.
+        num_samples: Completions sampled per prompt, beside one greedy completion.
+        temperature: Sampling temperature.
+        max_new_tokens: Longest completion; ``None`` takes the training limit.
+        ks: The k of each pass@k.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    correct: str | None = None
+    threshold: float = 1.0
+    num_samples: int = 4
+    temperature: float = 1.0
+    max_new_tokens: int | None = None
+    ks: tuple[int, ...] = (1, 4)
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise ValueError(f"evaluation.num_samples must be >= 1, got {self.num_samples}")
+        if not self.temperature > 0:
+            raise ValueError(f"evaluation.temperature must be above 0, got {self.temperature}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"evaluation.max_new_tokens must be >= 1, got {self.max_new_tokens}")
+        if any(not 1 <= k <= self.num_samples for k in self.ks):
+            raise ValueError(
+                f"evaluation.ks must lie in [1, num_samples = {self.num_samples}], got {self.ks}"
+            )
+
+    def check_terms(self, terms: Mapping[str, RewardTerm]) -> None:
+        """Refuse a ``correct`` that names no reward term."""
+        if self.correct is not None and self.correct not in terms:
+            raise ValueError(
+                f"evaluation.correct is {self.correct!r}, which is no reward; there are {sorted(terms)}"
+            )
+
+    def samplers(self, max_new_tokens: int, batch_size: int | None) -> dict[str, GroupSampler]:
+        """The greedy sampler and the sampling one."""
+        limit = self.max_new_tokens or max_new_tokens
+        return {
+            "greedy": GroupSampler(1, limit, 0.0, batch_size),
+            "sampled": GroupSampler(self.num_samples, limit, self.temperature, batch_size),
+        }
+
+
+class Evaluator(torch.nn.Module):
+    """Adds up an evaluation over batches and ranks.
+
+    Args:
+        settings: What to evaluate.
+        terms: The reward terms.
+    """
+
+    def __init__(self, settings: Evaluation, terms: Mapping[str, RewardTerm]) -> None:
+        super().__init__()
+        self.settings = settings
+        self.terms = terms
+        self.means = RolloutMetrics(
+            [
+                "accuracy_greedy",
+                "accuracy_sampled",
+                "reward",
+                "response_length",
+                "truncated_fraction",
+                *(f"reward_{name}" for name in terms),
+            ]
+        )
+        self.passes = MetricCollection({f"pass_at_{k}": PassAtK(k) for k in settings.ks})
+
+    def reset(self) -> None:
+        """Start a new evaluation."""
+        self.means.reset()
+        self.passes.reset()
+
+    def update(
+        self, policy: Any, batch: PromptBatch, samplers: Mapping[str, GroupSampler], seed: int
+    ) -> None:
+        """Complete and score the prompts of one batch."""
+        for kind, sampler in samplers.items():
+            samples = sampler.sample(policy, batch, seed=seed)
+            scores = score(self.terms, samples.rows, samples.texts)
+            if self.settings.correct is not None:
+                right = (scores.parts[self.settings.correct] >= self.settings.threshold).float()
+                self.means.update(f"accuracy_{kind}", right)
+                if kind == "sampled":
+                    groups = right.view(-1, sampler.group_size)
+                    drawn = torch.full((len(groups),), sampler.group_size)
+                    self.passes.update(drawn, groups.sum(1).long())
+            if kind == "sampled":
+                self._count(samples, scores)
+
+    def _count(self, samples: Samples, scores: Scores) -> None:
+        self.means.update("reward", scores.total[~scores.total.isnan()])
+        self.means.update("response_length", samples.mask.sum(1))
+        self.means.update("truncated_fraction", (~samples.finished).float())
+        for name, part in scores.parts.items():
+            self.means.update(f"reward_{name}", part[~part.isnan()])
+
+    def compute(self) -> dict[str, float]:
+        """The figures, by name."""
+        figures = self.means.compute()
+        if self.settings.correct is not None:
+            figures |= {name: value.item() for name, value in self.passes.compute().items()}
+        return figures

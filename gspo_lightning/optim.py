@@ -1,0 +1,132 @@
+"""Optimizer and learning-rate schedule: AdamW with decay groups, warm-up and decay.
+
+The unit of a schedule is whatever its owner steps it in: rollouts in ``GSPOModule``, optimizer steps
+in ``SFTModule``. Leaves out clipping, which the modules do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule.
+
+    Args:
+        learning_rate: Peak learning rate.
+        betas: Decay of the running mean and of the running square of the gradient.
+        eps: Added to the root of the running square.
+        weight_decay: Decoupled decay of matrices. Embeddings, norms and biases never decay.
+        schedule: ``constant``, or a ``linear`` or ``cosine`` fall over the run.
+        warmup: Length of the linear rise from 0, in the unit of the schedule.
+        min_ratio: Where the fall ends, as a share of ``learning_rate``.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    learning_rate: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: int = 0
+    min_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name} must be above 0, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas must lie in [0, 1), got {self.betas}")
+        if self.weight_decay < 0:
+            raise ValueError(f"optimizer.weight_decay must be >= 0, got {self.weight_decay}")
+        if self.warmup < 0:
+            raise ValueError(f"optimizer.warmup must be >= 0, got {self.warmup}")
+        if not 0 <= self.min_ratio <= 1:
+            raise ValueError(f"optimizer.min_ratio must lie in [0, 1], got {self.min_ratio}")
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> AdamW:
+    """Make AdamW over the trainable parameters, matrices with decay and all else without.
+
+    A matrix that is an embedding does not decay: its rows are looked up, and rows that a batch does
+    not use would shrink for nothing.
+    """
+    embeddings = {
+        id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)
+    }  # a tied head is the same tensor, so it is in here too
+    decay, plain = [], []
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
+            (decay if matrix else plain).append(parameter)
+    groups = [
+        {"params": decay, "weight_decay": config.weight_decay, "decays": True},
+        {"params": plain, "weight_decay": 0.0, "decays": False},
+    ]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+    )
+
+
+def learning_rate_factor(config: OptimizerConfig, total: int | None) -> Callable[[int], float]:
+    """The schedule as a function: steps taken so far -> share of ``learning_rate``.
+
+    Args:
+        config: The settings.
+        total: Length of the run in the unit of the schedule; needed unless ``constant``.
+
+    Raises:
+        ValueError: If a falling schedule has no length to fall over.
+
+    >>> factor = learning_rate_factor(OptimizerConfig(schedule="linear", warmup=2), total=6)
+    >>> [factor(step) for step in range(7)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    if config.schedule != "constant" and total is None:
+        raise ValueError(
+            f"optimizer.schedule {config.schedule} needs the length of the run; set data.num_rollouts "
+            "(or data.num_steps), or use constant"
+        )
+
+    def factor(step: int) -> float:
+        if step < config.warmup:
+            return (step + 1) / config.warmup  # the first step already moves
+        if config.schedule == "constant" or total is None:
+            return 1.0
+        done = min((step - config.warmup) / max(1, total - config.warmup), 1.0)
+        fall = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return config.min_ratio + (1 - config.min_ratio) * fall
+
+    return factor
+
+
+def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total: int | None) -> LambdaLR:
+    """Attach the schedule to ``optimizer``. The caller steps it, once per unit."""
+    return LambdaLR(optimizer, learning_rate_factor(config, total))
+
+
+def apply_config(optimizer: Optimizer, schedule: LambdaLR, config: OptimizerConfig) -> None:
+    """Put the config's numbers back after a checkpoint was loaded.
+
+    A checkpoint restores learning rate, betas and decay with the moments; what the user wrote in
+    the config or on the command line must win over it. Unchanged numbers stay the same bits.
+    """
+    for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+        group["initial_lr"] = config.learning_rate
+        group["lr"] = config.learning_rate * factor(schedule.last_epoch)
+        group["betas"], group["eps"] = config.betas, config.eps
+        group["weight_decay"] = config.weight_decay if group["decays"] else 0.0
+    schedule.base_lrs = [config.learning_rate] * len(schedule.base_lrs)

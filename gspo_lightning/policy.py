@@ -1,0 +1,186 @@
+"""The policy: a causal language model with its tokenizer, loaded, made deterministic, exported.
+
+Decides what a policy folder must hold, which ids end a completion, and that dropout is off. Leaves
+out training, sampling and devices: Lightning owns the policy's device.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Where a policy comes from and how it is held.
+
+    Args:
+        path: Folder with ``config.json``, a tokenizer and weights, or a model name on the hub.
+        dtype: Type of the weights. ``float32`` keeps the ratios exact; see the README on bf16.
+        attention: Attention implementation of transformers (``eager``, ``sdpa``,
+            ``flash_attention_2``); ``None`` takes the library's choice.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        weights: ``random`` builds the model from ``config.json`` alone, for training from scratch.
+        revision: Branch, tag or commit of a model on the hub.
+        trust_remote_code: Run Python code that lies beside the weights. Off unless asked.
+    """
+
+    path: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: str | None = None
+    gradient_checkpointing: bool = False
+    weights: Literal["pretrained", "random"] = "pretrained"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        check_model_path("policy.path", self.path)
+
+
+def check_model_path(key: str, path: str) -> None:
+    """Refuse a model path that can be neither a folder here nor a name on the hub.
+
+    Raises:
+        ValueError: If ``path`` is a folder without ``config.json``, or looks like a folder and is
+            not there. ``key`` is the setting that the message names.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{key}: {path} has no config.json, so it is not a model folder")
+    elif folder.exists():
+        raise ValueError(f"{key}: {path} is a file; give the folder that holds it")
+    elif not HUB_NAME.fullmatch(path) or (
+        Path(path).parts[0:1] and Path(Path(path).parts[0]).is_dir()
+    ):
+        # A first part that is a folder here means a path was meant, although "data/x" could be a
+        # name on the hub too.
+        raise ValueError(f"{key}: there is no folder {path} (and it is no model name)")
+
+
+class Policy(nn.Module):
+    """A causal language model and its tokenizer.
+
+    Attributes:
+        model: The transformers model; its parameters are the policy's parameters.
+        tokenizer: The tokenizer, padding on the left.
+        eos_ids: Every id that ends a completion (``generation_config.eos_token_id``).
+        pad_id: Id written into padded positions. Masks come from lengths, so it may equal an EOS.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.eos_ids = eos_ids(model, tokenizer)
+        pad = tokenizer.pad_token_id
+        self.pad_id: int = self.eos_ids[0] if pad is None else pad
+        check_vocabulary(model, tokenizer)
+        disable_dropout(model)
+
+    def export(self, path: str | Path) -> None:
+        """Write a folder that ``AutoModelForCausalLM.from_pretrained`` loads, tokenizer included."""
+        self.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+
+def load_tokenizer(config: PolicyConfig) -> Any:
+    """Load the tokenizer of a policy folder, set to pad on the left."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            config.path,
+            padding_side="left",
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"policy.path: no tokenizer in {config.path}: {first_line(error)}"
+        ) from error
+
+
+def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
+    """Load a policy in the dtype and with the attention that ``config`` asks for.
+
+    Args:
+        config: What to load.
+        tokenizer: The tokenizer, if it has been loaded already.
+
+    Raises:
+        ValueError: If weights or tokenizer cannot be read, no end-of-sequence id is known, or the
+            tokenizer has more ids than the model.
+    """
+    if tokenizer is None:
+        tokenizer = load_tokenizer(config)
+    dtype = DTYPES[config.dtype]
+    options = {"trust_remote_code": config.trust_remote_code}
+    if config.attention is not None:
+        options["attn_implementation"] = config.attention
+    try:
+        if config.weights == "random":
+            model_config = AutoConfig.from_pretrained(config.path, revision=config.revision)
+            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, **options)
+            if (Path(config.path) / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(config.path)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                config.path, dtype=dtype, revision=config.revision, **options
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"policy.path: cannot load {config.path}: {first_line(error)}") from error
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Policy(model, tokenizer)
+
+
+def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every id that ends a completion: the generation config's, else the tokenizer's."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        raise ValueError(
+            "policy.path: neither generation_config.json nor the tokenizer has an eos_token_id, "
+            "so a completion could never end; add one to generation_config.json"
+        )
+    return [int(i) for i in ids] if isinstance(ids, (list, tuple)) else [int(ids)]
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer that can produce ids beyond the model's embedding."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"policy.path: the tokenizer has {len(tokenizer)} ids but the model embeds only {rows}; "
+            "model and tokenizer do not belong together"
+        )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate to 0, so that train mode and eval mode give the same log-probs.
+
+    With dropout on, the ratio would differ from 1 before the first step (GSPO compares the same
+    weights at two times, not two random subnetworks). Train mode itself stays allowed: transformers
+    only checkpoints gradients in it.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message; the rest of these messages is advice for others."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
