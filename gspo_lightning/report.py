@@ -1,0 +1,175 @@
+"""What a person looks at: the eight curves as a figure, samples as rows and as a table.
+
+Decides how they look. Leaves out what the numbers mean (``metrics``, ``module``) and when and where
+they are written (``callbacks``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from gspo_lightning.metrics import CURVES
+
+# Title and unit of each curve.
+PANELS = {
+    "policy_loss": ("Policy loss", "loss"),
+    "entropy_loss": ("Entropy loss", "−coefficient × nats per token"),
+    "kl_loss": ("KL loss", "coefficient × nats per token"),
+    "reward": ("Reward", "weighted sum, mean"),
+    "relative_advantage": ("Relative advantage", "mean, around 0"),
+    "kl_divergence": ("KL divergence to the reference", "nats per token"),
+    "kl_coef": ("KL coefficient", "coefficient used"),
+    "avg_response_length": ("Response length", "tokens, mean"),
+}
+LIGHT, DARK, RED = "#8fb4d9", "#1f5a96", "#c8553d"
+MARKUP = "&<>\"'|*_`[]()\\~#$!\n\r\t"  # characters that mean something in HTML, Markdown or TeX
+
+
+def draw_curves(
+    points: dict[str, list[list[float]]], kl_target: float | None, has_reference: bool
+) -> Any:
+    """Draw the eight curves in four rows of two.
+
+    Args:
+        points: For each name in CURVES its ``[rollout index, value]`` pairs.
+        kl_target: KL divergence that AdaptiveKL aims at, nats per token; drawn as a line.
+        has_reference: Whether KL was measured at all; an empty KL panel says so.
+
+    Returns:
+        A matplotlib ``Figure`` on an Agg canvas, free of pyplot's global state.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # only who draws pays the import
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 12), dpi=100, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)  # inches, so that titles keep apart
+    FigureCanvasAgg(figure)
+    last = max((series[-1][0] for series in points.values() if series), default=0)
+    for axes, name in zip(figure.subplots(4, 2).flat, CURVES, strict=True):
+        title, unit = PANELS[name]
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("0.75")
+        if not points[name]:
+            no_kl = name.startswith("kl_") and not has_reference
+            reason = "no reference policy" if no_kl else "nothing measured"
+            axes.set(xticks=[], yticks=[])
+            axes.text(0.5, 0.5, reason, ha="center", va="center", color="0.5", fontsize=11)
+            continue
+        axes.set_ylabel(unit, fontsize=9, color="0.35")
+        axes.set_xlabel("rollout", fontsize=9, color="0.35")
+        axes.tick_params(labelsize=8, colors="0.35")
+        axes.grid(color="0.92", linewidth=0.8)
+        axes.set_axisbelow(True)
+        x = [index + 1 for index, _ in points[name]]  # people count rollouts from 1
+        y = [value for _, value in points[name]]
+        axes.set_xlim(0.5, last + 1.5)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if name == "kl_coef":  # set, not measured: there is no noise to smooth
+            axes.plot(x, y, color=DARK, linewidth=1.8, drawstyle="steps-mid")
+            continue
+        axes.plot(x, y, "o", color=LIGHT, markersize=3, markeredgewidth=0)
+        axes.plot(x, running_mean(y, width=len(y) // 10), color=DARK, linewidth=1.8)
+        if name == "relative_advantage":  # a mean of 1e-8 is rounding, and must look like 0
+            axes.set_ylim(min(axes.get_ylim()[0], -0.05), max(axes.get_ylim()[1], 0.05))
+        if name == "kl_divergence" and kl_target is not None:
+            axes.axhline(kl_target, color=RED, linewidth=1.2, linestyle="--")
+            axes.annotate(
+                f"target {kl_target:g}",
+                (0.005, kl_target),
+                xycoords=("axes fraction", "data"),
+                xytext=(2, 3),
+                textcoords="offset points",
+                fontsize=8,
+                color=RED,
+            )
+    return figure
+
+
+def running_mean(values: list[float], width: int) -> list[float]:
+    """Mean over up to ``width`` neighbours on each side, NaN where fewer than half of them exist.
+
+    Always as many on the left as on the right: a rising curve would otherwise seem to start higher
+    than it did.
+
+    >>> running_mean([0.0, 3.0, 6.0, 0.0], width=1)
+    [nan, 3.0, 3.0, nan]
+    """
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    means = []
+    for i in range(len(values)):
+        reach = min(width, i, len(values) - 1 - i)
+        mean = (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)
+        means.append(mean if reach >= width / 2 else math.nan)
+    return means
+
+
+def sample_rows(outputs: dict[str, Any], tokenizer: Any, count: int) -> list[dict[str, Any]]:
+    """The first ``count`` sequences of a rollout as plain values."""
+    rollout = outputs["rollout"]
+    rows = []
+    for i in range(min(count, len(rollout.texts))):
+        prompt_ids = rollout.prompt_ids[i][rollout.prompt_mask[i]].tolist()
+        row = {
+            "rollout": outputs["index"],
+            "prompt": tokenizer.decode(prompt_ids),
+            "completion": rollout.texts[i],
+            "reward": rollout.rewards[i],
+            "parts": {name: part[i] for name, part in rollout.reward_parts.items()},
+            "advantage": rollout.advantages[i, 0],
+            "length": int(outputs["lengths"][i]),
+            "truncated": not bool(rollout.finished[i]),
+            "ratio": outputs["ratios"][i],
+        }
+        rows.append(plain(row))
+    return rows
+
+
+def plain(value: Any) -> Any:
+    """Numbers as JSON can hold them: six digits after the point, None for NaN and infinities.
+
+    >>> plain({"reward": 0.1 + 0.2, "parts": [float("nan"), 3, True]})
+    {'reward': 0.3, 'parts': [None, 3, True]}
+    """
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    if isinstance(value, (float, Tensor)):
+        number = float(value)
+        return round(number, 6) if math.isfinite(number) else None
+    return value
+
+
+def markdown_table(samples: list[dict[str, Any]], longest: int = 400) -> str:
+    """The samples as a Markdown table; texts are escaped and cut to ``longest`` characters."""
+    parts = list(samples[0]["parts"])
+    numbers = ["reward", *parts, "advantage", "length", "truncated", "ratio"]
+    table = [
+        "| " + " | ".join(escape(title) for title in ["prompt", "completion", *numbers]) + " |",
+        "|" + " --- |" * (2 + len(numbers)),
+    ]
+    for sample in samples:
+        texts = [trim(sample["prompt"], longest), trim(sample["completion"], longest)]
+        values = {**sample, **sample["parts"]}
+        cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in map(values.get, numbers)]
+        table.append("| " + " | ".join(escape(cell) for cell in [*texts, *cells]) + " |")
+    return "\n".join(table)
+
+
+def trim(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def escape(text: str) -> str:
+    """Text as it stands, for Markdown and HTML: neither may read a model's output as markup.
+
+    >>> escape("<b>|*")
+    '&#60;b&#62;&#124;&#42;'
+    """
+    return "".join(f"&#{ord(char)};" if char in MARKUP else char for char in text)
