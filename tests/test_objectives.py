@@ -1,0 +1,478 @@
+"""Ratios, surrogates, aggregation weights and the policy loss."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from gspo_lightning.logprobs import completion_logprobs
+from gspo_lightning.objectives import (
+    Objective,
+    clipped,
+    importance_log_ratio,
+    policy_loss,
+    token_weights,
+)
+
+NAN = float("nan")
+LEVELS = ("sequence", "sequence_token", "token", "sequence_sum")
+AGGREGATIONS = ("sequence_mean", "token_mean", "fixed_length")
+float64 = partial(torch.tensor, dtype=torch.float64)
+weights64 = partial(token_weights, dtype=torch.float64)
+
+
+def batch(seed=0, spread=1e-3, lengths=(5, 3, 1, 4, 2, 0)):
+    """Random float64 (lp, old, A, mask) with ratios on both sides of the clip range."""
+    generator = torch.Generator().manual_seed(seed)
+    size, width = len(lengths), 5
+    random = partial(torch.randn, size, width, generator=generator, dtype=torch.float64)
+    old = -random().abs()
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    logprobs = (old + spread * random()).requires_grad_()
+    return logprobs, old, random()[:, 0], mask
+
+
+def gradient(loss, x):
+    return torch.autograd.grad(loss, x)[0]
+
+
+# ---- ratio
+
+
+def test_sequence_ratio_is_the_mean_log_ratio_in_every_column():
+    """Fact 1: (0.2 + 0.4) / 2 = 0.3 over two tokens, and 0.5 over one."""
+    old = float64([[-1.0, -2.0, -7.0], [-1.0, -7.0, -7.0]])
+    lp = float64([[-0.8, -1.6, -1.0], [-0.5, -1.0, -1.0]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    expected = float64([[0.3] * 3, [0.5] * 3])
+    torch.testing.assert_close(importance_log_ratio(lp, old, mask, "sequence"), expected)
+
+
+def test_a_row_with_nothing_selected_has_ratio_one_and_enters_nothing():
+    """Fact 1."""
+    lp, old, advantages, mask = batch()
+    objective = Objective(clip_low=1e-6, clip_high=1e-6)
+    full = policy_loss(lp, old, advantages, mask, weights64(mask, "sequence_mean"), objective)
+    assert (full.ratio[5] == 1).all()
+    rows = slice(0, 5)  # without the empty row
+    part = policy_loss(
+        lp[rows],
+        old[rows],
+        advantages[rows],
+        mask[rows],
+        weights64(mask[rows], "sequence_mean"),
+        objective,
+    )
+    assert full.loss == part.loss and full.clip_fraction_tokens == part.clip_fraction_tokens
+    assert full.clip_fraction_sequences == part.clip_fraction_sequences > 0
+
+
+def test_sequence_token_has_value_and_gradient_of_sequence():
+    """Fact 2."""
+    lp, old, advantages, mask = batch()
+    weights = weights64(mask, "sequence_mean")
+    one = policy_loss(lp, old, advantages, mask, weights, Objective("sequence")).loss
+    two = policy_loss(lp, old, advantages, mask, weights, Objective("sequence_token")).loss
+    torch.testing.assert_close(one, two, rtol=1e-14, atol=1e-16)
+    torch.testing.assert_close(gradient(one, lp), gradient(two, lp), rtol=1e-12, atol=1e-16)
+
+
+def test_sequence_token_lets_each_token_have_its_own_advantage():
+    """Fact 2: this is what the token variant is for (GSPO eq. 14)."""
+    lp, old, _, mask = batch(spread=1e-5)
+    advantages = torch.arange(30, dtype=torch.float64).view(6, 5) - 14.5
+    weights = weights64(mask, "sequence_mean")
+    result = policy_loss(lp, old, advantages, mask, weights, Objective("sequence_token"))
+    expected = -weights * result.ratio * advantages
+    torch.testing.assert_close(gradient(result.loss, lp), expected, rtol=1e-12, atol=0)
+
+
+def test_sequence_token_loses_no_bit_of_the_sequence_ratio():
+    """Fact 2: adding log s to a log-prob of -20 first would round it to 2e-6."""
+    old = torch.tensor([[-20.0, -0.1, -3.0]])
+    lp = old + torch.tensor([[3e-4, -1e-4, 7e-4]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    sequence = importance_log_ratio(lp, old, mask, "sequence")
+    assert torch.equal(sequence, importance_log_ratio(lp, old, mask, "sequence_token"))
+
+
+def test_token_ratio_is_the_difference():
+    """Fact 3."""
+    lp, old, _, mask = batch()
+    expected = torch.where(mask, lp - old, 0)
+    assert torch.equal(importance_log_ratio(lp, old, mask, "token"), expected)
+
+
+def test_sequence_sum_is_not_normalised_by_length():
+    """Fact 4: 0.1 on each of four tokens."""
+    lp = torch.full((1, 5), 0.1, dtype=torch.float64)
+    mask = torch.tensor([[True] * 4 + [False]])
+    result = importance_log_ratio(lp, torch.zeros(1, 5).double(), mask, "sequence_sum")
+    torch.testing.assert_close(result, torch.full((1, 5), 0.4).double(), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("surrogate", ["clip", "cispo"])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("padding", [NAN, -math.inf, 1e4])
+def test_padding_changes_neither_loss_nor_gradient(level, surrogate, padding):
+    """Fact 5."""
+    lp, old, advantages, mask = batch()
+    advantages = advantages[:, None].expand_as(mask)
+    objective = Objective(level, surrogate)
+    weights = weights64(mask, "sequence_mean")
+    clean = policy_loss(lp, old, advantages, mask, weights, objective)
+    dirty_lp = lp.detach().masked_fill(~mask, padding).requires_grad_()
+    dirty = policy_loss(
+        dirty_lp,
+        old.masked_fill(~mask, -padding),
+        advantages.masked_fill(~mask, padding),
+        mask,
+        weights,
+        objective,
+    )
+    assert clean.loss == dirty.loss
+    assert clean.clip_fraction_tokens == dirty.clip_fraction_tokens
+    assert torch.equal(gradient(clean.loss, lp), gradient(dirty.loss, dirty_lp))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_clip_works_in_float32_under_autocast(level):
+    """Fact 6: in bfloat16 1 + 5e-4 is 1 and nothing would ever be clipped."""
+    old = torch.full((1, 5), -2.0)
+    lp = (old + 5e-4).requires_grad_()
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    weights = token_weights(mask, "sequence_mean")
+    with torch.autocast("cpu", torch.bfloat16):
+        result = policy_loss(lp, old, torch.ones(1), mask, weights, Objective(level))
+    assert result.loss.dtype == result.ratio.dtype == torch.float32
+    exponent = 5 * 5e-4 if level == "sequence_sum" else 5e-4
+    assert result.ratio[0, 0].item() == pytest.approx(math.exp(exponent), abs=1e-6)
+    assert result.clip_fraction_sequences == 1
+
+
+def test_low_precision_log_probs_are_computed_in_float32():
+    """Fact 6: -2 and -1.9921875 are neighbours in bfloat16."""
+    lp = torch.tensor([[-1.9921875]], dtype=torch.bfloat16)
+    old = torch.tensor([[-2.0]], dtype=torch.bfloat16)
+    ratio = importance_log_ratio(lp, old, torch.ones(1, 1, dtype=torch.bool), "sequence").exp()
+    assert ratio.item() == pytest.approx(math.exp(0.0078125), abs=1e-7)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("jump", [50.0, -50.0, 5e3])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_one_broken_token_stays_finite_and_keeps_its_side(level, jump, advantage):
+    """Fact 7: clipped sides have gradient 0, the others one of the right sign."""
+    old = torch.full((1, 1), -60.0)
+    lp = (old + jump).requires_grad_()
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    weights = token_weights(mask, "sequence_mean")
+    result = policy_loss(lp, old, torch.tensor([advantage]), mask, weights, Objective(level))
+    slope = gradient(result.loss, lp)
+    assert result.loss.isfinite() and slope.isfinite().all()
+    is_clipped = (jump > 0) == (advantage > 0)
+    assert result.clip_fraction_tokens == float(is_clipped)
+    assert slope.sign().item() == (0.0 if is_clipped else -advantage)
+
+
+# ---- surrogate
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [
+        (1.5, 2.0, -2.6, 0.0),  # above 1.3 and wanted more: clipped
+        (1.2, 2.0, -2.4, -2.4),  # inside
+        (0.5, 2.0, -1.0, -1.0),  # below and wanted more: keeps the full gradient
+        (0.5, -2.0, 1.6, 0.0),  # below 0.8 and wanted less: clipped
+        (0.9, -2.0, 1.8, 1.8),
+        (1.5, -2.0, 3.0, 3.0),  # above and wanted less: keeps the full gradient
+        (1.5, 0.0, 0.0, 0.0),
+    ],
+)
+@pytest.mark.parametrize("level", LEVELS)
+def test_clip_by_hand(level, ratio, advantage, loss, slope):
+    """Fact 8, clip range [0.8, 1.3]; d loss / d lp = -r A where it is not clipped."""
+    lp = float64([[math.log(ratio)]]).requires_grad_()
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    objective = Objective(level, clip_low=0.2, clip_high=0.3)
+    weights = weights64(mask, "sequence_mean")
+    result = policy_loss(lp, torch.zeros_like(lp), float64([advantage]), mask, weights, objective)
+    assert result.loss.item() == pytest.approx(loss)
+    assert gradient(result.loss, lp).item() == (pytest.approx(slope) if slope else 0.0)
+    assert result.clip_fraction_tokens == float(slope == 0 and advantage != 0)
+
+
+def test_clip_equals_the_formula_of_the_paper():
+    """Fact 8: -min(r A, clip(r) A), as written there."""
+    lp, old, advantages, mask = batch(spread=1.0)
+    objective = Objective("token", "clip", "token_mean", clip_low=0.2, clip_high=0.3)
+    result = policy_loss(lp, old, advantages, mask, weights64(mask, "token_mean"), objective)
+    ratio, a = (lp - old).exp(), advantages[:, None]
+    formula = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.3) * a)[mask].mean()
+    torch.testing.assert_close(result.loss, formula)
+    torch.testing.assert_close(gradient(result.loss, lp), gradient(formula, lp))
+    assert 0 < result.clip_fraction_tokens < 1
+
+
+def test_an_advantage_of_zero_never_counts_as_clipped():
+    """Fact 8."""
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    log_ratio = torch.tensor([[3.0], [-3.0]])
+    for surrogate in ("clip", "cispo"):
+        objective = Objective("token", surrogate)
+        assert not clipped(log_ratio, torch.zeros(2), mask, objective).any()
+
+
+def test_clipped_counts_add_up_over_any_cut():
+    """Fact 41: the numerators of the clip fractions are sums."""
+    lp, old, advantages, mask = batch()
+    objective = Objective("token")
+    log_ratio = importance_log_ratio(lp, old, mask, "token")
+    whole = clipped(log_ratio, advantages, mask, objective)
+    parts = [
+        clipped(log_ratio[i : i + 4], advantages[i : i + 4], mask[i : i + 4], objective)
+        for i in (0, 4)
+    ]
+    assert torch.equal(whole, torch.cat(parts)) and whole.any()
+    result = policy_loss(lp, old, advantages, mask, weights64(mask, "sequence_mean"), objective)
+    assert result.clip_fraction_tokens.item() == pytest.approx(whole.sum() / mask.sum())
+    assert result.clip_fraction_sequences.item() == pytest.approx(whole.any(1).sum() / 5)
+
+
+def test_the_clip_range_is_resolved_below_the_spacing_of_float32_around_one():
+    """Fact 6: 1e-8 above and below log(1 + 4e-4), where ratios differ by less than 6e-8."""
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    log_ratio = math.log1p(4e-4) + torch.tensor([[1e-8], [-1e-8]])
+    assert clipped(log_ratio, torch.ones(2), mask, Objective()).tolist() == [[True], [False]]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "slope"),
+    [(2.0, 3.0, -3.9), (2.0, -3.0, 3.9), (0.5, 3.0, -1.5), (1.0, 0.0, 0.0)],
+)
+def test_cispo_by_hand(ratio, advantage, slope):
+    """Fact 9: -min(r, 1.3) A lp; nothing loses its gradient."""
+    lp = float64([[-1.0]]).requires_grad_()
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    objective = Objective("token", "cispo", "token_mean", clip_high=0.3)
+    old = lp.detach() - math.log(ratio)
+    weights = weights64(mask, "token_mean")
+    result = policy_loss(lp, old, float64([advantage]), mask, weights, objective)
+    assert gradient(result.loss, lp).item() == pytest.approx(slope)
+    assert result.loss.item() == pytest.approx(-slope)
+    assert result.clip_fraction_tokens == float(ratio > 1.3)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_at_ratio_one_the_loss_is_minus_the_mean_advantage_with_a_gradient(level):
+    """Fact 10."""
+    lp, _, advantages, mask = batch(lengths=(5, 3, 1, 4, 2, 5))
+    weights = weights64(mask, "sequence_mean")
+    result = policy_loss(lp, lp.detach(), advantages, mask, weights, Objective(level))
+    assert result.loss.item() == pytest.approx(-advantages.mean().item())
+    assert (gradient(result.loss, lp)[mask] != 0).all()
+    assert (result.ratio == 1).all() and result.clip_fraction_sequences == 0
+
+
+def test_autodiff_equals_equation_10_of_the_paper():
+    """Fact 11: dL / dlp_it = -A_i s_i mask_it / (N n_i), written as a loop."""
+    lp, old, advantages, mask = batch()
+    objective = Objective(clip_low=0.9, clip_high=9.0)  # nothing is clipped
+    weights = weights64(mask, "sequence_mean")
+    slope = gradient(policy_loss(lp, old, advantages, mask, weights, objective).loss, lp)
+    expected = torch.zeros(6, 5, dtype=torch.float64)
+    lengths = [5, 3, 1, 4, 2, 0]
+    for i, n in enumerate(lengths):
+        for t in range(n):
+            s = math.exp(sum((lp[i, u] - old[i, u]).item() for u in range(n)) / n)
+            expected[i, t] = -advantages[i].item() * s / (5 * n)
+    torch.testing.assert_close(slope, expected, rtol=1e-12, atol=1e-16)
+
+
+# ---- aggregation
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("sequence_mean", [[0.25, 0.25, 0], [0.5, 0, 0], [0, 0, 0]]),
+        ("token_mean", [[1 / 3, 1 / 3, 0], [1 / 3, 0, 0], [0, 0, 0]]),
+        ("fixed_length", [[1 / 20, 1 / 20, 0], [1 / 20, 0, 0], [0, 0, 0]]),
+    ],
+)
+def test_weights_by_hand(aggregation, expected):
+    """Fact 12: the empty row is not counted."""
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
+    torch.testing.assert_close(token_weights(mask, aggregation, 10), torch.tensor(expected))
+
+
+def test_sequences_of_10_and_1000_tokens_have_the_same_total_gradient():
+    """Fact 13."""
+    mask = torch.arange(1000) < torch.tensor([[10], [1000]])
+    lp = torch.zeros(2, 1000, dtype=torch.float64, requires_grad=True)
+    weights = weights64(mask, "sequence_mean")
+    loss = policy_loss(lp, lp.detach(), float64([1.0, 1.0]), mask, weights, Objective()).loss
+    torch.testing.assert_close(gradient(loss, lp).sum(1), float64([-0.5, -0.5]))
+
+
+def padded(rollout, left, right):
+    """The fields of a rollout with more padding, and NaN where nobody may look."""
+    pad = torch.nn.functional.pad
+    return {
+        "prompt_ids": pad(rollout.prompt_ids, (left, 0)),
+        "prompt_mask": pad(rollout.prompt_mask, (left, 0)),
+        "completion_ids": pad(rollout.completion_ids, (0, right)),
+        "mask": pad(rollout.mask, (0, right)),
+        "old": pad(rollout.old_logprobs, (0, right), value=NAN),
+        "advantages": pad(rollout.advantages, (0, right), value=NAN),
+    }
+
+
+def model_gradient(model, fields, objective, micro_batch_size, order=None):
+    """Gradient of a mini-batch through a model, one micro-batch at a time."""
+    order = torch.arange(6) if order is None else torch.tensor(order)
+    fields = {name: tensor[order] for name, tensor in fields.items()}
+    weights = weights64(fields["mask"], objective.aggregation, max_length=5)
+    model.zero_grad()
+    for rows in torch.arange(6).split(micro_batch_size):
+        part = {name: tensor[rows] for name, tensor in fields.items()}
+        ids = [part[n] for n in ("prompt_ids", "prompt_mask", "completion_ids", "mask")]
+        lp = completion_logprobs(model, *ids).logprobs
+        old = part["old"].double()
+        policy_loss(
+            lp, old, part["advantages"], part["mask"], weights[rows], objective
+        ).loss.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_gradients_do_not_depend_on_micro_batches_row_order_or_padding(
+    make_model, make_rollout, aggregation
+):
+    """Fact 13, in float64 through a model whose every operation is float64."""
+    model, rollout = make_model("gpt2").double(), make_rollout()
+    level = "token" if aggregation == "token_mean" else "sequence"
+    objective = Objective(level, aggregation=aggregation, clip_low=0.9, clip_high=20.0)
+    whole = model_gradient(model, padded(rollout, 0, 0), objective, 6)
+    assert whole.abs().max() > 1e-3
+    same = partial(torch.testing.assert_close, expected=whole, rtol=1e-10, atol=1e-12)
+    for size in (1, 2, 4):
+        same(model_gradient(model, padded(rollout, 0, 0), objective, size))
+    same(model_gradient(model, padded(rollout, 0, 0), objective, 4, order=[4, 0, 5, 2, 1, 3]))
+    same(model_gradient(model, padded(rollout, 7, 3), objective, 6))
+    same(model_gradient(model, padded(rollout, 2, 1), objective, 1))
+
+
+@pytest.mark.parametrize("level", ["sequence", "sequence_token", "sequence_sum"])
+def test_a_sequence_ratio_with_token_mean_is_refused_with_the_reason(level):
+    """Fact 13."""
+    with pytest.raises(ValueError, match="weighted by the sequence's length"):
+        Objective(level, aggregation="token_mean")
+
+
+def rank_gradient(rank, folder, aggregation):
+    """One of two ranks: half of the rows, gradients summed over the ranks."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+
+    def summed(tensor):
+        dist.all_reduce(tensor)
+        return tensor
+
+    for name in aggregation:
+        lp, old, advantages, mask = batch()
+        scale = torch.ones((), dtype=torch.float64, requires_grad=True)  # a shared parameter
+        rows = slice(3 * rank, 3 * rank + 3)
+        weights = weights64(mask[rows], name, 5, reduce=summed)
+        objective = Objective("token", aggregation=name)
+        loss = policy_loss(
+            (scale * lp)[rows], old[rows], advantages[rows], mask[rows], weights, objective
+        ).loss
+        result = summed(gradient(loss, scale))
+        if rank == 0:
+            torch.save(result, f"{folder}/{name}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_with_half_of_the_rows_have_the_gradient_of_one(tmp_path):
+    """Fact 14, with two real processes; the halves hold 9 and 6 tokens, 3 and 2 sequences."""
+    torch.multiprocessing.spawn(rank_gradient, (str(tmp_path), AGGREGATIONS), nprocs=2)
+    for name in AGGREGATIONS:
+        lp, old, advantages, mask = batch()
+        scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+        weights = weights64(mask, name, 5)
+        objective = Objective("token", aggregation=name)
+        loss = policy_loss(scale * lp, old, advantages, mask, weights, objective).loss
+        expected = gradient(loss, scale)
+        assert expected.abs() > 1e-2
+        actual = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("surrogate", ["clip", "cispo"])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_with_all_rows_masked_the_loss_is_zero_and_attached(level, surrogate, aggregation):
+    """Fact 15."""
+    lp, old, advantages, mask = batch()
+    nothing = torch.zeros_like(mask)
+    weights = weights64(nothing, aggregation, 5)
+    result = policy_loss(lp, old, advantages, nothing, weights, Objective(level, surrogate))
+    assert result.loss == 0 and (weights == 0).all()
+    assert (gradient(result.loss, lp) == 0).all()
+    assert result.clip_fraction_sequences == 0 and result.clip_fraction_tokens == 0
+
+
+# ---- arguments
+
+
+def test_the_defaults_are_gspo_as_published():
+    assert Objective() == Objective("sequence", "clip", "sequence_mean", 3e-4, 4e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ratio": "word"}, "ratio must be one of sequence, .* got 'word'"),
+        ({"surrogate": "ppo"}, "surrogate must be one of clip, cispo, got 'ppo'"),
+        ({"aggregation": "mean"}, "aggregation must be one of"),
+        ({"clip_low": -0.1}, r"clip_low must be in \[0, 1\), got -0.1"),
+        ({"clip_low": 1.0}, "clip_low"),
+        ({"clip_high": -1e-4}, "clip_high must be in"),
+        ({"clip_high": NAN}, "clip_high"),
+    ],
+)
+def test_a_bad_objective_names_its_field(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(**arguments)
+
+
+def test_a_wide_clip_range_is_allowed_for_a_sequence_ratio():
+    assert Objective("sequence", clip_low=0.2, clip_high=0.2).clip_high == 0.2
+
+
+@pytest.mark.parametrize("max_length", [None, 0])
+def test_fixed_length_needs_the_generation_limit(max_length):
+    with pytest.raises(ValueError, match="fixed_length needs max_length"):
+        token_weights(torch.ones(2, 3, dtype=torch.bool), "fixed_length", max_length)
+
+
+def test_unknown_words_are_refused():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="aggregation must be one of"):
+        token_weights(mask, "sum")
+    with pytest.raises(ValueError, match="level must be one of"):
+        importance_log_ratio(mask.float(), mask.float(), mask, "word")
+
+
+@pytest.mark.parametrize("name", ["old_logprobs", "advantages", "mask", "weights"])
+def test_a_wrong_shape_is_named(name):
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    values = torch.zeros(2, 3)
+    arguments = {"old_logprobs": values, "advantages": values, "mask": mask, "weights": values}
+    arguments[name] = arguments[name][:1]  # would broadcast
+    with pytest.raises(ValueError, match=f"{name} must have"):
+        policy_loss(values, **arguments, objective=Objective())
