@@ -1,190 +1,26 @@
 """Prompts and demonstrations: read, checked, tokenised, served in an order that can be resumed.
 
-``PromptData`` alone counts the prompts served. Leaves out rewards (columns travel along as ``rows``)
-and devices. The tokenizer is the module's (``trainer.lightning_module.tokenizer``), so that no
+``PromptData`` alone counts the prompts served. Leaves out rewards (other columns travel along as
+``rows``) and devices. The tokenizer is the module's (``trainer.lightning_module.tokenizer``), so that no
 config can name two.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gspo_lightning.rollout import PromptBatch, stream_seed
-
-READERS = (
-    ".jsonl, .json (one object a line), .parquet, or a folder written by datasets.save_to_disk"
-)
-
-
-def read_rows(key: str, path: str) -> list[dict]:
-    """Read a table as a list of rows.
-
-    Args:
-        key: The setting that names the file, for messages.
-        path: JSON lines, Parquet, or a folder written by ``datasets.Dataset.save_to_disk``.
-
-    Returns:
-        One dict per row, never empty.
-
-    Raises:
-        ValueError: If the file is missing, empty, of another kind, or has a broken row; the message
-            names key, file and line.
-    """
-    file = Path(path).expanduser()
-    if not file.exists():
-        raise ValueError(f"{key}: there is no file {path} (looked in {Path.cwd()})")
-    if file.is_dir() or file.suffix == ".parquet":
-        rows = read_with_datasets(key, file)
-    elif file.suffix in (".jsonl", ".json"):
-        rows = read_json_lines(key, file)
-    else:
-        raise ValueError(f"{key}: {path} ends in {file.suffix or 'nothing'}; expected {READERS}")
-    if not rows:
-        raise ValueError(f"{key}: {path} has no rows")
-    return rows
-
-
-def read_json_lines(key: str, file: Path) -> list[dict]:
-    rows = []
-    try:
-        with file.open(encoding="utf-8-sig") as lines:  # a byte-order mark is no part of the data
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{key}: {file}:{number}: not JSON: {error.msg}") from error
-                if not isinstance(row, dict):
-                    raise ValueError(
-                        f"{key}: {file}:{number}: expected an object like "
-                        f'{{"prompt": ...}}, got {type(row).__name__}'
-                    )
-                rows.append(row)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{key}: {file} is not UTF-8 (byte {error.start}); convert it") from error
-    return rows
-
-
-def read_with_datasets(key: str, file: Path) -> list[dict]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            f"{key}: reading {file} needs the datasets package: pip install gspo_lightning[data]"
-        ) from error
-    try:
-        if file.is_dir():
-            table = datasets.load_from_disk(str(file))
-        else:
-            table = datasets.Dataset.from_parquet(str(file), keep_in_memory=True)
-    except Exception as error:  # pyarrow and datasets raise a dozen kinds; all mean the same here
-        raise ValueError(f"{key}: cannot read {file}: {str(error).splitlines()[0]}") from error
-    if isinstance(table, datasets.DatasetDict):
-        raise ValueError(
-            f"{key}: {file} holds several splits {list(table)}; give one split's folder"
-        )
-    return list(table)
-
-
-def column(key: str, path: str, rows: list[dict], name: str) -> list[Any]:
-    """One column of all rows; a row without it is an error that names the row and what it has."""
-    for number, row in enumerate(rows, start=1):
-        if row.get(name) is None:
-            raise ValueError(
-                f"{key}: {path}: row {number} has no column {name!r}; it has {sorted(row)}"
-            )
-    return [row[name] for row in rows]
-
-
-def pad(sequences: list[list[int]], side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
-    """Stack id lists into ids (N, length) int64 and a mask (N, length) bool, True on real ids.
-
-    Padded ids are 0: no mask is ever derived from ids, so the value is free.
-
-    >>> pad([[5], [6, 7]], "left")[0].tolist()
-    [[0, 5], [6, 7]]
-    """
-    length = max(len(ids) for ids in sequences)
-    ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    mask = torch.zeros(len(sequences), length, dtype=torch.bool)
-    for i, sequence in enumerate(sequences):
-        span = slice(length - len(sequence), None) if side == "left" else slice(len(sequence))
-        ids[i, span] = torch.tensor(sequence, dtype=torch.long)
-        mask[i, span] = True
-    return ids, mask
-
-
-class ResumableStream:
-    """Batches of examples without end, in an order that is a function of (seed, pass).
-
-    Sized, because Lightning fetches one batch ahead from a loader without a length, and a batch
-    fetched ahead is lost on resume. The position moves before a batch is handed out for the same
-    reason: what was handed out counts as served.
-    """
-
-    def __init__(
-        self,
-        examples: list[Any],
-        collate: Callable[[list[Any]], Any],
-        batch_size: int,
-        num_batches: int,
-        seed: int,
-        shuffle: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.examples = examples
-        self.collate = collate
-        self.batch_size = batch_size
-        self.num_batches = num_batches
-        self.seed = seed
-        self.shuffle = shuffle
-        self.rank = rank
-        self.world_size = world_size
-        self.served = 0  # over all ranks
-        self._order: tuple[int, list[int]] = (-1, [])
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[Any]:
-        while True:
-            yield self.draw(self.batch_size)
-
-    def draw(self, count: int) -> Any:
-        """The next ``count`` examples of this rank, collated. Every rank must draw alike."""
-        start = self.served + self.rank * count
-        self.served += count * self.world_size
-        return self.collate([self._example(i) for i in range(start, start + count)])
-
-    def _example(self, position: int) -> Any:
-        epoch, offset = divmod(position, len(self.examples))
-        if not self.shuffle:
-            return self.examples[offset]
-        if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(
-                stream_seed(self.seed, epoch, 0, "data order")
-            )
-            self._order = (epoch, torch.randperm(len(self.examples), generator=generator).tolist())
-        return self.examples[self._order[1][offset]]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"served": self.served}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.served = state["served"]
+from gspo_lightning.rollout import PromptBatch
+from gspo_lightning.stream import ResumableStream, pad
+from gspo_lightning.tables import column, read_rows
 
 
 class TokenizedData(LightningDataModule):
@@ -497,8 +333,8 @@ class SFTData(TokenizedData):
             length = len(prompt_ids) + len(completion_ids)
             if not prompt_ids or length > self.max_tokens:
                 raise ValueError(
-                    f"{key}: {path}: row {number} has {len(prompt_ids)} prompt tokens and {length} in "
-                    f"all; at least 1 and at most data.max_tokens {self.max_tokens} are allowed"
+                    f"{key}: {path}: row {number} has {len(prompt_ids)} prompt tokens and {length} "
+                    f"in all; at least 1 and at most data.max_tokens {self.max_tokens} may be"
                 )
             examples.append((prompt_ids, completion_ids))
         return examples

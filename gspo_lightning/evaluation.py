@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torchmetrics import MetricCollection
 
 from gspo_lightning.metrics import PassAtK, RolloutMetrics
+from gspo_lightning.policy import Policy
 from gspo_lightning.rewards import RewardTerm, Scores, score
-from gspo_lightning.rollout import PromptBatch, Samples
-from gspo_lightning.sampling import GroupSampler
+from gspo_lightning.rollout import PromptBatch, Samples, stream_seed
+from gspo_lightning.sampling import GroupSampler, Sampler
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Evaluation:
         """Refuse a ``correct`` that names no reward term."""
         if self.correct is not None and self.correct not in terms:
             raise ValueError(
-                f"evaluation.correct is {self.correct!r}, which is no reward; there are {sorted(terms)}"
+                f"evaluation.correct is {self.correct!r}, which is no reward; "
+                f"there are {sorted(terms)}"
             )
 
     def samplers(self, max_new_tokens: int, batch_size: int | None) -> dict[str, GroupSampler]:
@@ -129,3 +132,101 @@ class Evaluator(torch.nn.Module):
         if self.settings.correct is not None:
             figures |= {name: value.item() for name, value in self.passes.compute().items()}
         return figures
+
+
+class EvaluatedModule(LightningModule):
+    """The part of a module that evaluates and predicts.
+
+    Args:
+        rewards: Reward terms by name.
+        sampler: Draws the completions of a prediction.
+        evaluation: How held-out prompts are evaluated.
+
+    Raises:
+        ValueError: If ``evaluation`` names a reward term that is not there.
+    """
+
+    tokenizer: Any
+    seed: int
+
+    def __init__(
+        self, rewards: dict[str, RewardTerm], sampler: Sampler, evaluation: Evaluation
+    ) -> None:
+        super().__init__()
+        evaluation.check_terms(rewards)
+        self.policy: Policy | None = None
+        self.rewards = rewards
+        self.sampler = sampler
+        self.evaluator = Evaluator(evaluation, rewards)
+        self.eval_samplers = evaluation.samplers(
+            sampler.max_new_tokens, getattr(sampler, "batch_size", None)
+        )
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting."""
+        self.evaluator.reset()
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Complete and score held-out prompts, with the same draws at every validation."""
+        seed = stream_seed(self.seed, batch_idx, self.global_rank, "evaluation")
+        self.evaluator.update(self.policy, batch, self.eval_samplers, seed)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log accuracies, pass@k and rewards as ``val/...``."""
+        self._log_evaluation("val")
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+
+    def on_test_epoch_end(self) -> None:
+        """Log the same figures as ``test/...``."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: str) -> None:
+        figures = {f"{stage}/{name}": value for name, value in self.evaluator.compute().items()}
+        self.log_dict(figures, logger=False, rank_zero_only=True)
+        # Lightning would log neither the evaluation before training nor its place on the axis
+        for logger in self.loggers:
+            logger.log_metrics(figures, step=self.trainer.fit_loop.total_batch_idx + 1)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Complete each prompt ``group_size`` times and score the completions."""
+        seed = stream_seed(self.seed, batch_idx, self.global_rank, "prediction")
+        samples = self.sampler.sample(self.policy, batch, seed=seed)
+        scores = score(self.rewards, samples.rows, samples.texts)
+        pairs = zip(batch.prompt_ids, batch.prompt_mask, strict=True)
+        prompts = [self.tokenizer.decode(ids[keep].tolist()) for ids, keep in pairs]
+        return describe(samples, scores, prompts)
+
+
+def describe(samples: Samples, scores: Scores, prompts: list[str]) -> list[dict[str, Any]]:
+    """Samples as plain values for JSON, one dict per prompt.
+
+    Args:
+        samples: P * G completions.
+        scores: Their rewards.
+        prompts: The prompt of each group, as text, length P.
+
+    Returns:
+        Dicts with ``prompt`` and ``completions``, each completion with text, reward, reward parts
+        (``None`` where missing), length in tokens, and whether it ended by itself.
+    """
+
+    def number(value: torch.Tensor) -> float | None:
+        return None if value.isnan() else value.item()
+
+    completions = [
+        {
+            "text": text,
+            "reward": number(scores.total[i]),
+            "parts": {name: number(part[i]) for name, part in scores.parts.items()},
+            "length": int(samples.mask[i].sum()),
+            "finished": bool(samples.finished[i]),
+        }
+        for i, text in enumerate(samples.texts)
+    ]
+    size = samples.group_size
+    return [
+        {"prompt": prompt, "completions": completions[p * size : (p + 1) * size]}
+        for p, prompt in enumerate(prompts)
+    ]

@@ -1,7 +1,7 @@
 """Frozen models: the reference policy and reward models, on a device of their own.
 
-Plain objects, not modules, so that Lightning never moves, converts, wraps, lists or saves them. Only
-(B, T) log-probs and (B,) scores leave them. Decides what the device words mean.
+Plain objects, not modules, so that Lightning never moves, converts, wraps, lists or saves them.
+Only (B, T) log-probs and (B,) scores leave them. Decides what the device words mean.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from gspo_lightning.logprobs import completion_logprobs
+from gspo_lightning.policy import PolicyConfig
 from gspo_lightning.rollout import Samples
 
 
@@ -28,7 +29,7 @@ def resolve_device(key: str, word: str, policy_device: torch.device) -> torch.de
         policy_device: Where the policy is.
 
     Raises:
-        ValueError: If the word is none of these or the device is not there. Never a silent fallback.
+        ValueError: If the word is none of these or the device is not there; nothing falls back.
     """
     if word == "policy":
         return policy_device
@@ -86,18 +87,25 @@ class ReferencePolicy:
         if self.batch_size < 1:
             raise ValueError(f"reference.batch_size must be >= 1, got {self.batch_size}")
 
-    def load(self, policy_path: str, policy_dtype: str, device: torch.device, **options: Any) -> None:
-        """Load the weights straight onto ``device``.
+    def load(self, policy: PolicyConfig, device: torch.device) -> None:
+        """Load the weights.
 
         Args:
-            policy_path: What ``path: null`` stands for.
-            policy_dtype: What ``dtype: null`` stands for.
+            policy: What ``path: null`` and ``dtype: null`` stand for.
             device: From :func:`resolve_device`.
-            **options: Passed to ``from_pretrained``.
+
+        Raises:
+            ValueError: If the policy starts from random weights, which no folder holds.
         """
-        dtype = getattr(torch, self.dtype or policy_dtype)
+        options: dict[str, Any] = {"trust_remote_code": policy.trust_remote_code}
+        if policy.attention is not None:  # other kernels would give other log-probs
+            options["attn_implementation"] = policy.attention
+        if self.path is None:
+            if policy.weights == "random":
+                raise ValueError("reference.path: a policy with random weights is in no folder")
+            options["revision"] = policy.revision
         model = AutoModelForCausalLM.from_pretrained(
-            self.path or policy_path, dtype=dtype, **options
+            self.path or policy.path, dtype=getattr(torch, self.dtype or policy.dtype), **options
         )
         self.model = freeze(model, device)
         self.fingerprint = fingerprint(self.model)
@@ -168,7 +176,7 @@ class RewardModel:
             raise ValueError(f"a reward model's batch_size must be >= 1, got {self.batch_size}")
 
     def load(self, device: torch.device) -> None:
-        """Load weights and tokenizer straight onto ``device``.
+        """Load weights and tokenizer.
 
         Raises:
             ValueError: If the model has several outputs and ``label`` does not choose one.
@@ -208,7 +216,9 @@ class RewardModel:
             for row, completion in zip(rows, completions, strict=True)
         ]
         encoded = [self.tokenizer(text)["input_ids"] for text in texts]
-        limit = getattr(self.model.config, "max_position_embeddings", None) or max(map(len, encoded))
+        limit = getattr(self.model.config, "max_position_embeddings", None) or max(
+            map(len, encoded)
+        )
         for text, ids in zip(texts, encoded, strict=True):
             if len(ids) > limit:
                 raise ValueError(
@@ -236,3 +246,67 @@ class RewardModel:
         device = next(self.model.parameters()).device
         logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         return logits[:, self.label or 0].float().tolist()
+
+
+class FrozenModels:
+    """The frozen models of a run, kept where Lightning does not look.
+
+    Args:
+        reference: The reference policy, if there is one.
+        reward_models: Reward models by the setting that holds them.
+    """
+
+    def __init__(
+        self, reference: ReferencePolicy | None, reward_models: dict[str, RewardModel]
+    ) -> None:
+        self.reference = reference
+        self.reward_models = reward_models
+
+    def load(self, policy: PolicyConfig, device: torch.device, with_reference: bool) -> None:
+        """Load every model onto the device that its setting names.
+
+        Args:
+            policy: The policy, for the reference.
+            device: Where the policy is.
+            with_reference: Evaluation needs none.
+
+        Raises:
+            ValueError: If a device is not there, before any weight is read.
+        """
+        places = {key: model.device for key, model in self.reward_models.items()}
+        if self.reference is not None and with_reference:
+            places["model.reference"] = self.reference.device
+        devices = {
+            key: resolve_device(f"{key}.device", word, device) for key, word in places.items()
+        }
+        for key, model in self.reward_models.items():
+            model.load(devices[key])
+        if self.reference is not None and with_reference:
+            self.reference.load(policy, devices["model.reference"])
+
+    def release(self) -> None:
+        """Let all weights go."""
+        for model in self.reward_models.values():
+            model.release()
+        if self.reference is not None:
+            self.reference.release()
+
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprints of the models that are loaded, by setting."""
+        models: dict[str, Any] = dict(self.reward_models)
+        if self.reference is not None:
+            models["model.reference"] = self.reference
+        return {key: model.fingerprint for key, model in models.items() if model.model is not None}
+
+    def check(self, saved: dict[str, str]) -> None:
+        """Refuse models that are not the ones whose fingerprints were saved.
+
+        Raises:
+            ValueError: Naming the setting whose model has changed.
+        """
+        for key, mark in self.fingerprints().items():
+            if saved.get(key, mark) != mark:
+                raise ValueError(
+                    f"{key}: the weights are not those that the checkpoint was made with; restore "
+                    "them, or start a new run"
+                )

@@ -39,7 +39,7 @@ def pass_at_k(num_samples: Tensor, num_correct: Tensor, k: int) -> Tensor:
         Probability in [0, 1], (P,) float64.
 
     Raises:
-        ValueError: If fewer than ``k`` completions were sampled, or ``num_correct`` is out of range.
+        ValueError: If fewer than ``k`` completions were sampled, or more were correct.
 
     Source:
         arXiv:2107.03374, section 2.1.
@@ -117,7 +117,9 @@ class RolloutMetrics(Metric):
         self.add_state("low", bound, dist_reduce_fx="min")
         self.add_state("high", -bound, dist_reduce_fx="max")
 
-    def update(self, name: str, values: Tensor | float, count: Tensor | float | None = None) -> None:
+    def update(
+        self, name: str, values: Tensor | float, count: Tensor | float | None = None
+    ) -> None:
         """Add to a mean, a total or an extreme.
 
         Args:

@@ -17,34 +17,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from gspo_lightning.advantages import flat_groups, group_advantages
-from gspo_lightning.evaluation import Evaluation, Evaluator
-from gspo_lightning.frozen import ReferencePolicy, RewardModel, resolve_device
-from gspo_lightning.kl import check_loss_kind, kl_clamped, kl_estimate
+from gspo_lightning.evaluation import EvaluatedModule, Evaluation
+from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel
+from gspo_lightning.health import Health
+from gspo_lightning.kl import check_loss_kind, kl_estimate
 from gspo_lightning.logprobs import LogProbs, completion_logprobs
-from gspo_lightning.masked import masked_mean
-from gspo_lightning.metrics import RolloutMetrics
 from gspo_lightning.objectives import (
     Objective,
-    clipped,
     importance_log_ratio,
     policy_loss,
     token_weights,
 )
 from gspo_lightning.optim import OptimizerConfig, apply_config, build_optimizer, build_schedule
-from gspo_lightning.policy import Policy, PolicyConfig, load_policy, load_tokenizer
+from gspo_lightning.policy import PolicyConfig, load_policy, load_tokenizer
 from gspo_lightning.rewards import RewardTerm, overlong_penalty, score
 from gspo_lightning.rollout import PromptBatch, Rollout, Samples, join_samples, stream_seed
 from gspo_lightning.sampling import GroupSampler, Sampler
+from gspo_lightning.tally import RolloutTally
 
-PATIENCE = 20  # rollouts without one clipped sequence before that is called suspicious
 
-
-class GSPOModule(LightningModule):
+class GSPOModule(EvaluatedModule):
     """Trains a causal language model with Group Sequence Policy Optimization.
 
     Args:
@@ -77,8 +72,6 @@ class GSPOModule(LightningModule):
         GSPO, arXiv:2507.18071.
     """
 
-    policy: Policy | None
-
     def __init__(
         self,
         policy: PolicyConfig,
@@ -103,8 +96,8 @@ class GSPOModule(LightningModule):
         drop_flat_groups: bool = False,
         max_draws: int = 4,
     ) -> None:
-        super().__init__()
         sampler = sampler or GroupSampler()
+        super().__init__(rewards, sampler, evaluation)
         for name, value in {
             "num_epochs": num_epochs,
             "num_minibatches": num_minibatches,
@@ -125,7 +118,9 @@ class GSPOModule(LightningModule):
         if not rewards:
             raise ValueError("model.rewards is empty; name at least one reward term")
         if not 0 <= kl_coef < math.inf or not math.isfinite(entropy_coef):
-            raise ValueError(f"kl_coef {kl_coef} must be >= 0 and entropy_coef {entropy_coef} finite")
+            raise ValueError(
+                f"kl_coef {kl_coef} must be >= 0 and entropy_coef {entropy_coef} finite"
+            )
         if kl_coef > 0 and reference is None:
             raise ValueError(f"kl_coef is {kl_coef} but there is no reference; set model.reference")
         if max_grad_norm is not None and not max_grad_norm > 0:
@@ -133,14 +128,10 @@ class GSPOModule(LightningModule):
         if overlong_ramp is not None:
             overlong_penalty(torch.zeros(1), sampler.max_new_tokens, overlong_ramp)
         check_loss_kind(kl_estimator)
-        evaluation.check_terms(rewards)
         self.automatic_optimization = False
         self.policy_config = policy
         self.tokenizer = load_tokenizer(policy)
-        self.policy = None
-        self.sampler = sampler
         self.objective = objective
-        self.rewards = rewards
         self.reference = reference
         self.optimizer_config = optimizer
         self.num_epochs = num_epochs
@@ -155,29 +146,21 @@ class GSPOModule(LightningModule):
         self.max_grad_norm = max_grad_norm
         self.drop_flat_groups = drop_flat_groups
         self.max_draws = max_draws
-        self.evaluator = Evaluator(evaluation, rewards)
-        self.eval_samplers = evaluation.samplers(
-            sampler.max_new_tokens, getattr(sampler, "batch_size", None)
-        )
-        terms = tuple(f"reward/{name}" for name in rewards)
-        self.metrics = RolloutMetrics(MEANS + terms, TOTALS, EXTREMES)
+        self.tally = RolloutTally(rewards)
+        self.health = Health(objective, num_epochs * num_minibatches)
+        models = {
+            f"model.rewards.{name}.fn": term.fn
+            for name, term in rewards.items()
+            if isinstance(term.fn, RewardModel)
+        }
+        self.frozen = FrozenModels(reference, models)  # no module: Lightning must not see it
         self.seconds: dict[str, float] = {}
-        self.unclipped_rollouts = 0
-        self.warned: set[str] = set()
 
     # --- Lightning's hooks around training -----------------------------------------------------
 
     def setup(self, stage: str) -> None:
         """Check what can be checked before anything is loaded, then load the frozen models."""
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything set
-        device = self.trainer.strategy.root_device
-        places = {}
-        if self.reference is not None and stage == "fit":
-            places["model.reference.device"] = self.reference
-        for name, term in self.rewards.items():
-            if isinstance(term.fn, RewardModel):
-                places[f"model.rewards.{name}.fn.device"] = term.fn
-        devices = {key: resolve_device(key, model.device, device) for key, model in places.items()}
         if stage == "fit":
             size = self.trainer.datamodule.prompts_per_rollout * self.sampler.group_size  # type: ignore[attr-defined]
             if size % self.num_minibatches:
@@ -185,22 +168,9 @@ class GSPOModule(LightningModule):
                     f"model.num_minibatches must divide the {size} completions of a rollout "
                     f"(prompts_per_rollout x group_size), got {self.num_minibatches}"
                 )
-        for key, model in places.items():
-            if isinstance(model, ReferencePolicy):
-                self._load_reference(model, devices[key])
-            else:
-                model.load(devices[key])
-
-    def _load_reference(self, reference: ReferencePolicy, device: torch.device) -> None:
-        config = self.policy_config
-        if reference.path is None and config.weights == "random":
-            raise ValueError("a policy with random weights has no start to refer to; set reference.path")
-        options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-        if config.attention is not None:
-            options["attn_implementation"] = config.attention
-        if reference.path is None:
-            options["revision"] = config.revision
-        reference.load(config.path, config.dtype, device, **options)
+            self.health.check_settings()
+        device = self.trainer.strategy.root_device
+        self.frozen.load(self.policy_config, device, with_reference=stage == "fit")
 
     def configure_model(self) -> None:
         """Load the policy, once, where Lightning wants it."""
@@ -222,15 +192,11 @@ class GSPOModule(LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Let the frozen models go."""
-        if self.reference is not None:
-            self.reference.release()
-        for term in self.rewards.values():
-            if isinstance(term.fn, RewardModel):
-                term.fn.release()
+        self.frozen.release()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what the run was made with: the seed, and the frozen models' fingerprints."""
-        checkpoint["gspo"] = {"seed": self.seed, "frozen": self._fingerprints()}
+        checkpoint["gspo"] = {"seed": self.seed, "frozen": self.frozen.fingerprints()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to continue a run with another seed or other frozen models.
@@ -248,25 +214,14 @@ class GSPOModule(LightningModule):
                 f"the checkpoint was made with seed_everything {saved['seed']}, this run has "
                 f"{self.seed}; the run would not continue but mix two"
             )
-        for name, value in self._fingerprints().items():
-            if saved["frozen"].get(name, value) != value:
-                raise ValueError(
-                    f"the {name} model is not the one the checkpoint was made with; restore its "
-                    "folder, or start a new run from the exported policy"
-                )
-
-    def _fingerprints(self) -> dict[str, str]:
-        marks = {f"reward {n}": getattr(t.fn, "fingerprint", None) for n, t in self.rewards.items()}
-        if self.reference is not None:
-            marks["reference"] = self.reference.fingerprint
-        return {name: mark for name, mark in marks.items() if mark is not None}
+        self.frozen.check(saved["frozen"])
 
     # --- one rollout ---------------------------------------------------------------------------
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Collect a rollout and update on it: the whole algorithm, once."""
         index = self.trainer.fit_loop.total_batch_idx
-        self.metrics.reset()
+        self.tally.reset()
         self.seconds = dict.fromkeys(("rollout", "score", "optimise"), 0.0)
         rollout = self.collect(batch)
         ratios = torch.ones(len(rollout))
@@ -275,8 +230,8 @@ class GSPOModule(LightningModule):
                 for step, rows in enumerate(self._minibatch_rows(rollout, epoch)):
                     on_policy = epoch == step == 0  # no step has moved the weights yet
                     ratios[rows] = self.update(rollout.select(rows), on_policy=on_policy)
-            self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
         metrics = self._report(index)
+        self.lr_schedulers().step()  # type: ignore[union-attr]
         return {
             "rollout": rollout,
             "index": index,
@@ -292,27 +247,25 @@ class GSPOModule(LightningModule):
             batch: P prompts on the policy's device.
         """
         samples, rewards, parts = self._sample_and_score(batch, draw=0)
-        drawn = len(batch)
         if self.drop_flat_groups:
-            samples, rewards, parts, drawn = self._replace_flat_groups(samples, rewards, parts)
-        self.metrics.update("rollout/prompts_drawn", drawn, 1)
+            samples, rewards, parts = self._replace_flat_groups(samples, rewards, parts)
         self._lengths = samples.mask.sum(1).cpu()
         with self._phase("score"):
             advantages = group_advantages(
                 rewards.view(-1, samples.group_size), self.advantage_kind
             ).flatten()
-            self._count_rewards(samples, rewards, parts, advantages)
+            self.tally.count_rewards(samples, rewards, parts, advantages)
             if self.truncated == "mask":
                 samples = replace(samples, mask=samples.mask & samples.finished[:, None])
-            old = self._old_logprobs(samples)
+            old, entropy = self._old_logprobs(samples)
             ref = None
             if self.reference is not None:
                 ref = self.reference.logprobs(samples, self.sampler.temperature)
-            self._count_logprobs(old, ref, samples.mask)
+            self.tally.count_logprobs(old, entropy, ref, samples.mask)
         device = samples.mask.device
         return Rollout(
             **{field.name: getattr(samples, field.name) for field in fields(Samples)},
-            old_logprobs=old.logprobs,
+            old_logprobs=old,
             ref_logprobs=ref,
             rewards=rewards.to(device),
             reward_parts={name: part.to(device) for name, part in parts.items()},
@@ -334,7 +287,7 @@ class GSPOModule(LightningModule):
             FloatingPointError: If loss or gradient is not finite; the weights are untouched.
         """
         if not self._sum_over_ranks(minibatch.mask.sum()):
-            self.metrics.update("optim/skipped_steps", 1.0)
+            self.tally.update("optim/skipped_steps", 1.0)
             return torch.ones(len(minibatch))
         weights = token_weights(
             minibatch.mask,
@@ -352,7 +305,7 @@ class GSPOModule(LightningModule):
             with optimizer.toggle_model(sync_grad=i == len(pieces) - 1):
                 ratios.append(self._backward(micro, micro_weights, on_policy, 1 / len(pieces)))
         optimizer.step()
-        self.metrics.update("optim/skipped_steps", 0.0)
+        self.tally.update("optim/skipped_steps", 0.0)
         return torch.cat(ratios)
 
     def _backward(self, micro: Rollout, weights: Tensor, on_policy: bool, share: float) -> Tensor:
@@ -362,8 +315,7 @@ class GSPOModule(LightningModule):
         counted = mask.any(1)
         if on_policy:
             noise = importance_log_ratio(logprobs.detach(), old, mask, "sequence")[counted, 0]
-            self.metrics.update("noise", noise)
-            self.metrics.update("noise squared", noise.double() ** 2)
+            self.tally.count_noise(noise)
             old = logprobs.detach()
         policy = policy_loss(logprobs, old, micro.advantages, mask, weights, self.objective)
         entropy_loss = kl_loss = policy.loss.new_zeros(())
@@ -375,19 +327,11 @@ class GSPOModule(LightningModule):
         loss = policy.loss + entropy_loss + kl_loss
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {loss.item()} (policy {policy.loss.item()}, KL {kl_loss.item()}, entropy "
-                f"{entropy_loss.item()}); no step was taken. A lower learning rate usually helps"
+                f"the loss is {loss.item()} (policy {policy.loss.item()}, KL {kl_loss.item()}, "
+                f"entropy {entropy_loss.item()}); no step was taken. A lower learning rate usually helps"
             )
         self.manual_backward(loss)
-        self.metrics.update("train/policy_loss", policy.loss, share)
-        self.metrics.update("train/entropy_loss", entropy_loss, share)
-        self.metrics.update("train/kl_loss", kl_loss, share)
-        for unit, fraction, count in (
-            ("sequences", policy.clip_fraction_sequences, counted.sum()),
-            ("tokens", policy.clip_fraction_tokens, mask.sum()),
-        ):
-            self.metrics.update(f"train/clip_fraction_{unit}", fraction.double() * count, count)
-        self.metrics.update("policy/ratio", policy.ratio[mask])
+        self.tally.count_losses(policy, entropy_loss, kl_loss, mask, share)
         return importance_log_ratio(logprobs.detach(), old, mask, "sequence")[:, 0].exp().cpu()
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -401,7 +345,7 @@ class GSPOModule(LightningModule):
                 f"the gradient's norm is {norm.item()}; no step was taken. A lower learning rate "
                 "usually helps"
             )
-        self.metrics.update("policy/grad_norm", norm)
+        self.tally.update("policy/grad_norm", norm)
 
     # --- parts of collect ----------------------------------------------------------------------
 
@@ -411,7 +355,6 @@ class GSPOModule(LightningModule):
         """Complete prompts and score them; rewards as the group statistics are to see them."""
         with self._phase("rollout"):
             samples = self.sampler.sample(self.policy, batch, seed=self._seed(f"sample/{draw}"))
-            self.metrics.update("tokens", samples.mask.sum(), 1)
         with self._phase("score"):
             rewards, parts = score(self.rewards, samples.rows, samples.texts)
             if self.overlong_ramp is not None:
@@ -419,7 +362,7 @@ class GSPOModule(LightningModule):
                 limit = self.sampler.max_new_tokens
                 parts["overlong"] = overlong_penalty(lengths, limit, self.overlong_ramp)
                 rewards = rewards + parts["overlong"]
-            self.metrics.update("reward/missing", rewards.isnan().float())
+            self.tally.count_samples(samples, rewards)
             finished = samples.finished.cpu()
             if self.truncated == "zero_reward":
                 rewards = torch.where(finished, rewards, 0.0)
@@ -429,21 +372,20 @@ class GSPOModule(LightningModule):
 
     def _replace_flat_groups(
         self, samples: Samples, rewards: Tensor, parts: dict[str, Tensor]
-    ) -> tuple[Samples, Tensor, dict[str, Tensor], int]:
-        """Draw other prompts for flat groups (DAPO's dynamic sampling), at most ``max_draws`` times.
+    ) -> tuple[Samples, Tensor, dict[str, Tensor]]:
+        """Draw other prompts for flat groups, at most ``max_draws`` times.
 
-        Every rank draws as many prompts as the neediest, so that all stay at one place in the data.
+        This is the dynamic sampling of DAPO, arXiv:2503.14476. Every rank draws as many prompts as the neediest, so that all stay at one place in the data.
         """
         size, wanted = samples.group_size, len(samples) // samples.group_size
-        drawn = wanted
         for draw in range(1, self.max_draws + 1):
             flat = flat_groups(rewards.view(-1, size))
             missing = wanted - int((~flat).sum())
-            most = int(self.all_gather(torch.tensor(missing, device=self.device)).max())
+            gathered: Any = self.all_gather(torch.tensor(missing, device=self.device))
+            most = int(gathered.max())
             if most <= 0:
                 break
             batch = self.trainer.datamodule.draw(most).to(self.device)  # type: ignore[attr-defined]
-            drawn += most
             more, more_rewards, more_parts = self._sample_and_score(batch, draw)
             samples = join_samples([samples, more])
             rewards = torch.cat([rewards, more_rewards])
@@ -453,10 +395,10 @@ class GSPOModule(LightningModule):
         groups = torch.sort(flat.int(), stable=True).indices[:wanted].sort().values
         rows = (groups[:, None] * size + torch.arange(size)).flatten()
         chosen = {name: part[rows] for name, part in parts.items()}
-        return samples.select(rows), rewards[rows], chosen, drawn
+        return samples.select(rows), rewards[rows], chosen
 
     @torch.no_grad()
-    def _old_logprobs(self, samples: Samples) -> LogProbs:
+    def _old_logprobs(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Log-probs and entropy of the sampling policy, in the very batches of the first epoch.
 
         The same rows in the same shapes through the same kernels: what differs from the update's
@@ -469,7 +411,7 @@ class GSPOModule(LightningModule):
                 result = self._logprobs(samples.select(rows), with_entropy=True)
                 rows = rows.to(logprobs.device)
                 logprobs[rows], entropy[rows] = result.logprobs, result.entropy  # type: ignore[assignment]
-        return LogProbs(logprobs, entropy)
+        return logprobs, entropy
 
     def _logprobs(self, samples: Samples, with_entropy: bool) -> LogProbs:
         return completion_logprobs(
@@ -494,79 +436,20 @@ class GSPOModule(LightningModule):
     def _sum_over_ranks(self, x: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(x, reduce_op="sum")  # type: ignore[return-value]
 
-    # --- what is logged ------------------------------------------------------------------------
-
-    def _count_rewards(
-        self, samples: Samples, rewards: Tensor, parts: dict[str, Tensor], advantages: Tensor
-    ) -> None:
-        valid = ~rewards.isnan()
-        groups = rewards.view(-1, samples.group_size)
-        flat = flat_groups(groups)
-        count = self.metrics.update
-        count("train/reward", rewards[valid])
-        count("train/relative_advantage", advantages[valid])
-        count("train/avg_response_length", self._lengths)
-        count("rollout/truncated_fraction", (~samples.finished).float())
-        count("variance", group_advantages(groups, "relative")[~groups.isnan()] ** 2)
-        if valid.any():  # flat at the best or at the worst reward of the rollout
-            means = masked_mean(groups, ~groups.isnan(), dim=1)
-            best, worst = rewards[valid].max(), rewards[valid].min()
-            count("rollout/flat_best_fraction", (flat & (means >= best - 1e-6)).float())
-            count("rollout/flat_worst_fraction", (flat & (means <= worst + 1e-6)).float())
-        for name, part in parts.items():
-            count(f"reward/{name}", part[~part.isnan()])
-
-    def _count_logprobs(self, old: LogProbs, ref: Tensor | None, mask: Tensor) -> None:
-        counted = mask.any(1)
-        self.metrics.update("policy/entropy", masked_mean(old.entropy, mask, dim=1)[counted])
-        if ref is not None:
-            kl = masked_mean(kl_estimate(old.logprobs, ref, "k3"), mask, dim=1)
-            self.metrics.update("train/kl_divergence", kl[counted])
-            clamped = kl_clamped(old.logprobs, ref) & mask
-            self.metrics.update("policy/kl_clamped_tokens", clamped.sum(), 1)
-
     def _report(self, index: int) -> dict[str, float]:
-        """Everything logged of a rollout, by full name, the same on every rank."""
-        metrics = self.metrics.compute()
-        metrics["reward/group_std"] = math.sqrt(metrics.pop("variance", 0.0))
-        if "noise" in metrics:
-            variance = metrics.pop("noise squared") - metrics.pop("noise") ** 2
-            metrics["policy/ratio_noise"] = math.sqrt(max(variance, 0.0))
-            metrics["policy/clip_range"] = min(self.objective.clip_low, self.objective.clip_high)
+        """Log every number of the rollout; they are the same on every rank."""
+        figures = self.tally.compute()
         if self.reference is not None:
-            metrics["train/kl_coef"] = self.kl_coef
-        metrics |= {f"time/{name}": seconds for name, seconds in self.seconds.items()}
-        metrics["time/tokens_per_second"] = metrics.pop("tokens") / max(self.seconds["rollout"], 1e-9)
-        metrics["optim/learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        for logger in self.loggers:  # at once, so that a stop right behind this loses no point
-            logger.log_metrics(metrics, step=index)
-        self.log_dict(metrics, logger=False)  # for callbacks that monitor
-        self._watch(metrics)
-        return metrics
-
-    def _watch(self, metrics: dict[str, float]) -> None:
-        """Say once what makes a run useless without stopping it."""
-        noise, width = metrics.get("policy/ratio_noise", 0.0), metrics.get("policy/clip_range", 1.0)
-        if noise > width / 3:
-            self._warn_once(
-                f"the log-ratio carries noise of {noise:.1e} (standard deviation), more than a third "
-                f"of the clip range {width:.1e}; train with policy.dtype float32, or widen the clip range"
-            )
-        clipped = metrics.get("train/clip_fraction_sequences", 1.0)
-        self.unclipped_rollouts = 0 if clipped > 0 else self.unclipped_rollouts + 1
-        steps = self.num_epochs * self.num_minibatches
-        if steps > 1 and self.unclipped_rollouts == PATIENCE:
-            self._warn_once(
-                f"nothing was clipped for {PATIENCE} rollouts of {steps} steps: the clip range "
-                f"[{self.objective.clip_low}, {self.objective.clip_high}] does nothing here. A "
-                "sequence ratio stays close to 1; try 3e-4 and 4e-4"
-            )
-
-    def _warn_once(self, message: str) -> None:
-        kind = message[:20]
-        if kind not in self.warned:
-            self.warned.add(kind)
-            rank_zero_warn(message)
+            figures["train/kl_coef"] = self.kl_coef  # the one that was used
+        figures |= {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+        figures["time/tokens_per_second"] = figures["rollout/tokens"] / self.seconds["rollout"]
+        figures["policy/clip_range"] = self.health.width
+        figures["optim/learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        for logger in self.loggers:  # at once: a stop right behind this loses no point
+            logger.log_metrics(figures, step=index)
+        self.log_dict(figures, logger=False)  # for callbacks that monitor
+        self.health.check(figures)
+        return figures
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -580,90 +463,6 @@ class GSPOModule(LightningModule):
             torch.cuda.synchronize(self.device)  # or the next phase would pay for this one
         self.seconds[name] += time.perf_counter() - start
 
-    # --- evaluation, prediction, export --------------------------------------------------------
-
-    def on_validation_epoch_start(self) -> None:
-        """Start counting."""
-        self.evaluator.reset()
-
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Complete and score held-out prompts, with the same draws at every validation."""
-        seed = stream_seed(self.seed, batch_idx, self.global_rank, "evaluation")
-        self.evaluator.update(self.policy, batch, self.eval_samplers, seed)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log accuracies, pass@k and rewards as ``val/...``."""
-        self._log_evaluation("val")
-
-    on_test_epoch_start = on_validation_epoch_start
-    test_step = validation_step
-
-    def on_test_epoch_end(self) -> None:
-        """Log the same figures as ``test/...``."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, stage: str) -> None:
-        figures = {f"{stage}/{name}": value for name, value in self.evaluator.compute().items()}
-        self.log_dict(figures, rank_zero_only=True)
-
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Complete each prompt ``group_size`` times and score the completions."""
-        seed = stream_seed(self.seed, batch_idx, self.global_rank, "prediction")
-        samples = self.sampler.sample(self.policy, batch, seed=seed)
-        scores = score(self.rewards, samples.rows, samples.texts)
-        size = samples.group_size
-        return [
-            {
-                "prompt": self.tokenizer.decode(ids[keep].tolist()),
-                "completions": [
-                    {
-                        "text": samples.texts[i],
-                        "reward": number(scores.total[i]),
-                        "parts": {name: number(part[i]) for name, part in scores.parts.items()},
-                        "length": int(samples.mask[i].sum()),
-                        "finished": bool(samples.finished[i]),
-                    }
-                    for i in range(p * size, (p + 1) * size)
-                ],
-            }
-            for p, (ids, keep) in enumerate(zip(batch.prompt_ids, batch.prompt_mask, strict=True))
-        ]
-
     def export(self, path: str | Path) -> None:
         """Write the policy as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
         self.policy.export(path)  # type: ignore[union-attr]
-
-
-def number(value: Tensor) -> float | None:
-    """A reward for JSON, which has no NaN."""
-    return None if value.isnan() else value.item()
-
-
-MEANS = (
-    "train/policy_loss",
-    "train/entropy_loss",
-    "train/kl_loss",
-    "train/reward",
-    "train/relative_advantage",
-    "train/kl_divergence",
-    "train/avg_response_length",
-    "train/clip_fraction_sequences",
-    "train/clip_fraction_tokens",
-    "policy/entropy",
-    "policy/grad_norm",
-    "noise",
-    "noise squared",
-    "variance",
-    "rollout/truncated_fraction",
-    "rollout/flat_best_fraction",
-    "rollout/flat_worst_fraction",
-    "reward/overlong",
-)
-TOTALS = (
-    "reward/missing",
-    "rollout/prompts_drawn",
-    "optim/skipped_steps",
-    "policy/kl_clamped_tokens",
-    "tokens",
-)
-EXTREMES = ("policy/ratio",)

@@ -1,7 +1,7 @@
 """Optimizer and learning-rate schedule: AdamW with decay groups, warm-up and decay.
 
-The unit of a schedule is whatever its owner steps it in: rollouts in ``GSPOModule``, optimizer steps
-in ``SFTModule``. Leaves out clipping, which the modules do.
+The unit of a schedule is whatever its owner steps it in: rollouts in ``GSPOModule``, optimizer
+steps in ``SFTModule``. Leaves out clipping, which the modules do.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> AdamW:
     embeddings = {
         id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)
     }  # a tied head is the same tensor, so it is in here too
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
             matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
@@ -97,8 +98,8 @@ def learning_rate_factor(config: OptimizerConfig, total: int | None) -> Callable
     """
     if config.schedule != "constant" and total is None:
         raise ValueError(
-            f"optimizer.schedule {config.schedule} needs the length of the run; set data.num_rollouts "
-            "(or data.num_steps), or use constant"
+            f"optimizer.schedule {config.schedule} needs the length of the run; set "
+            "data.num_rollouts (or data.num_steps), or use constant"
         )
 
     def factor(step: int) -> float:

@@ -88,7 +88,7 @@ class Policy(nn.Module):
         disable_dropout(model)
 
     def export(self, path: str | Path) -> None:
-        """Write a folder that ``AutoModelForCausalLM.from_pretrained`` loads, tokenizer included."""
+        """Write model and tokenizer as a folder that ``from_pretrained`` loads."""
         self.model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
 
@@ -122,7 +122,7 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
     if tokenizer is None:
         tokenizer = load_tokenizer(config)
     dtype = DTYPES[config.dtype]
-    options = {"trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.attention is not None:
         options["attn_implementation"] = config.attention
     try:
@@ -160,7 +160,7 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ValueError(
-            f"policy.path: the tokenizer has {len(tokenizer)} ids but the model embeds only {rows}; "
+            f"policy.path: the tokenizer has {len(tokenizer)} ids, the model embeds {rows}; "
             "model and tokenizer do not belong together"
         )
 

@@ -80,7 +80,9 @@ def score(terms: Mapping[str, RewardTerm], rows: list[dict], completions: list[s
         try:
             numbers = [math.nan if value is None else float(value) for value in values]
         except (TypeError, ValueError) as error:
-            raise ValueError(f"reward {name!r} gave something that is no number: {error}") from error
+            raise ValueError(
+                f"reward {name!r} gave something that is no number: {error}"
+            ) from error
         part = torch.tensor(numbers, dtype=torch.float64)
         if part.isinf().any():
             i = int(part.isinf().nonzero()[0])
@@ -118,7 +120,9 @@ class MarkedAnswer:
                     f"the row with prompt {str(row.get('prompt'))[:60]!r} has no column "
                     f"{self.column!r} to compare with; it has {sorted(row)}"
                 )
-            _, found, answer = completion.rpartition(self.marker) if self.marker else ("", "x", completion)
+            _, found, answer = (
+                completion.rpartition(self.marker) if self.marker else ("", "x", completion)
+            )
             rewards.append(float(bool(found) and answer.strip() == str(row[self.column]).strip()))
         return rewards
 

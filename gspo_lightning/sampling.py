@@ -19,7 +19,9 @@ COMPACT_BELOW = 7 / 8  # share of running rows under which finished rows leave t
 
 
 class Sampler(Protocol):
-    """Anything that completes prompts. ``policy`` has ``model``, ``tokenizer``, ``eos_ids``, ``pad_id``.
+    """Anything that completes prompts.
+
+    ``policy`` has ``model``, ``tokenizer``, ``eos_ids`` and ``pad_id``.
 
     Attributes:
         group_size: G, completions per prompt.

@@ -1,0 +1,93 @@
+"""Batches in an order that can be resumed.
+
+Decides the order of the examples and counts how many were served. Leaves out what an example is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.rollout import stream_seed
+
+
+def pad(sequences: list[list[int]], side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
+    """Stack id lists into ids (N, length) int64 and a mask (N, length) bool, True on real ids.
+
+    Padded ids are 0: no mask is ever derived from ids, so the value is free.
+
+    >>> pad([[5], [6, 7]], "left")[0].tolist()
+    [[0, 5], [6, 7]]
+    """
+    length = max(len(ids) for ids in sequences)
+    ids = torch.zeros(len(sequences), length, dtype=torch.long)
+    mask = torch.zeros(len(sequences), length, dtype=torch.bool)
+    for i, sequence in enumerate(sequences):
+        span = slice(length - len(sequence), None) if side == "left" else slice(len(sequence))
+        ids[i, span] = torch.tensor(sequence, dtype=torch.long)
+        mask[i, span] = True
+    return ids, mask
+
+
+class ResumableStream:
+    """Batches of examples without end, in an order that is a function of (seed, pass).
+
+    Sized, because Lightning fetches one batch ahead from a loader without a length, and a batch
+    fetched ahead is lost on resume. The position moves before a batch is handed out for the same
+    reason: what was handed out counts as served.
+    """
+
+    def __init__(
+        self,
+        examples: list[Any],
+        collate: Callable[[list[Any]], Any],
+        batch_size: int,
+        num_batches: int,
+        seed: int,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.examples = examples
+        self.collate = collate
+        self.batch_size = batch_size
+        self.num_batches = num_batches
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world_size = world_size
+        self.served = 0  # over all ranks
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield self.draw(self.batch_size)
+
+    def draw(self, count: int) -> Any:
+        """The next ``count`` examples of this rank, collated. Every rank must draw alike."""
+        start = self.served + self.rank * count
+        self.served += count * self.world_size
+        return self.collate([self._example(i) for i in range(start, start + count)])
+
+    def _example(self, position: int) -> Any:
+        epoch, offset = divmod(position, len(self.examples))
+        if not self.shuffle:
+            return self.examples[offset]
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(
+                stream_seed(self.seed, epoch, 0, "data order")
+            )
+            self._order = (epoch, torch.randperm(len(self.examples), generator=generator).tolist())
+        return self.examples[self._order[1][offset]]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"served": self.served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.served = state["served"]

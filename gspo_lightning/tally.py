@@ -1,0 +1,144 @@
+"""What is counted of a rollout, and under which name it is logged.
+
+A metric is defined here, by its expression. Means are over sequences (or tokens, where the name
+says so) of all mini-batches and ranks. Leaves out when to count and where the numbers go.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from gspo_lightning.advantages import flat_groups, group_advantages
+from gspo_lightning.kl import kl_clamped, kl_estimate
+from gspo_lightning.masked import masked_mean
+from gspo_lightning.metrics import RolloutMetrics
+from gspo_lightning.objectives import PolicyLoss
+from gspo_lightning.rollout import Samples
+
+MEANS = (
+    "train/policy_loss",
+    "train/entropy_loss",
+    "train/kl_loss",
+    "train/reward",
+    "train/relative_advantage",
+    "train/kl_divergence",
+    "train/avg_response_length",
+    "train/clip_fraction_sequences",
+    "train/clip_fraction_tokens",
+    "policy/entropy",
+    "policy/grad_norm",
+    "rollout/truncated_fraction",
+    "rollout/flat_best_fraction",
+    "rollout/flat_worst_fraction",
+    "reward/overlong",
+    "group variance",
+    "noise",
+    "noise squared",
+)
+TOTALS = (
+    "reward/missing",
+    "rollout/prompts_drawn",
+    "rollout/tokens",
+    "optim/skipped_steps",
+    "policy/kl_clamped_tokens",
+)
+
+
+class RolloutTally(RolloutMetrics):
+    """Adds up what is logged of one rollout.
+
+    Args:
+        terms: Names of the reward terms.
+    """
+
+    def __init__(self, terms: Iterable[str]) -> None:
+        super().__init__((*MEANS, *(f"reward/{name}" for name in terms)), TOTALS, ("policy/ratio",))
+
+    def count_samples(self, samples: Samples, rewards: Tensor) -> None:
+        """Count completions as drawn, kept or not."""
+        self.update("rollout/prompts_drawn", len(samples) // samples.group_size, 1)
+        self.update("rollout/tokens", samples.mask.sum(), 1)
+        self.update("reward/missing", rewards.isnan().sum(), 1)
+
+    def count_rewards(
+        self, samples: Samples, rewards: Tensor, parts: dict[str, Tensor], advantages: Tensor
+    ) -> None:
+        """Count what the update will learn from.
+
+        Args:
+            samples: B completions.
+            rewards: As the group statistics see them, NaN where missing, (B,).
+            parts: Reward terms, raw, (B,) each.
+            advantages: (B,).
+        """
+        valid = ~rewards.isnan()
+        groups = rewards.view(-1, samples.group_size)
+        self.update("train/reward", rewards[valid])
+        self.update("train/relative_advantage", advantages[valid])
+        self.update("train/avg_response_length", samples.mask.sum(1))
+        self.update("rollout/truncated_fraction", (~samples.finished).float())
+        self.update("group variance", group_advantages(groups, "relative").flatten()[valid] ** 2)
+        if (
+            valid.any()
+        ):  # a flat group at the rollout's best reward is solved, at its worst hopeless
+            flat = flat_groups(groups)
+            means = masked_mean(groups, ~groups.isnan(), dim=1)
+            best, worst = rewards[valid].max(), rewards[valid].min()
+            self.update("rollout/flat_best_fraction", (flat & (means >= best - 1e-6)).float())
+            self.update("rollout/flat_worst_fraction", (flat & (means <= worst + 1e-6)).float())
+        for name, part in parts.items():
+            self.update(f"reward/{name}", part[~part.isnan()])
+
+    def count_logprobs(
+        self, old: Tensor, entropy: Tensor, ref: Tensor | None, mask: Tensor
+    ) -> None:
+        """Count entropy and KL of the sampling policy; each a mean per sequence, then over them.
+
+        Args:
+            old: Log-probs of the policy that sampled, nats, (B, T).
+            entropy: Its entropy, nats, (B, T).
+            ref: Log-probs of the reference, nats, (B, T), or ``None``.
+            mask: Tokens that count, (B, T) bool.
+        """
+        counted = mask.any(1)
+        self.update("policy/entropy", masked_mean(entropy, mask, dim=1)[counted])
+        if ref is not None:
+            kl = masked_mean(kl_estimate(old, ref, "k3"), mask, dim=1)
+            self.update("train/kl_divergence", kl[counted])
+            self.update("policy/kl_clamped_tokens", (kl_clamped(old, ref) & mask).sum(), 1)
+
+    def count_losses(
+        self, policy: PolicyLoss, entropy: Tensor, kl: Tensor, mask: Tensor, share: float
+    ) -> None:
+        """Count the losses of a micro-batch that is ``share`` of an optimizer step."""
+        self.update("train/policy_loss", policy.loss, share)
+        self.update("train/entropy_loss", entropy, share)
+        self.update("train/kl_loss", kl, share)
+        sequences, tokens = mask.any(1).sum(), mask.sum()
+        self.update(
+            "train/clip_fraction_sequences",
+            policy.clip_fraction_sequences.double() * sequences,
+            sequences,
+        )
+        self.update(
+            "train/clip_fraction_tokens", policy.clip_fraction_tokens.double() * tokens, tokens
+        )
+        self.update("policy/ratio", policy.ratio[mask])
+
+    def count_noise(self, log_ratio: Tensor) -> None:
+        """Count what log-ratios are although no weight has moved: noise, (B,)."""
+        self.update("noise", log_ratio)
+        self.update("noise squared", log_ratio.double() ** 2)
+
+    def compute(self) -> dict[str, float]:
+        """Every number of the rollout by its full name; one that does not apply is absent."""
+        figures = super().compute()
+        if "group variance" in figures:
+            figures["reward/group_std"] = math.sqrt(figures.pop("group variance"))
+        if "noise" in figures:
+            variance = figures.pop("noise squared") - figures.pop("noise") ** 2
+            figures["policy/ratio_noise"] = math.sqrt(max(variance, 0.0))
+        return figures
