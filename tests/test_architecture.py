@@ -1,0 +1,128 @@
+"""Who may import whom, read from the source; the maths stays pure."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "gspo_lightning"
+
+MATHS = {"masked", "objectives", "advantages", "kl", "logprobs", "rollout"}
+# file: the files of this package it may import, in an order in which each knows only those above
+MAY_IMPORT = {
+    "masked": set(),
+    "rollout": set(),
+    "kl": {"masked"},
+    "logprobs": {"masked"},
+    "advantages": {"masked"},
+    "objectives": {"masked"},
+    "optim": set(),
+    "policy": set(),
+    "tables": set(),
+    "plan": set(),
+    "cli": set(),
+    "checkpoint": set(),
+    "rewards": set(),
+    "metrics": {"masked"},
+    "stream": {"rollout"},
+    "data": {"rollout", "stream", "tables"},
+    "sampling": {"rollout"},
+    "vllm_sampler": {"sampling", "rollout"},
+    "frozen": {"logprobs", "policy", "rollout"},
+    "health": {"objectives"},
+    "report": {"metrics"},
+    "tally": {"advantages", "kl", "masked", "metrics", "objectives", "rollout"},
+    "callbacks": {"kl", "metrics", "policy", "report", "rollout"},
+    "progress": {"callbacks", "kl", "metrics", "plan", "policy", "rollout"},
+    "evaluation": {"metrics", "policy", "rewards", "rollout", "sampling"},
+    "sft": {"logprobs", "masked", "optim", "policy"},
+    "reward_model": {"masked", "optim", "policy"},
+    "module": {
+        *("advantages", "kl", "logprobs", "masked", "objectives", "rollout"),
+        *("evaluation", "frozen", "health", "metrics", "optim", "policy", "rewards", "sampling"),
+        "tally",
+    },
+    "bench": {"data", "module"},
+    "compare": {"data", "module"},
+}
+# where Lightning is the shell; everything else runs without it
+SHELL = {
+    *("data", "module", "sft", "reward_model", "evaluation", "callbacks", "progress"),
+    *("checkpoint", "health", "cli", "bench", "compare"),
+}
+FILES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """All modules a file imports, with full names, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def siblings(path: Path) -> set[str]:
+    """The files of this package that a file imports."""
+    parts = [name.split(".") for name in imports(path)]
+    return {part[1] for part in parts if part[0] == "gspo_lightning" and len(part) > 1}
+
+
+def top_level(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_imports_only_what_it_may(path):
+    assert path.stem in MAY_IMPORT, f"say in MAY_IMPORT what {path.name} may import"
+    assert siblings(path) <= MAY_IMPORT[path.stem]
+
+
+def test_the_allowed_imports_have_no_cycle():
+    above = set()
+    for name, allowed in MAY_IMPORT.items():
+        assert allowed <= above, name
+        above.add(name)
+
+
+@pytest.mark.parametrize("name", sorted(MATHS | {"optim"}))
+def test_the_maths_imports_torch_and_the_standard_library_only(name):
+    outside = top_level(PACKAGE / f"{name}.py") - sys.stdlib_module_names - {"gspo_lightning"}
+    assert outside <= {"torch"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_lightning_stays_in_the_shell(path):
+    assert path.stem in SHELL or not top_level(path) & {"lightning", "pytorch_lightning"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_file_needs_a_peer(path):
+    assert not top_level(path) & {"trl", "accelerate", "verl"}
+
+
+def test_train_leaves_the_algorithm_to_the_package():
+    assert siblings(ROOT / "train.py") <= {"checkpoint", "cli", "plan", "progress"}
+
+
+def test_gradients_are_made_by_manual_backward_alone():
+    """``loss.backward()`` would go past the precision plugin and the strategy."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            assert not (called and node.func.attr == "backward"), f"{path.name}:{node.lineno}"
+
+
+def test_no_file_has_a_name_that_says_nothing():
+    forbidden = {"utils", "types", "constants", "registry", "base"}
+    for folder in (ROOT, PACKAGE, ROOT / "tests"):
+        assert not forbidden & {path.stem for path in folder.glob("*.py")}
+
+
+def test_the_package_is_flat():
+    assert not [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE]
