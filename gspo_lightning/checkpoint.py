@@ -156,7 +156,6 @@ class RolloutCheckpoint(Checkpoint):
         self._awaits_validation = False
         self._saving = False
         self._resumed = False
-        self._configured: list[dict[str, Any]] = []
 
     # ---- saving ---------------------------------------------------------------------------------
 
@@ -194,6 +193,8 @@ class RolloutCheckpoint(Checkpoint):
         checkpoint["rollouts"] = progress["total"]["ready"]
 
     def _is_due(self, trainer: Trainer) -> bool:
+        if trainer.fast_dev_run:  # a rehearsal leaves no files, as everywhere in Lightning
+            return False
         if self.save_at_end and (
             trainer.is_last_batch
             or trainer.should_stop
@@ -226,15 +227,10 @@ class RolloutCheckpoint(Checkpoint):
         checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the configured optimizer settings before a checkpoint's are loaded over them."""
-        self._configured = [
-            {key: value for key, value in group.items() if key != "params"}
-            for optimizer in trainer.optimizers
-            for group in optimizer.param_groups
-        ]
+        """Remove what a kill in the middle of a save left behind."""
         folder = Path(trainer.default_root_dir, FOLDER)
         if trainer.is_global_zero and folder.is_dir():
-            for path in folder.iterdir():  # what a kill in the middle of a save left behind
+            for path in folder.iterdir():
                 if _TEMPORARY.fullmatch(path.name):
                     path.unlink(missing_ok=True)
 
@@ -252,7 +248,6 @@ class RolloutCheckpoint(Checkpoint):
             fit_loop.epoch_progress.increment_completed()
             # Without this the next epoch counts as the rest of this one.
             fit_loop.reset_restart_stage()
-        _configuration_wins(trainer, self._configured)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
@@ -270,25 +265,6 @@ def _validation_follows(trainer: Trainer) -> bool:
         return False
     # Lightning skips a validation without batches, and with it the hook that would save.
     return sum(trainer.num_val_batches) > 0 or trainer.val_dataloaders is None
-
-
-def _configuration_wins(trainer: Trainer, configured: list[dict[str, Any]]) -> None:
-    """Put the configured optimizer settings back over those that came out of the checkpoint.
-
-    A schedule has multiplied `initial_lr` into `lr`, so `lr` is scaled rather than replaced.
-    """
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    for group, wanted in zip(groups, configured, strict=True):
-        scale = 1.0
-        if group.get("initial_lr"):
-            scale = wanted["initial_lr"] / group["initial_lr"]
-        lr = group["lr"] * scale if "initial_lr" in group else wanted["lr"]
-        group.update(wanted)
-        group["lr"] = lr
-    for config in trainer.lr_scheduler_configs:
-        scheduler = config.scheduler
-        if hasattr(scheduler, "base_lrs"):
-            scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
 
 
 def _purge_points(logger: TensorBoardLogger, first_step: int) -> None:

@@ -167,3 +167,15 @@ class Stopper(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.fit_loop.total_batch_idx + 1 == self.after:
             trainer.should_stop = True
+
+
+class SavesHyperparameters(DummyModule):
+    def __init__(self, learning_rate: float = 0.01):
+        super().__init__(learning_rate)
+        self.save_hyperparameters()
+
+
+class Other(DummyModule):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(2, 1)

@@ -1,0 +1,366 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402  - the script lies in the root of the repository, not in a package
+
+DUMMY = """
+seed_everything: 0
+trainer:
+  accelerator: cpu
+  enable_progress_bar: false
+  val_check_interval: 3
+  callbacks: [{class_path: gspo_lightning.RolloutCheckpoint, init_args: {every_n_rollouts: 2}}]
+model: {class_path: dummies.DummyModule}
+data: {class_path: dummies.DummyData, init_args: {num_rollouts: 6}}
+"""
+REAL = """
+model:
+  class_path: gspo_lightning.GSPOModule
+  init_args:
+    policy: {path: policy}
+    sampler: {class_path: gspo_lightning.GroupSampler, init_args: {group_size: 4}}
+    rewards:
+      correct: {fn: {class_path: gspo_lightning.rewards.MarkedAnswer}, weight: 2.0}
+data: {class_path: gspo_lightning.PromptData, init_args: {path: prompts.jsonl}}
+"""
+
+
+def meant(wrong, right):
+    return f"unknown key `{wrong}`, did you mean `{right}`?"
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GSPO_TRACEBACK", raising=False)
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    Path("dummy.yaml").write_text(DUMMY)
+    Path("real.yaml").write_text(REAL)
+
+
+def run(capsys, command):
+    """Exit code and the two streams of one command."""
+    code = train.main(command.split())
+    return code, *capsys.readouterr()
+
+
+def refused(capsys, command):
+    """The one line with which a command is refused."""
+    code, out, err = run(capsys, command)
+    assert (code, out) == (2, ""), err
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    return err[len("error: ") : -1]
+
+
+def checkpoints(folder="runs/default"):
+    return sorted(os.listdir(Path(folder, "checkpoints")))
+
+
+# ---- mistakes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ("--trainer.max_epoch 3", meant("trainer.max_epoch", "trainer.max_epochs")),
+        ("--trainer.max_epoch=3", meant("trainer.max_epoch", "trainer.max_epochs")),
+        ("--modl.kl_coef 3", meant("modl.kl_coef", "model")),
+        ("--model.sampler.group_sze 3", "model.sampler: " + meant("group_sze", "group_size")),
+        (
+            "--model.init_args.sampler.init_args.group_sze 3",
+            "model.sampler: " + meant("group_sze", "group_size"),
+        ),
+        (
+            "--model.optimizer.learning_rat 3",  # the beginning of a name is not the name
+            "model: " + meant("optimizer.learning_rat", "optimizer.learning_rate"),
+        ),
+        ("--model.num_epoch 3", "model: " + meant("num_epoch", "num_epochs")),
+        ("--data.paths 3", "data: " + meant("paths", "path")),
+        ("--model.num_epochs 1.5", "model.num_epochs: expected int, got 1.5"),
+        (
+            "--model.optimizer.learning_rate low",
+            "model.optimizer.learning_rate: expected float, got low",
+        ),
+        ("--trainer.max_epochs three", "trainer.max_epochs: expected int, got three"),
+        (
+            "--model.kl_estimator k4",
+            "model.kl_estimator: expected one of k2, k3, got k4",
+        ),
+        (
+            "--model.truncated zero_rewrd",
+            "model.truncated: expected one of keep, mask, zero_reward, got zero_rewrd, "
+            "did you mean `zero_reward`?",
+        ),
+        (
+            "--model gspo_lightning.GSPOModul",
+            "model: there is no GSPOModul in gspo_lightning, did you mean `GSPOModule`?",
+        ),
+        (
+            "--model gspo_lightnin.GSPOModule",
+            "model: there is no module gspo_lightnin, did you mean `gspo_lightning`?",
+        ),
+        (
+            "--model.sampler GroupSamper",
+            "model.sampler: there is no class GroupSamper, did you mean `GroupS",
+        ),
+        (
+            "--trainer.callbacks+=gspo_lightning.AdaptivKL",
+            "trainer.callbacks: there is no AdaptivKL in gspo_lightning, did you mean `Adap",
+        ),
+        ("--config missing.yaml", "config: File does not exist"),
+        ("word", "unexpected argument `word`"),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_names_the_right_one(capsys, option, line):
+    assert refused(capsys, f"fit --config real.yaml {option}").startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("trainer: {max_epoch: 3}", meant("trainer.max_epoch", "trainer.max_epochs")),
+        ("modl: {num_epochs: 3}", meant("modl.num_epochs", "model")),
+        (
+            "model: {init_args: {optimizer: {learning_rat: 3}}}",
+            "model.optimizer: " + meant("learning_rat", "learning_rate"),
+        ),
+        (
+            "model: {init_args: {sampler: {init_args: {group_sze: 3}}}}",
+            "model.sampler: " + meant("group_sze", "group_size"),
+        ),
+        (
+            "model: {init_args: {rewards: {a: {fn: gspo_lightning.rewards.Marked, wieght: 3}}}}",
+            "model.rewards: " + meant("wieght", "weight"),
+        ),
+        (
+            "model: {init_args: {rewards: {a: {fn: {class_path: gspo_lightning.rewards."
+            "MarkedAnswer, init_args: {markr: x}}}}}}",
+            "model.rewards.fn: " + meant("markr", "marker"),
+        ),
+        (
+            "model: {init_args: {objective: {ratio: token_}}}",
+            "model.objective.ratio: expected one of",
+        ),
+        ("model: [", "config: overlay.yaml:1: "),
+    ],
+)
+def test_a_wrong_key_in_an_overlay_is_one_line_that_names_the_right_one(capsys, text, line):
+    Path("overlay.yaml").write_text(text)
+    assert refused(capsys, "fit --config real.yaml --config overlay.yaml").startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("", "no command; try python train.py fit --config"),
+        ("ft", "unknown command `ft`; there are fit, validate, test, predict"),
+        ("fit", "fit.data, fit.model missing; give a config"),
+        ("fit DUMMY --model.learning_rate -1", "learning_rate must be above 0, got -1.0"),
+        ("fit DUMMY --model dummies.SetupFails", "reference.device: cuda:1 is not there"),
+        ("fit DUMMY --trainer.accelerator cuda", "`CUDAAccelerator` can not run"),
+        ("fit DUMMY --trainer.val_check_interval 7", "`val_check_interval` (7) must be"),
+        ("fit DUMMY --trainer.strategy fsdp", "trainer.strategy: FSDP cannot"),
+        ("fit DUMMY --trainer.strategy FSDPStrategy", "trainer.strategy"),
+        ("fit DUMMY --trainer.strategy deepspeed_stage_2", "trainer.strategy: DeepSpeed"),
+        ("fit DUMMY --trainer.precision 16-mixed", "trainer.precision 16-mixed"),
+        ("fit DUMMY --trainer.precision 16", "trainer.precision 16-mixed"),
+        (
+            "fit DUMMY --trainer.gradient_clip_val 1",
+            "trainer.gradient_clip_val: the module clips; set model.init_args.max_g",
+        ),
+        (
+            "fit DUMMY --trainer.accumulate_grad_batches 2",
+            "trainer.accumulate_grad_batches: the module splits its mini-batches itself; set model."
+            "init_args.micro_batch_size",
+        ),
+        ("fit DUMMY --ckpt_path last", "ckpt_path: no checkpoint in runs/default/checkpoints"),
+        ("validate DUMMY --ckpt_path last", "ckpt_path: no checkpoint in"),
+        ("predict DUMMY --ckpt_path nowhere.ckpt", "ckpt_path: no file nowhere.ckpt"),
+        ("fit DUMMY --ckpt_path best", "ckpt_path `best` does not exist here"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(capsys, command, line):
+    command = command.replace("DUMMY", "--config dummy.yaml")
+    assert refused(capsys, command).startswith(line)
+
+
+def test_a_refused_run_leaves_no_trace_that_hinders_the_next(capsys):
+    refused(capsys, "fit --config dummy.yaml --model dummies.SetupFails")
+    code, _, err = run(capsys, "fit --config dummy.yaml")
+    assert (code, err) == (0, "")
+
+
+def test_a_traceback_can_be_asked_for(capsys, monkeypatch):
+    monkeypatch.setenv("GSPO_TRACEBACK", "1")
+    code, _, err = run(capsys, "fit --config dummy.yaml --model.learning_rate -1")
+    assert code == 2
+    assert "Traceback" in err and err.endswith("error: learning_rate must be above 0, got -1.0\n")
+
+
+def test_a_crash_in_training_shows_where_and_how_to_go_on(capsys):
+    code, _, err = run(capsys, "fit --config dummy.yaml --model.fail_at 3 --ckpt_path=auto")
+    assert code == 1
+    *trace, error, go_on = err.splitlines()
+    assert trace[0].startswith("Traceback") and error == "RuntimeError: the reward function broke"
+    assert go_on == (
+        "last checkpoint runs/default/checkpoints/rollout=000002.ckpt; continue with: "
+        "python train.py fit --config dummy.yaml --model.fail_at 3 --ckpt_path last"
+    )
+
+
+def test_an_interrupt_is_one_line_that_says_how_to_go_on(capsys):
+    import signal
+
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        code, _, err = run(capsys, "fit --config dummy.yaml --model.interrupt_at 2")
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
+    assert code == 130
+    assert err == (
+        "interrupted; last checkpoint runs/default/checkpoints/rollout=000002.ckpt; continue with: "
+        "python train.py fit --config dummy.yaml --model.interrupt_at 2 --ckpt_path last\n"
+    )
+
+
+# ---- the run folder ------------------------------------------------------------------------------
+
+
+def test_a_run_is_quiet_and_leaves_config_events_and_checkpoints(capsys):
+    assert run(capsys, "fit --config dummy.yaml") == (0, "", "")
+    assert checkpoints() == [f"rollout=00000{n}.ckpt" for n in (2, 4, 6)]
+    assert any(name.startswith("events.out.tfevents") for name in os.listdir("runs/default"))
+    saved = yaml.safe_load(Path("runs/default/config.yaml").read_text())
+    assert saved["data"]["init_args"]["num_rollouts"] == 6
+
+
+def test_the_saved_config_runs_by_itself(capsys):
+    run(capsys, "fit --config dummy.yaml")
+    command = "fit --config runs/default/config.yaml --trainer.default_root_dir runs/again"
+    assert run(capsys, command) == (0, "", "")
+    assert checkpoints("runs/again") == checkpoints()
+
+
+def test_a_second_run_does_not_start_in_the_folder_of_the_first(capsys):
+    run(capsys, "fit --config dummy.yaml")
+    line = refused(capsys, "fit --config dummy.yaml")
+    assert line.startswith("runs/default already holds a run (up to rollout=000006.ckpt)")
+    assert "--ckpt_path last" in line and "--trainer.default_root_dir NEW" in line
+
+
+def test_a_finished_run_has_nothing_to_do_and_can_be_made_longer(capsys):
+    run(capsys, "fit --config dummy.yaml")
+    code, _, err = run(capsys, "fit --config dummy.yaml --ckpt_path last")
+    assert code == 0
+    assert err.splitlines()[-1].startswith("nothing to do: ")
+    code, _, err = run(capsys, "fit --config dummy.yaml --ckpt_path auto --data.num_rollouts 8")
+    assert (code, err.splitlines()) == (
+        0,
+        [
+            "continuing from runs/default/checkpoints/rollout=000006.ckpt",
+            "changed since runs/default/config.yaml: data.init_args.num_rollouts 6 -> 8",
+        ],
+    )
+    assert checkpoints()[-1] == "rollout=000008.ckpt"
+    first = yaml.safe_load(Path("runs/default/config.yaml").read_text())
+    second = yaml.safe_load(Path("runs/default/config.resume-000006.yaml").read_text())
+    lengths = [saved["data"]["init_args"]["num_rollouts"] for saved in (first, second)]
+    assert lengths == [6, 8]
+
+
+def test_the_command_line_wins_over_what_a_checkpoint_holds(capsys):
+    run(capsys, "fit --config dummy.yaml --model dummies.SavesHyperparameters")
+    file = "runs/default/checkpoints/rollout=000006.ckpt"
+    command = f"fit --config dummy.yaml --model dummies.SavesHyperparameters --ckpt_path {file}"
+    run(capsys, f"{command} --model.learning_rate 0.5 --data.num_rollouts 7")
+    saved = yaml.safe_load(Path("runs/default/config.resume-000006.yaml").read_text())
+    assert saved["model"]["init_args"]["learning_rate"] == 0.5
+
+
+def test_an_older_checkpoint_goes_on_only_in_another_folder(capsys):
+    run(capsys, "fit --config dummy.yaml")
+    command = "fit --config dummy.yaml --ckpt_path runs/default/checkpoints/rollout=000002.ckpt"
+    assert "holds later checkpoints" in refused(capsys, command)
+    code, *_ = run(capsys, f"{command} --trainer.default_root_dir runs/branch")
+    assert code == 0
+    assert checkpoints("runs/branch") == ["rollout=000004.ckpt", "rollout=000006.ckpt"]
+    assert Path("runs/branch/config.yaml").exists()
+
+
+def test_logs_of_a_run_without_a_checkpoint_are_replaced(capsys):
+    run(capsys, "fit --config dummy.yaml --model.fail_at 1")
+    Path("runs/default/notes.txt").write_text("mine")
+    old = {name for name in os.listdir("runs/default") if "tfevents" in name}
+    code, _, err = run(capsys, "fit --config dummy.yaml")
+    assert (code, err) == (
+        0,
+        "runs/default: removed the logs of a run that stopped before its first checkpoint\n",
+    )
+    assert not old & set(os.listdir("runs/default"))
+    assert Path("runs/default/notes.txt").exists()
+
+
+def test_a_config_that_no_run_wrote_is_not_overwritten(capsys):
+    Path("config.yaml").write_text(DUMMY)
+    line = refused(capsys, "fit --config config.yaml --trainer.default_root_dir .")
+    assert "config.yaml was not written by a run" in line
+    assert Path("config.yaml").read_text() == DUMMY
+
+
+def test_a_rehearsal_needs_no_folder_of_its_own(capsys):
+    run(capsys, "fit --config dummy.yaml")
+    before = checkpoints()
+    code, *_ = run(capsys, "fit --config dummy.yaml --trainer.fast_dev_run true")
+    assert (code, checkpoints()) == (0, before)
+
+
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(capsys):
+    run(capsys, "fit --config dummy.yaml")
+    code, _, err = run(
+        capsys, "validate --config dummy.yaml --model dummies.Other --ckpt_path last"
+    )
+    assert code == 2
+    assert err.startswith("error: ckpt_path: the checkpoint is of another model: ")
+
+
+def test_validate_and_predict_load_the_newest_checkpoint(capsys):
+    run(capsys, "fit --config dummy.yaml")
+    figures = []
+    for option in ("", "--ckpt_path last"):
+        code, out, _ = run(capsys, f"validate --config dummy.yaml {option}")
+        assert code == 0
+        figures.append(out)
+    assert "val/size" in figures[0] and figures[0] != figures[1]
+    assert run(capsys, "predict --config dummy.yaml --ckpt_path last")[0] == 0
+
+
+def test_print_config_merges_overlays_in_their_order(capsys):
+    Path("overlay.yaml").write_text("model: {init_args: {learning_rate: 0.5}}")
+    command = "fit --config dummy.yaml --config overlay.yaml --data.num_rollouts 7 --print_config"
+    code, out, err = run(capsys, command)
+    assert (code, err) == (0, "")
+    shown = yaml.safe_load(out)
+    assert shown["model"]["init_args"]["learning_rate"] == 0.5
+    assert shown["model"]["init_args"]["steps_per_rollout"] == 4
+    assert shown["data"]["init_args"]["num_rollouts"] == 7
+
+
+def test_resume_command_replaces_an_earlier_choice():
+    for given in (["--ckpt_path", "auto"], ["--ckpt_path=auto"], []):
+        command = train.resume_command(["fit", *given, "--config", "a b.yaml"])
+        assert command == "python train.py fit --config 'a b.yaml' --ckpt_path last"
+
+
+def test_help_needs_no_libraries():
+    command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "python train.py fit --config configs/arithmetic.yaml" in done.stdout
+    assert "lightning" not in done.stderr and "torch" not in done.stderr

@@ -1,0 +1,378 @@
+"""Train, validate, test or predict with a config.
+
+python train.py fit --config configs/arithmetic.yaml
+python train.py fit --config configs/arithmetic.yaml --ckpt_path last     continue
+python train.py validate --config configs/arithmetic.yaml --ckpt_path last
+
+Later --config files and command-line options win over earlier ones. Every option has a default or
+stands in the config; `python train.py fit --help` lists them, `--print_config` shows what a run
+would use. --ckpt_path is `last` (newest checkpoint of the run folder trainer.default_root_dir),
+`auto` (the same, or a fresh start) or a file. GSPO_TRACEBACK=1 shows where an error came from.
+"""
+
+import sys
+
+if __name__ == "__main__" and sys.argv[1:] in (["--help"], ["-h"]):
+    print(__doc__)  # before the imports below, which take seconds
+    sys.exit(0)
+
+import os
+import shlex
+import traceback
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from gspo_lightning.checkpoint import (
+    AtomicCheckpointIO,
+    RolloutCheckpoint,
+    checkpoint_number,
+    find_checkpoint,
+    list_checkpoints,
+)
+from gspo_lightning.cli import OneLineParser, condense, quiet
+
+CONFIG = "config.yaml"
+# What a user's mistake raises: bad values, missing files, devices, packages.
+MISTAKES = (ValueError, OSError, ImportError, MisconfigurationException)
+
+
+class Watch(Callback):
+    """Knows whether work has begun, which decides how an error is shown, and how much was done."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.rollouts = 0
+        self.root: Path | None = None  # the run folder, once training has begun
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.begun = True
+        self.root = Path(trainer.default_root_dir)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.rollouts += 1
+
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.begun = not trainer.sanity_checking or self.begun
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+
+
+class RunConfig(SaveConfigCallback):
+    """Saves what a run was started with, and beside it what each continuation was started with."""
+
+    def __init__(self, *args: Any, checkpoint: Path | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.checkpoint = checkpoint
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write nothing yet: a run that cannot start should leave no trace."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file; on continuing say in which settings it differs from the first one."""
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        first = path = folder / CONFIG
+        if self.checkpoint is not None and first.exists():
+            number = checkpoint_number(self.checkpoint)
+            mark = self.checkpoint.stem if number is None else f"{number:06d}"
+            path = folder / f"config.resume-{mark}.yaml"
+        self.parser.save(self.config, path, skip_unset=False, overwrite=True, multifile=False)
+        if path != first:
+            old, new = (flat(yaml.safe_load(file.read_text())) for file in (first, path))
+            for key in sorted(old.keys() | new.keys()):
+                if old.get(key) != new.get(key) and key != "ckpt_path":
+                    say(f"changed since {first}: {key} {old.get(key)} -> {new.get(key)}")
+
+
+class GSPOCLI(LightningCLI):
+    """`fit`, `validate`, `test` and `predict`, with this project's run folder and checkpoints."""
+
+    def __init__(self, argv: list[str], watch: Watch) -> None:
+        self.watch = watch
+        self.checkpoint: Path | None = None
+        self.root = Path()
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_class=OneLineParser,
+            save_config_callback=RunConfig,
+            seed_everything_default=0,  # True would draw another seed on continuing
+            trainer_defaults={
+                "default_root_dir": "runs/default",
+                "max_epochs": 1,  # data.num_rollouts is the length of a run
+                "log_every_n_steps": 1,  # of rollouts
+                "use_distributed_sampler": False,  # the data shares prompts among ranks itself
+                "enable_model_summary": False,  # the plan tells more
+            },
+            args=argv,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's four, without options that would do nothing here."""
+        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse; Lightning's version warns when a program passes arguments, as tests do."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the config alone: what a checkpoint holds must not win over it."""
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what cannot work before anything is loaded."""
+        config = self.config[self.subcommand]
+        self.root = Path(config.trainer.default_root_dir)
+        self.checkpoint = find_checkpoint(self.root, as_text(config.ckpt_path))
+        check_trainer(config.trainer)
+        if self.subcommand == "fit" and not config.trainer.fast_dev_run:
+            check_folder(self.root, self.checkpoint)
+        self.save_config_kwargs = {"checkpoint": self.checkpoint}
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Fill in what the config leaves open."""
+        config = self._get(self.config_init, "trainer")
+        if not self.model.automatic_optimization:
+            check_manual(config)
+        callbacks = config.callbacks or []
+        callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), self.watch]
+        if config.enable_progress_bar is not False:
+            from gspo_lightning.progress import RolloutProgress, RunSummary
+
+            if not has(callbacks, ProgressBar):
+                callbacks.append(RolloutProgress())
+            if not has(callbacks, RunSummary):
+                callbacks.append(RunSummary())
+        if config.enable_checkpointing is not False and not has(callbacks, Checkpoint):
+            callbacks.append(RolloutCheckpoint())
+        plugins = config.plugins or []
+        plugins = [*plugins] if isinstance(plugins, list) else [plugins]
+        if not has(plugins, CheckpointIO):
+            plugins.append(AtomicCheckpointIO())
+        if SLURMEnvironment.detect() and not has(plugins, SLURMEnvironment):
+            # Its requeueing saves in the middle of a rollout, inside the signal handler.
+            plugins.append(SLURMEnvironment(auto_requeue=False))
+        logger = config.logger
+        if logger is None or logger is True:
+            logger = TensorBoardLogger(self.root, name="", version="", default_hp_metric=False)
+        return super().instantiate_trainer(
+            callbacks=callbacks, plugins=plugins, logger=logger, **kwargs
+        )
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        return kwargs | {"ckpt_path": self.checkpoint and str(self.checkpoint)}
+
+    def before_fit(self) -> None:
+        """Say where the run begins, now that everything that could be refused was not."""
+        if self.checkpoint is not None:
+            say(f"continuing from {self.checkpoint}")
+        elif not self.trainer.fast_dev_run:
+            remove_leftovers(self.root)
+
+    def after_fit(self) -> None:
+        """Say so when there was nothing left to train."""
+        if self.checkpoint is not None and self.watch.rollouts == 0:
+            say(
+                f"nothing to do: {self.checkpoint} is the end of the run; raise its length to go on"
+            )
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def check_trainer(config: Any) -> None:
+    """Raise ValueError for strategies and precisions that would train wrongly."""
+    strategy = config.strategy
+    name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
+    if name.startswith("fsdp") or name == FSDPStrategy.__name__:
+        raise ValueError(
+            "trainer.strategy: FSDP cannot do several backward passes per rollout; use ddp, or "
+            "ModelParallelStrategy for a model that needs several devices"
+        )
+    if name.startswith("deepspeed") or name == DeepSpeedStrategy.__name__:
+        raise ValueError(
+            "trainer.strategy: DeepSpeed allows one backward pass per batch, a rollout has many; "
+            "use ddp or ModelParallelStrategy"
+        )
+    if str(config.precision) in ("16-mixed", "16"):
+        raise ValueError(
+            "trainer.precision 16-mixed: its loss scaling skips optimizer steps silently; use "
+            "bf16-mixed or 32-true"
+        )
+
+
+def check_manual(config: Any) -> None:
+    """Raise ValueError for trainer options whose work the module does itself."""
+    if config.gradient_clip_val is not None or config.gradient_clip_algorithm is not None:
+        raise ValueError(
+            "trainer.gradient_clip_val: the module clips; set model.init_args.max_grad_norm instead"
+        )
+    if config.accumulate_grad_batches not in (None, 1):
+        raise ValueError(
+            "trainer.accumulate_grad_batches: the module splits its mini-batches itself; set "
+            "model.init_args.micro_batch_size instead"
+        )
+
+
+def check_folder(root: Path, checkpoint: Path | None) -> None:
+    """Raise ValueError where a run would mix with another one in the same folder."""
+    found = list_checkpoints(root)
+    elsewhere = "start in another folder with --trainer.default_root_dir NEW"
+    if checkpoint is None and found:
+        raise ValueError(
+            f"{root} already holds a run (up to {found[-1].name}); continue it with --ckpt_path "
+            f"last, or {elsewhere}"
+        )
+    if checkpoint is not None and found and checkpoint.resolve() != found[-1].resolve():
+        number = checkpoint_number(checkpoint)
+        if number is None or number < (checkpoint_number(found[-1]) or 0):
+            raise ValueError(
+                f"{root} holds later checkpoints than {checkpoint} (up to {found[-1].name}); "
+                f"continue with --ckpt_path last, or {elsewhere}"
+            )
+    file = root / CONFIG
+    if file.exists() and not file.read_text().startswith("# lightning.pytorch=="):
+        raise ValueError(f"{file} was not written by a run and would be lost; {elsewhere}")
+
+
+@rank_zero_only
+def remove_leftovers(root: Path) -> None:
+    """Remove the logs of a run that was killed before its first checkpoint.
+
+    Only beside a config that a run wrote, and only files that a run writes.
+    """
+    if (root / CONFIG).exists():
+        files = [*root.glob("events.out.tfevents.*"), *root.glob("samples.jsonl")]
+        for file in files:
+            file.unlink()
+        if files:
+            say(f"{root}: removed the logs of a run that stopped before its first checkpoint")
+
+
+# ---- small things --------------------------------------------------------------------------------
+
+
+def as_text(path: Any) -> str | None:
+    """A path option as text, None kept."""
+    return None if path is None else str(path)
+
+
+def has(items: list[Any], kind: type) -> bool:
+    """Whether one of the items is of this kind."""
+    return any(isinstance(item, kind) for item in items)
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, keys joined by dots.
+
+    >>> flat({"data": {"path": "a", "rows": [1, 2]}})
+    {'data.path': 'a', 'data.rows': [1, 2]}
+    """
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    parts = (flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in tree.items())
+    return {key: value for part in parts for key, value in part.items()}
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """One line for the person at the terminal, not part of any result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def resume_command(argv: list[str]) -> str:
+    """The command that continues this run."""
+    kept = list(argv)
+    for i, word in enumerate(argv):
+        if word == "--ckpt_path":
+            kept[i : i + 2] = [None, None]  # type: ignore[list-item]
+        elif word.startswith("--ckpt_path="):
+            kept[i] = None  # type: ignore[call-overload]
+    words = [word for word in kept if word is not None]
+    return shlex.join(["python", "train.py", *words, "--ckpt_path", "last"])
+
+
+def where_to_go_on(argv: list[str], root: Path | None) -> str:
+    """What is left of a training that ended early and how to continue it; empty if none began."""
+    if root is None:
+        return ""
+    found = list_checkpoints(root)
+    if not found:
+        return "there is no checkpoint yet; the same command starts again"
+    return f"last checkpoint {found[-1]}; continue with: {resume_command(argv)}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; None takes those of the process.
+
+    Returns:
+        Exit code: 0, 2 after a mistake of the user's, 1 after any other error, 130 after Ctrl-C,
+        143 after SIGTERM.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    watch = Watch()
+    try:
+        with quiet():
+            GSPOCLI(argv, watch)
+        return 0
+    except BaseException as error:
+        return report(error, watch, where_to_go_on(argv, watch.root))
+
+
+def report(error: BaseException, watch: Watch, go_on: str) -> int:
+    """Say what ended the command and how to go on; returns the exit code."""
+    exits = isinstance(error, SystemExit)
+    if isinstance(error, KeyboardInterrupt) or (
+        exits and isinstance(error.__context__, KeyboardInterrupt)  # Lightning makes it exit(1)
+    ):
+        say("interrupted" + (f"; {go_on}" if go_on else ""))
+        return 130
+    if isinstance(error, SIGTERMException):  # its own exit code is 0, as if all had been done
+        say("terminated" + (f"; {go_on}" if go_on else ""))
+        return 143
+    if exits:  # the parser has said why, or printed help
+        return error.code if isinstance(error.code, int) else 0
+    text = None if watch.begun else mistake(error)
+    if text is None or os.environ.get("GSPO_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    if text is not None:
+        sys.stderr.write(f"error: {text}\n")
+        return 2
+    if go_on:
+        say(go_on)
+    return 1
+
+
+def mistake(error: BaseException) -> str | None:
+    """The line for an error that a user can mend, None for one that is ours."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in text:
+        lines = [" ".join(line.split()) for line in text.splitlines()]
+        return f"ckpt_path: the checkpoint is of another model: {' '.join(lines[1:2])}"
+    if type(error).__name__ == "UnpicklingError":
+        return "ckpt_path: the file holds more than plain values and tensors, so it is not loaded"
+    return condense(text) if isinstance(error, MISTAKES) and text else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
