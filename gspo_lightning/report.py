@@ -1,4 +1,4 @@
-"""What a person looks at: the eight curves as a figure, samples as rows and as a table.
+"""What a person looks at: curves as a figure, samples as a table, metrics as a line.
 
 Decides how they look. Leaves out what the numbers mean (``metrics``, ``module``) and when and where
 they are written (``callbacks``).
@@ -7,6 +7,7 @@ they are written (``callbacks``).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +29,19 @@ LIGHT, DARK, RED = "#8fb4d9", "#1f5a96", "#c8553d"
 MARKUP = "&<>\"'|*_`[]()\\~#$!\n\r\t"  # characters that mean something in HTML, Markdown or TeX
 
 
+# Key of a metric, its word, its format; in the order of a line.
+ROLLOUT_LINE = (
+    ("train/reward", "reward {:6.3f}"),
+    ("train/kl_divergence", "kl {:.4f}"),
+    ("train/clip_fraction_sequences", "clip {:.2f}"),
+    ("train/avg_response_length", "length {:5.1f}"),
+    ("time/tokens_per_second", "{:7,.0f} tok/s"),
+    ("time/rollout", "rollout {:.2f} s"),
+    ("time/score", "score {:.2f} s"),
+    ("time/optimise", "optimise {:.2f} s"),
+)
+
+
 def draw_curves(
     points: dict[str, list[list[float]]], kl_target: float | None, has_reference: bool
 ) -> Any:
@@ -43,9 +57,10 @@ def draw_curves(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # only who draws pays the import
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(10, 12), dpi=100, layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)  # inches, so that titles keep apart
+    layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.08)  # inches, so that titles keep apart
+    figure = Figure(figsize=(10, 12), dpi=100, layout=layout)
     FigureCanvasAgg(figure)
     last = max((series[-1][0] for series in points.values() if series), default=0)
     for axes, name in zip(figure.subplots(4, 2).flat, CURVES, strict=True):
@@ -173,3 +188,50 @@ def escape(text: str) -> str:
     '&#60;b&#62;&#124;&#42;'
     """
     return "".join(f"&#{ord(char)};" if char in MARKUP else char for char in text)
+
+
+def rollout_line(metrics: Mapping[str, Any]) -> str:
+    """The metrics of a rollout that a person follows, as far as they exist.
+
+    >>> rollout_line({"train/reward": 0.5, "time/score": 0.25})
+    'reward  0.500  score 0.25 s'
+    """
+    return "  ".join(text.format(metrics[key]) for key, text in ROLLOUT_LINE if key in metrics)
+
+
+def figures(metrics: Mapping[str, Any], stage: str = "val") -> dict[str, float]:
+    """The results of an evaluation under short words, accuracies first.
+
+    Left out is what says nothing new: single reward terms, and pass@1, the sampled accuracy.
+
+    >>> figures({"val/reward": 0.4, "val/accuracy_greedy": 0.5, "val/pass_at_4": 1, "train/x": 2})
+    {'greedy': 0.5, 'pass@4': 1.0, 'reward': 0.4}
+    """
+    values = {}
+    for key, value in metrics.items():
+        group, _, name = key.partition("/")
+        if group == stage and not name.startswith("reward_") and name != "pass_at_1":
+            values[name] = float(value)
+    order = sorted(values, key=lambda name: not name.startswith(("accuracy_", "pass_at_")))
+    return {word(name): values[name] for name in order}
+
+
+def word(name: str) -> str:
+    """What people call a metric.
+
+    >>> word("accuracy_greedy"), word("truncated_fraction")
+    ('greedy', 'truncated')
+    """
+    for long, short in {
+        "accuracy_": "",
+        "pass_at_": "pass@",
+        "response_": "",
+        "_fraction": "",
+    }.items():
+        name = name.replace(long, short)
+    return name
+
+
+def figures_line(values: Mapping[str, float]) -> str:
+    """Figures in a row."""
+    return "  ".join(f"{name} {value:.3f}" for name, value in values.items()) or "no figures"

@@ -1,0 +1,212 @@
+"""What a run will do and what memory it needs, worked out before it starts.
+
+Decides how the estimate is made. Leaves out when it is printed (``progress``). Reads modules and
+trainers by attribute, so a warm start, or a module of one's own, gets the lines that apply to it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+CHUNK = 1024  # tokens whose float32 logits exist at a time (``completion_logprobs``)
+
+
+def plan_lines(trainer: Any, module: Any) -> list[str]:
+    """Describe a run in at most eight lines, from what is known before the first batch.
+
+    Args:
+        trainer: After ``setup``: data, module and devices are known, nothing has run.
+        module: A GSPOModule, or any other module.
+
+    Returns:
+        Lines of a name and a text.
+    """
+    lines = [("plan", "; ".join(_work(trainer, module)))]
+    if hasattr(module, "sampler"):
+        lines.append(("updates", _updates(trainer, module)))
+    lines.append(("policy", _policy(trainer, module)))
+    frozen = _frozen(module)
+    if frozen:
+        lines.append(("scoring", frozen))
+    memory = _memory(trainer, module)
+    if memory:
+        lines.append(("memory", memory))
+    lines.append(("run", str(trainer.default_root_dir)))
+    return [f"{name:<9} {text}" for name, text in lines]
+
+
+def total_batches(trainer: Any) -> int | None:
+    """Rollouts (or batches) of the whole run; None if nothing bounds it.
+
+    ``trainer.num_training_batches`` is infinite until training starts, so the data is asked first.
+    """
+    data = trainer.datamodule
+    batches = getattr(data, "num_rollouts", None) or getattr(data, "num_steps", None)
+    batches = min(batches or math.inf, trainer.num_training_batches)
+    if isinstance(trainer.limit_train_batches, int):
+        batches = min(batches, trainer.limit_train_batches)
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        batches = math.inf
+    total = batches * trainer.max_epochs if math.isfinite(batches) else math.inf
+    if trainer.lightning_module.automatic_optimization and trainer.max_steps >= 0:
+        total = min(total, trainer.max_steps * trainer.accumulate_grad_batches)
+    return int(total) if math.isfinite(total) else None
+
+
+def _work(trainer: Any, module: Any) -> list[str]:
+    total, data = total_batches(trainer), trainer.datamodule
+    done = trainer.fit_loop.total_batch_idx + 1
+    count = "any number of" if total is None else f"{total:,}"
+    if not hasattr(module, "sampler"):
+        batch = getattr(data, "batch_size", None)
+        text = f"{count} batches" + (f" of {batch * trainer.world_size}" if batch else "")
+        return [text + (f", {done:,} of them done" if done else "")]
+    prompts = data.prompts_per_rollout * trainer.world_size
+    sequences = prompts * module.sampler.group_size
+    tokens = sequences * module.sampler.max_new_tokens
+    each = (
+        f"{count} rollouts{f' ({done:,} done)' if done else ''}, each {prompts} prompts x "
+        f"{module.sampler.group_size} completions of at most {module.sampler.max_new_tokens} tokens"
+    )
+    bound = tokens if total is None else tokens * (total - done)
+    return [each, f"at most {bound:,} tokens {'each' if total is None else 'to sample'}"]
+
+
+def _updates(trainer: Any, module: Any) -> str:
+    steps = module.num_epochs * module.num_minibatches
+    sequences = trainer.datamodule.prompts_per_rollout * module.sampler.group_size
+    size = sequences // module.num_minibatches
+    micro = min(module.micro_batch_size or size, size)
+    epochs = f"{module.num_epochs} epoch{'s' if module.num_epochs > 1 else ''}"
+    text = (
+        f"{steps} optimizer steps per rollout ({epochs} x {module.num_minibatches} mini-batches of "
+    )
+    text += f"{size}" + (f", {micro} at a time)" if micro < size else ")")
+    total = total_batches(trainer)
+    return text + ("" if total is None else f", {steps * total:,} in all")
+
+
+def _policy(trainer: Any, module: Any) -> str:
+    parameters = list(module.parameters())
+    count = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    share = "all trained" if trained == count else f"{trained:,} trained"
+    types = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+    place = str(trainer.strategy.root_device)
+    if trainer.world_size > 1:
+        place += f" and {trainer.world_size - 1} more"
+    return f"{count:,} parameters, {share}, {types} on {place}, precision {trainer.precision}"
+
+
+def _frozen(module: Any) -> str:
+    parts = []
+    if getattr(module, "reference", None) is not None:
+        parts.append(f"reference on {module.reference.device}")
+    for name, term in (getattr(module, "rewards", None) or {}).items():
+        device = getattr(term.fn, "device", None)
+        parts.append(f"reward {name}" + (f" on {device}" if device is not None else ""))
+    return ", ".join(parts)
+
+
+def _memory(trainer: Any, module: Any) -> str | None:
+    """The estimate as a line; None for a model whose config does not give its sizes."""
+    model = getattr(getattr(module, "policy", None), "model", None)
+    if model is None or not hasattr(module, "sampler"):
+        return None
+    data, sampler = trainer.datamodule, module.sampler
+    sequences = data.prompts_per_rollout * sampler.group_size
+    minibatch = sequences // module.num_minibatches
+    parts = memory_parts(
+        model,
+        prompt_tokens=data.max_prompt_tokens,
+        new_tokens=sampler.max_new_tokens,
+        decoded=min(getattr(sampler, "batch_size", None) or sequences, sequences),
+        trained_at_once=min(module.micro_batch_size or minibatch, minibatch),
+        half_precision="16" in str(trainer.precision),
+        checkpointing=any(
+            getattr(part, "gradient_checkpointing", False) for part in model.modules()
+        ),
+    )
+    if parts is None:
+        return None
+    peak = sum(parts.values()) - min(parts["KV cache"], parts["micro-batch"])
+    text = f"about {size_text(peak)} for the policy: " + ", ".join(
+        f"{name} {size_text(value)}" for name, value in parts.items()
+    )
+    if getattr(module, "reference", None) is not None:
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        text += f"; reference {size_text(size)}"
+    return text
+
+
+def memory_parts(
+    model: Any,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    decoded: int,
+    trained_at_once: int,
+    half_precision: bool = False,
+    checkpointing: bool = False,
+) -> dict[str, float] | None:
+    """Estimate what training needs, part by part; the allocator's own losses come on top.
+
+    The cache and the micro-batch are never there together, so the peak is the sum of weights,
+    gradients and Adam's state, and the larger of those two. With S = prompt + new tokens, K layers,
+    D hidden, I units of the feed-forward part, V vocabulary and e bytes per value:
+
+    - KV cache = decoded * S * K * 2 * (key-value heads) * (head size) * e
+    - micro-batch = activations + logits, with
+      activations = rows * S * K * (12 D + 4 I) * e, what backward needs from a layer, or
+      rows * S * (K D + 12 D + 4 I) * e with checkpointing: each layer's input and one layer's
+      activations (attention matrices are not counted: fused kernels keep none), and
+      logits = 2 * rows * (new tokens) * V * e (with their gradient) + 3 * 1024 * V * 4
+
+    12 D + 4 I is counted, not derived: Llama, Qwen3 and GPT-2 keep this to about a tenth.
+
+    Args:
+        model: A transformers model.
+        prompt_tokens: Longest prompt.
+        new_tokens: Longest completion.
+        decoded: Completions decoded at the same time.
+        trained_at_once: Completions of a micro-batch.
+        half_precision: Whether activations take two bytes whatever the weights take.
+        checkpointing: Whether activations are recomputed.
+
+    Returns:
+        Bytes by part, or None if the config does not name its sizes.
+    """
+    config = model.config
+    layers, hidden, heads, vocabulary = (
+        getattr(config, name, None)
+        for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    )
+    if layers is None or hidden is None or heads is None or vocabulary is None:
+        return None
+    head_size = getattr(config, "head_dim", None) or hidden // heads
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    parameters = list(model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    width = 2 if half_precision else parameters[0].element_size()
+    length = prompt_tokens + new_tokens
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    layer = 12 * hidden + 4 * inner
+    kept = layers * hidden + layer if checkpointing else layers * layer
+    logits = 2 * trained_at_once * new_tokens * vocabulary * width + 3 * CHUNK * vocabulary * 4
+    return {
+        "weights": sum(p.numel() * p.element_size() for p in parameters),
+        "gradients": trained,
+        "Adam": 2 * trained,
+        "KV cache": decoded * length * layers * 2 * key_value_heads * head_size * width,
+        "micro-batch": trained_at_once * length * kept * width + logits,
+    }
+
+
+def size_text(size: float) -> str:
+    """Bytes for people.
+
+    >>> size_text(3 * 2**19), size_text(5 * 2**29)
+    ('2 MiB', '2.5 GiB')
+    """
+    return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
