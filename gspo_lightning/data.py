@@ -1,8 +1,8 @@
 """Prompts and demonstrations: read, checked, tokenised, served in an order that can be resumed.
 
 ``PromptData`` alone counts the prompts served. Leaves out rewards (other columns travel along as
-``rows``) and devices. The tokenizer is the module's (``trainer.lightning_module.tokenizer``), so that no
-config can name two.
+``rows``) and devices. The tokenizer is the module's (``trainer.lightning_module.tokenizer``), so
+that no config can name two.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ class TokenizedData(LightningDataModule):
                 f"{type(self.trainer.lightning_module).__name__} has none"
             )
         return tokenizer
+
+    def _skip_validation_unless(self, there: bool) -> None:
+        if not there:  # Lightning would warn of a loader without batches
+            self.trainer.limit_val_batches = 0  # type: ignore[union-attr]
 
     def _stream(
         self, examples: list, collate: Callable, batch_size: int, num_batches: int | None, **kw: Any
@@ -140,6 +144,8 @@ class PromptData(TokenizedData):
                 self.examples[key] = self._read(f"data.{key}", str(self.paths[key]))
         if stage in ("validate", "test") and wanted[0] not in self.examples:
             raise ValueError(f"{stage} needs held-out prompts; set data.val_path")
+        if stage == "fit":
+            self._skip_validation_unless("val_path" in self.examples)
         if stage == "fit" and self.stream is None:
             self.stream = self._stream(
                 self.examples["path"], collate_prompts, self.prompts_per_rollout, self.num_rollouts
@@ -317,6 +323,7 @@ class SFTData(TokenizedData):
             self.num_steps = len(self.stream)
         if self.val_path is not None and not self.val_examples:
             self.val_examples = self._read("data.val_path", self.val_path)
+        self._skip_validation_unless(bool(self.val_examples))
 
     def _read(self, key: str, path: str) -> list[tuple[list[int], list[int]]]:
         rows = read_rows(key, path)

@@ -31,7 +31,12 @@ from gspo_lightning.objectives import (
     policy_loss,
     token_weights,
 )
-from gspo_lightning.optim import OptimizerConfig, apply_config, build_optimizer, build_schedule
+from gspo_lightning.optim import (
+    OptimizerConfig,
+    build_optimizer,
+    learning_rate_factor,
+    set_learning_rate,
+)
 from gspo_lightning.policy import PolicyConfig, load_policy, load_tokenizer
 from gspo_lightning.rewards import RewardTerm, overlong_penalty, score
 from gspo_lightning.rollout import PromptBatch, Rollout, Samples, join_samples, stream_seed
@@ -180,15 +185,13 @@ class GSPOModule(EvaluatedModule):
             self.policy.train()
 
     def configure_optimizers(self) -> Any:
-        """AdamW, with a schedule that ``training_step`` moves once per rollout."""
-        optimizer = build_optimizer(self.policy, self.optimizer_config)  # type: ignore[arg-type]
-        total = getattr(self.trainer.datamodule, "num_rollouts", None)  # type: ignore[attr-defined]
-        schedule = build_schedule(optimizer, self.optimizer_config, total)
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        """AdamW; ``training_step`` sets its learning rate, which a rollout's index decides."""
+        learning_rate_factor(self.optimizer_config, self._num_rollouts)  # refuses now, not later
+        return build_optimizer(self.policy, self.optimizer_config)  # type: ignore[arg-type]
 
-    def on_train_start(self) -> None:
-        """Let the config win over the checkpoint where they differ in the optimizer's numbers."""
-        apply_config(self.optimizers(), self.lr_schedulers(), self.optimizer_config)  # type: ignore[arg-type]
+    @property
+    def _num_rollouts(self) -> int | None:
+        return getattr(self.trainer.datamodule, "num_rollouts", None)  # type: ignore[attr-defined]
 
     def teardown(self, stage: str) -> None:
         """Let the frozen models go."""
@@ -222,6 +225,8 @@ class GSPOModule(EvaluatedModule):
         """Collect a rollout and update on it: the whole algorithm, once."""
         index = self.trainer.fit_loop.total_batch_idx
         self.tally.reset()
+        optimizer: Any = self.optimizers()
+        set_learning_rate(optimizer, self.optimizer_config, index, self._num_rollouts)
         self.seconds = dict.fromkeys(("rollout", "score", "optimise"), 0.0)
         rollout = self.collect(batch)
         ratios = torch.ones(len(rollout))
@@ -231,7 +236,6 @@ class GSPOModule(EvaluatedModule):
                     on_policy = epoch == step == 0  # no step has moved the weights yet
                     ratios[rows] = self.update(rollout.select(rows), on_policy=on_policy)
         metrics = self._report(index)
-        self.lr_schedulers().step()  # type: ignore[union-attr]
         return {
             "rollout": rollout,
             "index": index,
@@ -328,11 +332,13 @@ class GSPOModule(EvaluatedModule):
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss.item()} (policy {policy.loss.item()}, KL {kl_loss.item()}, "
-                f"entropy {entropy_loss.item()}); no step was taken. A lower learning rate usually helps"
+                f"entropy {entropy_loss.item()}); no step was taken. A lower learning rate "
+                "usually helps"
             )
         self.manual_backward(loss)
         self.tally.count_losses(policy, entropy_loss, kl_loss, mask, share)
-        return importance_log_ratio(logprobs.detach(), old, mask, "sequence")[:, 0].exp().cpu()
+        log_ratio = importance_log_ratio(logprobs.detach(), old, mask, "sequence")[:, 0]
+        return log_ratio.exp().float().cpu()
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Measure the gradient and scale it down to ``max_grad_norm``, after unscaling."""
@@ -375,7 +381,8 @@ class GSPOModule(EvaluatedModule):
     ) -> tuple[Samples, Tensor, dict[str, Tensor]]:
         """Draw other prompts for flat groups, at most ``max_draws`` times.
 
-        This is the dynamic sampling of DAPO, arXiv:2503.14476. Every rank draws as many prompts as the neediest, so that all stay at one place in the data.
+        This is the dynamic sampling of DAPO, arXiv:2503.14476. Every rank draws as many prompts as
+        the neediest, so that all stay at one place in the data.
         """
         size, wanted = samples.group_size, len(samples) // samples.group_size
         for draw in range(1, self.max_draws + 1):
@@ -404,14 +411,16 @@ class GSPOModule(EvaluatedModule):
         The same rows in the same shapes through the same kernels: what differs from the update's
         forward pass by rounding would look like a ratio that moved.
         """
-        logprobs = samples.mask.new_zeros(samples.mask.shape, dtype=torch.float32)
-        entropy = torch.zeros_like(logprobs)
+        size = self.micro_batch_size
+        order, results = [], []
         for minibatch in self._minibatch_rows(samples, epoch=0):
-            for rows in minibatch.split(self.micro_batch_size or len(minibatch)):
-                result = self._logprobs(samples.select(rows), with_entropy=True)
-                rows = rows.to(logprobs.device)
-                logprobs[rows], entropy[rows] = result.logprobs, result.entropy  # type: ignore[assignment]
-        return logprobs, entropy
+            for rows in minibatch.split(size or len(minibatch)):
+                order.append(rows)
+                results.append(self._logprobs(samples.select(rows), with_entropy=True))
+        back = torch.cat(order).argsort().to(samples.mask.device)
+        logprobs = torch.cat([result.logprobs for result in results])
+        entropy = torch.cat([result.entropy for result in results])  # type: ignore[misc]
+        return logprobs[back], entropy[back]
 
     def _logprobs(self, samples: Samples, with_entropy: bool) -> LogProbs:
         return completion_logprobs(
@@ -434,7 +443,7 @@ class GSPOModule(EvaluatedModule):
         return stream_seed(self.seed, index, self.global_rank, purpose)
 
     def _sum_over_ranks(self, x: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(x, reduce_op="sum")  # type: ignore[return-value]
+        return self.trainer.strategy.reduce(x, reduce_op="sum")
 
     def _report(self, index: int) -> dict[str, float]:
         """Log every number of the rollout; they are the same on every rank."""

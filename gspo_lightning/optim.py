@@ -119,15 +119,25 @@ def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total: int | N
     return LambdaLR(optimizer, learning_rate_factor(config, total))
 
 
-def apply_config(optimizer: Optimizer, schedule: LambdaLR, config: OptimizerConfig) -> None:
-    """Put the config's numbers back after a checkpoint was loaded.
+def set_learning_rate(
+    optimizer: Optimizer, config: OptimizerConfig, step: int, total: int | None
+) -> float:
+    """Put the numbers of ``config`` at ``step`` into ``optimizer``.
 
-    A checkpoint restores learning rate, betas and decay with the moments; what the user wrote in
-    the config or on the command line must win over it. Unchanged numbers stay the same bits.
+    A function of the step, so there is nothing to save; and what a checkpoint restored with the
+    moments (learning rate, betas, decay) gives way to what the config says now.
+
+    Args:
+        optimizer: From :func:`build_optimizer`.
+        config: The settings.
+        step: Steps taken so far, in the unit of the schedule.
+        total: Length of the run in that unit.
+
+    Returns:
+        The learning rate.
     """
-    for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
-        group["initial_lr"] = config.learning_rate
-        group["lr"] = config.learning_rate * factor(schedule.last_epoch)
-        group["betas"], group["eps"] = config.betas, config.eps
+    rate = config.learning_rate * learning_rate_factor(config, total)(step)
+    for group in optimizer.param_groups:
+        group["lr"], group["betas"], group["eps"] = rate, config.betas, config.eps
         group["weight_decay"] = config.weight_decay if group["decays"] else 0.0
-    schedule.base_lrs = [config.learning_rate] * len(schedule.base_lrs)
+    return rate

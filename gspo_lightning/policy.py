@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "spiece*")
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,8 @@ def check_model_path(key: str, path: str) -> None:
             raise ValueError(f"{key}: {path} has no config.json, so it is not a model folder")
     elif folder.exists():
         raise ValueError(f"{key}: {path} is a file; give the folder that holds it")
-    elif not HUB_NAME.fullmatch(path) or (
-        Path(path).parts[0:1] and Path(Path(path).parts[0]).is_dir()
-    ):
-        # A first part that is a folder here means a path was meant, although "data/x" could be a
-        # name on the hub too.
+    # "data/x" could be a name on the hub, but where there is a folder "data" a path was meant
+    elif not HUB_NAME.fullmatch(path) or ("/" in path and folder.parent.is_dir()):
         raise ValueError(f"{key}: there is no folder {path} (and it is no model name)")
 
 
@@ -94,7 +93,15 @@ class Policy(nn.Module):
 
 
 def load_tokenizer(config: PolicyConfig) -> Any:
-    """Load the tokenizer of a policy folder, set to pad on the left."""
+    """Load the tokenizer of a policy folder, set to pad on the left.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    folder = Path(config.path).expanduser()
+    if folder.is_dir() and not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
+        # transformers would make an empty one up
+        raise ValueError(f"policy.path: no tokenizer in {config.path}; save one beside the weights")
     try:
         return AutoTokenizer.from_pretrained(
             config.path,
@@ -135,11 +142,17 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
             model = AutoModelForCausalLM.from_pretrained(
                 config.path, dtype=dtype, revision=config.revision, **options
             )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"policy.path: cannot load {config.path}: {first_line(error)}") from error
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     return Policy(model, tokenizer)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Switch gradient checkpointing on, by the name that this transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -1,0 +1,185 @@
+"""Frozen models: where they go, what they say, and that a changed one is noticed."""
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForSequenceClassification
+
+from gspo_lightning.frozen import (
+    FrozenModels,
+    ReferencePolicy,
+    RewardModel,
+    fingerprint,
+    resolve_device,
+)
+from gspo_lightning.logprobs import completion_logprobs
+from gspo_lightning.policy import PolicyConfig
+
+CPU = torch.device("cpu")
+
+
+def see_cards(monkeypatch, count):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(
+    ("word", "policy", "expected"),
+    [
+        ("cpu", "cuda:0", "cpu"),
+        ("policy", "cuda:3", "cuda:3"),
+        ("policy", "cpu", "cpu"),
+        ("cuda:1", "cuda:0", "cuda:1"),
+        ("cuda:+1", "cuda:0", "cuda:1"),
+        ("cuda:+2", "cuda:1", "cuda:3"),
+    ],
+)
+def test_device_words(monkeypatch, word, policy, expected):
+    see_cards(monkeypatch, 4)
+    assert resolve_device("reference.device", word, torch.device(policy)) == torch.device(expected)
+
+
+@pytest.mark.parametrize(
+    ("word", "cards", "message"),
+    [
+        ("cuda:1", 0, "reference.device is cuda:1, but this machine has no CUDA device; set"),
+        ("cuda:1", 1, "this machine has only cuda:0 to cuda:0"),
+        ("cuda:+1", 1, "reference.device is cuda:\\+1, but"),
+        ("gpu", 4, "must be cuda:N, cuda:\\+N, policy or cpu, got 'gpu'"),
+        ("cuda", 4, "got 'cuda'"),
+    ],
+)
+def test_a_device_that_is_not_there_is_an_error(monkeypatch, word, cards, message):
+    see_cards(monkeypatch, cards)
+    with pytest.raises(ValueError, match=message):
+        resolve_device("reference.device", word, torch.device("cuda:0"))
+
+
+def test_reference_logprobs_are_those_of_a_plain_forward_pass(model_dir, tiny_policy, make_rollout):
+    reference = ReferencePolicy(device="cpu", batch_size=4)  # does not divide the six rows
+    reference.load(PolicyConfig(str(model_dir)), CPU)
+    rollout = make_rollout()
+    expected = completion_logprobs(
+        tiny_policy,
+        rollout.prompt_ids,
+        rollout.prompt_mask,
+        rollout.completion_ids,
+        rollout.mask,
+        temperature=0.7,
+    ).logprobs
+    found = reference.logprobs(rollout, temperature=0.7)
+    torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=0)
+    assert not found.requires_grad
+    assert not any(p.requires_grad for p in reference.model.parameters())
+
+
+def test_reference_has_its_own_path_and_dtype(model_dir, tmp_path, make_model, tokenizer):
+    other = make_model("qwen3", seed=5)
+    other.save_pretrained(tmp_path)
+    reference = ReferencePolicy(path=str(tmp_path), device="cpu", dtype="bfloat16")
+    reference.load(PolicyConfig(str(model_dir)), CPU)
+    assert {p.dtype for p in reference.model.parameters()} == {torch.bfloat16}
+    assert fingerprint(reference.model) == fingerprint(other.to(torch.bfloat16))
+
+
+def test_a_random_policy_has_no_start_to_refer_to(model_dir):
+    with pytest.raises(ValueError, match=r"reference.path: a policy with random weights"):
+        ReferencePolicy(device="cpu").load(PolicyConfig(str(model_dir), weights="random"), CPU)
+
+
+def test_devices_are_checked_before_any_weight_is_read(monkeypatch, model_dir):
+    see_cards(monkeypatch, 0)
+    frozen = FrozenModels(ReferencePolicy(), {"model.rewards.taste.fn": RewardModel("nowhere")})
+    with pytest.raises(ValueError, match=r"model.rewards.taste.fn.device is cuda:1, but"):
+        frozen.load(PolicyConfig(str(model_dir)), CPU, with_reference=True)
+
+
+def test_a_changed_model_is_noticed(model_dir, tiny_policy):
+    frozen = FrozenModels(ReferencePolicy(device="cpu"), {})
+    frozen.load(PolicyConfig(str(model_dir)), CPU, with_reference=True)
+    marks = frozen.fingerprints()
+    frozen.check(marks)
+    with torch.no_grad():
+        tiny_policy.get_input_embeddings().weight[0, 0] += 1e-3
+    changed = {"model.reference": fingerprint(tiny_policy)}
+    assert changed != marks
+    with pytest.raises(ValueError, match=r"model.reference: the weights are not those"):
+        frozen.check(changed)
+    frozen.release()
+    assert frozen.fingerprints() == {}
+
+
+# --- reward models -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reward_dir(tmp_path, tokenizer):
+    return save_reward_model(tmp_path / "reward", tokenizer, num_labels=1)
+
+
+def save_reward_model(path, tokenizer, num_labels):
+    torch.manual_seed(3)
+    config = Qwen3Config(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        num_labels=num_labels,
+        pad_token_id=0,
+        initializer_range=0.3,
+    )
+    Qwen3ForSequenceClassification(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+ROWS = [{"prompt": "1+2="}, {"prompt": "1+2+3+4="}, {"prompt": "7="}]
+TEXTS = ["answer: 3", "1+2=3, answer: 10", "7"]
+
+
+def load(path, **options):
+    model = RewardModel(path, device="cpu", **options)
+    model.load(CPU)
+    return model
+
+
+def test_scores_are_those_of_one_text_at_a_time(reward_dir, tokenizer):
+    model = load(reward_dir, batch_size=2)
+    expected = []
+    for row, text in zip(ROWS, TEXTS, strict=True):
+        ids = torch.tensor([tokenizer(row["prompt"] + " " + text)["input_ids"]])
+        expected.append(model.model(input_ids=ids).logits[0, 0].item())
+    assert model(ROWS, TEXTS) == pytest.approx(expected, abs=1e-5)
+
+
+def test_without_a_pad_token_the_scores_are_the_same(reward_dir):
+    expected = load(reward_dir)(ROWS, TEXTS)
+    model = load(reward_dir)
+    model.tokenizer.pad_token = None
+    model.model.config.pad_token_id = None
+    assert model(ROWS, TEXTS) == pytest.approx(expected, abs=1e-5)
+
+
+def test_separator_changes_the_text(reward_dir):
+    assert load(reward_dir, separator="\n")(ROWS, TEXTS) != load(reward_dir)(ROWS, TEXTS)
+
+
+def test_a_label_must_be_chosen_among_several(tmp_path, tokenizer):
+    path = save_reward_model(tmp_path / "three", tokenizer, num_labels=3)
+    with pytest.raises(ValueError, match="has 3 labels; set label to one"):
+        load(path)
+    with pytest.raises(ValueError, match="label 3 is not among the 3"):
+        load(path, label=3)
+    assert load(path, label=0)(ROWS, TEXTS) != load(path, label=2)(ROWS, TEXTS)
+
+
+def test_a_text_that_the_reward_model_cannot_read_is_an_error(reward_dir):
+    with pytest.raises(ValueError, match=r"reads 32 tokens, a text has 4[0-9]"):
+        load(reward_dir)(ROWS[:1], ["1" * 40])
+
+
+def test_a_row_without_prompt_text_is_an_error(reward_dir):
+    with pytest.raises(ValueError, match=r"reads the text in column 'prompt'; a row has \['q'\]"):
+        load(reward_dir)([{"q": "1"}], ["1"])

@@ -1,0 +1,133 @@
+"""Policies: what a folder must hold, and what an export holds."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gspo_lightning.policy import Policy, PolicyConfig, load_policy
+
+
+def test_a_policy_is_loaded_in_its_dtype_and_exported_for_transformers(model_dir, tmp_path):
+    policy = load_policy(PolicyConfig(str(model_dir), dtype="bfloat16"))
+    assert {p.dtype for p in policy.parameters()} == {torch.bfloat16}
+    policy.export(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    pairs = zip(model.parameters(), policy.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == len(policy.tokenizer)
+
+
+def test_random_weights_follow_the_config_and_the_global_seed(model_dir):
+    torch.manual_seed(1)
+    first = load_policy(PolicyConfig(str(model_dir), weights="random"))
+    torch.manual_seed(1)
+    second = load_policy(PolicyConfig(str(model_dir), weights="random"))
+    pretrained = load_policy(PolicyConfig(str(model_dir)))
+    assert torch.equal(
+        first.model.model.embed_tokens.weight, second.model.model.embed_tokens.weight
+    )
+    assert not torch.equal(
+        first.model.model.embed_tokens.weight, pretrained.model.model.embed_tokens.weight
+    )
+
+
+def test_attention_implementation_is_passed_on(model_dir):
+    policy = load_policy(PolicyConfig(str(model_dir), attention="eager"))
+    assert policy.model.config._attn_implementation == "eager"
+
+
+def test_every_end_of_sequence_id_of_the_generation_config_counts(make_model, tokenizer):
+    # fact 22
+    model = make_model("qwen3")
+    model.generation_config.eos_token_id = [1, 7]
+    assert Policy(model, tokenizer).eos_ids == [1, 7]
+    model.generation_config.eos_token_id = None
+    assert Policy(model, tokenizer).eos_ids == [tokenizer.eos_token_id]
+
+
+def test_a_tokenizer_without_pad_pads_with_an_end_of_sequence_id(make_model, tokenizer):
+    import copy
+
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    assert Policy(make_model("qwen3"), bare).pad_id == 1
+
+
+def test_a_policy_that_could_never_end_is_refused(make_model, tokenizer):
+    import copy
+
+    bare = copy.deepcopy(tokenizer)
+    bare.eos_token = None
+    model = make_model("qwen3")
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="eos_token_id"):
+        Policy(model, bare)
+
+
+def test_a_tokenizer_of_another_model_is_refused(make_model, tokenizer):
+    import copy
+
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens([f"<{i}>" for i in range(30)])
+    with pytest.raises(ValueError, match="the tokenizer has 51 ids, the model embeds 32"):
+        Policy(make_model("qwen3"), larger)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("data/nowhere/policy", "policy.path: there is no folder data/nowhere/policy"),
+        ("./nowhere", "there is no folder ./nowhere"),
+        ("/nowhere/at/all", "there is no folder /nowhere/at/all"),
+    ],
+)
+def test_a_missing_folder_is_named(path, message):
+    with pytest.raises(ValueError, match=message):
+        PolicyConfig(path)
+
+
+def test_a_name_on_the_hub_is_accepted():
+    assert PolicyConfig("Qwen/Qwen3-0.6B").path == "Qwen/Qwen3-0.6B"
+
+
+def test_a_folder_without_config_and_a_file_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config.json"):
+        PolicyConfig(str(tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file; give the folder"):
+        PolicyConfig(str(tmp_path / "file"))
+
+
+def test_missing_and_broken_weights_are_one_line(model_dir, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(model_dir, broken)
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"policy.path: cannot load .*broken") as info:
+        load_policy(PolicyConfig(str(broken)))
+    assert "\n" not in str(info.value)
+    (broken / "model.safetensors").write_bytes(b"garbage!")
+    with pytest.raises(ValueError, match=r"policy.path: cannot load .*broken"):
+        load_policy(PolicyConfig(str(broken)))
+
+
+def test_a_missing_tokenizer_is_one_line(model_dir, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(model_dir, bare)
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"policy.path: no tokenizer in .*bare") as info:
+        load_policy(PolicyConfig(str(bare)))
+    assert "\n" not in str(info.value)
+
+
+def test_an_unknown_architecture_is_one_line(model_dir, tmp_path):
+    odd = tmp_path / "odd"
+    shutil.copytree(model_dir, odd)
+    config = json.loads((odd / "config.json").read_text()) | {"model_type": "no_such_model"}
+    (odd / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"policy.path") as info:
+        load_policy(PolicyConfig(str(odd)))
+    assert "\n" not in str(info.value)

@@ -1,0 +1,153 @@
+"""The sampler, against transformers' generate and the distribution it claims to draw from."""
+
+import math
+
+import pytest
+import torch
+
+from gspo_lightning.policy import Policy, checkpoint_activations
+from gspo_lightning.rollout import PromptBatch
+from gspo_lightning.sampling import GroupSampler, draw
+
+
+def batch_of(prompts: list[list[int]]) -> PromptBatch:
+    length = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), length, dtype=torch.long)
+    mask = torch.zeros(len(prompts), length, dtype=torch.bool)
+    for i, prompt in enumerate(prompts):
+        ids[i, length - len(prompt) :] = torch.tensor(prompt)
+        mask[i, length - len(prompt) :] = True
+    return PromptBatch(ids, mask, [{"i": i} for i in range(len(prompts))])
+
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
+
+
+@pytest.fixture(params=["qwen3", "gpt2", "gemma2", "llama"])
+def policy(request, make_model, tokenizer):
+    return Policy(make_model(request.param), tokenizer)
+
+
+def test_greedy_completions_are_those_of_generate(policy):
+    batch = batch_of(PROMPTS)
+    samples = GroupSampler(1, 12, temperature=0.0).sample(policy, batch, seed=0)
+    expected = policy.model.generate(
+        batch.prompt_ids,
+        attention_mask=batch.prompt_mask.long(),
+        do_sample=False,
+        max_new_tokens=12,
+        pad_token_id=0,
+    )[:, batch.prompt_ids.shape[1] :]
+    assert torch.equal(
+        samples.completion_ids[samples.mask], expected[:, : samples.mask.shape[1]][samples.mask]
+    )
+    ended = (expected == 1).any(1)
+    assert torch.equal(samples.finished, ended)
+
+
+def test_a_row_does_not_depend_on_its_batch(policy):
+    batch = batch_of(PROMPTS)
+    whole = GroupSampler(3, 12).sample(policy, batch, seed=7)
+    for batch_size in (1, 2, 5):
+        cut = GroupSampler(3, 12, batch_size=batch_size).sample(policy, batch, seed=7)
+        assert cut.texts == whole.texts
+
+
+def test_left_padding_changes_no_completion(policy):
+    # fact 17: positions come from the mask
+    short = batch_of(PROMPTS)
+    ids = torch.nn.functional.pad(short.prompt_ids, (7, 0), value=3)
+    mask = torch.nn.functional.pad(short.prompt_mask, (7, 0))
+    padded = PromptBatch(ids, mask, short.rows)
+    sampler = GroupSampler(3, 12)
+    assert (
+        sampler.sample(policy, padded, seed=1).texts == sampler.sample(policy, short, seed=1).texts
+    )
+
+
+def test_the_seed_decides(policy):
+    batch, sampler = batch_of(PROMPTS), GroupSampler(3, 12)
+    first = sampler.sample(policy, batch, seed=1)
+    torch.manual_seed(99)  # the global generator has no say
+    assert sampler.sample(policy, batch, seed=1).texts == first.texts
+    assert sampler.sample(policy, batch, seed=2).texts != first.texts
+
+
+def test_rows_and_prompts_are_repeated_group_by_group(policy):
+    samples = GroupSampler(3, 4).sample(policy, batch_of(PROMPTS), seed=0)
+    assert [row["i"] for row in samples.rows] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert samples.prompt_ids[4][samples.prompt_mask[4]].tolist() == PROMPTS[1]
+    assert samples.group_size == 3
+
+
+def test_completions_stop_at_every_end_of_sequence_id(policy):
+    # fact 22: a list of ids
+    batch, sampler = batch_of(PROMPTS), GroupSampler(8, 20)
+    policy.eos_ids = [1, 4, 9]
+    samples = sampler.sample(policy, batch, seed=3)
+    last = samples.mask.sum(1) - 1
+    ends = samples.completion_ids.gather(1, last[:, None])[:, 0]
+    assert set(ends[samples.finished].tolist()) == {1, 4, 9}
+    before = samples.mask & (torch.arange(samples.mask.shape[1]) < last[:, None])
+    assert not torch.isin(samples.completion_ids[before], torch.tensor([1, 4, 9])).any()
+    assert (samples.mask.sum(1)[~samples.finished] == 20).all()
+
+
+def test_padding_token_may_be_the_end_of_sequence_token(policy):
+    # fact 23
+    policy.pad_id = 1
+    samples = GroupSampler(8, 20).sample(policy, batch_of(PROMPTS), seed=3)
+    ends = (samples.completion_ids == 1) & samples.mask
+    assert torch.equal(ends.sum(1), samples.finished.long())  # the one that ended it counts
+
+
+def test_gradient_checkpointing_keeps_the_cache_in_rollouts(policy):
+    plain = GroupSampler(2, 8).sample(policy, batch_of(PROMPTS), seed=0)
+    checkpoint_activations(policy.model)
+    policy.train()
+    again = GroupSampler(2, 8).sample(policy, batch_of(PROMPTS), seed=0)
+    assert again.texts == plain.texts
+    assert policy.model.training  # the mode is given back
+
+
+def test_tokens_are_drawn_from_the_tempered_softmax():
+    logits = torch.tensor([0.3, -1.2, 2.0, 0.0, -math.inf])
+    uniform = (torch.arange(100_000) + 0.5) / 100_000
+    tokens = draw(logits.expand(100_000, 5), uniform, temperature=0.7)
+    share = tokens.bincount(minlength=5) / 100_000
+    torch.testing.assert_close(share, (logits / 0.7).softmax(0), atol=2e-5, rtol=0)
+
+
+def test_the_largest_uniform_number_draws_a_possible_token():
+    logits = torch.full((1, 4096), -math.inf)
+    logits[0, :4000] = torch.randn(4000, generator=torch.Generator().manual_seed(0)) * 5
+    top = torch.tensor([1 - 2**-24])
+    assert draw(logits, top, 1.0).item() < 4000
+    assert draw(logits.flip(1), torch.zeros(1), 1.0).item() >= 96
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_broken_logits_are_an_error(temperature):
+    with pytest.raises(FloatingPointError, match="not finite"):
+        draw(torch.tensor([[0.0, math.nan]]), torch.tensor([0.5]), temperature)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group_size": 0}, "sampler.group_size must be >= 1, got 0"),
+        ({"max_new_tokens": 0}, "sampler.max_new_tokens must be >= 1"),
+        ({"batch_size": 0}, "sampler.batch_size must be >= 1"),
+        ({"temperature": -1.0}, "sampler.temperature must be >= 0, got -1.0"),
+    ],
+)
+def test_the_constructor_names_the_bad_argument(options, message):
+    with pytest.raises(ValueError, match=message):
+        GroupSampler(**options)
+
+
+@pytest.mark.parametrize("name", ["top_p", "top_k", "repetition_penalty"])
+def test_other_shapes_of_the_distribution_are_not_offered(name):
+    # fact 21
+    with pytest.raises(TypeError, match=name):
+        GroupSampler(**{name: 0.9})
