@@ -87,5 +87,5 @@ def flat_groups(rewards: Tensor) -> Tensor:
     valid = ~rewards.isnan()
     largest = torch.where(valid, rewards, -torch.inf).amax(dim=1)
     smallest = torch.where(valid, rewards, torch.inf).amin(dim=1)
-    agree = largest - smallest <= 1e-6 * largest.abs().clamp(min=1)
-    return agree | (valid.sum(dim=1) < 2)
+    # with one reward the difference is 0, with none -inf: flat as well
+    return largest - smallest <= 1e-6 * largest.abs().clamp(min=1)

@@ -110,6 +110,12 @@ def test_fewer_than_two_rewards_give_zero(kind):
     assert flat_groups(rewards).all()
 
 
+def test_a_missing_reward_does_not_make_a_flat_group_look_varied():
+    """Fact 30."""
+    rewards = torch.tensor([[0.5, NAN, 0.5], [-0.5, NAN, -0.5], [0.5, NAN, 0.6]])
+    assert flat_groups(rewards).tolist() == [True, True, False]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_shift_of_all_rewards_changes_nothing(kind):
     rewards = torch.rand(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "report": {"metrics"},
     "tally": {"advantages", "kl", "masked", "metrics", "objectives", "rollout"},
     "callbacks": {"kl", "metrics", "policy", "report", "rollout"},
-    "progress": {"callbacks", "kl", "metrics", "plan", "policy", "rollout"},
+    "progress": {"callbacks", "kl", "metrics", "plan", "policy", "report", "rollout"},
     "evaluation": {"metrics", "policy", "rewards", "rollout", "sampling"},
     "sft": {"logprobs", "masked", "optim", "policy"},
     "reward_model": {"masked", "optim", "policy"},

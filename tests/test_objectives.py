@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import two_ranks
 
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.objectives import (
@@ -372,44 +373,18 @@ def test_a_sequence_ratio_with_token_mean_is_refused_with_the_reason(level):
         Objective(level, aggregation="token_mean")
 
 
-def rank_gradient(rank, folder, aggregation):
-    """One of two ranks: half of the rows, gradients summed over the ranks."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-
-    def summed(tensor):
-        dist.all_reduce(tensor)
-        return tensor
-
-    for name in aggregation:
-        lp, old, advantages, mask = batch()
-        scale = torch.ones((), dtype=torch.float64, requires_grad=True)  # a shared parameter
-        rows = slice(3 * rank, 3 * rank + 3)
-        weights = weights64(mask[rows], name, 5, reduce=summed)
-        objective = Objective("token", aggregation=name)
-        loss = policy_loss(
-            (scale * lp)[rows], old[rows], advantages[rows], mask[rows], weights, objective
-        ).loss
-        result = summed(gradient(loss, scale))
-        if rank == 0:
-            torch.save(result, f"{folder}/{name}.pt")
-    dist.destroy_process_group()
-
-
 def test_two_ranks_with_half_of_the_rows_have_the_gradient_of_one(tmp_path):
     """Fact 14, with two real processes; the halves hold 9 and 6 tokens, 3 and 2 sequences."""
-    torch.multiprocessing.spawn(rank_gradient, (str(tmp_path), AGGREGATIONS), nprocs=2)
+    lp, *others = batch()
+    whole = [lp.detach(), *others]
+    torch.save(whole, tmp_path / "batch.pt")
+    torch.multiprocessing.spawn(two_ranks.run_rank, (str(tmp_path), AGGREGATIONS), nprocs=2)
+    gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
     for name in AGGREGATIONS:
-        lp, old, advantages, mask = batch()
-        scale = torch.ones((), dtype=torch.float64, requires_grad=True)
-        weights = weights64(mask, name, 5)
-        objective = Objective("token", aggregation=name)
-        loss = policy_loss(scale * lp, old, advantages, mask, weights, objective).loss
-        expected = gradient(loss, scale)
+        expected = two_ranks.loss_gradient(scale, whole, name)
         assert expected.abs() > 1e-2
-        actual = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(gradients[name], expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("surrogate", ["clip", "cispo"])
