@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-fast lint format clean
+
+demo: $(VENV)/demo.stamp  ## train the embedded default to a rising reward
+	$(PY) train.py fit --config configs/arithmetic.yaml --trainer.default_root_dir $(RUN)
+
+test: $(VENV)/dev.stamp  ## every test; those marked gpu are skipped where there is no GPU
+	$(PY) -m pytest -q -n 2 --dist worksteal --durations 5
+
+test-fast: $(VENV)/dev.stamp  ## without the tests marked slow
+	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow"
+
+lint: $(VENV)/dev.stamp
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(VENV)/dev.stamp
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:  ## remove the environment and all runs
+	rm -rf $(VENV) runs
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV) (a minute or two)"
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV) (a minute or two)"
+	$(PIP) -e ".[dev,peers]"
+	@touch $@
