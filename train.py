@@ -41,8 +41,10 @@ from gspo_lightning.checkpoint import (
     list_checkpoints,
 )
 from gspo_lightning.cli import OneLineParser, condense, quiet
+from gspo_lightning.progress import RolloutProgress, RunSummary
 
 CONFIG = "config.yaml"
+LONGEST_CHANGE = 120  # characters; whole lists of callbacks are longer
 # What a user's mistake raises: bad values, missing files, devices, packages.
 MISTAKES = (ValueError, OSError, ImportError, MisconfigurationException)
 
@@ -62,10 +64,11 @@ class Watch(Callback):
     def on_train_batch_end(self, *_: Any) -> None:
         self.rollouts += 1
 
-    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self.begun = not trainer.sanity_checking or self.begun
 
-    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_start = on_validation_batch_start
+    on_predict_batch_start = on_validation_batch_start
 
 
 class RunConfig(SaveConfigCallback):
@@ -94,7 +97,9 @@ class RunConfig(SaveConfigCallback):
             old, new = (flat(yaml.safe_load(file.read_text())) for file in (first, path))
             for key in sorted(old.keys() | new.keys()):
                 if old.get(key) != new.get(key) and key != "ckpt_path":
-                    say(f"changed since {first}: {key} {old.get(key)} -> {new.get(key)}")
+                    change = f"{key} {old.get(key)} -> {new.get(key)}"
+                    shown = change if len(change) <= LONGEST_CHANGE else f"{key}, see {path}"
+                    say(f"changed since {first}: {shown}")
 
 
 class GSPOCLI(LightningCLI):
@@ -153,8 +158,6 @@ class GSPOCLI(LightningCLI):
         callbacks = config.callbacks or []
         callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), self.watch]
         if config.enable_progress_bar is not False:
-            from gspo_lightning.progress import RolloutProgress, RunSummary
-
             if not has(callbacks, ProgressBar):
                 callbacks.append(RolloutProgress())
             if not has(callbacks, RunSummary):
@@ -169,7 +172,9 @@ class GSPOCLI(LightningCLI):
             # Its requeueing saves in the middle of a rollout, inside the signal handler.
             plugins.append(SLURMEnvironment(auto_requeue=False))
         logger = config.logger
-        if logger is None or logger is True:
+        if self.subcommand != "fit" and logger is None:
+            logger = False  # the figures are printed; in the curves they would have no place
+        elif logger is None or logger is True:
             logger = TensorBoardLogger(self.root, name="", version="", default_hp_metric=False)
         return super().instantiate_trainer(
             callbacks=callbacks, plugins=plugins, logger=logger, **kwargs
@@ -183,7 +188,7 @@ class GSPOCLI(LightningCLI):
         """Say where the run begins, now that everything that could be refused was not."""
         if self.checkpoint is not None:
             say(f"continuing from {self.checkpoint}")
-        elif not self.trainer.fast_dev_run:
+        elif not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             remove_leftovers(self.root)
 
     def after_fit(self) -> None:
@@ -341,16 +346,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def report(error: BaseException, watch: Watch, go_on: str) -> int:
     """Say what ended the command and how to go on; returns the exit code."""
-    exits = isinstance(error, SystemExit)
-    if isinstance(error, KeyboardInterrupt) or (
-        exits and isinstance(error.__context__, KeyboardInterrupt)  # Lightning makes it exit(1)
-    ):
+    cause = error.__context__ if isinstance(error, SystemExit) else error
+    if isinstance(cause, KeyboardInterrupt):  # Lightning turns it into exit(1)
         say("interrupted" + (f"; {go_on}" if go_on else ""))
         return 130
     if isinstance(error, SIGTERMException):  # its own exit code is 0, as if all had been done
         say("terminated" + (f"; {go_on}" if go_on else ""))
         return 143
-    if exits:  # the parser has said why, or printed help
+    if isinstance(error, SystemExit):  # the parser has said why, or printed help
         return error.code if isinstance(error.code, int) else 0
     text = None if watch.begun else mistake(error)
     if text is None or os.environ.get("GSPO_TRACEBACK") == "1":

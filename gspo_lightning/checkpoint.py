@@ -191,9 +191,10 @@ class RolloutCheckpoint(Checkpoint):
         for scope in ("total", "current"):
             progress[scope]["completed"] = progress[scope]["ready"] - 1
         checkpoint["rollouts"] = progress["total"]["ready"]
+        checkpoint["event_files"] = _event_files(trainer)
 
     def _is_due(self, trainer: Trainer) -> bool:
-        if trainer.fast_dev_run:  # a rehearsal leaves no files, as everywhere in Lightning
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a rehearsal leaves no files
             return False
         if self.save_at_end and (
             trainer.is_last_batch
@@ -221,10 +222,12 @@ class RolloutCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Forget whether the saved rollout was the last: the run may have been made longer."""
-        if "rollouts" not in checkpoint:
-            return  # written by another callback, with that callback's idea of the counters
+        if "rollouts" not in checkpoint or not trainer.training:
+            return  # written by another callback, or loaded for its weights
         self._resumed = True
         checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+        if trainer.is_global_zero:
+            _cut_event_files(trainer, checkpoint["event_files"], checkpoint["rollouts"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove what a kill in the middle of a save left behind."""
@@ -248,10 +251,6 @@ class RolloutCheckpoint(Checkpoint):
             fit_loop.epoch_progress.increment_completed()
             # Without this the next epoch counts as the rest of this one.
             fit_loop.reset_restart_stage()
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    _purge_points(logger, first_step=progress.total.ready)
 
 
 def _validation_follows(trainer: Trainer) -> bool:
@@ -259,7 +258,8 @@ def _validation_follows(trainer: Trainer) -> bool:
     # what callbacks make of it stays out of the checkpoint.
     stopping, trainer.should_stop = trainer.should_stop, False
     # Private, but the one place where Lightning decides this; a copy of its rules would drift.
-    scheduled = trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+    fit_loop = trainer.fit_loop
+    scheduled = fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher)  # type: ignore[arg-type]
     trainer.should_stop = stopping
     if not scheduled:
         return False
@@ -267,10 +267,37 @@ def _validation_follows(trainer: Trainer) -> bool:
     return sum(trainer.num_val_batches) > 0 or trainer.val_dataloaders is None
 
 
-def _purge_points(logger: TensorBoardLogger, first_step: int) -> None:
-    """Make TensorBoard drop the points of the killed run that are about to be written again."""
+def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def _event_files(trainer: Trainer) -> dict[str, int]:
+    """Size in bytes of each TensorBoard file, with everything logged so far written out."""
+    sizes = {}
+    for logger in _tensorboards(trainer) if trainer.is_global_zero else []:
+        logger.experiment.flush()
+        for file in Path(logger.log_dir).glob("events.out.tfevents.*"):
+            sizes[file.name] = file.stat().st_size
+    return sizes
+
+
+def _cut_event_files(trainer: Trainer, sizes: dict[str, int], rollouts: int) -> None:
+    """Take the curves back to where they were at the checkpoint.
+
+    What a killed run logged after its last checkpoint is logged again. TensorBoard's own remedy,
+    dropping everything from a step on, cannot tell the validation after n rollouts, which is in the
+    checkpoint, from the rollout with index n, which is not: both stand at n.
+    """
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-    writer = logger.experiment.file_writer
-    writer.add_event(Event(step=first_step, file_version="brain.Event:2"))
-    writer.add_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+    for logger in _tensorboards(trainer):
+        writer = logger.experiment.file_writer
+        current = Path(writer.event_writer._file_name).name  # just opened, by this process
+        for file in Path(logger.log_dir).glob("events.out.tfevents.*"):
+            if file.name in sizes and file.stat().st_size > sizes[file.name]:
+                os.truncate(file, sizes[file.name])
+            elif file.name not in sizes and file.name != current:
+                file.unlink()
+        # A TensorBoard that is running has read the points already: tell it to drop what it can.
+        start = SessionLog(status=SessionLog.START)
+        writer.add_event(Event(step=rollouts + 1, session_log=start))

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
+from transformers.utils import logging as transformers_logging
 
 LONGEST = 400  # characters of an error line; beyond come dumps of whole configs
 
@@ -177,7 +178,7 @@ def _broken_file(args: list[str]) -> str | None:
 # Messages of Lightning that are advertising, or repeat what the plan and our own lines say.
 _CHATTER = re.compile(
     r"💡 Tip|(GPU|TPU|HPU) available|`Trainer\.fit` stopped|Restor(ing|ed) |Loaded model weights"
-    r"|\s*Detected KeyboardInterrupt|Seed set to |`weights_only` was not set"
+    r"|`Trainer\(limit_|\s*Detected KeyboardInterrupt|Seed set to |`weights_only` was not set"
 )
 _HARMLESS = (
     # lightning 2.6.6 itself asks torch for LeafSpec, which torch 2.13 has deprecated
@@ -204,6 +205,7 @@ def quiet() -> Iterator[None]:
         for part in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero")
     ]
     loggers.append(logging.getLogger("lightning.fabric.utilities.seed"))
+    transformers_logging.disable_progress_bar()  # one per folder of weights, gone in no time
     # Lightning 2.6.6 calls jsonargparse by names that have been renamed since.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     with warnings.catch_warnings():

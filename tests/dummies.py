@@ -129,6 +129,12 @@ class DummyModule(LightningModule):
     def validation_step(self, batch, batch_idx: int):
         self.log("val/size", self.policy(batch).abs().mean(), batch_size=2)
 
+    def on_validation_epoch_end(self):
+        if not self.trainer.sanity_checking:
+            for logger in self.trainer.loggers:  # at the place of the rollout that comes next
+                step = self.trainer.fit_loop.total_batch_idx + 1
+                logger.log_metrics({"val/coefficient": self.kl_coef}, step=step)
+
     def predict_step(self, batch, batch_idx: int):
         return self.policy(batch)
 
@@ -179,3 +185,17 @@ class Other(DummyModule):
     def __init__(self):
         super().__init__()
         self.head = nn.Linear(2, 1)
+
+
+class Killer(Callback):
+    """SIGKILL to this process before the second optimizer step of a rollout."""
+
+    def __init__(self, at: int):
+        self.at = at
+        self.steps = 0
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.fit_loop.total_batch_idx == self.at:
+            self.steps += 1
+            if self.steps == 2:
+                os.kill(os.getpid(), signal.SIGKILL)

@@ -64,9 +64,10 @@ def assert_same(left, right, where="checkpoint"):
 
 
 def state(folder, number):
-    """Everything in a checkpoint but the counters of validation batches."""
+    """Everything in a checkpoint but the counters of validation batches and names of log files."""
     file = Path(folder, "checkpoints", f"rollout={number:06d}.ckpt")
     checkpoint = torch.load(file, weights_only=True)
+    assert checkpoint.pop("event_files")
     loops = checkpoint["loops"]["fit_loop"]
     checkpoint["loops"] = {k: v for k, v in loops.items() if "val_loop" not in k}
     return checkpoint

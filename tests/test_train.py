@@ -137,7 +137,8 @@ def test_a_wrong_option_is_one_line_that_names_the_right_one(capsys, option, lin
             "model.sampler: " + meant("group_sze", "group_size"),
         ),
         (
-            "model: {init_args: {rewards: {a: {fn: gspo_lightning.rewards.Marked, wieght: 3}}}}",
+            "model: {init_args: {rewards: {a: {"
+            "fn: {class_path: gspo_lightning.rewards.MarkedAnswer}, wieght: 3}}}}",
             "model.rewards: " + meant("wieght", "weight"),
         ),
         (
@@ -340,6 +341,8 @@ def test_validate_and_predict_load_the_newest_checkpoint(capsys):
         figures.append(out)
     assert "val/size" in figures[0] and figures[0] != figures[1]
     assert run(capsys, "predict --config dummy.yaml --ckpt_path last")[0] == 0
+    events = [name for name in os.listdir("runs/default") if "tfevents" in name]
+    assert len(events) == 1  # only training draws curves
 
 
 def test_print_config_merges_overlays_in_their_order(capsys):

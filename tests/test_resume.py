@@ -1,0 +1,135 @@
+"""The promise of the project: a killed run continues as if nothing had happened, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_checkpoint import assert_same, scalars, state
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402  - the script lies in the root of the repository, not in a package
+
+TINY = """
+trainer:
+  val_check_interval: 2
+  limit_val_batches: 1
+  enable_progress_bar: false
+  callbacks:
+    - class_path: gspo_lightning.AdaptiveKL
+      init_args: {rule: {target: 0.001}, initial: 0.02}
+    - class_path: gspo_lightning.RolloutCheckpoint
+      init_args: {every_n_rollouts: 2}
+    - class_path: gspo_lightning.SampleTable
+    - class_path: gspo_lightning.CurvePlot
+model:
+  init_args:
+    sampler: {init_args: {group_size: 4, max_new_tokens: 24}}
+    num_minibatches: 2
+    optimizer: {schedule: linear, learning_rate: 1.0e-3}
+data: {init_args: {prompts_per_rollout: 4, num_rollouts: 6, val_batch_size: 4}}
+"""
+
+
+@pytest.fixture(scope="module")
+def overlay(tmp_path_factory):
+    path = tmp_path_factory.mktemp("overlay") / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)  # the demo's paths are relative to it
+
+
+def arguments(overlay, folder, *options):
+    configs = ["--config", "configs/arithmetic.yaml", "--config", str(overlay)]
+    return ["fit", *configs, "--trainer.default_root_dir", str(folder), *options]
+
+
+@pytest.fixture(scope="module")
+def straight(overlay, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    here = os.getcwd()
+    os.chdir(ROOT)
+    assert train.main(arguments(overlay, folder)) == 0
+    os.chdir(here)
+    return folder
+
+
+def killed(overlay, folder, at, *options):
+    """Run until SIGKILL in the middle of the updates of rollout `at`."""
+    kill = ["--trainer.callbacks+=dummies.Killer", f"--trainer.callbacks.at={at}"]
+    done = subprocess.run(
+        [sys.executable, "train.py", *arguments(overlay, folder, *options, *kill)],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def samples(folder):
+    return [json.loads(line) for line in Path(folder, "samples.jsonl").read_text().splitlines()]
+
+
+def curves(folder):
+    return {tag: v for tag, v in scalars(folder).items() if not tag.startswith("time/")}
+
+
+def assert_same_run(folder, straight):
+    left, right = state(folder, 6), state(straight, 6)
+    for checkpoint in (left, right):
+        checkpoint["callbacks"].pop("RunSummary", None)  # seconds
+    assert left["optimizer_states"][0]["state"], "nothing was compared"
+    assert_same(left, right)
+    assert samples(folder) == samples(straight)
+    assert_same(curves(folder), curves(straight))
+
+
+@pytest.mark.slow
+def test_a_run_killed_between_checkpoints_continues_bit_for_bit(overlay, straight, tmp_path):
+    killed(overlay, tmp_path, at=3)  # the checkpoint of two rollouts is what is left
+    assert len(samples(tmp_path)) > len([s for s in samples(tmp_path) if s["rollout"] < 2])
+    assert train.main(arguments(overlay, tmp_path, "--ckpt_path", "last")) == 0
+    assert_same_run(tmp_path, straight)
+
+
+@pytest.mark.slow
+def test_a_run_killed_twice_continues_bit_for_bit(overlay, straight, tmp_path):
+    killed(overlay, tmp_path, at=2)
+    killed(overlay, tmp_path, 5, "--ckpt_path", "auto")
+    assert train.main(arguments(overlay, tmp_path, "--ckpt_path", "last")) == 0
+    assert_same_run(tmp_path, straight)
+
+
+@pytest.mark.slow
+def test_a_finished_run_made_longer_is_the_longer_run_bit_for_bit(overlay, tmp_path):
+    constant = "--model.optimizer.schedule=constant"  # a fall would be spread over the new length
+    short, long = tmp_path / "short", tmp_path / "long"
+    assert train.main(arguments(overlay, short, constant, "--data.num_rollouts=4")) == 0
+    assert train.main(arguments(overlay, short, constant, "--ckpt_path=last")) == 0
+    assert train.main(arguments(overlay, long, constant)) == 0
+    assert_same_run(short, long)
+
+
+def test_a_checkpoint_holds_the_policy_alone(straight):
+    checkpoint = torch.load(straight / "checkpoints" / "rollout=000006.ckpt", weights_only=True)
+    names = set(checkpoint["state_dict"])
+    assert names and all(name.startswith("policy.model.") for name in names)
+
+
+def test_a_finished_run_has_nothing_to_do(overlay, straight, capsys):
+    before = state(straight, 6)
+    assert train.main(arguments(overlay, straight, "--ckpt_path", "last")) == 0
+    assert "nothing to do" in capsys.readouterr().err
+    assert_same(state(straight, 6), before)
