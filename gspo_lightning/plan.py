@@ -1,12 +1,14 @@
-"""What a run will do and what memory it needs, worked out before it starts.
+"""What a run will do, what memory it needs, and how it is continued.
 
-Decides how the estimate is made. Leaves out when it is printed (``progress``). Reads modules and
-trainers by attribute, so a warm start, or a module of one's own, gets the lines that apply to it.
+Decides how the estimate is made. Leaves out when things are printed (``progress``). Reads modules
+and trainers by attribute, so a warm start, or a module of one's own, gets the lines that apply.
 """
 
 from __future__ import annotations
 
 import math
+import shlex
+from collections.abc import Mapping
 from typing import Any
 
 CHUNK = 1024  # tokens whose float32 logits exist at a time (``completion_logprobs``)
@@ -210,3 +212,33 @@ def size_text(size: float) -> str:
     ('2 MiB', '2.5 GiB')
     """
     return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
+
+
+def longer_run(trainer: Any, done: int) -> dict[str, int]:
+    """The option that makes a finished run twice as long."""
+    if trainer.max_epochs > 1:
+        return {"--trainer.max_epochs": 2 * trainer.max_epochs}
+    unit = "num_rollouts" if hasattr(trainer.datamodule, "num_rollouts") else "num_steps"
+    return {f"--data.{unit}": 2 * done}
+
+
+def resume_command(argv: list[str], longer: Mapping[str, int]) -> str:
+    """The command that continues a run, from the one that started it.
+
+    Args:
+        argv: ``sys.argv``.
+        longer: An option to raise, for a run that has reached its end.
+
+    >>> resume_command(["train.py", "fit", "--config", "a b.yaml", "--ckpt_path=auto"], {})
+    "python train.py fit --config 'a b.yaml' --ckpt_path last"
+    """
+    nested = [name.replace("--data.", "--data.init_args.") for name in longer]
+    replaced = ["--ckpt_path", *longer, *nested]
+    arguments, skip = [], False
+    for argument in argv[1:]:
+        if not skip and argument.partition("=")[0] not in replaced:
+            arguments.append(argument)
+        skip = not skip and argument in replaced  # its value is the next argument
+    arguments += [text for name, value in longer.items() for text in (name, str(value))]
+    program = ["python", argv[0]] if argv[0].endswith(".py") else [argv[0]]
+    return shlex.join([*program, *arguments, "--ckpt_path", "last"])

@@ -6,11 +6,11 @@ anywhere else. Leaves out the estimate behind the plan (``plan``) and every file
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from gspo_lightning.callbacks import CurvePlot, HFExport, PredictionWriter, SampleTable
-from gspo_lightning.plan import plan_lines, total_batches
+from gspo_lightning.plan import longer_run, plan_lines, resume_command, total_batches
 from gspo_lightning.report import figures, figures_line, rollout_line
 
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
@@ -164,7 +164,8 @@ class RolloutProgress(ProgressBar):
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         files = [c.file(trainer) for c in trainer.callbacks if isinstance(c, PredictionWriter)]
-        self._finish("predictions: " + (", ".join(map(str, files)) or "not written"))
+        advice = "not written; add gspo_lightning.PredictionWriter to trainer.callbacks"
+        self._finish("predictions: " + (", ".join(map(str, files)) or advice))
 
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _step  # type: ignore[assignment]
 
@@ -252,15 +253,18 @@ class RunSummary(Callback):
         curves = [found.pop("curves")] if "curves" in found else []
         if any(Path(logger.save_dir or "") == root for logger in trainer.loggers):
             curves.append(f"tensorboard --logdir {shlex.quote(str(root))}")
-        total = total_batches(trainer)
-        setting = "num_rollouts" if unit == "rollouts" else "num_steps"
-        longer = {setting: 2 * done} if total is not None and done >= total else {}
+        if "checkpoint" in found:
+            finished = done >= (total_batches(trainer) or math.inf)
+            longer = longer_run(trainer, done) if finished else {}
+            go_on = f"{'extend' if longer else 'resume':<9} {resume_command(sys.argv, longer)}"
+        else:
+            go_on = "resume    not possible: no checkpoint was written"
         return [
             f"result    {self._result(unit)}",
             f"time      {self.seconds:,.0f} s of training, {done:,} {unit}",
             f"curves    {', '.join(curves) or 'none'}",
             f"files     {', '.join(f'{name} {path}' for name, path in found.items()) or 'none'}",
-            f"{'extend' if longer else 'resume':<9} {resume_command(sys.argv, longer)}",
+            go_on,
         ]
 
     def _result(self, unit: str) -> str:
@@ -283,26 +287,3 @@ class RunSummary(Callback):
             )
             + f" ({where})"
         )
-
-
-def resume_command(argv: list[str], longer: Mapping[str, int]) -> str:
-    """The command that continues a run, from the one that started it.
-
-    Args:
-        argv: ``sys.argv``.
-        longer: A setting of the data to raise, for a run that has reached its end.
-
-    >>> resume_command(["train.py", "fit", "--config", "a b.yaml", "--ckpt_path=auto"], {})
-    "python train.py fit --config 'a b.yaml' --ckpt_path last"
-    """
-    replaced = ["--ckpt_path"]
-    for name in longer:
-        replaced += [f"--data.{name}", f"--data.init_args.{name}"]
-    arguments, skip = [], False
-    for argument in argv[1:]:
-        if not skip and argument.partition("=")[0] not in replaced:
-            arguments.append(argument)
-        skip = not skip and argument in replaced  # its value is the next argument
-    arguments += [text for name, value in longer.items() for text in (f"--data.{name}", str(value))]
-    program = ["python", argv[0]] if argv[0].endswith(".py") else [argv[0]]
-    return shlex.join([*program, *arguments, "--ckpt_path", "last"])

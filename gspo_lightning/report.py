@@ -92,12 +92,14 @@ def draw_curves(
             axes.set_ylim(min(axes.get_ylim()[0], -0.05), max(axes.get_ylim()[1], 0.05))
         if name == "kl_divergence" and kl_target is not None:
             axes.axhline(kl_target, color=RED, linewidth=1.2, linestyle="--")
+            low_half = kl_target < sum(axes.get_ylim()) / 2  # the label goes where there is room
             axes.annotate(
                 f"target {kl_target:g}",
                 (0.005, kl_target),
                 xycoords=("axes fraction", "data"),
-                xytext=(2, 3),
+                xytext=(2, 3 if low_half else -3),
                 textcoords="offset points",
+                va="bottom" if low_half else "top",
                 fontsize=8,
                 color=RED,
             )

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from gspo_lightning import progress
 from gspo_lightning.callbacks import CurvePlot, HFExport, PredictionWriter, SampleTable
 from gspo_lightning.logprobs import completion_logprobs
-from gspo_lightning.plan import memory_parts, plan_lines, total_batches
-from gspo_lightning.progress import RolloutProgress, RunSummary, resume_command
+from gspo_lightning.plan import memory_parts, plan_lines, resume_command, total_batches
+from gspo_lightning.progress import RolloutProgress, RunSummary
 
 
 class Supervised(DummyModule):
@@ -246,6 +246,18 @@ def test_without_validation_the_summary_shows_training(tmp_path, capsys):
     assert files == f"files     checkpoint {tmp_path}/checkpoints/rollout=000004.ckpt"
 
 
+def test_a_run_of_several_epochs_is_extended_by_epochs(tmp_path, capsys):
+    fit(tmp_path, [RunSummary()], num_rollouts=3, max_epochs=2)
+    assert "--trainer.max_epochs 4 --ckpt_path last" in summary_of(capsys.readouterr().out)[-1]
+
+
+def test_without_a_checkpoint_there_is_no_command(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, [RunSummary()], enable_checkpointing=False)
+    trainer.fit(RolloutDummy(), datamodule=RolloutData(3))
+    line = summary_of(capsys.readouterr().out)[-1]
+    assert line == "resume    not possible: no checkpoint was written"
+
+
 @pytest.mark.parametrize(
     ("argv", "longer", "expected"),
     [
@@ -253,7 +265,7 @@ def test_without_validation_the_summary_shows_training(tmp_path, capsys):
         ("train.py fit --ckpt_path auto --x 1", {}, "python train.py fit --x 1 --ckpt_path last"),
         (
             "train.py fit --data.init_args.num_rollouts=4 --data.num_rollouts 5 --y",
-            {"num_rollouts": 8},
+            {"--data.num_rollouts": 8},
             "python train.py fit --y --data.num_rollouts 8 --ckpt_path last",
         ),
         ("gspo fit", {}, "gspo fit --ckpt_path last"),
