@@ -184,10 +184,11 @@ class EvaluatedModule(LightningModule):
 
     def _log_evaluation(self, stage: str) -> None:
         figures = {f"{stage}/{name}": value for name, value in self.evaluator.compute().items()}
-        self.log_dict(figures, logger=False, rank_zero_only=True)
-        # Lightning would log neither the evaluation before training nor its place on the axis
-        for logger in self.loggers:
-            logger.log_metrics(figures, step=self.trainer.fit_loop.total_batch_idx + 1)
+        fitting = self.trainer.state.fn == "fit"
+        self.log_dict(figures, logger=False if fitting else None, rank_zero_only=True)
+        if fitting:  # Lightning drops the evaluation before training and counts from 0 after it
+            for logger in self.loggers:
+                logger.log_metrics(figures, step=self.trainer.fit_loop.total_batch_idx + 1)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Complete each prompt ``group_size`` times and score the completions."""
