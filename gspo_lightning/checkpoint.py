@@ -9,8 +9,9 @@ saving (after a rollout and after the validation that belongs to it) and the way
 import os
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
@@ -293,11 +294,30 @@ def _cut_event_files(trainer: Trainer, sizes: dict[str, int], rollouts: int) -> 
     for logger in _tensorboards(trainer):
         writer = logger.experiment.file_writer
         current = Path(writer.event_writer._file_name).name  # just opened, by this process
-        for file in Path(logger.log_dir).glob("events.out.tfevents.*"):
-            if file.name in sizes and file.stat().st_size > sizes[file.name]:
-                os.truncate(file, sizes[file.name])
-            elif file.name not in sizes and file.name != current:
-                file.unlink()
+        for path in Path(logger.log_dir).glob("events.out.tfevents.*"):
+            if path.name in sizes:
+                with path.open("r+b") as file:
+                    file.seek(min(sizes[path.name], path.stat().st_size))
+                    end = file.tell()
+                    # Lightning logs what a step gave to `self.log` just after the checkpoint.
+                    kept = [raw for raw, step in _records(file) if step < rollouts]
+                    file.seek(end)
+                    file.write(b"".join(kept))
+                    file.truncate()
+            elif path.name != current:
+                path.unlink()
         # A TensorBoard that is running has read the points already: tell it to drop what it can.
         start = SessionLog(status=SessionLog.START)
         writer.add_event(Event(step=rollouts + 1, session_log=start))
+
+
+def _records(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Each remaining record of an event file with its step; a torn one at the end is left out."""
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    while len(header := file.read(12)) == 12:  # length of the event, checksum of the length
+        size = int.from_bytes(header[:8], "little")
+        body = file.read(size + 4)  # the event, its checksum
+        if len(body) < size + 4:
+            return
+        yield header + body, Event.FromString(body[:size]).step

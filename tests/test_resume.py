@@ -122,6 +122,26 @@ def test_a_finished_run_made_longer_is_the_longer_run_bit_for_bit(overlay, tmp_p
     assert_same_run(short, long)
 
 
+def test_a_warm_start_continues_bit_for_bit_over_its_epochs(tmp_path):
+    def run(folder, *options):
+        command = ["fit", "--config", "configs/sft_arithmetic.yaml", "--trainer.max_epochs=3"]
+        command += ["--trainer.enable_checkpointing=true", "--trainer.enable_progress_bar=false"]
+        command += ["--data.num_steps=8", f"--trainer.default_root_dir={folder}"]
+        command += ["--trainer.log_every_n_steps=1"]
+        assert train.main([*command, *options]) == 0
+
+    run(tmp_path / "straight")
+    for stop in (3, 8, 11):  # in the first epoch, at its end, in the second
+        stopper = ["--trainer.callbacks+=dummies.Stopper", f"--trainer.callbacks.after={stop}"]
+        run(tmp_path / "stopped", "--ckpt_path=auto", *stopper)
+    run(tmp_path / "stopped", "--ckpt_path=last")
+    left, right = (state(tmp_path / name, 24) for name in ("stopped", "straight"))
+    for checkpoint in (left, right):
+        checkpoint["callbacks"].pop("RunSummary", None)  # seconds
+    assert_same(left, right)
+    assert_same(curves(tmp_path / "stopped"), curves(tmp_path / "straight"))
+
+
 def test_a_checkpoint_holds_the_policy_alone(straight):
     checkpoint = torch.load(straight / "checkpoints" / "rollout=000006.ckpt", weights_only=True)
     names = set(checkpoint["state_dict"])

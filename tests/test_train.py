@@ -232,6 +232,33 @@ def test_an_interrupt_is_one_line_that_says_how_to_go_on(capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ("--data.path missing.jsonl", "data.path: there is no file missing.jsonl"),
+        ("--data.path EMPTY", "data.path: EMPTY has no rows"),
+        ("--data.num_rollouts 0", "data.num_rollouts must be >= 1, got 0"),
+        ("--data.max_prompt_tokens 3", "data.path: data/arithmetic/train.jsonl: row 1 has"),
+        ("--model.policy.path ./no/where", "policy.path: "),
+        ("--model.reference.device cuda:99", "model.reference.device is cuda:99, but this machine"),
+        ("--model.num_minibatches 3", "model.num_minibatches must divide the 128 completions"),
+        ("--model.sampler.group_size 1", "sampler.group_size must be >= 2, got 1"),
+        ("--model.optimizer.learning_rate 0", "optimizer.learning_rate must be above 0, got 0.0"),
+        ("--trainer.val_check_interval 41", "`val_check_interval` (41) must be less than"),
+    ],
+)
+def test_a_mistake_in_the_demo_is_one_line(capsys, tmp_path, monkeypatch, option, line):
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    monkeypatch.chdir(ROOT)
+    option, line = (text.replace("EMPTY", str(empty)) for text in (option, line))
+    root = tmp_path / "run"
+    command = f"fit --config configs/arithmetic.yaml --trainer.default_root_dir {root} {option}"
+    code, _, err = run(capsys, f"{command} --trainer.limit_val_batches 1")
+    assert code == 2
+    assert err.startswith(f"error: {line}") and err.count("\n") == 1, err
+
+
 # ---- the run folder ------------------------------------------------------------------------------
 
 
