@@ -9,15 +9,15 @@ saving (after a rollout and after the validation that belongs to it) and the way
 import os
 import re
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+
+from gspo_lightning.event_files import cut_event_files, event_file_sizes
 
 FOLDER = "checkpoints"  # inside the run folder
 _NAME = re.compile(r"rollout=(\d+)\.ckpt")
@@ -192,7 +192,7 @@ class RolloutCheckpoint(Checkpoint):
         for scope in ("total", "current"):
             progress[scope]["completed"] = progress[scope]["ready"] - 1
         checkpoint["rollouts"] = progress["total"]["ready"]
-        checkpoint["event_files"] = _event_files(trainer)
+        checkpoint["event_files"] = event_file_sizes(trainer)
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a rehearsal leaves no files
@@ -228,7 +228,7 @@ class RolloutCheckpoint(Checkpoint):
         self._resumed = True
         checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
         if trainer.is_global_zero:
-            _cut_event_files(trainer, checkpoint["event_files"], checkpoint["rollouts"])
+            cut_event_files(trainer, checkpoint["event_files"], checkpoint["rollouts"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove what a kill in the middle of a save left behind."""
@@ -266,58 +266,3 @@ def _validation_follows(trainer: Trainer) -> bool:
         return False
     # Lightning skips a validation without batches, and with it the hook that would save.
     return sum(trainer.num_val_batches) > 0 or trainer.val_dataloaders is None
-
-
-def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-
-
-def _event_files(trainer: Trainer) -> dict[str, int]:
-    """Size in bytes of each TensorBoard file, with everything logged so far written out."""
-    sizes = {}
-    for logger in _tensorboards(trainer) if trainer.is_global_zero else []:
-        logger.experiment.flush()
-        for file in Path(logger.log_dir).glob("events.out.tfevents.*"):
-            sizes[file.name] = file.stat().st_size
-    return sizes
-
-
-def _cut_event_files(trainer: Trainer, sizes: dict[str, int], rollouts: int) -> None:
-    """Take the curves back to where they were at the checkpoint.
-
-    What a killed run logged after its last checkpoint is logged again. TensorBoard's own remedy,
-    dropping everything from a step on, cannot tell the validation after n rollouts, which is in the
-    checkpoint, from the rollout with index n, which is not: both stand at n.
-    """
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-    for logger in _tensorboards(trainer):
-        writer = logger.experiment.file_writer
-        current = Path(writer.event_writer._file_name).name  # just opened, by this process
-        for path in Path(logger.log_dir).glob("events.out.tfevents.*"):
-            if path.name in sizes:
-                with path.open("r+b") as file:
-                    file.seek(min(sizes[path.name], path.stat().st_size))
-                    end = file.tell()
-                    # Lightning logs what a step gave to `self.log` just after the checkpoint.
-                    kept = [raw for raw, step in _records(file) if step < rollouts]
-                    file.seek(end)
-                    file.write(b"".join(kept))
-                    file.truncate()
-            elif path.name != current:
-                path.unlink()
-        # A TensorBoard that is running has read the points already: tell it to drop what it can.
-        start = SessionLog(status=SessionLog.START)
-        writer.add_event(Event(step=rollouts + 1, session_log=start))
-
-
-def _records(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Each remaining record of an event file with its step; a torn one at the end is left out."""
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    while len(header := file.read(12)) == 12:  # length of the event, checksum of the length
-        size = int.from_bytes(header[:8], "little")
-        body = file.read(size + 4)  # the event, its checksum
-        if len(body) < size + 4:
-            return
-        yield header + body, Event.FromString(body[:size]).step

@@ -1,0 +1,103 @@
+"""The folder of a run: one run in each, with the config it was started and continued with.
+
+Decides when a folder is refused and what is written beside the checkpoints. Leaves out the
+checkpoints themselves (`checkpoint`) and what callbacks write.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+
+from gspo_lightning.checkpoint import checkpoint_number, list_checkpoints
+
+CONFIG = "config.yaml"
+LONGEST_CHANGE = 120  # characters; whole lists of callbacks are longer
+
+
+class RunConfig(SaveConfigCallback):
+    """Saves what a run was started with, and beside it what each continuation was started with."""
+
+    def __init__(self, *args: Any, checkpoint: Path | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.checkpoint = checkpoint
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write nothing yet: a run that cannot start should leave no trace."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file; on continuing say in which settings it differs from the first one."""
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        first = path = folder / CONFIG
+        if self.checkpoint is not None and first.exists():
+            number = checkpoint_number(self.checkpoint)
+            mark = self.checkpoint.stem if number is None else f"{number:06d}"
+            path = folder / f"config.resume-{mark}.yaml"
+        self.parser.save(self.config, path, skip_unset=False, overwrite=True, multifile=False)
+        if path != first:
+            old, new = (flat(yaml.safe_load(file.read_text())) for file in (first, path))
+            for key in sorted(old.keys() | new.keys()):
+                if old.get(key) != new.get(key) and key != "ckpt_path":
+                    change = f"{key} {old.get(key)} -> {new.get(key)}"
+                    shown = change if len(change) <= LONGEST_CHANGE else f"{key}, see {path}"
+                    say(f"changed since {first}: {shown}")
+
+
+def check_folder(root: Path, checkpoint: Path | None) -> None:
+    """Raise ValueError where a run would mix with another one in the same folder."""
+    found = list_checkpoints(root)
+    elsewhere = "start in another folder with --trainer.default_root_dir NEW"
+    if checkpoint is None and found:
+        raise ValueError(
+            f"{root} already holds a run (up to {found[-1].name}); continue it with --ckpt_path "
+            f"last, or {elsewhere}"
+        )
+    if checkpoint is not None and found and checkpoint.resolve() != found[-1].resolve():
+        number = checkpoint_number(checkpoint)
+        if number is None or number < (checkpoint_number(found[-1]) or 0):
+            raise ValueError(
+                f"{root} holds later checkpoints than {checkpoint} (up to {found[-1].name}); "
+                f"continue with --ckpt_path last, or {elsewhere}"
+            )
+    file = root / CONFIG
+    if file.exists() and not file.read_text().startswith("# lightning.pytorch=="):
+        raise ValueError(f"{file} was not written by a run and would be lost; {elsewhere}")
+
+
+@rank_zero_only
+def remove_leftovers(root: Path) -> None:
+    """Remove the logs of a run that was killed before its first checkpoint.
+
+    Only beside a config that a run wrote, and only files that a run writes.
+    """
+    if (root / CONFIG).exists():
+        files = [*root.glob("events.out.tfevents.*"), *root.glob("samples.jsonl")]
+        for file in files:
+            file.unlink()
+        if files:
+            say(f"{root}: removed the logs of a run that stopped before its first checkpoint")
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, keys joined by dots.
+
+    >>> flat({"data": {"path": "a", "rows": [1, 2]}})
+    {'data.path': 'a', 'data.rows': [1, 2]}
+    """
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    parts = (flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in tree.items())
+    return {key: value for part in parts for key, value in part.items()}
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """One line for the person at the terminal, not part of any result."""
+    print(text, file=sys.stderr, flush=True)
