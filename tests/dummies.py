@@ -116,6 +116,7 @@ class DummyModule(LightningModule):
         metrics["optim/learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=index)
+        self.log("train/late", loss.detach())  # reaches the loggers behind on_train_batch_end
         return {"loss": loss, "index": index}
 
     def _event(self, index: int) -> None:

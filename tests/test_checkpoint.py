@@ -80,7 +80,8 @@ def scalars(folder):
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     return {
-        tag: [(point.step, point.value) for point in events.Scalars(tag)]
+        # sorted: files opened within one second, as only tests do, are read in any order
+        tag: sorted((point.step, point.value) for point in events.Scalars(tag))
         for tag in events.Tags()["scalars"]
     }
 
@@ -251,6 +252,17 @@ def test_a_run_killed_between_checkpoints_is_bit_identical_with_the_same_curves(
 def test_points_written_twice_show_once(straight, tmp_path):
     fit(tmp_path, callbacks=[RolloutCheckpoint(2, save_at_end=False), Stopper(3)])
     fit(tmp_path, ckpt="last")
+    assert scalars(tmp_path) == scalars(straight)
+
+
+def test_points_of_a_continuation_that_saved_nothing_show_once(straight, tmp_path):
+    for rollout in (2, 3):
+        with pytest.raises(RuntimeError, match="the reward function broke"):
+            fit(tmp_path, ckpt="auto", module=DummyModule(fail_at=rollout))
+    assert names(tmp_path) == ["rollout=000002.ckpt"]
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2
+    fit(tmp_path, ckpt="last")
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2  # of the first and the last
     assert scalars(tmp_path) == scalars(straight)
 
 
