@@ -5,6 +5,9 @@ PY := $(VENV)/bin/python
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# The demo's model is so small that a second thread costs more than it computes.
+export OMP_NUM_THREADS ?= 1
+
 .PHONY: demo test test-fast lint format clean
 
 demo: $(VENV)/demo.stamp  ## train the embedded default to a rising reward

@@ -43,7 +43,7 @@ class Health:
             self._say(
                 "noise",
                 f"the log-ratio carries noise of {noise:.1e} (standard deviation), above a third "
-                f"of the clip range {self.width:.1e}; use policy.dtype float32 or a wider clip range",
+                f"of the clip range {self.width:.1e}; use policy.dtype float32 or a wider range",
             )
         clipped = figures.get("train/clip_fraction_sequences", 1.0)
         self.unclipped = 0 if clipped > 0 or self.steps == 1 else self.unclipped + 1

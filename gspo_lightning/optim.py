@@ -1,7 +1,6 @@
 """Optimizer and learning-rate schedule: AdamW with decay groups, warm-up and decay.
 
-The unit of a schedule is whatever its owner steps it in: rollouts in ``GSPOModule``, optimizer
-steps in ``SFTModule``. Leaves out clipping, which the modules do.
+The unit of a schedule is its owner's: rollouts in ``GSPOModule``, optimizer steps in ``SFTModule``. Leaves out clipping, which the modules do.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from typing import Literal
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 
 @dataclass(frozen=True)
@@ -112,11 +110,6 @@ def learning_rate_factor(config: OptimizerConfig, total: int | None) -> Callable
         return config.min_ratio + (1 - config.min_ratio) * fall
 
     return factor
-
-
-def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total: int | None) -> LambdaLR:
-    """Attach the schedule to ``optimizer``. The caller steps it, once per unit."""
-    return LambdaLR(optimizer, learning_rate_factor(config, total))
 
 
 def set_learning_rate(
