@@ -146,7 +146,7 @@ def _completion_logits(
     return behind.logits[:, -length:]
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: Any) -> Any:
     """Return the model whose forward names its arguments (wrappers take ``**kwargs``)."""
     model = getattr(model, "_orig_mod", model)  # torch.compile
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # peft

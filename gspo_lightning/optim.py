@@ -1,6 +1,7 @@
 """Optimizer and learning-rate schedule: AdamW with decay groups, warm-up and decay.
 
-The unit of a schedule is its owner's: rollouts in ``GSPOModule``, optimizer steps in ``SFTModule``. Leaves out clipping, which the modules do.
+The unit of a schedule is its owner's: rollouts in ``GSPOModule``, optimizer steps in ``SFTModule``.
+Leaves out clipping, which the modules do.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
         raise ValueError(f"{name} must have dtype {dtype}, got {tensor.dtype}")
 
 
+@dataclass(frozen=True, eq=False)
 class _Movable:
     """Gives a dataclass of tensors the ``to`` that Lightning moves batches with."""
 

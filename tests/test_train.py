@@ -241,10 +241,10 @@ def test_an_interrupt_is_one_line_that_says_how_to_go_on(capsys):
         ("--data.max_prompt_tokens 3", "data.path: data/arithmetic/train.jsonl: row 1 has"),
         ("--model.policy.path ./no/where", "policy.path: "),
         ("--model.reference.device cuda:99", "model.reference.device is cuda:99, but this machine"),
-        ("--model.num_minibatches 3", "model.num_minibatches must divide the 128 completions"),
+        ("--model.num_minibatches 3", "model.num_minibatches must divide the "),
         ("--model.sampler.group_size 1", "sampler.group_size must be >= 2, got 1"),
         ("--model.optimizer.learning_rate 0", "optimizer.learning_rate must be above 0, got 0.0"),
-        ("--trainer.val_check_interval 41", "`val_check_interval` (41) must be less than"),
+        ("--trainer.val_check_interval 4001", "`val_check_interval` (4001) must be less than"),
     ],
 )
 def test_a_mistake_in_the_demo_is_one_line(capsys, tmp_path, monkeypatch, option, line):
