@@ -9,6 +9,7 @@ from gspo_lightning.module import GSPOModule
 from gspo_lightning.objectives import Objective
 from gspo_lightning.optim import OptimizerConfig
 from gspo_lightning.policy import PolicyConfig
+from gspo_lightning.progress import RolloutProgress, RunSummary
 from gspo_lightning.rewards import RewardTerm
 from gspo_lightning.sampling import GroupSampler
 from gspo_lightning.sft import SFTModule
@@ -29,6 +30,8 @@ __all__ = [
     "RewardModel",
     "RewardTerm",
     "RolloutCheckpoint",
+    "RolloutProgress",
+    "RunSummary",
     "SFTData",
     "SFTModule",
     "SampleTable",

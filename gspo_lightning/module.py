@@ -474,4 +474,5 @@ class GSPOModule(EvaluatedModule):
 
     def export(self, path: str | Path) -> None:
         """Write the policy as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
-        self.policy.export(path)  # type: ignore[union-attr]
+        if self.global_rank == 0:
+            self.policy.export(path)  # type: ignore[union-attr]

@@ -105,4 +105,5 @@ class SFTModule(LightningModule):
     def export(self, path: str | Path) -> None:
         """Write the policy as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
         assert self.policy is not None
-        self.policy.export(path)
+        if self.global_rank == 0:
+            self.policy.export(path)
