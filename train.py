@@ -17,7 +17,6 @@ if __name__ == "__main__" and sys.argv[1:] in (["--help"], ["-h"]):
     sys.exit(0)
 
 import os
-import shlex
 import traceback
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,9 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from gspo_lightning.callbacks import PredictionWriter
 from gspo_lightning.checkpoint import (
     AtomicCheckpointIO,
     RolloutCheckpoint,
@@ -38,6 +37,7 @@ from gspo_lightning.checkpoint import (
     list_checkpoints,
 )
 from gspo_lightning.cli import OneLineParser, condense, quiet
+from gspo_lightning.plan import resume_command
 from gspo_lightning.progress import RolloutProgress, RunSummary
 from gspo_lightning.run_folder import RunConfig, check_folder, remove_leftovers, say
 
@@ -127,6 +127,8 @@ class GSPOCLI(LightningCLI):
                 callbacks.append(RolloutProgress())
             if not has(callbacks, RunSummary):
                 callbacks.append(RunSummary())
+        if self.subcommand == "predict" and not has(callbacks, PredictionWriter):
+            callbacks.append(PredictionWriter())
         if config.enable_checkpointing is not False and not has(callbacks, Checkpoint):
             callbacks.append(RolloutCheckpoint())
         plugins = config.plugins or []
@@ -171,20 +173,21 @@ def check_trainer(config: Any) -> None:
     """Raise ValueError for strategies and precisions that would train wrongly."""
     strategy = config.strategy
     name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
-    if name.startswith("fsdp") or name == FSDPStrategy.__name__:
+    if name.startswith(("fsdp", "deepspeed", "FSDP", "DeepSpeed", "ModelParallel")):
+        # FSDP and DeepSpeed allow one backward pass per batch, and a rollout has many.
         raise ValueError(
-            "trainer.strategy: FSDP cannot do several backward passes per rollout; use ddp, or "
-            "ModelParallelStrategy for a model that needs several devices"
+            f"trainer.strategy {name}: the policy must fit on one device here; use auto or ddp"
         )
-    if name.startswith("deepspeed") or name == DeepSpeedStrategy.__name__:
-        raise ValueError(
-            "trainer.strategy: DeepSpeed allows one backward pass per batch, a rollout has many; "
-            "use ddp or ModelParallelStrategy"
-        )
-    if str(config.precision) in ("16-mixed", "16"):
+    precision = str(config.precision)
+    if precision in ("16-mixed", "16"):
         raise ValueError(
             "trainer.precision 16-mixed: its loss scaling skips optimizer steps silently; use "
             "bf16-mixed or 32-true"
+        )
+    if precision.endswith("-true") and precision not in ("32-true", "64-true"):
+        raise ValueError(
+            f"trainer.precision {precision}: the dtype of the weights is the policy's own setting; "
+            "set model.init_args.policy.dtype instead"
         )
 
 
@@ -214,18 +217,6 @@ def has(items: list[Any], kind: type) -> bool:
     return any(isinstance(item, kind) for item in items)
 
 
-def resume_command(argv: list[str]) -> str:
-    """The command that continues this run."""
-    kept = list(argv)
-    for i, word in enumerate(argv):
-        if word == "--ckpt_path":
-            kept[i : i + 2] = [None, None]  # type: ignore[list-item]
-        elif word.startswith("--ckpt_path="):
-            kept[i] = None  # type: ignore[call-overload]
-    words = [word for word in kept if word is not None]
-    return shlex.join(["python", "train.py", *words, "--ckpt_path", "last"])
-
-
 def where_to_go_on(argv: list[str], root: Path | None) -> str:
     """What is left of a training that ended early and how to continue it; empty if none began."""
     if root is None:
@@ -233,7 +224,8 @@ def where_to_go_on(argv: list[str], root: Path | None) -> str:
     found = list_checkpoints(root)
     if not found:
         return "there is no checkpoint yet; the same command starts again"
-    return f"last checkpoint {found[-1]}; continue with: {resume_command(argv)}"
+    go_on = resume_command(["train.py", *argv], {})
+    return f"last checkpoint {found[-1]}; continue with: {go_on}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -185,7 +185,7 @@ class EvaluatedModule(LightningModule):
     def _log_evaluation(self, stage: str) -> None:
         figures = {f"{stage}/{name}": value for name, value in self.evaluator.compute().items()}
         fitting = self.trainer.state.fn == "fit"
-        self.log_dict(figures, logger=False if fitting else None, rank_zero_only=True)
+        self.log_dict(figures, logger=False if fitting else None, sync_dist=True)
         if fitting:  # Lightning drops the evaluation before training and counts from 0 after it
             for logger in self.loggers:
                 logger.log_metrics(figures, step=self.trainer.fit_loop.total_batch_idx + 1)

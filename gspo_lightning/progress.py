@@ -174,8 +174,8 @@ class RunSummary(Callback):
     """The plan before a run, and five lines at its end: what came of it and where it lies.
 
     The evaluation before training is Lightning's sanity check over the whole held-out set
-    (``num_sanity_val_steps: -1``). Lightning logs none of it, so it is written to the loggers here,
-    at step 0, and kept in the checkpoint: a resumed run does not evaluate again before training.
+    (``num_sanity_val_steps: -1``), kept in the checkpoint: a resumed run does not evaluate again
+    before training.
     """
 
     def __init__(self) -> None:
@@ -223,8 +223,6 @@ class RunSummary(Callback):
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if trainer.sanity_checking:
             self.before = figures(metrics)
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=0)
         elif trainer.state.fn == "fit":
             self.after = figures(metrics)
             self.after_batches = trainer.fit_loop.total_batch_idx + 1
