@@ -37,7 +37,7 @@ from gspo_lightning.checkpoint import (
     list_checkpoints,
 )
 from gspo_lightning.cli import OneLineParser, condense, quiet
-from gspo_lightning.plan import resume_command
+from gspo_lightning.plan import resume_command, this_python
 from gspo_lightning.progress import RolloutProgress, RunSummary
 from gspo_lightning.run_folder import RunConfig, check_folder, remove_leftovers, say
 
@@ -224,7 +224,7 @@ def where_to_go_on(argv: list[str], root: Path | None) -> str:
     found = list_checkpoints(root)
     if not found:
         return "there is no checkpoint yet; the same command starts again"
-    go_on = resume_command(["train.py", *argv], {})
+    go_on = resume_command(["train.py", *argv], {}, this_python())
     return f"last checkpoint {found[-1]}; continue with: {go_on}"
 
 
@@ -259,15 +259,17 @@ def report(error: BaseException, watch: Watch, go_on: str) -> int:
         return 143
     if isinstance(error, SystemExit):  # the parser has said why, or printed help
         return error.code if isinstance(error.code, int) else 0
-    text = None if watch.begun else mistake(error)
+    if isinstance(error, FloatingPointError):  # the run's own fault, found before it did harm
+        text: str | None = str(error)
+    else:
+        text = None if watch.begun else mistake(error)
     if text is None or os.environ.get("GSPO_TRACEBACK") == "1":
         traceback.print_exception(error)
     if text is not None:
         sys.stderr.write(f"error: {text}\n")
-        return 2
     if go_on:
         say(go_on)
-    return 1
+    return 2 if text is not None and not watch.begun else 1
 
 
 def mistake(error: BaseException) -> str | None:

@@ -7,7 +7,10 @@ and trainers by attribute, so a warm start, or a module of one's own, gets the l
 from __future__ import annotations
 
 import math
+import os
 import shlex
+import shutil
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -222,12 +225,25 @@ def longer_run(trainer: Any, done: int) -> dict[str, int]:
     return {f"--data.{unit}": 2 * done}
 
 
-def resume_command(argv: list[str], longer: Mapping[str, int]) -> str:
+def this_python() -> str:
+    """How to call the Python that runs, from here, with what it takes to compute the same bits."""
+    found = shutil.which("python")
+    path = os.path.abspath(sys.executable)
+    if found is not None and os.path.abspath(found) == path:
+        path = "python"
+    elif path.startswith(os.getcwd() + os.sep):
+        path = os.path.relpath(path)
+    threads = os.environ.get("OMP_NUM_THREADS")  # another number adds in another order
+    return ("" if threads is None else f"OMP_NUM_THREADS={threads} ") + shlex.quote(path)
+
+
+def resume_command(argv: list[str], longer: Mapping[str, int], python: str = "python") -> str:
     """The command that continues a run, from the one that started it.
 
     Args:
         argv: ``sys.argv``.
         longer: An option to raise, for a run that has reached its end.
+        python: The interpreter, as typed; see ``this_python``.
 
     >>> resume_command(["train.py", "fit", "--config", "a b.yaml", "--ckpt_path=auto"], {})
     "python train.py fit --config 'a b.yaml' --ckpt_path last"
@@ -240,5 +256,5 @@ def resume_command(argv: list[str], longer: Mapping[str, int]) -> str:
             arguments.append(argument)
         skip = not skip and argument in replaced  # its value is the next argument
     arguments += [text for name, value in longer.items() for text in (name, str(value))]
-    program = ["python", argv[0]] if argv[0].endswith(".py") else [argv[0]]
-    return shlex.join([*program, *arguments, "--ckpt_path", "last"])
+    command = shlex.join([argv[0], *arguments, "--ckpt_path", "last"])
+    return f"{python} {command}" if argv[0].endswith(".py") else command

@@ -19,7 +19,13 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from gspo_lightning.callbacks import CurvePlot, HFExport, PredictionWriter, SampleTable
-from gspo_lightning.plan import longer_run, plan_lines, resume_command, total_batches
+from gspo_lightning.plan import (
+    longer_run,
+    plan_lines,
+    resume_command,
+    this_python,
+    total_batches,
+)
 from gspo_lightning.report import figures, figures_line, rollout_line
 
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
@@ -254,7 +260,8 @@ class RunSummary(Callback):
         if "checkpoint" in found:
             finished = done >= (total_batches(trainer) or math.inf)
             longer = longer_run(trainer, done) if finished else {}
-            go_on = f"{'extend' if longer else 'resume':<9} {resume_command(sys.argv, longer)}"
+            command = resume_command(sys.argv, longer, this_python())
+            go_on = f"{'extend' if longer else 'resume':<9} {command}"
         else:
             go_on = "resume    not possible: no checkpoint was written"
         return [

@@ -252,6 +252,37 @@ def test_overlong_ramp_punishes_long_completions(tmp_path, model_dir):
     assert outputs["metrics"]["reward/overlong"] == pytest.approx(expected.mean().item() - 1)
 
 
+def test_kl_term_is_never_multiplied_by_the_ratio(tmp_path, model_dir):
+    # fact 34: flat rewards leave the KL term alone in the loss; its gradient in the second step,
+    # which takes the stored old log-probs, must not feel a ratio of exp(0.5)
+    found = {}
+    for shift in (0.0, 0.5):
+
+        class Off(Callback):
+            def on_train_start(self, trainer, module, shift=shift):
+                with torch.no_grad():
+                    for parameter in module.policy.parameters():
+                        parameter.mul_(1.1)  # away from the reference, so that there is a KL
+                collect = module.collect
+
+                def shifted(batch):
+                    rollout = collect(batch)
+                    return replace(rollout, old_logprobs=rollout.old_logprobs - shift)
+
+                module.collect = shifted
+
+        steps, keep = Steps(), Outputs()
+        options = {"rewards": {"one": RewardTerm(ones)}, "num_minibatches": 2, "kl_coef": 0.5}
+        options |= {"optimizer": OptimizerConfig(learning_rate=1e-12)}
+        options |= {"reference": ReferencePolicy(device="cpu")}
+        run(tmp_path, model_dir, 1, [Off(), steps, keep], **options)
+        largest = keep.all[0]["metrics"]["policy/ratio_max"]
+        assert largest == pytest.approx(math.exp(shift), rel=1e-5)
+        found[shift] = steps.gradients[1]
+    assert found[0.0].abs().max() > 1e-3
+    torch.testing.assert_close(found[0.5], found[0.0], atol=1e-8, rtol=1e-6)
+
+
 def test_flat_groups_have_no_policy_gradient_but_keep_the_kl_term(tmp_path, model_dir):
     # fact 31; at ratio 1 and KL 0 everything vanishes, so look at the second step
     flat = {"rewards": {"one": RewardTerm(ones)}}

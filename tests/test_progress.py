@@ -8,11 +8,17 @@ from lightning.pytorch import Callback
 from rollout_dummies import RolloutData, RolloutDummy, fit, make_trainer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gspo_lightning import progress
+from gspo_lightning import plan, progress
 from gspo_lightning.callbacks import CurvePlot, HFExport, PredictionWriter, SampleTable
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.plan import memory_parts, plan_lines, resume_command, total_batches
 from gspo_lightning.progress import RolloutProgress, RunSummary
+
+
+@pytest.fixture(autouse=True)
+def plain_python(monkeypatch):
+    """Commands are shown as if this Python were called `python` here."""
+    monkeypatch.setattr("gspo_lightning.progress.this_python", lambda: "python")
 
 
 class Supervised(DummyModule):
@@ -267,6 +273,21 @@ def test_without_a_checkpoint_there_is_no_command(tmp_path, capsys):
 )
 def test_the_command_repeats_what_was_typed(argv, longer, expected):
     assert resume_command(argv.split(), longer) == expected
+
+
+def test_python_is_named_as_it_is_reached_from_here(monkeypatch, tmp_path):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    inside = str(tmp_path / ".venv/bin/python")
+    monkeypatch.setattr(plan.sys, "executable", inside)
+    monkeypatch.setattr(plan.shutil, "which", lambda name: inside)
+    assert plan.this_python() == "python"  # an activated environment
+    monkeypatch.setattr(plan.shutil, "which", lambda name: "/usr/bin/python")
+    assert plan.this_python() == ".venv/bin/python"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert plan.this_python() == "OMP_NUM_THREADS=1 .venv/bin/python"
+    monkeypatch.setattr(plan.sys, "executable", "/opt/a b/python")
+    assert plan.this_python() == "OMP_NUM_THREADS=1 '/opt/a b/python'"
 
 
 # --- the plan ------------------------------------------------------------------------------------

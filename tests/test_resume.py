@@ -1,4 +1,4 @@
-"""The promise of the project: a killed run continues as if nothing had happened, bit for bit."""
+"""Fact 42, the promise of the project: a killed run continues as if nothing had happened."""
 
 import json
 import os

@@ -33,6 +33,12 @@ data: {class_path: gspo_lightning.PromptData, init_args: {path: prompts.jsonl}}
 """
 
 
+@pytest.fixture(autouse=True)
+def plain_python(monkeypatch):
+    """Commands are shown as if this Python were called `python` here."""
+    monkeypatch.setattr("train.this_python", lambda: "python")
+
+
 def meant(wrong, right):
     return f"unknown key `{wrong}`, did you mean `{right}`?"
 
@@ -392,3 +398,11 @@ def test_help_needs_no_libraries():
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert "python train.py fit --config configs/arithmetic.yaml" in done.stdout
     assert "lightning" not in done.stderr and "torch" not in done.stderr
+
+
+def test_a_numerical_fault_is_one_line_and_how_to_go_on(capsys):
+    watch = train.Watch()
+    watch.begun = True
+    code = train.report(FloatingPointError("the loss is nan; no step was taken"), watch, "go on")
+    assert code == 1
+    assert capsys.readouterr().err == "error: the loss is nan; no step was taken\ngo on\n"
