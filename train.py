@@ -39,7 +39,7 @@ from gspo_lightning.checkpoint import (
 from gspo_lightning.cli import OneLineParser, condense, quiet
 from gspo_lightning.plan import resume_command, this_python
 from gspo_lightning.progress import RolloutProgress, RunSummary
-from gspo_lightning.run_folder import RunConfig, check_folder, remove_leftovers, say
+from gspo_lightning.run_folder import RunConfig, check_folder, remove_leftovers, remove_traces, say
 
 # What a user's mistake raises: bad values, missing files, devices, packages.
 MISTAKES = (ValueError, OSError, ImportError, MisconfigurationException)
@@ -52,6 +52,7 @@ class Watch(Callback):
         self.begun = False
         self.rollouts = 0
         self.root: Path | None = None  # the run folder, once training has begun
+        self.refuse = lambda: None  # takes back what was written before the run began
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         self.begun = True
@@ -152,7 +153,9 @@ class GSPOCLI(LightningCLI):
         return kwargs | {"ckpt_path": self.checkpoint and str(self.checkpoint)}
 
     def before_fit(self) -> None:
-        """Say where the run begins, now that everything that could be refused was not."""
+        """Say where the run begins, now that most of what could be refused was not."""
+        present = set(self.root.glob("*"))
+        self.watch.refuse = lambda: remove_traces(self.root, present)
         if self.checkpoint is not None:
             say(f"continuing from {self.checkpoint}")
         elif not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -267,6 +270,8 @@ def report(error: BaseException, watch: Watch, go_on: str) -> int:
         traceback.print_exception(error)
     if text is not None:
         sys.stderr.write(f"error: {text}\n")
+        if not watch.begun:
+            watch.refuse()
     if go_on:
         say(go_on)
     return 2 if text is not None and not watch.begun else 1

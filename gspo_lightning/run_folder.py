@@ -85,6 +85,23 @@ def remove_leftovers(root: Path) -> None:
             say(f"{root}: removed the logs of a run that stopped before its first checkpoint")
 
 
+@rank_zero_only
+def remove_traces(root: Path, present: set[Path]) -> None:
+    """Take back what a run wrote that was refused before it began.
+
+    Lightning opens the curves before anything is checked.
+
+    Args:
+        root: The run folder.
+        present: What was in it before; that stays.
+    """
+    for pattern in ("events.out.tfevents.*", "hparams.yaml", "config*.yaml"):
+        for file in set(root.glob(pattern)) - present:
+            file.unlink()
+    if root.is_dir() and not any(root.iterdir()):
+        root.rmdir()
+
+
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one, keys joined by dots.
 

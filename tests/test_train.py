@@ -406,3 +406,12 @@ def test_a_numerical_fault_is_one_line_and_how_to_go_on(capsys):
     code = train.report(FloatingPointError("the loss is nan; no step was taken"), watch, "go on")
     assert code == 1
     assert capsys.readouterr().err == "error: the loss is nan; no step was taken\ngo on\n"
+
+
+def test_a_run_that_is_refused_leaves_no_trace(capsys):
+    refused(capsys, "fit --config dummy.yaml --model dummies.SetupFails")
+    assert not Path("runs/default").exists()
+    Path("runs/default").mkdir(parents=True)
+    Path("runs/default/events.out.tfevents.1.mine").write_text("not ours")
+    refused(capsys, "fit --config dummy.yaml --model dummies.SetupFails")
+    assert os.listdir("runs/default") == ["events.out.tfevents.1.mine"]
