@@ -397,7 +397,9 @@ def test_help_needs_no_libraries():
     command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert "python train.py fit --config configs/arithmetic.yaml" in done.stdout
-    assert "lightning" not in done.stderr and "torch" not in done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "sys" in imported or "os" in imported
+    assert not imported & {"lightning", "torch", "transformers", "gspo_lightning"}
 
 
 def test_a_numerical_fault_is_one_line_and_how_to_go_on(capsys):
