@@ -117,14 +117,14 @@ class LoRAPolicy(Policy):
     def __init__(self, model: Any, tokenizer: Any, lora: LoRAConfig) -> None:
         self.start = fingerprint(model)
         super().__init__(add_adapters(model, lora), tokenizer)
-        self.export_as = lora.export
+        self.lora = lora
         self.adapter_names = {name for name, p in self.named_parameters() if p.requires_grad}
         self.register_state_dict_post_hook(_keep_adapters)
         self.register_load_state_dict_post_hook(_expect_adapters)
 
     def export(self, path: str | Path) -> None:
         """Write a merged model, or the adapters for ``PeftModel.from_pretrained``."""
-        if self.export_as == "adapter":
+        if self.lora.export == "adapter":
             # the embedding has no adapters; left to itself, peft would look it up on the hub
             self.model.save_pretrained(path, save_embedding_layers=False)
         else:
@@ -132,20 +132,26 @@ class LoRAPolicy(Policy):
             self.model.get_base_model().save_pretrained(path, state_dict=weights)
         self.tokenizer.save_pretrained(path)
 
-    def get_extra_state(self) -> dict[str, str]:
-        """What the state dict holds beside the adapters."""
-        return {"start": self.start}
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the state dict holds beside the adapters: what they were trained on and for."""
+        return {"start": self.start, "scale": self.lora.alpha / self.lora.rank}
 
-    def set_extra_state(self, state: dict[str, str]) -> None:
-        """Refuse adapters that were trained on other weights.
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Refuse adapters that were trained on other weights or for another scale.
 
         Raises:
-            ValueError: If the weights differ.
+            ValueError: If the weights or the scale differ.
         """
-        if state["start"] != self.start:
+        own = self.get_extra_state()
+        if state["start"] != own["start"]:
             raise ValueError(
                 "policy.path: these are not the weights that the checkpoint's adapters were "
                 "trained on; restore them, or start a new run"
+            )
+        if state["scale"] != own["scale"]:
+            raise ValueError(
+                f"policy.lora.alpha: the checkpoint's adapters were trained for an alpha / rank of "
+                f"{state['scale']}, here it is {own['scale']}"
             )
 
 

@@ -303,6 +303,15 @@ def test_adapters_are_not_put_on_other_weights(model_dir, folder):
         other.load_state_dict(state)
 
 
+def test_adapters_are_not_scaled_otherwise_than_they_were_trained(model_dir):
+    state = load_policy(config(model_dir, LoRAConfig(rank=3, alpha=6.0))).state_dict()
+    other = load_policy(config(model_dir, LoRAConfig(rank=3, alpha=3.0)))
+    with pytest.raises(
+        ValueError, match=r"policy.lora.alpha: .* alpha / rank of 2.0, here it is 1"
+    ):
+        other.load_state_dict(state)
+
+
 # --- exports --------------------------------------------------------------------------------
 
 
