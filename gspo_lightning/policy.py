@@ -194,9 +194,7 @@ def load_tokenizer(config: PolicyConfig) -> Any:
             trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"policy.path: no tokenizer in {config.path}: {first_line(error)}"
-        ) from error
+        raise ValueError(f"policy.path: no tokenizer in {config.path}: {reason(error)}") from error
 
 
 def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
@@ -218,7 +216,11 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
         options["attn_implementation"] = config.attention
     try:
         if config.weights == "random":
-            model_config = AutoConfig.from_pretrained(config.path, revision=config.revision)
+            # said here, too: without a word, transformers asks on the terminal
+            trust = {"trust_remote_code": config.trust_remote_code}
+            model_config = AutoConfig.from_pretrained(
+                config.path, revision=config.revision, **trust
+            )
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, **options)
             if (Path(config.path) / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(config.path)
@@ -227,7 +229,7 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
                 config.path, dtype=dtype, revision=config.revision, **options
             )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"policy.path: cannot load {config.path}: {first_line(error)}") from error
+        raise ValueError(f"policy.path: cannot load {config.path}: {reason(error)}") from error
     check_cache(model)
     if config.lora is None:
         policy = Policy(model, tokenizer)
@@ -299,7 +301,9 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def first_line(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The first line of a library's message; the rest of these messages is advice for others."""
+    if "trust_remote_code=True" in str(error):  # its advice is an argument that nobody here passes
+        return "it comes with Python code of its own; policy.trust_remote_code: true would run it"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -168,7 +168,7 @@ def test_a_run_with_adapters_continues_bit_for_bit_and_keeps_nothing_else(overla
     assert len(tensors) == 2 * 2 * 2  # layers, projections, A and B
     assert all(".lora_" in name for name in tensors)
     assert len(final["optimizer_states"][0]["state"]) == len(tensors)
-    assert any(curves(tmp_path / "straight")["train/kl_loss"])
+    assert curves(tmp_path / "straight")["train/kl_loss"][-1][1] > 0
 
 
 def test_a_checkpoint_holds_the_policy_alone(straight):
