@@ -5,6 +5,7 @@ from gspo_lightning.checkpoint import RolloutCheckpoint
 from gspo_lightning.data import PromptData, SFTData
 from gspo_lightning.evaluation import Evaluation
 from gspo_lightning.frozen import ReferencePolicy, RewardModel
+from gspo_lightning.lora import LoRAConfig
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.objectives import Objective
 from gspo_lightning.optim import OptimizerConfig
@@ -21,6 +22,7 @@ __all__ = [
     "GSPOModule",
     "GroupSampler",
     "HFExport",
+    "LoRAConfig",
     "Objective",
     "OptimizerConfig",
     "PolicyConfig",

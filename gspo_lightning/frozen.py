@@ -6,7 +6,7 @@ Only (B, T) log-probs and (B,) scores leave them. Decides what the device words 
 
 from __future__ import annotations
 
-import hashlib
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from gspo_lightning.logprobs import completion_logprobs
-from gspo_lightning.policy import PolicyConfig
+from gspo_lightning.lora import adapters_off
+from gspo_lightning.policy import LoRAPolicy, Policy, PolicyConfig, fingerprint
 from gspo_lightning.rollout import Samples
 
 
@@ -51,15 +52,6 @@ def resolve_device(key: str, word: str, policy_device: torch.device) -> torch.de
     return torch.device("cuda", index)
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """A short hash of a model's weights: every tensor's name, shape and first 256 values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten()[:256].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def freeze(model: Any, device: torch.device) -> Any:
     """Ready a model for scoring: on its device, dropout off, no gradients."""
     return model.to(device).eval().requires_grad_(False)
@@ -74,18 +66,32 @@ class ReferencePolicy:
         device: ``cuda:1``, ``cuda:+1``, ``policy`` or ``cpu``.
         dtype: Type of the weights; ``None`` is the policy's, so that the KL starts at 0.
         batch_size: Sequences per forward pass.
+
+    Attributes:
+        shared: Whether the model is the policy's own with its adapters off. Such a reference must
+            not compute while the policy does.
     """
 
     path: str | None = None
     device: str = "cuda:1"
     dtype: Literal["float32", "bfloat16"] | None = None
     batch_size: int = 32
+    shared: bool = field(default=False, init=False, repr=False)
     model: Any = field(default=None, init=False, repr=False)
     fingerprint: str | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"reference.batch_size must be >= 1, got {self.batch_size}")
+
+    def can_share(self, policy: PolicyConfig) -> bool:
+        """Whether the policy with its adapters off, where it is, would be this very reference."""
+        same = self.path is None and self.dtype in (None, policy.dtype)
+        return same and policy.lora is not None
+
+    def share(self, policy: LoRAPolicy) -> None:
+        """Take the policy's own weights, without a copy."""
+        self.shared, self.model, self.fingerprint = True, policy.model, policy.start
 
     def load(self, policy: PolicyConfig, device: torch.device) -> None:
         """Load the weights.
@@ -112,7 +118,7 @@ class ReferencePolicy:
 
     def release(self) -> None:
         """Let the weights go."""
-        self.model = None
+        self.model, self.shared = None, False
 
     # no_grad, not inference_mode: the KL term saves these log-probs for its backward pass
     @torch.no_grad()
@@ -128,19 +134,20 @@ class ReferencePolicy:
         """
         device = next(self.model.parameters()).device
         parts = []
-        for index in torch.arange(len(samples)).split(self.batch_size):
-            part = samples.select(index).to(device)
-            parts.append(
-                completion_logprobs(
-                    self.model,
-                    part.prompt_ids,
-                    part.prompt_mask,
-                    part.completion_ids,
-                    part.mask,
-                    temperature=temperature,
-                    group_size=part.group_size,
-                ).logprobs
-            )
+        with adapters_off(self.model) if self.shared else nullcontext():
+            for index in torch.arange(len(samples)).split(self.batch_size):
+                part = samples.select(index).to(device)
+                parts.append(
+                    completion_logprobs(
+                        self.model,
+                        part.prompt_ids,
+                        part.prompt_mask,
+                        part.completion_ids,
+                        part.mask,
+                        temperature=temperature,
+                        group_size=part.group_size,
+                    ).logprobs
+                )
         return torch.cat(parts).to(samples.mask.device)
 
 
@@ -261,6 +268,7 @@ class FrozenModels:
     ) -> None:
         self.reference = reference
         self.reward_models = reward_models
+        self.awaits_policy = False  # the reference is to be the policy with its adapters off
 
     def load(self, policy: PolicyConfig, device: torch.device, with_reference: bool) -> None:
         """Load every model onto the device that its setting names.
@@ -282,7 +290,15 @@ class FrozenModels:
         for key, model in self.reward_models.items():
             model.load(devices[key])
         if self.reference is not None and with_reference:
-            self.reference.load(policy, devices["model.reference"])
+            place = devices["model.reference"]
+            self.awaits_policy = place == device and self.reference.can_share(policy)
+            if not self.awaits_policy:
+                self.reference.load(policy, place)
+
+    def share(self, policy: Policy) -> None:
+        """Let the reference use a policy's weights, if :meth:`load` has left that to it."""
+        if self.reference is not None and self.awaits_policy and isinstance(policy, LoRAPolicy):
+            self.reference.share(policy)
 
     def release(self) -> None:
         """Let all weights go."""

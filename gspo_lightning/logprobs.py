@@ -125,7 +125,7 @@ def _completion_logits(
     ids = torch.cat([prompt_ids, completion_ids[:, :-1]], dim=1)
     attention_mask = torch.cat([prompt_mask, context[:, :-1]], dim=1).long()
     position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    forward = inspect.signature(_unwrapped(model).forward).parameters
+    forward = forward_arguments(model)
     head = prompt_ids.shape[1] - 1  # tokens whose logits nobody needs
 
     def run(rows: slice, columns: slice, num_logits: int, **cache: Any) -> Any:
@@ -138,18 +138,31 @@ def _completion_logits(
 
     every, end, length = slice(None), ids.shape[1], completion_ids.shape[1]
     checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
-    if group_size == 1 or head == 0 or checkpointed:
-        return run(every, slice(0, end), length, use_cache=False).logits[:, -length:]
-    cache = run(slice(None, None, group_size), slice(0, head), 1, use_cache=True).past_key_values
-    cache.batch_repeat_interleave(group_size)
-    behind = run(every, slice(head, end), length, use_cache=True, past_key_values=cache)
-    return behind.logits[:, -length:]
+    if group_size > 1 and head > 0 and not checkpointed:
+        prompt = run(slice(None, None, group_size), slice(0, head), 1, use_cache=True)
+        cache: Any = getattr(prompt, "past_key_values", None)
+        if _holds_attention_only(cache):
+            cache.batch_repeat_interleave(group_size)
+            behind = run(every, slice(head, end), length, use_cache=True, past_key_values=cache)
+            return behind.logits[:, -length:]
+    return run(every, slice(0, end), length, use_cache=False).logits[:, -length:]
 
 
-def _unwrapped(model: Any) -> Any:
-    """Return the model whose forward names its arguments (wrappers take ``**kwargs``)."""
+def _holds_attention_only(cache: Any) -> bool:
+    """Whether a cache is keys and values alone, full or windowed, so that rows can be repeated.
+
+    Recurrent layers (of hybrids such as Qwen3-Next, Jamba or LFM2) keep a state that is written in
+    place, through which no gradient passes; other classes of cache hold what is not known here.
+    """
+    standard = type(cache).__name__ == "DynamicCache"
+    return standard and not any(hasattr(layer, "conv_states") for layer in cache.layers)
+
+
+def forward_arguments(model: Any) -> set[str]:
+    """The arguments that a model's forward names, also behind wrappers that take ``**kwargs``."""
     model = getattr(model, "_orig_mod", model)  # torch.compile
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
+    return set(inspect.signature(model.forward).parameters)
 
 
 def _token_logprobs(

@@ -183,6 +183,7 @@ class GSPOModule(EvaluatedModule):
             self.policy = load_policy(self.policy_config, self.tokenizer)
             # Dropout is off in either mode; train mode is what gradient checkpointing needs.
             self.policy.train()
+        self.frozen.share(self.policy)
 
     def configure_optimizers(self) -> Any:
         """AdamW; ``training_step`` sets its learning rate, which a rollout's index decides."""

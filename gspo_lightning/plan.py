@@ -107,7 +107,8 @@ def _policy(trainer: Any, module: Any) -> str:
 def _frozen(module: Any) -> str:
     parts = []
     if getattr(module, "reference", None) is not None:
-        parts.append(f"reference on {module.reference.device}")
+        shared = " (its adapters off)" if getattr(module.reference, "shared", False) else ""
+        parts.append(f"reference on {module.reference.device}{shared}")
     for name, term in (getattr(module, "rewards", None) or {}).items():
         device = getattr(term.fn, "device", None)
         parts.append(f"reward {name}" + (f" on {device}" if device is not None else ""))
@@ -139,7 +140,8 @@ def _memory(trainer: Any, module: Any) -> str | None:
     text = f"about {size_text(peak)} for the policy: " + ", ".join(
         f"{name} {size_text(value)}" for name, value in parts.items()
     )
-    if getattr(module, "reference", None) is not None:
+    reference = getattr(module, "reference", None)
+    if reference is not None and not getattr(reference, "shared", False):
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         text += f"; reference {size_text(size)}"
     return text

@@ -1,11 +1,14 @@
 """The policy: a causal language model with its tokenizer, loaded, made deterministic, exported.
 
-Decides what a policy folder must hold, which ids end a completion, and that dropout is off. Leaves
-out training, sampling and devices: Lightning owns the policy's device.
+Decides what a policy folder must hold, which ids end a completion, that dropout is off, and what a
+checkpoint of a policy with adapters holds. Leaves out training, sampling and devices: Lightning
+owns the policy's device.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from gspo_lightning.lora import LoRAConfig, add_adapters, merged_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -34,6 +39,7 @@ class PolicyConfig:
         weights: ``random`` builds the model from ``config.json`` alone, for training from scratch.
         revision: Branch, tag or commit of a model on the hub.
         trust_remote_code: Run Python code that lies beside the weights. Off unless asked.
+        lora: Train adapters and leave the weights as they are; ``None`` trains all weights.
     """
 
     path: str
@@ -43,9 +49,15 @@ class PolicyConfig:
     weights: Literal["pretrained", "random"] = "pretrained"
     revision: str | None = None
     trust_remote_code: bool = False
+    lora: LoRAConfig | None = None
 
     def __post_init__(self) -> None:
         check_model_path("policy.path", self.path)
+        if self.lora is not None and self.weights == "random":
+            raise ValueError(
+                "policy.weights is random, but with policy.lora a checkpoint holds the adapters "
+                "alone; save the random weights in a folder first"
+            )
 
 
 def check_model_path(key: str, path: str) -> None:
@@ -92,6 +104,78 @@ class Policy(nn.Module):
         self.tokenizer.save_pretrained(path)
 
 
+class LoRAPolicy(Policy):
+    """A policy whose adapters are trained and whose weights stay as they were loaded.
+
+    Its state dict holds the adapters and a fingerprint of the weights, which come from
+    ``policy.path`` again: checkpoints are small, and adapters never meet other weights.
+
+    Attributes:
+        start: Fingerprint of the weights without adapters.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, lora: LoRAConfig) -> None:
+        self.start = fingerprint(model)
+        super().__init__(add_adapters(model, lora), tokenizer)
+        self.lora = lora
+        self.adapter_names = {name for name, p in self.named_parameters() if p.requires_grad}
+        self.register_state_dict_post_hook(_keep_adapters)
+        self.register_load_state_dict_post_hook(_expect_adapters)
+
+    def export(self, path: str | Path) -> None:
+        """Write a merged model, or the adapters for ``PeftModel.from_pretrained``."""
+        if self.lora.export == "adapter":
+            # the embedding has no adapters; left to itself, peft would look it up on the hub
+            self.model.save_pretrained(path, save_embedding_layers=False)
+        else:
+            weights = merged_weights(self.model)
+            self.model.get_base_model().save_pretrained(path, state_dict=weights)
+        self.tokenizer.save_pretrained(path)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the state dict holds beside the adapters: what they were trained on and for."""
+        return {"start": self.start, "scale": self.lora.alpha / self.lora.rank}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Refuse adapters that were trained on other weights or for another scale.
+
+        Raises:
+            ValueError: If the weights or the scale differ.
+        """
+        own = self.get_extra_state()
+        if state["start"] != own["start"]:
+            raise ValueError(
+                "policy.path: these are not the weights that the checkpoint's adapters were "
+                "trained on; restore them, or start a new run"
+            )
+        if state["scale"] != own["scale"]:
+            raise ValueError(
+                f"policy.lora.alpha: the checkpoint's adapters were trained for an alpha / rank of "
+                f"{state['scale']}, here it is {own['scale']}"
+            )
+
+
+def _keep_adapters(policy: LoRAPolicy, state: dict[str, Any], prefix: str, _: Any) -> None:
+    kept = {f"{prefix}{name}" for name in (*policy.adapter_names, "_extra_state")}
+    for name in [name for name in state if name.startswith(prefix) and name not in kept]:
+        del state[name]
+
+
+def _expect_adapters(policy: LoRAPolicy, incompatible: Any) -> None:
+    # names in full, by a prefix that this hook is not told
+    ends = tuple(policy.adapter_names)
+    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k.endswith(ends)]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of a model's weights: every tensor's name, shape and first 256 values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten()[:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def load_tokenizer(config: PolicyConfig) -> Any:
     """Load the tokenizer of a policy folder, set to pad on the left.
 
@@ -110,9 +194,7 @@ def load_tokenizer(config: PolicyConfig) -> Any:
             trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"policy.path: no tokenizer in {config.path}: {first_line(error)}"
-        ) from error
+        raise ValueError(f"policy.path: no tokenizer in {config.path}: {reason(error)}") from error
 
 
 def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
@@ -134,7 +216,11 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
         options["attn_implementation"] = config.attention
     try:
         if config.weights == "random":
-            model_config = AutoConfig.from_pretrained(config.path, revision=config.revision)
+            # said here, too: without a word, transformers asks on the terminal
+            trust = {"trust_remote_code": config.trust_remote_code}
+            model_config = AutoConfig.from_pretrained(
+                config.path, revision=config.revision, **trust
+            )
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, **options)
             if (Path(config.path) / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(config.path)
@@ -143,10 +229,32 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
                 config.path, dtype=dtype, revision=config.revision, **options
             )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"policy.path: cannot load {config.path}: {first_line(error)}") from error
+        raise ValueError(f"policy.path: cannot load {config.path}: {reason(error)}") from error
+    check_cache(model)
+    if config.lora is None:
+        policy = Policy(model, tokenizer)
+    else:
+        policy = LoRAPolicy(model, tokenizer, config.lora)
     if config.gradient_checkpointing:
-        checkpoint_activations(model)
-    return Policy(model, tokenizer)
+        checkpoint_activations(policy.model)
+    return policy
+
+
+def check_cache(model: Any) -> None:
+    """Refuse models without a key-value cache, which sampling needs.
+
+    Pure recurrent models (Mamba, RWKV) are among them; some also read the padding on the left as if
+    it were text, which would make every log-prob wrong. What the signature does not show, the
+    sampler sees.
+
+    Raises:
+        ValueError: Naming the model's class.
+    """
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"policy.path: {type(model).__name__} takes no past_key_values; only models with a "
+            "key-value cache can be sampled from here"
+        )
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -193,7 +301,9 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def first_line(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The first line of a library's message; the rest of these messages is advice for others."""
+    if "trust_remote_code=True" in str(error):  # its advice is an argument that nobody here passes
+        return "it comes with Python code of its own; policy.trust_remote_code: true would run it"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

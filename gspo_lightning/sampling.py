@@ -7,12 +7,12 @@ Leaves out scoring, and every log-prob that trains: those are recomputed by the 
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from gspo_lightning.logprobs import forward_arguments
 from gspo_lightning.rollout import PromptBatch, Samples, completion_mask
 
 COMPACT_BELOW = 7 / 8  # share of running rows under which finished rows leave the batch
@@ -90,6 +90,7 @@ class GroupSampler:
 
         Raises:
             FloatingPointError: If the policy's logits are not finite.
+            ValueError: If the model has no key-value cache.
         """
         device = batch.prompt_ids.device
         group = torch.arange(len(batch)).repeat_interleave(self.group_size)
@@ -137,7 +138,7 @@ class GroupSampler:
         prompt_mask = prompt_mask[:, start:]
         prompt_ids = batch.prompt_ids[first:last, start:]
         positions = {"position_ids": (prompt_mask.cumsum(1) - 1).clamp(min=0)}
-        if "position_ids" not in inspect.signature(model.forward).parameters:
+        if "position_ids" not in forward_arguments(model):
             positions = {}
         output = model(
             input_ids=prompt_ids,
@@ -146,8 +147,13 @@ class GroupSampler:
             logits_to_keep=1,
             **positions,
         )
-        cache = output.past_key_values
-        cache.batch_select_indices(rows - first)
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            raise ValueError(
+                f"policy.path: {type(model).__name__} gives no past_key_values; only models with a "
+                "key-value cache can be sampled from here"
+            )
+        cache.reorder_cache(rows - first)  # also of recurrent layers
         logits = output.logits[rows - first, -1]
         # one mask for the whole decode; each step reads one column more of it
         length = prompt_mask.shape[1]
@@ -167,7 +173,7 @@ class GroupSampler:
                 break
             if num_running <= COMPACT_BELOW * len(running):
                 keep = running.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)
                 batch_rows, token, mask = batch_rows[keep], token[keep], mask[keep]
                 position, running = position[keep], running[keep]
             if positions:

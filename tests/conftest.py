@@ -4,6 +4,7 @@ All sizes differ (P=2, G=3, L=4, T=5), so that a transposed axis fails.
 """
 
 import os
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may download
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -12,13 +13,10 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen3Config,
 )
 
 from gspo_lightning.rollout import Rollout, completion_mask
@@ -27,6 +25,28 @@ torch.set_num_threads(1)  # the same sums in the same order on every machine
 
 PAD, EOS, VOCABULARY = 0, 1, 32
 P, G, L, T = 2, 3, 4, 5
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+OWN = {  # what an architecture has of its own; windows are shorter than any text here
+    "gemma2": {"sliding_window": 3, "final_logit_softcapping": 2.0},  # every other layer, all
+    "mistral": {"sliding_window": 3},
+    "qwen3_moe": EXPERTS | {"decoder_sparse_step": 1, "norm_topk_prob": True},
+    "granite": {"logits_scaling": 0.5, "embedding_multiplier": 2.0},  # logits over 0.5
+    "cohere": {"logit_scale": 0.25},
+    "gpt_oss": EXPERTS | {"num_local_experts": 4, "sliding_window": 3},  # attention sinks
+    "qwen3_next": EXPERTS
+    | {  # one recurrent layer, one with attention
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "shared_expert_intermediate_size": 16,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},  # one short convolution
+    "mamba": {"state_size": 4},
+    "recurrent_gemma": {"lru_width": 16, "block_types": ["recurrent", "attention"]},
+}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -44,7 +64,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(architecture: str = "qwen3", seed: int = 0) -> PreTrainedModel:
+def build_model(architecture: str = "qwen3", seed: int = 0, **options: Any) -> PreTrainedModel:
     """Two random float32 layers without dropout; weights large enough for varied logits."""
     common = {
         "vocab_size": VOCABULARY,
@@ -63,17 +83,11 @@ def build_model(architecture: str = "qwen3", seed: int = 0) -> PreTrainedModel:
         "max_position_embeddings": 128,
         "tie_word_embeddings": True,
     }
-    if architecture == "qwen3":
-        config = Qwen3Config(**common, **decoder)
-    elif architecture == "llama":
-        config = LlamaConfig(**common, **decoder)
-    elif architecture == "gemma2":  # caps its logits; every other layer sees a short window
-        config = Gemma2Config(**common, **decoder, sliding_window=3, final_logit_softcapping=2.0)
-    elif architecture == "gpt2":  # learned absolute positions
+    if architecture == "gpt2":  # learned absolute positions
         drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        config = GPT2Config(**common, **drop, n_embd=16, n_layer=2, n_head=2, n_positions=128)
-    else:
-        raise ValueError(f"unknown architecture {architecture!r}")
+        decoder = drop | {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128}
+    settings = common | decoder | OWN.get(architecture, {}) | options
+    config = AutoConfig.for_model(architecture, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config)
@@ -118,7 +132,7 @@ def build_rollout(seed: int = 0, with_ref: bool = True) -> Rollout:
 
 @pytest.fixture
 def make_model():
-    """A builder of tiny models, called with qwen3, llama, gpt2 or gemma2 and a seed."""
+    """A builder of tiny models, called with a model type, a seed and settings of its config."""
     return build_model
 
 

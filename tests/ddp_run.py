@@ -3,6 +3,7 @@
 Writes what each rank ended with, for the test to compare.
 """
 
+import copy
 import sys
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from gspo_lightning.callbacks import AdaptiveKL
 from gspo_lightning.data import PromptData
 from gspo_lightning.frozen import ReferencePolicy
 from gspo_lightning.kl import MultiplicativeKL
+from gspo_lightning.lora import LoRAConfig
 from gspo_lightning.optim import OptimizerConfig
+from gspo_lightning.policy import PolicyConfig
 
 
 class Record(Callback):
@@ -24,9 +27,13 @@ class Record(Callback):
     def __init__(self):
         self.kept = {"metrics": [], "rollouts": [], "gradient": None}
 
+    def on_train_start(self, trainer, module):
+        state = module.policy.state_dict()
+        self.kept["start"] = {k: copy.deepcopy(value) for k, value in state.items()}
+
     def on_before_optimizer_step(self, trainer, module, optimizer):
         if self.kept["gradient"] is None:
-            grads = [p.grad.flatten() for p in module.policy.parameters()]
+            grads = [p.grad.flatten() for p in module.policy.parameters() if p.requires_grad]
             self.kept["gradient"] = torch.cat(grads).clone()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -45,15 +52,16 @@ class Record(Callback):
         )
 
 
-def main(root: Path, model_dir: str) -> None:
+def main(root: Path, model_dir: str, lora: LoRAConfig | None) -> None:
     torch.set_num_threads(1)
     record = Record()
     kl = AdaptiveKL(MultiplicativeKL(target=1e-4), initial=0.1)
     module = make_module(
         model_dir,
+        policy=PolicyConfig(model_dir, lora=lora),
         num_minibatches=1,
         micro_batch_size=4,
-        reference=ReferencePolicy(device="cpu"),
+        reference=ReferencePolicy(device="policy"),
         optimizer=OptimizerConfig(learning_rate=1e-2),
         max_grad_norm=None,
     )
@@ -72,4 +80,4 @@ def main(root: Path, model_dir: str) -> None:
 
 if __name__ == "__main__":
     write_prompts(Path(sys.argv[1]) / "prompts.jsonl")
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], LoRAConfig(rank=3) if "adapters" in sys.argv else None)

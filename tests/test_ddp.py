@@ -9,20 +9,40 @@ import pytest
 import torch
 
 from gspo_lightning.logprobs import completion_logprobs
+from gspo_lightning.lora import LoRAConfig
 from gspo_lightning.objectives import Objective, policy_loss, token_weights
+from gspo_lightning.policy import PolicyConfig, load_policy
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory, model_dir):
+@pytest.fixture(scope="module", params=["weights", "adapters"])
+def ranks(tmp_path_factory, model_dir, request):
+    """What two ranks ended with that trained all weights, or adapters alone."""
     root = tmp_path_factory.mktemp("ddp")
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent)])
     environment = os.environ | {"PL_GLOBAL_SEED": "0", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(here / "ddp_run.py"), str(root), str(model_dir)]
+    command.append(request.param)
     subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True)
     return [torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture
+def policy(ranks, model_dir):
+    """The policy as both ranks had it before the first step."""
+    start = ranks[0]["start"]
+    lora = LoRAConfig(rank=3) if "_extra_state" in start else None
+    policy = load_policy(PolicyConfig(str(model_dir), lora=lora))
+    policy.load_state_dict(start)
+    return policy
+
+
+def test_ranks_begin_with_the_same_adapters(ranks):
+    first, second = (rank["start"] for rank in ranks)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first if k != "_extra_state")
 
 
 def test_ranks_end_with_the_same_weights_metrics_and_coefficient(ranks):
@@ -51,14 +71,14 @@ def test_counts_are_summed_over_ranks(ranks):
     assert metrics["rollout/prompts_drawn"] == 4
 
 
-def test_gradient_of_two_ranks_is_that_of_one_rank_with_all_rows(ranks, tiny_policy):
+def test_gradient_of_two_ranks_is_that_of_one_rank_with_all_rows(ranks, policy):
     # fact 14, through DDP itself: rows of both ranks under one another, one normaliser
     parts = [rank["rollouts"][0] for rank in ranks]
     losses = []
     count = sum(int(part["mask"].any(1).sum()) for part in parts)
     for part in parts:
         logprobs = completion_logprobs(
-            tiny_policy,
+            policy.model,
             part["prompt_ids"],
             part["prompt_mask"],
             part["completion_ids"],
@@ -69,7 +89,8 @@ def test_gradient_of_two_ranks_is_that_of_one_rank_with_all_rows(ranks, tiny_pol
         weights = token_weights(part["mask"], "sequence_mean") * own / count
         arguments = (logprobs, logprobs.detach(), part["advantages"], part["mask"], weights)
         losses.append(policy_loss(*arguments, Objective()).loss)
-    gradient = torch.autograd.grad(sum(losses), list(tiny_policy.parameters()))
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    gradient = torch.autograd.grad(sum(losses), trained)
     expected = torch.cat([g.flatten() for g in gradient])
     for rank in ranks:
         # the KL term has no gradient at the start: its value and slope are 0 there

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 from gspo_lightning.policy import Policy, PolicyConfig, load_policy
 
@@ -131,3 +131,40 @@ def test_an_unknown_architecture_is_one_line(model_dir, tmp_path):
     with pytest.raises(ValueError, match=r"policy.path") as info:
         load_policy(PolicyConfig(str(odd)))
     assert "\n" not in str(info.value)
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def folder_with_code(tmp_path, make_model, tokenizer, monkeypatch):
+    """A policy whose architecture is a Python file beside its weights."""
+    # where transformers copies the code that it runs
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    path = tmp_path / "own"
+    make_model("llama").save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    config = json.loads((path / "config.json").read_text()) | {
+        "model_type": "own_llama",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "own.py").write_text(OWN_CODE)
+    return path
+
+
+@pytest.mark.parametrize("weights", ["pretrained", "random"])
+def test_code_beside_the_weights_runs_only_when_asked(folder_with_code, weights):
+    with pytest.raises(ValueError, match=r"policy.trust_remote_code: true would run it") as info:
+        load_policy(PolicyConfig(str(folder_with_code), weights=weights))
+    assert "\n" not in str(info.value)
+    trusted = PolicyConfig(str(folder_with_code), weights=weights, trust_remote_code=True)
+    assert type(load_policy(trusted).model).__name__ == "OwnModel"

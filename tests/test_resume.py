@@ -142,6 +142,35 @@ def test_a_warm_start_continues_bit_for_bit_over_its_epochs(tmp_path):
     assert_same(curves(tmp_path / "stopped"), curves(tmp_path / "straight"))
 
 
+LORA = """
+model:
+  init_args:
+    policy: {lora: {rank: 2, target_modules: [q_proj, v_proj]}, gradient_checkpointing: true}
+    reference: {device: policy}
+"""
+
+
+def test_a_run_with_adapters_continues_bit_for_bit_and_keeps_nothing_else(overlay, tmp_path):
+    """Also the KL, whose reference is the policy with its adapters off."""
+    lora = tmp_path / "lora.yaml"
+    lora.write_text(LORA)
+
+    def run(folder, *options):
+        assert train.main(arguments(overlay, folder, "--config", str(lora), *options)) == 0
+
+    run(tmp_path / "straight")
+    stopper = ["--trainer.callbacks+=dummies.Stopper", "--trainer.callbacks.after=3"]
+    run(tmp_path / "stopped", *stopper)
+    run(tmp_path / "stopped", "--ckpt_path=last")
+    assert_same_run(tmp_path / "stopped", tmp_path / "straight")
+    final = state(tmp_path / "straight", 6)
+    tensors = {k for k, v in final["state_dict"].items() if isinstance(v, torch.Tensor)}
+    assert len(tensors) == 2 * 2 * 2  # layers, projections, A and B
+    assert all(".lora_" in name for name in tensors)
+    assert len(final["optimizer_states"][0]["state"]) == len(tensors)
+    assert curves(tmp_path / "straight")["train/kl_loss"][-1][1] > 0
+
+
 def test_a_checkpoint_holds_the_policy_alone(straight):
     checkpoint = torch.load(straight / "checkpoints" / "rollout=000006.ckpt", weights_only=True)
     names = set(checkpoint["state_dict"])

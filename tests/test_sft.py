@@ -9,6 +9,7 @@ from tiny_run import make_trainer
 from transformers import AutoModelForCausalLM
 
 from gspo_lightning.data import SFTBatch, SFTData
+from gspo_lightning.lora import LoRAConfig
 from gspo_lightning.optim import OptimizerConfig
 from gspo_lightning.policy import PolicyConfig
 from gspo_lightning.sft import SFTModule
@@ -182,3 +183,24 @@ def test_export_is_the_trained_policy(module, demos, tmp_path):
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export").state_dict()
     for name, weight in module.policy.model.state_dict().items():
         assert torch.equal(exported[name], weight), name
+
+
+def test_a_warm_start_may_train_adapters_and_exports_them_merged(model_dir, demos, tmp_path):
+    policy = PolicyConfig(str(model_dir), lora=LoRAConfig(rank=3))
+    module = SFTModule(policy, OptimizerConfig(learning_rate=1e-2))
+    losses = Logged("train/loss")
+    data = SFTData(demos, batch_size=3)
+    make_trainer(tmp_path, max_epochs=20, callbacks=[losses]).fit(module, data)
+    assert losses.values[-1] < 0.7 * losses.values[0]
+    start = SFTModule(PolicyConfig(str(model_dir)))
+    start.configure_model()
+    own = dict(start.policy.model.named_parameters())
+    for name, parameter in module.policy.model.get_base_model().named_parameters():
+        if "lora_" not in name:  # the weights themselves stayed
+            assert torch.equal(parameter, own[name.replace(".base_layer", "")]), name
+    module.export(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not torch.equal(again.model.layers[0].mlp.up_proj.weight, own[UP])
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
