@@ -39,6 +39,7 @@ from gspo_lightning.checkpoint import (
 from gspo_lightning.cli import OneLineParser, condense, quiet
 from gspo_lightning.plan import resume_command
 from gspo_lightning.progress import RolloutProgress, RunSummary
+from gspo_lightning.rewards import RewardError
 from gspo_lightning.run_folder import RunConfig, check_folder, remove_leftovers, say
 
 # What a user's mistake raises: bad values, missing files, devices, packages.
@@ -259,15 +260,15 @@ def report(error: BaseException, watch: Watch, go_on: str) -> int:
         return 143
     if isinstance(error, SystemExit):  # the parser has said why, or printed help
         return error.code if isinstance(error.code, int) else 0
-    text = None if watch.begun else mistake(error)
+    # a reward function is the user's: its error names the term, whenever it comes
+    text = mistake(error) if isinstance(error, RewardError) or not watch.begun else None
     if text is None or os.environ.get("GSPO_TRACEBACK") == "1":
         traceback.print_exception(error)
     if text is not None:
         sys.stderr.write(f"error: {text}\n")
-        return 2
     if go_on:
         say(go_on)
-    return 1
+    return 1 if text is None else 2
 
 
 def mistake(error: BaseException) -> str | None:
