@@ -20,6 +20,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, Pipe
+from types import ModuleType
 from typing import Any
 
 # ("value", number or None, counts of the function) or ("error", what happened and where, {})
@@ -76,6 +77,8 @@ class TimeLimit:
                 "TimeLimit.fn must lie in a module that another process can import, not in the "
                 f"program itself; got {fn!r}"
             )
+        own = str(module).startswith(f"{__package__}.")
+        self.package = __package__ if own else None
         self.column = getattr(fn, "column", None)
         self.seconds = seconds
         self.on_timeout = on_timeout
@@ -115,7 +118,7 @@ class TimeLimit:
 
     def _score(self, row: dict, completion: str) -> float | None:
         if self.worker is None:
-            self.worker = Worker(self.pickled)
+            self.worker = Worker(self.pickled, self.package)
         answer = self.worker.ask((row, completion), self.seconds)
         if answer is None:
             self.release()
@@ -137,9 +140,11 @@ class Worker:
 
     Args:
         pickled: The reward function.
+        package: The package of this file if the function belongs to it; its parts are then imported
+            without the rest of it, which takes seconds, at each start.
     """
 
-    def __init__(self, pickled: bytes) -> None:
+    def __init__(self, pickled: bytes, package: str | None) -> None:
         self.connection, theirs = Pipe()
         # -P: the folder of this file must not become a place to import from
         command = [sys.executable, "-P", __file__, str(theirs.fileno()), str(os.getpid())]
@@ -149,7 +154,7 @@ class Worker:
         theirs.close()  # or the end of the process would not be seen here
         # also where the owner is dropped, or the interpreter ends, without release
         self.end = weakref.finalize(self, end_process, self.process, self.connection)
-        self.connection.send((list(sys.path), pickled))
+        self.connection.send((list(sys.path), pickled, package))
         ready = self._receive(START_SECONDS)
         if ready is None or ready[0] == "error":
             self.end()
@@ -187,8 +192,11 @@ def end_process(process: subprocess.Popen, connection: Connection) -> None:
 
 def serve(connection: Connection) -> None:
     """Answer questions until the other side is gone."""
-    paths, pickled = connection.recv()
+    paths, pickled, package = connection.recv()
     sys.path[:] = paths
+    if package is not None:
+        sys.modules[package] = ModuleType(package)
+        sys.modules[package].__path__ = [os.path.dirname(__file__)]
     try:
         fn = pickle.loads(pickled)
     except Exception as error:
