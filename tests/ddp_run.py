@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
-from tiny_run import make_module, make_trainer, write_prompts
+from tiny_run import digits, make_module, make_trainer, write_prompts
 
 from gspo_lightning.callbacks import AdaptiveKL
 from gspo_lightning.data import PromptData
 from gspo_lightning.frozen import ReferencePolicy
 from gspo_lightning.kl import MultiplicativeKL
 from gspo_lightning.optim import OptimizerConfig
+from gspo_lightning.rewards import RewardTerm
 
 
 class Record(Callback):
@@ -41,6 +42,7 @@ class Record(Callback):
                 "prompt_mask": rollout.prompt_mask,
                 "advantages": rollout.advantages,
                 "kl_coef": module.kl_coef,
+                "digits": rollout.reward_parts["digits"],
             }
         )
 
@@ -51,6 +53,7 @@ def main(root: Path, model_dir: str) -> None:
     kl = AdaptiveKL(MultiplicativeKL(target=1e-4), initial=0.1)
     module = make_module(
         model_dir,
+        rewards={"digits": RewardTerm(digits, whiten=True)},
         num_minibatches=1,
         micro_batch_size=4,
         reference=ReferencePolicy(device="cpu"),
@@ -66,6 +69,7 @@ def main(root: Path, model_dir: str) -> None:
         use_distributed_sampler=False,
     )
     trainer.fit(module, data)
+    record.kept["whitening"] = module.rewards["digits"].statistics.state_dict()
     record.kept["weights"] = torch.cat([p.detach().flatten() for p in module.policy.parameters()])
     torch.save(record.kept, root / f"rank{trainer.global_rank}.pt")
 

@@ -1,10 +1,15 @@
 """Running statistics and the shaping of raw rewards."""
 
+import os
+
 import pytest
 import torch
+from dummies import Stopper
 from test_module import outputs_of, run
-from tiny_run import digits
+from tiny_run import digits, make_module, make_trainer, write_prompts
 
+from gspo_lightning.checkpoint import AtomicCheckpointIO, RolloutCheckpoint, list_checkpoints
+from gspo_lightning.data import PromptData
 from gspo_lightning.rewards import RewardTerm, score
 from gspo_lightning.shaping import RunningStatistics
 from gspo_lightning.text_rewards import LengthBonus
@@ -153,7 +158,40 @@ def test_further_draws_for_flat_groups_do_not_teach_the_statistics(tmp_path, mod
     assert term.statistics.state_dict() == {"count": 16, "mean": 1.0, "squares": 0.0}
 
 
+def test_a_resumed_run_whitens_as_an_uninterrupted_one(tmp_path, model_dir):
+    def train(name, checkpoint=None, stop=None):
+        root = tmp_path / name
+        root.mkdir(exist_ok=True)
+        terms = {
+            "a": RewardTerm(LengthBonus(6, "characters"), whiten=True, clip=(-1.0, 1.0)),
+            "b": RewardTerm(digits),
+        }
+        os.environ["PL_GLOBAL_SEED"] = "0"
+        module = make_module(model_dir, rewards=terms)
+        callbacks = [RolloutCheckpoint(every_n_rollouts=1), *([Stopper(stop)] if stop else [])]
+        trainer = make_trainer(
+            root, callbacks=callbacks, enable_checkpointing=True, plugins=[AtomicCheckpointIO()]
+        )
+        path = write_prompts(root / "prompts.jsonl")
+        data = PromptData(str(path), prompts_per_rollout=4, num_rollouts=4)
+        trainer.fit(module, data, ckpt_path=checkpoint)
+        return module, list_checkpoints(root)[-1]
+
+    straight, end = train("straight")
+    _, stopped = train("stopped", stop=2)
+    saved = torch.load(stopped, weights_only=True)["gspo"]["whitening"]
+    assert set(saved) == {"a"} and saved["a"]["count"] == 32
+    resumed, again = train("stopped", checkpoint=stopped)
+    statistics = resumed.rewards["a"].statistics
+    assert statistics.count == 64
+    assert statistics.state_dict() == straight.rewards["a"].statistics.state_dict()
+    first, second = (torch.load(path, weights_only=True) for path in (end, again))
+    assert first["gspo"] == second["gspo"]
+    for name, tensor in first["state_dict"].items():
+        assert torch.equal(tensor, second["state_dict"][name]), name
+
+
 def test_whitening_and_zero_reward_for_truncated_completions_do_not_fit(tmp_path, model_dir):
     rewards = {"odd": RewardTerm(digits, whiten=True)}
-    with pytest.raises(ValueError, match="zero_reward gives 0, .* 'odd' is whitened; use keep"):
+    with pytest.raises(ValueError, match=r"zero_reward gives 0, .* 'odd' is whitened; use keep"):
         run(tmp_path, model_dir, rewards=rewards, truncated="zero_reward")
