@@ -39,10 +39,11 @@ from gspo_lightning.checkpoint import (
 from gspo_lightning.cli import OneLineParser, condense, quiet
 from gspo_lightning.plan import resume_command, this_python
 from gspo_lightning.progress import RolloutProgress, RunSummary
+from gspo_lightning.rewards import RewardError
 from gspo_lightning.run_folder import RunConfig, check_folder, remove_leftovers, remove_traces, say
 
 # What a user's mistake raises: bad values, missing files, devices, packages.
-MISTAKES = (ValueError, OSError, ImportError, MisconfigurationException)
+MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException)
 
 
 class Watch(Callback):
@@ -262,10 +263,9 @@ def report(error: BaseException, watch: Watch, go_on: str) -> int:
         return 143
     if isinstance(error, SystemExit):  # the parser has said why, or printed help
         return error.code if isinstance(error.code, int) else 0
-    if isinstance(error, FloatingPointError):  # the run's own fault, found before it did harm
-        text: str | None = str(error)
-    else:
-        text = None if watch.begun else mistake(error)
+    # a reward function is the user's, and a numerical fault the run's: both name what it was
+    known = isinstance(error, RewardError | FloatingPointError)
+    text = mistake(error) if known or not watch.begun else None
     if text is None or os.environ.get("GSPO_TRACEBACK") == "1":
         traceback.print_exception(error)
     if text is not None:
@@ -274,7 +274,7 @@ def report(error: BaseException, watch: Watch, go_on: str) -> int:
             watch.refuse()
     if go_on:
         say(go_on)
-    return 2 if text is not None and not watch.begun else 1
+    return 1 if text is None or isinstance(error, FloatingPointError) else 2
 
 
 def mistake(error: BaseException) -> str | None:

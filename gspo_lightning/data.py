@@ -167,6 +167,10 @@ class PromptData(TokenizedData):
 
     def _read(self, key: str, path: str) -> list[tuple[list[int], dict]]:
         rows = read_rows(key, path)
+        # a reward must not find out in the middle of the run that a row lacks its column
+        needed = getattr(self.trainer.lightning_module, "columns_needed", {})  # type: ignore[union-attr]
+        for term, name in needed.items():
+            column(key, path, rows, name, why=f", which reward {term!r} needs")
         examples, overlong = [], 0
         for number, prompt in enumerate(column(key, path, rows, self.prompt_column), start=1):
             ids = self._encode(f"{key}: {path}: row {number}", prompt)

@@ -6,8 +6,10 @@ for it, apart from the settings that training samples with. Leaves out the loops
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torchmetrics import MetricCollection
 
 from gspo_lightning.metrics import PassAtK, RolloutMetrics
 from gspo_lightning.policy import Policy
-from gspo_lightning.rewards import RewardTerm, Scores, score
+from gspo_lightning.rewards import RewardError, RewardTerm, Scores, columns_needed, score
 from gspo_lightning.rollout import PromptBatch, Samples, stream_seed
 from gspo_lightning.sampling import GroupSampler, Sampler
 
@@ -156,6 +158,7 @@ class EvaluatedModule(LightningModule):
         evaluation.check_terms(rewards)
         self.policy: Policy | None = None
         self.rewards = rewards
+        self.columns_needed = columns_needed(rewards)
         self.sampler = sampler
         self.evaluator = Evaluator(evaluation, rewards)
         self.eval_samplers = evaluation.samplers(
@@ -190,14 +193,51 @@ class EvaluatedModule(LightningModule):
             for logger in self.loggers:
                 logger.log_metrics(figures, step=self.trainer.fit_loop.total_batch_idx + 1)
 
+    def score_samples(self, samples: Samples, **options: Any) -> Scores:
+        """Score completions; if a term cannot, keep them in ``failed_rollout.jsonl`` of the run.
+
+        Args:
+            samples: B completions.
+            options: Of ``rewards.score``.
+
+        Raises:
+            RewardError: As ``rewards.score`` does, with the name of the file.
+        """
+        try:
+            return score(self.rewards, samples.rows, samples.texts, **options)
+        except RewardError as error:
+            rank = f".rank{self.global_rank}" if self.global_rank else ""
+            file = Path(self.trainer.default_root_dir) / f"failed_rollout{rank}.jsonl"
+            write_failed(file, samples, error)
+            raise RewardError(
+                f"{error}; all {len(samples)} completions are in {file}", error.term, error.row
+            ) from error
+
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Complete each prompt ``group_size`` times and score the completions."""
         seed = stream_seed(self.seed, batch_idx, self.global_rank, "prediction")
         samples = self.sampler.sample(self.policy, batch, seed=seed)
-        scores = score(self.rewards, samples.rows, samples.texts)
+        scores = self.score_samples(samples)
         pairs = zip(batch.prompt_ids, batch.prompt_mask, strict=True)
         prompts = [self.tokenizer.decode(ids[keep].tolist()) for ids, keep in pairs]
         return describe(samples, scores, prompts)
+
+
+def write_failed(file: Path, samples: Samples, error: RewardError) -> None:
+    """Write completions that could not be scored, one a line, with their rows of the data."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8") as lines:
+        for i, text in enumerate(samples.texts):
+            record = {
+                "completion": i,
+                "term": error.term,
+                "error": str(error) if error.row in (i, None) else None,
+                "row": samples.rows[i],
+                "text": text,
+                "finished": bool(samples.finished[i]),
+            }
+            # rows of Parquet files may hold dates and arrays
+            lines.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
 
 
 def describe(samples: Samples, scores: Scores, prompts: list[str]) -> list[dict[str, Any]]:

@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from gspo_lightning.classifier import RewardModel, freeze
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.lora import adapters_off
-from gspo_lightning.policy import LoRAPolicy, Policy, PolicyConfig, fingerprint
+from gspo_lightning.policy import LoRAPolicy, Policy, PolicyConfig, fingerprint, reason
 from gspo_lightning.rollout import Samples
 
 
@@ -50,11 +51,6 @@ def resolve_device(key: str, word: str, policy_device: torch.device) -> torch.de
             "device) or cpu"
         )
     return torch.device("cuda", index)
-
-
-def freeze(model: Any, device: torch.device) -> Any:
-    """Ready a model for scoring: on its device, dropout off, no gradients."""
-    return model.to(device).eval().requires_grad_(False)
 
 
 @dataclass
@@ -151,110 +147,6 @@ class ReferencePolicy:
         return torch.cat(parts).to(samples.mask.device)
 
 
-@dataclass
-class RewardModel:
-    """A frozen sequence classifier that scores prompt and completion with one number.
-
-    A reward function: use it as the ``fn`` of a reward term.
-
-    Args:
-        path: Folder or hub name of a model that ``AutoModelForSequenceClassification`` loads.
-        device: ``cuda:1``, ``cuda:+1``, ``policy`` or ``cpu``.
-        dtype: Type of the weights.
-        batch_size: Sequences per forward pass.
-        label: Which output is the score; needed if the model has more than one.
-        separator: Text between prompt and completion.
-        prompt_column: Column of the data with the prompt text.
-    """
-
-    path: str
-    device: str = "cuda:1"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    batch_size: int = 16
-    label: int | None = None
-    separator: str = " "
-    prompt_column: str = "prompt"
-    model: Any = field(default=None, init=False, repr=False)
-    tokenizer: Any = field(default=None, init=False, repr=False)
-    fingerprint: str | None = field(default=None, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"a reward model's batch_size must be >= 1, got {self.batch_size}")
-
-    def load(self, device: torch.device) -> None:
-        """Load weights and tokenizer.
-
-        Raises:
-            ValueError: If the model has several outputs and ``label`` does not choose one.
-        """
-        self.tokenizer = AutoTokenizer.from_pretrained(self.path, padding_side="right")
-        model = AutoModelForSequenceClassification.from_pretrained(
-            self.path, dtype=getattr(torch, self.dtype)
-        )
-        labels = model.config.num_labels
-        if labels > 1 and self.label is None:
-            raise ValueError(f"the reward model {self.path} has {labels} labels; set label to one")
-        if self.label is not None and not 0 <= self.label < labels:
-            raise ValueError(f"label {self.label} is not among the {labels} of {self.path}")
-        model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.model = freeze(model, device)
-        self.fingerprint = fingerprint(self.model)
-
-    def release(self) -> None:
-        """Let the weights go."""
-        self.model = self.tokenizer = None
-
-    @torch.no_grad()
-    def __call__(self, rows: list[dict], completions: list[str]) -> list[float]:
-        """Score B completions behind their prompts.
-
-        Raises:
-            ValueError: If a row has no ``prompt_column`` or a text is longer than the model reads.
-        """
-        for row in rows:
-            if not isinstance(row.get(self.prompt_column), str):
-                raise ValueError(
-                    f"the reward model {self.path} reads the text in column "
-                    f"{self.prompt_column!r}; a row has {sorted(row)}"
-                )
-        texts = [
-            f"{row[self.prompt_column]}{self.separator}{completion}"
-            for row, completion in zip(rows, completions, strict=True)
-        ]
-        encoded = [self.tokenizer(text)["input_ids"] for text in texts]
-        limit = getattr(self.model.config, "max_position_embeddings", None) or max(
-            map(len, encoded)
-        )
-        for text, ids in zip(texts, encoded, strict=True):
-            if len(ids) > limit:
-                raise ValueError(
-                    f"the reward model {self.path} reads {limit} tokens, a text has {len(ids)}: "
-                    f"{text[:60]!r}...; lower max_new_tokens or data.max_prompt_tokens"
-                )
-        # Sorted by length: little padding. Without a pad token a batch holds one length only.
-        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-        scores = [0.0] * len(encoded)
-        while order:
-            size = self.batch_size
-            if self.tokenizer.pad_token_id is None:
-                alike = [len(encoded[i]) == len(encoded[order[0]]) for i in order]
-                size = min(size, sum(alike))
-            chosen, order = order[:size], order[size:]
-            for i, value in zip(chosen, self._score([encoded[i] for i in chosen]), strict=True):
-                scores[i] = value
-        return scores
-
-    def _score(self, encoded: list[list[int]]) -> list[float]:
-        length = max(map(len, encoded))
-        pad_id = self.tokenizer.pad_token_id or 0
-        ids = torch.tensor([row + [pad_id] * (length - len(row)) for row in encoded])
-        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in encoded])
-        device = next(self.model.parameters()).device
-        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-        return logits[:, self.label or 0].float().tolist()
-
-
 class FrozenModels:
     """The frozen models of a run, kept where Lightning does not look.
 
@@ -288,7 +180,10 @@ class FrozenModels:
             key: resolve_device(f"{key}.device", word, device) for key, word in places.items()
         }
         for key, model in self.reward_models.items():
-            model.load(devices[key])
+            try:
+                model.load(devices[key])
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{key}: {reason(error)}") from error
         if self.reference is not None and with_reference:
             place = devices["model.reference"]
             self.awaits_policy = place == device and self.reference.can_share(policy)

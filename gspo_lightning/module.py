@@ -38,10 +38,17 @@ from gspo_lightning.optim import (
     set_learning_rate,
 )
 from gspo_lightning.policy import PolicyConfig, load_policy, load_tokenizer
-from gspo_lightning.rewards import RewardTerm, overlong_penalty, score
+from gspo_lightning.rewards import (
+    RewardTerm,
+    count_names,
+    load_whitening_state,
+    overlong_penalty,
+    whitening_state,
+)
 from gspo_lightning.rollout import PromptBatch, Rollout, Samples, join_samples, stream_seed
 from gspo_lightning.sampling import GroupSampler, Sampler
 from gspo_lightning.tally import RolloutTally
+from gspo_lightning.time_limit import TimeLimit
 
 
 class GSPOModule(EvaluatedModule):
@@ -132,6 +139,12 @@ class GSPOModule(EvaluatedModule):
             raise ValueError(f"max_grad_norm must be above 0 or null, got {max_grad_norm}")
         if overlong_ramp is not None:
             overlong_penalty(torch.zeros(1), sampler.max_new_tokens, overlong_ramp)
+        whitened = [name for name, term in rewards.items() if term.whiten]
+        if truncated == "zero_reward" and whitened:
+            raise ValueError(
+                f"truncated: zero_reward gives 0, which is an average reward where {whitened[0]!r} "
+                "is whitened; use keep or mask"
+            )
         check_loss_kind(kl_estimator)
         self.automatic_optimization = False
         self.policy_config = policy
@@ -151,7 +164,7 @@ class GSPOModule(EvaluatedModule):
         self.max_grad_norm = max_grad_norm
         self.drop_flat_groups = drop_flat_groups
         self.max_draws = max_draws
-        self.tally = RolloutTally(rewards)
+        self.tally = RolloutTally(rewards, count_names(rewards))
         self.health = Health(objective, num_epochs * num_minibatches)
         models = {
             f"model.rewards.{name}.fn": term.fn
@@ -195,12 +208,19 @@ class GSPOModule(EvaluatedModule):
         return getattr(self.trainer.datamodule, "num_rollouts", None)  # type: ignore[attr-defined]
 
     def teardown(self, stage: str) -> None:
-        """Let the frozen models go."""
+        """Let the frozen models and the processes of reward functions go."""
         self.frozen.release()
+        for term in self.rewards.values():
+            if isinstance(term.fn, TimeLimit):
+                term.fn.release()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what the run was made with: the seed, and the frozen models' fingerprints."""
-        checkpoint["gspo"] = {"seed": self.seed, "frozen": self.frozen.fingerprints()}
+        """Note seed, fingerprints of the frozen models, and what whitening has seen."""
+        checkpoint["gspo"] = {
+            "seed": self.seed,
+            "frozen": self.frozen.fingerprints(),
+            "whitening": whitening_state(self.rewards),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to continue a run with another seed or other frozen models.
@@ -211,6 +231,7 @@ class GSPOModule(EvaluatedModule):
         saved = checkpoint.get("gspo")
         if saved is None:
             raise ValueError("this is no checkpoint of GSPOModule")
+        load_whitening_state(self.rewards, saved.get("whitening", {}))
         if not self.trainer.training:
             return  # evaluation may use other seeds and rewards
         if saved["seed"] != self.seed:
@@ -363,13 +384,16 @@ class GSPOModule(EvaluatedModule):
         with self._phase("rollout"):
             samples = self.sampler.sample(self.policy, batch, seed=self._seed(f"sample/{draw}"))
         with self._phase("score"):
-            rewards, parts = score(self.rewards, samples.rows, samples.texts)
+            # whitening learns once a rollout: further draws are of prompts chosen by their reward
+            rewards, parts, counts = self.score_samples(
+                samples, learn=draw == 0, reduce=self._sum_over_ranks
+            )
             if self.overlong_ramp is not None:
                 lengths = samples.mask.sum(1).cpu()
                 limit = self.sampler.max_new_tokens
                 parts["overlong"] = overlong_penalty(lengths, limit, self.overlong_ramp)
                 rewards = rewards + parts["overlong"]
-            self.tally.count_samples(samples, rewards)
+            self.tally.count_samples(samples, rewards, counts)
             finished = samples.finished.cpu()
             if self.truncated == "zero_reward":
                 rewards = torch.where(finished, rewards, 0.0)
@@ -444,7 +468,8 @@ class GSPOModule(EvaluatedModule):
         return stream_seed(self.seed, index, self.global_rank, purpose)
 
     def _sum_over_ranks(self, x: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(x, reduce_op="sum")
+        # the device's backend sums, so that a tensor made on the CPU goes there first
+        return self.trainer.strategy.reduce(x.to(self.device), reduce_op="sum")
 
     def _report(self, index: int) -> dict[str, float]:
         """Log every number of the rollout; they are the same on every rank."""

@@ -1,51 +1,110 @@
 """Reward terms: functions of rows and completions, weighted and summed into one reward a sequence.
 
-Decides what a missing reward is and how terms add up. Leaves out advantages, and the frozen reward
-model (``frozen.RewardModel``), which is one more callable.
+Decides what a missing reward is, how terms add up and how a broken one is reported. Leaves out
+advantages, the arithmetic of whitening (``shaping``), further terms (``verifiers``,
+``text_rewards``), and the frozen reward model (``RewardModel``), which is one more callable.
 """
 
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gspo_lightning.shaping import RunningStatistics
+
 RewardFn = Callable[[list[dict], list[str]], Sequence[float | None]]
+
+
+class RewardError(ValueError):
+    """A reward term that cannot score: what happened, in one line that names the term.
+
+    Attributes:
+        term: Name of the term.
+        row: Which completion of the B failed, where that is known.
+    """
+
+    def __init__(self, message: str, term: str, row: int | None = None) -> None:
+        super().__init__(message)
+        self.term = term
+        self.row = row
 
 
 @dataclass(frozen=True)
 class RewardTerm:
     """One term of the reward.
 
+    The sum takes ``weight * clip(scale * whiten(raw))``; what is logged under the term's own name
+    stays raw.
+
     Args:
         fn: Called with the rows of the data and the completions, both of length B; gives one number
-            a completion, or ``None`` where the term does not apply.
+            a completion, or ``None`` where the term does not apply. An attribute ``column`` names a
+            column that every row must have, which is checked before training; an attribute
+            ``counts``, a dict of numbers by name, is logged as ``reward/<term>_<name>`` after each
+            rollout.
         weight: Factor of the term in the sum.
+        whiten: Take the mean of all raw values of the run off and divide by their standard
+            deviation, so that terms of different units can be added. The values of a rollout are
+            taken in before they are whitened.
+        scale: Factor before ``clip``.
+        clip: Bounds (low, high) of the scaled value.
+
+    Attributes:
+        statistics: What ``whiten`` has seen so far.
 
     Raises:
-        ValueError: If ``weight`` is not finite.
+        ValueError: If ``weight`` or ``scale`` is not finite, or the bounds are not in order.
     """
 
     fn: RewardFn
     weight: float = 1.0
+    whiten: bool = False
+    scale: float = 1.0
+    clip: tuple[float, float] | None = None
+    statistics: RunningStatistics = field(
+        default_factory=RunningStatistics, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.weight):
-            raise ValueError(f"a reward weight must be finite, got {self.weight}")
+        for name in ("weight", "scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"a reward {name} must be finite, got {getattr(self, name)}")
+        if self.clip is not None and not self.clip[0] < self.clip[1]:
+            raise ValueError(f"a reward's clip must be (low, high), low < high, got {self.clip}")
+
+    def shape(self, raw: Tensor) -> Tensor:
+        """What ``weight`` is applied to, from raw values; (B,), NaN stays NaN."""
+        shaped = self.scale * (self.statistics.whiten(raw) if self.whiten else raw)
+        return shaped if self.clip is None else shaped.clamp(*self.clip)
 
 
 class Scores(NamedTuple):
-    """Rewards of B completions: the weighted sum (B,) and each term raw (B,); NaN where missing."""
+    """Rewards of B completions.
+
+    ``total`` is the weighted sum of the shaped terms, (B,); ``parts`` has each term raw, (B,); both
+    are NaN where missing. ``counts`` has what the terms count, by ``<term>_<name>``.
+    """
 
     total: Tensor
     parts: dict[str, Tensor]
+    counts: dict[str, float] = {}  # noqa: RUF012 - a tuple's default, never written into
 
 
-def score(terms: Mapping[str, RewardTerm], rows: list[dict], completions: list[str]) -> Scores:
+def score(
+    terms: Mapping[str, RewardTerm],
+    rows: list[dict],
+    completions: list[str],
+    *,
+    learn: bool = False,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Scores:
     """Score completions with every term and add the terms up.
 
     A term that does not apply to a row (``None``) is left out of that row's sum. A row with a NaN,
@@ -55,13 +114,15 @@ def score(terms: Mapping[str, RewardTerm], rows: list[dict], completions: list[s
         terms: Reward terms by name.
         rows: Rows of the data, one per completion.
         completions: Completion texts.
+        learn: Whether the statistics of whitening take these values in, once per rollout.
+        reduce: Sums a tensor over ranks, for these statistics; ``None`` for one rank.
 
     Returns:
         Totals and raw parts, (B,) float32 on the CPU.
 
     Raises:
-        ValueError: If a term gives another number of rewards than there are completions, something
-            that is no number, or an infinite one; the message names the term.
+        RewardError: If a term raises, gives another number of rewards than there are completions,
+            something that is no number, or an infinite one; the message names the term.
 
     >>> length = RewardTerm(lambda rows, texts: [float(len(text)) for text in texts], weight=0.5)
     >>> score({"length": length}, [{}, {}], ["ab", "abcd"]).total
@@ -69,31 +130,105 @@ def score(terms: Mapping[str, RewardTerm], rows: list[dict], completions: list[s
     """
     total = torch.zeros(len(completions), dtype=torch.float64)
     applies = torch.zeros(len(completions), dtype=torch.bool)
-    parts = {}
+    parts: dict[str, Tensor] = {}
+    counts: dict[str, float] = {}
     for name, term in terms.items():
-        values = list(term.fn(rows, completions))
-        if len(values) != len(completions):
-            raise ValueError(
-                f"reward {name!r} gave {len(values)} values for {len(completions)} completions"
-            )
+        values = _call(name, term.fn, rows, completions)
+        part = _numbers(name, values, completions)
+        if learn and term.whiten:
+            term.statistics.update(part, reduce)
         present = torch.tensor([value is not None for value in values], dtype=torch.bool)
-        try:
-            numbers = [math.nan if value is None else float(value) for value in values]
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"reward {name!r} gave something that is no number: {error}"
-            ) from error
-        part = torch.tensor(numbers, dtype=torch.float64)
-        if part.isinf().any():
-            i = int(part.isinf().nonzero()[0])
-            raise ValueError(
-                f"reward {name!r} gave {numbers[i]} for the completion {completions[i][:80]!r}; "
-                "a reward must be finite, or None where there is none"
-            )
-        total += term.weight * torch.where(present, part, 0.0)  # a NaN given as a number stays
+        total += term.weight * torch.where(present, term.shape(part), 0.0)  # a given NaN stays
         applies |= present
         parts[name] = part.float()
-    return Scores(torch.where(applies, total, math.nan).float(), parts)
+        counts |= {f"{name}_{key}": n for key, n in getattr(term.fn, "counts", {}).items()}
+    return Scores(torch.where(applies, total, math.nan).float(), parts, counts)
+
+
+def _call(name: str, fn: RewardFn, rows: list[dict], completions: list[str]) -> list[Any]:
+    """The values of one term; an error of its function becomes one line."""
+    try:
+        values = list(fn(rows, completions))
+    except Exception as error:
+        row, cause = _first_to_fail(fn, rows, completions, error)
+        frame = traceback.extract_tb(cause.__traceback__)[-1]
+        kind = "" if type(cause) is ValueError else f"{type(cause).__name__}: "
+        where = "" if row is None else f"; row with prompt {str(rows[row].get('prompt'))[:60]!r}"
+        if row is not None:
+            where += f", completion {completions[row][:60]!r}"
+        text = " ".join(str(cause).split())[:160]
+        place = f"{Path(frame.filename).name}:{frame.lineno}"
+        raise RewardError(
+            f"reward {name!r} failed: {kind}{text} ({place}){where}", name, row
+        ) from error
+    if len(values) != len(completions):
+        raise RewardError(
+            f"reward {name!r} gave {len(values)} values for {len(completions)} completions", name
+        )
+    return values
+
+
+def _first_to_fail(
+    fn: RewardFn, rows: list[dict], completions: list[str], error: Exception
+) -> tuple[int | None, Exception]:
+    """Which completion makes a function fail, found by calling it with one at a time."""
+    for i, (row, completion) in enumerate(zip(rows, completions, strict=True)):
+        try:
+            fn([row], [completion])
+        except Exception as own:
+            return i, own
+    return None, error  # together they fail, alone they do not
+
+
+def _numbers(name: str, values: list[Any], completions: list[str]) -> Tensor:
+    """Values of one term as (B,) float64, NaN for None."""
+    numbers = []
+    for i, value in enumerate(values):
+        try:
+            number = math.nan if value is None else float(value)
+        except (TypeError, ValueError) as error:
+            raise RewardError(
+                f"reward {name!r} gave something that is no number: {error}; "
+                f"for the completion {completions[i][:80]!r}",
+                name,
+                i,
+            ) from error
+        if math.isinf(number):
+            raise RewardError(
+                f"reward {name!r} gave {number} for the completion {completions[i][:80]!r}; "
+                "a reward must be finite, or None where there is none",
+                name,
+                i,
+            )
+        numbers.append(number)
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def count_names(terms: Mapping[str, RewardTerm]) -> list[str]:
+    """Names of everything that the terms count, as in ``Scores.counts``."""
+    return [
+        f"{name}_{key}" for name, term in terms.items() for key in getattr(term.fn, "counts", ())
+    ]
+
+
+def columns_needed(terms: Mapping[str, RewardTerm]) -> dict[str, str]:
+    """Columns that terms declare, by the name of the term."""
+    columns = {name: getattr(term.fn, "column", None) for name, term in terms.items()}
+    return {name: column for name, column in columns.items() if isinstance(column, str)}
+
+
+def whitening_state(terms: Mapping[str, RewardTerm]) -> dict[str, dict[str, Any]]:
+    """The statistics of the whitened terms, as plain values."""
+    return {name: term.statistics.state_dict() for name, term in terms.items() if term.whiten}
+
+
+def load_whitening_state(
+    terms: Mapping[str, RewardTerm], state: Mapping[str, dict[str, Any]]
+) -> None:
+    """Continue from ``whitening_state``; a term that is not in it begins anew."""
+    for name, term in terms.items():
+        if term.whiten and name in state:
+            term.statistics.load_state_dict(state[name])
 
 
 class MarkedAnswer:

@@ -86,11 +86,11 @@ def read_with_datasets(key: str, file: Path) -> list[dict]:
     return list(table)
 
 
-def column(key: str, path: str, rows: list[dict], name: str) -> list[Any]:
+def column(key: str, path: str, rows: list[dict], name: str, why: str = "") -> list[Any]:
     """One column of all rows; a row without it is an error that names the row and what it has."""
     for number, row in enumerate(rows, start=1):
         if row.get(name) is None:
             raise ValueError(
-                f"{key}: {path}: row {number} has no column {name!r}; it has {sorted(row)}"
+                f"{key}: {path}: row {number} has no column {name!r}{why}; it has {sorted(row)}"
             )
     return [row[name] for row in rows]

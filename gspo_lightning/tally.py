@@ -7,7 +7,7 @@ says so) of all mini-batches and ranks. Leaves out when to count and where the n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -52,13 +52,22 @@ class RolloutTally(RolloutMetrics):
 
     Args:
         terms: Names of the reward terms.
+        counts: Names of what the terms count, such as timeouts.
     """
 
-    def __init__(self, terms: Iterable[str]) -> None:
-        super().__init__((*MEANS, *(f"reward/{name}" for name in terms)), TOTALS, ("policy/ratio",))
+    def __init__(self, terms: Iterable[str], counts: Iterable[str] = ()) -> None:
+        super().__init__(
+            (*MEANS, *(f"reward/{name}" for name in terms)),
+            (*TOTALS, *(f"reward/{name}" for name in counts)),
+            ("policy/ratio",),
+        )
 
-    def count_samples(self, samples: Samples, rewards: Tensor) -> None:
-        """Count completions as drawn, kept or not."""
+    def count_samples(
+        self, samples: Samples, rewards: Tensor, counts: Mapping[str, float] | None = None
+    ) -> None:
+        """Count completions as drawn, kept or not, and what the reward terms counted of them."""
+        for name, count in (counts or {}).items():
+            self.update(f"reward/{name}", count, 1)
         self.update("rollout/prompts_drawn", len(samples) // samples.group_size, 1)
         self.update("rollout/tokens", samples.mask.sum(), 1)
         self.update("reward/missing", rewards.isnan().sum(), 1)

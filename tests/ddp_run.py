@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
-from tiny_run import make_module, make_trainer, write_prompts
+from tiny_run import digits, make_module, make_trainer, write_prompts
 
 from gspo_lightning.callbacks import AdaptiveKL
 from gspo_lightning.data import PromptData
@@ -19,6 +19,7 @@ from gspo_lightning.kl import MultiplicativeKL
 from gspo_lightning.lora import LoRAConfig
 from gspo_lightning.optim import OptimizerConfig
 from gspo_lightning.policy import PolicyConfig
+from gspo_lightning.rewards import RewardTerm
 
 
 class Record(Callback):
@@ -48,6 +49,7 @@ class Record(Callback):
                 "prompt_mask": rollout.prompt_mask,
                 "advantages": rollout.advantages,
                 "kl_coef": module.kl_coef,
+                "digits": rollout.reward_parts["digits"],
             }
         )
 
@@ -59,6 +61,7 @@ def main(root: Path, model_dir: str, lora: LoRAConfig | None) -> None:
     module = make_module(
         model_dir,
         policy=PolicyConfig(model_dir, lora=lora),
+        rewards={"digits": RewardTerm(digits, whiten=True)},
         num_minibatches=1,
         micro_batch_size=4,
         reference=ReferencePolicy(device="policy"),
@@ -74,6 +77,7 @@ def main(root: Path, model_dir: str, lora: LoRAConfig | None) -> None:
         use_distributed_sampler=False,
     )
     trainer.fit(module, data)
+    record.kept["whitening"] = module.rewards["digits"].statistics.state_dict()
     record.kept["weights"] = torch.cat([p.detach().flatten() for p in module.policy.parameters()])
     torch.save(record.kept, root / f"rank{trainer.global_rank}.pt")
 

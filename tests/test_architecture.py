@@ -27,13 +27,18 @@ MAY_IMPORT = {
     "event_files": set(),
     "checkpoint": {"event_files"},
     "run_folder": {"checkpoint"},
-    "rewards": set(),
+    "shaping": set(),
+    "rewards": {"shaping"},
+    "text_rewards": {"rewards"},
+    "verifiers": set(),
+    "time_limit": set(),
     "metrics": {"masked"},
     "stream": {"rollout"},
     "data": {"rollout", "stream", "tables"},
     "sampling": {"logprobs", "rollout"},
     "vllm_sampler": {"sampling", "rollout"},
-    "frozen": {"logprobs", "lora", "policy", "rollout"},
+    "classifier": {"policy"},
+    "frozen": {"classifier", "logprobs", "lora", "policy", "rollout"},
     "health": {"objectives"},
     "report": {"metrics"},
     "tally": {"advantages", "kl", "masked", "metrics", "objectives", "rollout"},
@@ -45,7 +50,7 @@ MAY_IMPORT = {
     "module": {
         *("advantages", "kl", "logprobs", "masked", "objectives", "rollout"),
         *("evaluation", "frozen", "health", "metrics", "optim", "policy", "rewards", "sampling"),
-        "tally",
+        *("tally", "time_limit"),
     },
     "bench": {"data", "module"},
     "compare": {"data", "module"},
@@ -111,7 +116,7 @@ def test_no_file_needs_a_peer(path):
 
 def test_train_leaves_the_algorithm_to_the_package():
     assert siblings(ROOT / "train.py") <= {
-        *("callbacks", "checkpoint", "cli", "plan", "progress", "run_folder")
+        *("callbacks", "checkpoint", "cli", "plan", "progress", "rewards", "run_folder")
     }
 
 

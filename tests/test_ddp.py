@@ -71,6 +71,15 @@ def test_counts_are_summed_over_ranks(ranks):
     assert metrics["rollout/prompts_drawn"] == 4
 
 
+def test_whitening_learns_the_rewards_of_all_ranks(ranks):
+    first, second = (rank["whitening"] for rank in ranks)
+    assert first == second
+    raw = torch.cat([r["digits"] for rank in ranks for r in rank["rollouts"]]).double()
+    assert first["count"] == len(raw) == 48
+    assert first["mean"] == pytest.approx(raw.mean().item(), rel=1e-6)  # parts are float32
+    assert first["squares"] == pytest.approx(((raw - raw.mean()) ** 2).sum().item(), rel=1e-6)
+
+
 def test_gradient_of_two_ranks_is_that_of_one_rank_with_all_rows(ranks, policy):
     # fact 14, through DDP itself: rows of both ranks under one another, one normaliser
     parts = [rank["rollouts"][0] for rank in ranks]

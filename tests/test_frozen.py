@@ -1,8 +1,18 @@
 """Frozen models: where they go, what they say, and that a changed one is noticed."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForSequenceClassification
+from test_module import outputs_of, run
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Qwen3Config,
+    Qwen3ForSequenceClassification,
+)
 
 from gspo_lightning.frozen import (
     FrozenModels,
@@ -13,6 +23,7 @@ from gspo_lightning.frozen import (
 )
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.policy import PolicyConfig
+from gspo_lightning.rewards import RewardTerm
 
 CPU = torch.device("cpu")
 
@@ -173,6 +184,177 @@ def test_a_label_must_be_chosen_among_several(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="label 3 is not among the 3"):
         load(path, label=3)
     assert load(path, label=0)(ROWS, TEXTS) != load(path, label=2)(ROWS, TEXTS)
+
+
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}"
+
+
+def chat_dir(path, tokenizer):
+    """A reward model whose tokenizer has a chat template; letters are all unknown to it."""
+    folder = save_reward_model(path, tokenizer, num_labels=1)
+    file = Path(folder, "tokenizer_config.json")
+    config = json.loads(file.read_text()) | {"chat_template": TEMPLATE}
+    file.write_text(json.dumps(config))
+    return folder
+
+
+def alone(model, text, **options):
+    """The score of one text, by a plain forward pass."""
+    ids = torch.tensor([model.tokenizer(text, **options)["input_ids"]])
+    return model.model(input_ids=ids).logits[0, 0].item()
+
+
+def test_a_chat_template_renders_prompt_and_completion(tmp_path, tokenizer):
+    model = load(chat_dir(tmp_path / "chat", tokenizer), chat_template=True, batch_size=2)
+    expected = [
+        alone(model, f"u: {row['prompt']}\na: {text}\n", add_special_tokens=False)
+        for row, text in zip(ROWS, TEXTS, strict=True)
+    ]
+    assert model(ROWS, TEXTS) == pytest.approx(expected, abs=1e-5)
+    assert load(model.path)(ROWS, TEXTS) != pytest.approx(expected, abs=1e-3)
+
+
+def test_a_chat_template_takes_a_list_of_messages(tmp_path, tokenizer):
+    model = load(chat_dir(tmp_path / "chat", tokenizer), chat_template=True)
+    messages = [{"role": "system", "content": "1"}, {"role": "user", "content": "2+2="}]
+    expected = alone(model, "s: 1\nu: 2+2=\na: 4\n", add_special_tokens=False)
+    assert model([{"prompt": messages}], ["4"]) == pytest.approx([expected], abs=1e-5)
+    plain = load(model.path)
+    with pytest.raises(ValueError, match="a list of chat messages, which needs chat_template"):
+        plain([{"prompt": messages}], ["4"])
+
+
+def test_a_chat_template_that_is_not_there_is_one_line_before_training(tmp_path, reward_dir):
+    term = RewardModel(reward_dir, device="cpu", chat_template=True)
+    message = r"^model.rewards.taste.fn: chat_template is true, but the tokenizer of .* has no chat"
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, reward_dir, rewards={"taste": RewardTerm(term)})
+
+
+def test_several_labels_without_a_choice_name_the_term_before_training(
+    tmp_path, model_dir, tokenizer
+):
+    path = save_reward_model(tmp_path / "three", tokenizer, num_labels=3)
+    rewards = {"taste": RewardTerm(RewardModel(path, device="cpu"))}
+    with pytest.raises(ValueError, match=r"^model.rewards.taste.fn: .* has 3 labels; set label"):
+        run(tmp_path, model_dir, rewards=rewards)
+
+
+def test_a_model_without_a_trained_head_is_refused(model_dir):
+    with pytest.raises(ValueError, match=r"no trained sequence classifier: .* for score.weight"):
+        load(str(model_dir))
+
+
+def test_a_text_that_is_too_long_loses_its_beginning_if_asked(reward_dir):
+    long = "+".join("123456789" * 2) + "="  # 36 tokens, of which the model reads 32
+    model = load(reward_dir, overlong="truncate_left")
+    rows = [*ROWS, {"prompt": long}]
+    text = f"{long} answer: 9"
+    ids = model.tokenizer(text)["input_ids"]
+    assert len(ids) > 32
+    expected = model.model(input_ids=torch.tensor([ids[-32:]])).logits[0, 0].item()
+    scores = model(rows, [*TEXTS, "answer: 9"])
+    assert scores[3] == pytest.approx(expected, abs=1e-5)
+    assert scores[:3] == pytest.approx(load(reward_dir)(ROWS, TEXTS), abs=1e-5)
+    assert model.counts == {"truncated": 1}
+    model(ROWS, TEXTS)
+    assert model.counts == {"truncated": 0}
+
+
+def test_max_tokens_is_a_limit_of_ones_own(reward_dir):
+    model = load(reward_dir, overlong="truncate_left", max_tokens=3)
+    ids = model.tokenizer("1+2= answer: 3")["input_ids"][-3:]
+    expected = model.model(input_ids=torch.tensor([ids])).logits[0, 0].item()
+    assert model(ROWS[:1], TEXTS[:1]) == pytest.approx([expected], abs=1e-5)
+    with pytest.raises(ValueError, match=r"reads 3 tokens, a text has 7.*or set its overlong to"):
+        load(reward_dir, max_tokens=3)(ROWS[:1], TEXTS[:1])
+    with pytest.raises(ValueError, match="max_tokens 33 is more than the 32 tokens"):
+        load(reward_dir, max_tokens=33)
+
+
+def test_a_run_logs_how_many_texts_were_cut(tmp_path, model_dir, reward_dir):
+    term = RewardModel(reward_dir, device="cpu", overlong="truncate_left", max_tokens=8)
+    (outputs,) = outputs_of(tmp_path, model_dir, rewards={"taste": RewardTerm(term)})
+    tokenizer = AutoTokenizer.from_pretrained(reward_dir)
+    rollout = outputs["rollout"]
+    lengths = [
+        len(tokenizer(f"{row['prompt']} {text}")["input_ids"])
+        for row, text in zip(rollout.rows, rollout.texts, strict=True)
+    ]
+    cut = sum(length > 8 for length in lengths)
+    assert 0 < cut < 16
+    assert outputs["metrics"]["reward/taste_truncated"] == cut
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert"])
+def test_scores_of_other_architectures_are_those_of_one_text_at_a_time(
+    tmp_path, tokenizer, architecture
+):
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"initializer_range": 0.3, "num_labels": 1, "pad_token_id": 0, "intermediate_size": 32}
+    config = AutoConfig.for_model(architecture, **sizes)
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = load(str(tmp_path), batch_size=3)
+    pairs = zip(ROWS, TEXTS, strict=True)
+    expected = [alone(model, f"{row['prompt']} {text}") for row, text in pairs]
+    assert model(ROWS, TEXTS) == pytest.approx(expected, abs=1e-5)
+
+
+REMOTE = """
+import torch
+from transformers import PreTrainedModel, Qwen3Config
+
+
+class OwnConfig(Qwen3Config):
+    model_type = "own"
+
+
+class Own(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.own_head = torch.nn.Linear(2, 1)
+        self.post_init()
+"""
+
+
+def test_code_beside_the_weights_runs_only_if_asked(monkeypatch, tmp_path, reward_dir):
+    modules = tmp_path / "modules"  # else such code is copied to the home folder
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
+    monkeypatch.syspath_prepend(str(modules))
+    file = Path(reward_dir, "config.json")
+    config = json.loads(file.read_text())
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.Own"}
+    file.write_text(json.dumps(config | {"auto_map": auto, "model_type": "own"}))
+    Path(reward_dir, "own.py").write_text(REMOTE)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load(reward_dir)
+    with pytest.raises(ValueError, match="it has no weights for own_head"):  # the code ran
+        load(reward_dir, trust_remote_code=True)
+
+
+def test_revision_is_asked_for(monkeypatch, reward_dir):
+    asked = []
+
+    def remember(self, **options):
+        asked.append(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("gspo_lightning.classifier.AutoTokenizer.from_pretrained", remember)
+    for options in ({}, {"revision": "v2"}):
+        with pytest.raises(ValueError, match="enough"):
+            load(reward_dir, **options)
+    assert [options["revision"] for options in asked] == [None, "v2"]
+    assert not any(options["trust_remote_code"] for options in asked)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "max_tokens"])
+def test_a_bad_argument_of_a_reward_model_is_named(name):
+    with pytest.raises(ValueError, match=f"a reward model's {name} must be >= 1, got 0"):
+        RewardModel("somewhere", **{name: 0})
 
 
 def test_a_text_that_the_reward_model_cannot_read_is_an_error(reward_dir):

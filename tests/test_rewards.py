@@ -1,9 +1,24 @@
+import json
 import math
+import os
+from datetime import date
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
+from reward_functions import Scaled, by_command, length
+from tiny_run import digits, make_module, make_trainer, run, write_prompts
 
-from gspo_lightning.rewards import MarkedAnswer, RewardTerm, overlong_penalty, score
+from gspo_lightning.data import PromptData
+from gspo_lightning.rewards import (
+    MarkedAnswer,
+    RewardError,
+    RewardTerm,
+    overlong_penalty,
+    score,
+)
+from gspo_lightning.time_limit import TimeLimit
+from gspo_lightning.verifiers import ExactMatch, LastNumber
 
 
 def term(values, weight=1.0):
@@ -34,7 +49,7 @@ def test_a_row_without_any_term_or_with_nan_has_no_reward():
     [
         ([1.0], "reward 'speed' gave 1 values for 2 completions"),
         ([1.0, math.inf], "reward 'speed' gave inf for the completion 'second'"),
-        ([1.0, "much"], "reward 'speed' gave something that is no number"),
+        ([1.0, "much"], "reward 'speed' gave something that is no number: .*completion 'second'"),
     ],
 )
 def test_a_broken_term_is_named(values, message):
@@ -82,3 +97,156 @@ def test_overlong_penalty_never_rewards_length():
 def test_overlong_penalty_names_the_bad_argument():
     with pytest.raises(ValueError, match="ramp must be in"):
         overlong_penalty(torch.tensor([1]), max_length=10, ramp=0)
+
+
+# --- a term that cannot score --------------------------------------------------------------------
+
+ROWS = [{"prompt": "1+1="}, {"prompt": "2+2="}, {"prompt": "3+3="}]
+
+
+def test_a_function_that_raises_is_one_line_with_term_place_and_row():
+    with pytest.raises(RewardError) as caught:
+        score({"speed": RewardTerm(by_command)}, ROWS, ["", "raise", "raise"])
+    text = str(caught.value)
+    assert text.startswith("reward 'speed' failed: KeyError: 'no such thing' (reward_functions.py:")
+    assert text.endswith("row with prompt '2+2=', completion 'raise'") and "\n" not in text
+    assert (caught.value.term, caught.value.row) == ("speed", 1)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_function_that_fails_only_on_several_rows_at_once_names_no_row():
+    def one_at_a_time(rows, texts):
+        if len(texts) > 1:
+            raise RuntimeError("too\nmany")
+        return [0.0]
+
+    with pytest.raises(RewardError, match=r"'speed' failed: RuntimeError: too many \(") as caught:
+        score({"speed": RewardTerm(one_at_a_time)}, ROWS, ["a", "b", "c"])
+    assert caught.value.row is None
+
+
+def fails_in_the_second_rollout(rows, completions):
+    fails_in_the_second_rollout.calls += 1
+    return [0.0] if fails_in_the_second_rollout.calls > 1 else digits(rows, completions)
+
+
+def test_a_failed_rollout_is_kept_for_inspection(tmp_path, model_dir):
+    fails_in_the_second_rollout.calls = 0
+    rewards = {"fine": RewardTerm(digits), "speed": RewardTerm(fails_in_the_second_rollout)}
+    with pytest.raises(RewardError, match=r"'speed' gave 1 values for 16 .*failed_rollout.jsonl"):
+        run(tmp_path, model_dir, 2, rewards=rewards)
+    lines = (tmp_path / "failed_rollout.jsonl").read_text().splitlines()
+    kept = [json.loads(line) for line in lines]
+    assert [sample["completion"] for sample in kept] == list(range(16))
+    assert {sample["term"] for sample in kept} == {"speed"}
+    assert all(set(sample["row"]) == {"prompt"} and sample["text"] for sample in kept)
+
+
+def test_of_a_failed_rollout_the_row_that_failed_has_the_error(tmp_path, model_dir):
+    def odd(rows, texts):
+        if any(text[:1] == "7" for text in texts):
+            raise ValueError("seven")
+        return [0.0] * len(texts)
+
+    class Dated(PromptData):
+        def setup(self, stage):
+            super().setup(stage)
+            for _, row in self.examples["path"]:
+                row["day"] = date(2026, 1, 1)  # as Parquet files have
+
+    os.environ["PL_GLOBAL_SEED"] = "0"
+    module = make_module(model_dir, rewards={"odd": RewardTerm(odd)})
+    data = Dated(str(write_prompts(tmp_path / "p.jsonl")), prompts_per_rollout=10, num_rollouts=9)
+    with pytest.raises(RewardError, match="'odd' failed: seven"):
+        make_trainer(tmp_path).fit(module, data)
+    lines = (tmp_path / "failed_rollout.jsonl").read_text().splitlines()
+    kept = [json.loads(line) for line in lines]
+    guilty = [sample for sample in kept if sample["error"]]
+    first = next(sample for sample in kept if sample["text"][:1] == "7")
+    assert guilty == [first] and guilty[0]["row"]["day"] == "2026-01-01"
+
+
+@pytest.mark.parametrize("term", [MarkedAnswer(), ExactMatch(), TimeLimit(LastNumber())])
+def test_a_row_without_the_column_of_a_verifier_is_found_before_training(tmp_path, model_dir, term):
+    module = make_module(model_dir, rewards={"right": RewardTerm(term)})
+    module.configure_model = lambda: pytest.fail("the policy was loaded")
+    rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+2=", "answer": None}]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = PromptData(str(path), prompts_per_rollout=2, num_rollouts=1)
+    message = r"row 2 has no column 'answer', which reward 'right' needs; it has \['answer', 'pr"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path).fit(module, data)
+    with pytest.raises(ValueError, match=r"data.predict_path: .* row 2 has no column 'answer'"):
+        make_trainer(tmp_path).predict(module, PromptData(str(path)))
+
+
+def test_a_verifier_that_may_skip_rows_trains_on_the_others(tmp_path, model_dir):
+    rewards = {"right": RewardTerm(ExactMatch(missing="skip")), "digits": RewardTerm(digits)}
+    run(tmp_path, model_dir, rewards=rewards)  # no row has an answer
+
+
+# --- from a config -------------------------------------------------------------------------------
+
+
+def parsed(tmp_path, text):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--rewards", type=dict[str, RewardTerm])
+    (tmp_path / "c.yaml").write_text(text)
+    config = parser.parse_args(["--config", str(tmp_path / "c.yaml")])
+    return parser.instantiate(config).rewards
+
+
+def test_a_term_is_a_function_by_its_path_or_a_class_with_arguments(tmp_path):
+    terms = parsed(
+        tmp_path,
+        """
+        rewards:
+          plain: {fn: reward_functions.length, weight: 0.5}
+          made: {fn: {class_path: reward_functions.Scaled, init_args: {factor: 3.0}}}
+          shaped: {fn: reward_functions.length, whiten: true, scale: 2.0, clip: [-1, 1.5]}
+          slow:
+            fn:
+              class_path: gspo_lightning.time_limit.TimeLimit
+              init_args: {fn: reward_functions.length, seconds: 7.5, on_timeout: -1.0}
+          both:
+            fn:
+              class_path: gspo_lightning.time_limit.TimeLimit
+              init_args:
+                fn: {class_path: gspo_lightning.verifiers.LastNumber, init_args: {tolerance: 0.1}}
+        """,
+    )
+    assert terms["plain"].fn is length and terms["plain"].weight == 0.5
+    assert isinstance(terms["made"].fn, Scaled) and terms["made"].fn([{}], ["ab"]) == [6.0]
+    assert terms["shaped"].whiten and terms["shaped"].scale == 2.0
+    assert terms["shaped"].clip == (-1.0, 1.5)
+    slow = terms["slow"].fn
+    assert (slow.seconds, slow.on_timeout) == (7.5, -1.0)
+    assert slow([{}], ["abc"]) == [3.0]
+    slow.release()
+    both = terms["both"].fn
+    assert both([{"answer": 3}] * 2, ["3.05", "3.2"]) == [1.0, 0.0]
+    both.release()
+
+
+EVERY = {
+    "gspo_lightning.verifiers.ExactMatch": "{column: a, ignore_case: true, pattern: x}",
+    "gspo_lightning.verifiers.LastNumber": "{missing: skip}",
+    "gspo_lightning.verifiers.MathVerify": "{column: a}",
+    "gspo_lightning.verifiers.RegexMatch": "{pattern: x, where: search}",
+    "gspo_lightning.verifiers.TagFormat": "{tags: [a, b]}",
+    "gspo_lightning.verifiers.ValidJSON": "{required: [a]}",
+    "gspo_lightning.text_rewards.LengthBonus": "{target: 5}",
+    "gspo_lightning.text_rewards.SoftOverlong": "{limit: 9, ramp: 5, unit: characters}",
+    "gspo_lightning.text_rewards.RepetitionPenalty": "{n: 4}",
+    "gspo_lightning.RewardModel": "{path: p, chat_template: true, overlong: truncate_left}",
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_term_of_the_package_can_stand_in_a_config(tmp_path, name):
+    if name.endswith("MathVerify"):
+        pytest.importorskip("math_verify")
+    text = f"rewards: {{x: {{fn: {{class_path: {name}, init_args: {EVERY[name]}}}}}}}"
+    assert type(parsed(tmp_path, text)["x"].fn).__name__ == name.rpartition(".")[2]

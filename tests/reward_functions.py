@@ -1,0 +1,68 @@
+"""Reward functions that another process, or a config, can name."""
+
+import os
+import signal
+import time
+
+
+def length(rows: list[dict], completions: list[str]) -> list[float | None]:
+    """Number of characters."""
+    return [float(len(text)) for text in completions]
+
+
+def by_command(rows: list[dict], completions: list[str]) -> list[float | None]:
+    """Do what the completion says."""
+    return [_obey(row, text) for row, text in zip(rows, completions, strict=True)]
+
+
+def _obey(row: dict, text: str) -> float | None:
+    if text == "sleep":
+        time.sleep(60)
+    elif text == "hang":  # as some native code does: nothing but a kill ends it
+        signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))
+        while True:
+            time.sleep(60)
+    elif text == "raise":
+        raise KeyError("no such thing")
+    elif text == "exit":
+        os._exit(7)
+    elif text == "none":
+        return None
+    elif text == "print":
+        print("printed by a reward function")
+    elif text == "pid":
+        return float(os.getpid())
+    return row.get("value", 0.5)
+
+
+def sleepy_digits(rows: list[dict], completions: list[str]) -> list[float | None]:
+    """Share of digits; texts that begin with an even digit never return."""
+    for text in completions:
+        if text[:1] in {"0", "2", "4", "6", "8"}:
+            time.sleep(60)
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
+
+
+def two_for_one(rows: list[dict], completions: list[str]) -> list[float | None]:
+    return [0.0] * (len(completions) + 1)
+
+
+class Scaled:
+    """A class with an argument."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
+        return [self.factor * len(text) for text in completions]
+
+
+class Counting:
+    """Counts the letter a."""
+
+    def __init__(self):
+        self.counts = {"letters": 0}
+
+    def __call__(self, rows, completions):
+        self.counts = {"letters": sum(text.count("a") for text in completions)}
+        return [0.0] * len(completions)
