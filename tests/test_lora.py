@@ -385,6 +385,21 @@ def test_adapters_are_exported_alone_when_asked(
     assert torch.equal(logprobs(direct, make_rollout()), expected)
 
 
+def test_exported_adapters_find_their_weights_from_any_folder(
+    folder, tmp_path, make_rollout, monkeypatch
+):
+    folder()
+    monkeypatch.chdir(tmp_path)
+    policy = load_policy(config("qwen3", LoRAConfig(rank=3, export="adapter")))
+    move(policy)
+    policy.export("out")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded = AutoModelForCausalLM.from_pretrained("../out")
+    expected = logprobs(policy.model, make_rollout())
+    assert torch.equal(logprobs(loaded, make_rollout()), expected)
+
+
 # --- mistakes ---------------------------------------------------------------------------------
 
 
