@@ -16,6 +16,7 @@ from gspo_lightning.callbacks import AdaptiveKL
 from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.lora import LoRAConfig, adapters_off
+from gspo_lightning.plan import plan_lines
 from gspo_lightning.policy import LoRAPolicy, PolicyConfig, load_policy
 from gspo_lightning.rewards import RewardTerm
 from gspo_lightning.rollout import PromptBatch
@@ -236,11 +237,14 @@ def test_the_reference_is_the_policy_with_its_adapters_off(tmp_path, model_dir, 
             found["logprobs"] = reference.logprobs(make_rollout(), 0.7)
             found["mark"] = reference.fingerprint
             found["trained"] = {n for n, p in module.policy.named_parameters() if p.requires_grad}
+            found["plan"] = "\n".join(plan_lines(trainer, module))
 
     module = run(
         tmp_path, model_dir, 2, [keep, Look()], policy=config(model_dir), reference=reference
     )
     assert found["same"]
+    assert "reference on policy (its adapters off)" in found["plan"]
+    assert "about" in found["plan"] and "; reference " not in found["plan"]  # no memory of its own
     assert found["trained"] == module.policy.adapter_names  # switched on again, all of them
     first, second = (outputs["metrics"]["train/kl_divergence"] for outputs in keep.all)
     assert first == pytest.approx(0, abs=1e-9)
