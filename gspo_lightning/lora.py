@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class LoRAConfig:
         rank: Rows of A and columns of B.
         alpha: The product is scaled by ``alpha / rank``.
         target_modules: Names of the layers that get adapters (``[q_proj, v_proj]``), or
-            ``all-linear``: all but the output head.
+            ``all-linear``: every linear layer but the output head. Experts, whose weights lie in
+            one tensor for all, their router and a shared expert beside them get none.
         export: ``merged`` writes a model of its own; ``adapter`` writes the adapters alone, which
             peft loads on top of ``policy.path``.
 
@@ -71,50 +73,83 @@ def add_adapters(model: Any, config: LoRAConfig) -> Any:
         The peft model around it. Its trainable parameters are the adapters.
 
     Raises:
-        ValueError: If no layer has the given names, or a layer shares its weight with another one.
+        ValueError: If no layer has the given names, or one shares its weight with another layer.
     """
     from peft import LoraConfig, get_peft_model
 
-    names = config.target_modules
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # any number will do
         lora_dropout=0.0,
-        target_modules=names if isinstance(names, str) else list(names),
+        target_modules=chosen_layers(model, config.target_modules),
     )
     with warnings.catch_warnings():
         # GPT-2 stores its matrices the other way round; peft sees that by itself and says so
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
         # peft 0.21 reads what transformers 5.23 has renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        # said again, for the user's own names, below
-        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         try:
             adapted = get_peft_model(model, settings)
         except ValueError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"policy.lora.target_modules {names}: {reason}") from error
-    refuse_tied(adapted)
+            raise ValueError(f"policy.lora.target_modules: {str(error).splitlines()[0]}") from error
+    # peft 0.21 takes gate_proj and the like in a model with experts for the experts' own tensors
+    if getattr(adapted.peft_config["default"], "target_parameters", None):
+        raise ValueError(
+            "policy.lora.target_modules: peft would put adapters on the experts of this model, "
+            f"which is not supported; leave feed-forward layers out of {config.target_modules}"
+        )
     return adapted
 
 
-def refuse_tied(model: Any) -> None:
-    """Refuse adapters on a weight that two layers share: merged, they would act on both.
+def chosen_layers(model: Any, wanted: list[str] | str) -> list[str]:
+    """The full names of the layers that get adapters.
+
+    Args:
+        model: A transformers model.
+        wanted: Last parts of names, or ``all-linear``.
 
     Raises:
-        ValueError: Naming the layer.
+        ValueError: If a name fits no layer, or one whose weight is another layer's, too.
     """
-    base = model.get_base_model()
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if head is None or embedding.weight is not head.weight:
-        return
-    for name, layer in adapted_layers(base):
-        if layer is embedding or layer is head:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, (nn.Linear, Conv1D, nn.Embedding))
+    }
+    if wanted == "all-linear":
+        blocks = tuple(  # that hold experts: one tensor of three axes, and no layer of torch's own
+            f"{name.rpartition('.')[0]}."
+            for name, part in model.named_modules()
+            if any(p.ndim == 3 for p in part.parameters(recurse=False))
+            and not hasattr(part, "weight")
+        )
+        return [
+            name
+            for name, layer in layers.items()
+            if layer is not head
+            and not isinstance(layer, nn.Embedding)
+            and not name.startswith(blocks)
+        ]
+    chosen = []
+    for short in wanted:
+        fitting = [name for name in layers if f".{name}".endswith(f".{short}")]
+        if not fitting:
+            known = sorted({name.rpartition(".")[2] for name in layers})
             raise ValueError(
-                f"policy.lora.target_modules: {name} shares its weight with another layer (tied "
+                f"policy.lora.target_modules: no layer is called {short!r}; there are "
+                f"{', '.join(known)}"
+            )
+        tied = head is not None and embedding.weight is head.weight
+        if tied and any(layers[name] in (embedding, head) for name in fitting):
+            # merged, adapters on the one would act on the other
+            raise ValueError(
+                f"policy.lora.target_modules: {short} shares its weight with another layer (tied "
                 "embeddings), so adapters cannot be merged into it; leave it out"
             )
+        chosen += fitting
+    return chosen
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:

@@ -125,6 +125,9 @@ class LoRAPolicy(Policy):
     def export(self, path: str | Path) -> None:
         """Write a merged model, or the adapters for ``PeftModel.from_pretrained``."""
         if self.lora.export == "adapter":
+            base = Path(self.model.config.name_or_path)
+            if base.is_dir():  # or the adapters would find their weights from here alone
+                self.model.peft_config["default"].base_model_name_or_path = str(base.resolve())
             # the embedding has no adapters; left to itself, peft would look it up on the hub
             self.model.save_pretrained(path, save_embedding_layers=False)
         else:

@@ -126,6 +126,20 @@ def test_a_prompt_is_shared_unless_the_model_is_recurrent(
     assert count == passes
 
 
+def test_while_activations_are_checkpointed_the_prompt_is_not_read_in_vain(
+    make_model, make_rollout
+):
+    """Models drop their cache then, so there is nothing to share."""
+    model, rollout = make_model("qwen3").train(), make_rollout()
+    checkpoint_activations(model)
+    count = []
+    model.register_forward_pre_hook(
+        lambda _, __, kwargs: count.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    completion_logprobs(model, *inputs(rollout), group_size=3)
+    assert count == [6 * 8]
+
+
 # --- rollouts ------------------------------------------------------------------------------------
 
 
