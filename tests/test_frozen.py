@@ -1,11 +1,13 @@
 """Frozen models: where they go, what they say, and that a changed one is noticed."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from test_module import outputs_of, run
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -191,6 +193,10 @@ TEMPLATE = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %
 
 def chat_dir(path, tokenizer):
     """A reward model whose tokenizer has a chat template; letters are all unknown to it."""
+    tokenizer = copy.deepcopy(tokenizer)  # one that adds tokens of its own to plain texts
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", 1)]
+    )
     folder = save_reward_model(path, tokenizer, num_labels=1)
     file = Path(folder, "tokenizer_config.json")
     config = json.loads(file.read_text()) | {"chat_template": TEMPLATE}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_run import write_prompts
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -417,3 +418,46 @@ def test_a_run_that_is_refused_leaves_no_trace(capsys):
     Path("runs/default/events.out.tfevents.1.mine").write_text("not ours")
     refused(capsys, "fit --config dummy.yaml --model dummies.SetupFails")
     assert os.listdir("runs/default") == ["events.out.tfevents.1.mine"]
+
+
+def test_a_reward_that_fails_in_the_middle_is_one_line_and_says_where_to_look(
+    capsys, tmp_path, model_dir, monkeypatch
+):
+    write_prompts(tmp_path / "prompts.jsonl")
+    (tmp_path / "mine.py").write_text(
+        "calls = []\n"
+        "def strict(rows, completions):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) > 2:\n"
+        "        raise KeyError('mood')\n"
+        "    return [float(len(text)) for text in completions]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("mine.yaml").write_text(
+        f"""
+        trainer: {{accelerator: cpu, enable_progress_bar: false, default_root_dir: run}}
+        model:
+          class_path: gspo_lightning.GSPOModule
+          init_args:
+            policy: {{path: {model_dir}}}
+            sampler:
+              class_path: gspo_lightning.GroupSampler
+              init_args: {{group_size: 4, max_new_tokens: 6}}
+            rewards: {{mood: {{fn: mine.strict}}}}
+        data:
+          class_path: gspo_lightning.PromptData
+          init_args: {{path: prompts.jsonl, prompts_per_rollout: 4, num_rollouts: 9}}
+        """
+    )
+    code, _, err = run(capsys, "fit --config mine.yaml")
+    (line,) = [text for text in err.splitlines() if text.startswith("error: ")]
+    assert code == 2 and "Traceback" not in err
+    assert line.startswith(
+        "error: reward 'mood' failed: KeyError: 'mood' (mine.py:5); row with pro"
+    )
+    assert (
+        line.endswith("all 16 completions are in run/failed_rollout.jsonl") or "run/failed" in line
+    )
+    assert len(Path("run/failed_rollout.jsonl").read_text().splitlines()) == 16
+    monkeypatch.setenv("GSPO_TRACEBACK", "1")
+    assert "Traceback" in run(capsys, "fit --config mine.yaml --trainer.default_root_dir again")[2]
