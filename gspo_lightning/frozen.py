@@ -44,9 +44,10 @@ def resolve_device(key: str, word: str, policy_device: torch.device) -> torch.de
     count = torch.cuda.device_count()
     if index >= count:
         seen = f"only cuda:0 to cuda:{count - 1}" if count else "no CUDA device"
+        fits = "cpu" if count == 0 else "one_gpu" if count == 1 else "two_gpu"
         raise ValueError(
             f"{key} is {word}, but this machine has {seen}; set {key} to policy (the policy's own "
-            "device) or cpu"
+            f"device) or cpu, or add --config configs/hardware/{fits}.yaml"
         )
     return torch.device("cuda", index)
 
@@ -71,13 +72,14 @@ class ReferencePolicy:
 
     Args:
         path: Model folder or hub name; ``None`` is the policy's own start.
-        device: ``cuda:1``, ``cuda:+1``, ``policy`` or ``cpu``.
+        device: ``cuda:1``, ``cuda:+1``, ``policy`` or ``cpu``; ``None`` is the module's
+            ``frozen_device``.
         dtype: Type of the weights; ``None`` is the policy's, so that the KL starts at 0.
         batch_size: Sequences per forward pass.
     """
 
     path: str | None = None
-    device: str = "cuda:1"
+    device: str | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     batch_size: int = 32
     model: Any = field(default=None, init=False, repr=False)
@@ -152,7 +154,8 @@ class RewardModel:
 
     Args:
         path: Folder or hub name of a model that ``AutoModelForSequenceClassification`` loads.
-        device: ``cuda:1``, ``cuda:+1``, ``policy`` or ``cpu``.
+        device: ``cuda:1``, ``cuda:+1``, ``policy`` or ``cpu``; ``None`` is the module's
+            ``frozen_device``.
         dtype: Type of the weights.
         batch_size: Sequences per forward pass.
         label: Which output is the score; needed if the model has more than one.
@@ -161,7 +164,7 @@ class RewardModel:
     """
 
     path: str
-    device: str = "cuda:1"
+    device: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: int = 16
     label: int | None = None
@@ -254,13 +257,18 @@ class FrozenModels:
     Args:
         reference: The reference policy, if there is one.
         reward_models: Reward models by the setting that holds them.
+        device: Device word of every model that names none itself.
     """
 
     def __init__(
-        self, reference: ReferencePolicy | None, reward_models: dict[str, RewardModel]
+        self,
+        reference: ReferencePolicy | None,
+        reward_models: dict[str, RewardModel],
+        device: str = "cuda:1",
     ) -> None:
         self.reference = reference
         self.reward_models = reward_models
+        self.device = device
 
     def load(self, policy: PolicyConfig, device: torch.device, with_reference: bool) -> None:
         """Load every model onto the device that its setting names.
@@ -277,7 +285,10 @@ class FrozenModels:
         if self.reference is not None and with_reference:
             places["model.reference"] = self.reference.device
         devices = {
-            key: resolve_device(f"{key}.device", word, device) for key, word in places.items()
+            key: resolve_device("model.frozen_device", self.device, device)
+            if word is None
+            else resolve_device(f"{key}.device", word, device)
+            for key, word in places.items()
         }
         for key, model in self.reward_models.items():
             model.load(devices[key])

@@ -53,6 +53,8 @@ class GSPOModule(EvaluatedModule):
         sampler: Draws the completions; ``None`` is ``GroupSampler()``.
         objective: Ratio, surrogate, aggregation, clip range. The defaults are GSPO as published.
         reference: Frozen policy of the KL penalty, or ``None`` for no KL at all.
+        frozen_device: Where the reference and the reward models are that name no device of their
+            own: ``cuda:1``, ``cuda:+1``, ``policy`` or ``cpu``.
         optimizer: AdamW and its schedule, in rollouts.
         evaluation: How held-out prompts are evaluated.
         num_epochs: Passes over each rollout.
@@ -84,6 +86,7 @@ class GSPOModule(EvaluatedModule):
         sampler: Sampler | None = None,
         objective: Objective = Objective(),  # noqa: B008 - frozen
         reference: ReferencePolicy | None = None,
+        frozen_device: str = "cuda:1",
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         evaluation: Evaluation = Evaluation(),  # noqa: B008 - frozen
         num_epochs: int = 1,
@@ -158,7 +161,8 @@ class GSPOModule(EvaluatedModule):
             for name, term in rewards.items()
             if isinstance(term.fn, RewardModel)
         }
-        self.frozen = FrozenModels(reference, models)  # no module: Lightning must not see it
+        # no module: Lightning must not see it
+        self.frozen = FrozenModels(reference, models, frozen_device)
         self.seconds: dict[str, float] = {}
 
     # --- Lightning's hooks around training -----------------------------------------------------

@@ -103,11 +103,12 @@ def _policy(trainer: Any, module: Any) -> str:
 
 def _frozen(module: Any) -> str:
     parts = []
+    default = getattr(getattr(module, "frozen", None), "device", None)
     if getattr(module, "reference", None) is not None:
-        parts.append(f"reference on {module.reference.device}")
+        parts.append(f"reference on {module.reference.device or default}")
     for name, term in (getattr(module, "rewards", None) or {}).items():
-        device = getattr(term.fn, "device", None)
-        parts.append(f"reward {name}" + (f" on {device}" if device is not None else ""))
+        place = f" on {term.fn.device or default}" if hasattr(term.fn, "device") else ""
+        parts.append(f"reward {name}{place}")
     return ", ".join(parts)
 
 

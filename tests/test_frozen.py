@@ -1,5 +1,7 @@
 """Frozen models: where they go, what they say, and that a changed one is noticed."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
@@ -53,6 +55,27 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch, word, cards, messag
         resolve_device("reference.device", word, torch.device("cuda:0"))
 
 
+@pytest.mark.parametrize(("cards", "overlay"), [(0, "cpu"), (1, "one_gpu"), (2, "two_gpu")])
+def test_a_missing_device_names_the_overlay_that_fits_the_machine(monkeypatch, cards, overlay):
+    see_cards(monkeypatch, cards)
+    with pytest.raises(ValueError, match=f"--config configs/hardware/{overlay}.yaml$"):
+        resolve_device("reference.device", "cuda:2", torch.device("cpu"))
+    assert (Path(__file__).parents[1] / f"configs/hardware/{overlay}.yaml").is_file()
+
+
+def test_a_model_without_a_device_goes_where_all_frozen_models_go(model_dir, monkeypatch):
+    see_cards(monkeypatch, 0)
+    policy = PolicyConfig(str(model_dir))
+    reference = ReferencePolicy()
+    FrozenModels(reference, {}, device="policy").load(policy, CPU, with_reference=True)
+    assert reference.model.device == CPU
+    with pytest.raises(ValueError, match=r"^model\.frozen_device is cuda:1, but"):
+        FrozenModels(reference, {}).load(policy, CPU, with_reference=True)
+    with pytest.raises(ValueError, match=r"^model\.reference\.device is cuda:3, but"):
+        own = ReferencePolicy(device="cuda:3")
+        FrozenModels(own, {}, device="cpu").load(policy, CPU, with_reference=True)
+
+
 def test_reference_logprobs_are_those_of_a_plain_forward_pass(model_dir, tiny_policy, make_rollout):
     reference = ReferencePolicy(device="cpu", batch_size=4)  # does not divide the six rows
     reference.load(PolicyConfig(str(model_dir)), CPU)
@@ -87,7 +110,9 @@ def test_a_random_policy_has_no_start_to_refer_to(model_dir):
 
 def test_devices_are_checked_before_any_weight_is_read(monkeypatch, model_dir):
     see_cards(monkeypatch, 0)
-    frozen = FrozenModels(ReferencePolicy(), {"model.rewards.taste.fn": RewardModel("nowhere")})
+    frozen = FrozenModels(
+        ReferencePolicy(), {"model.rewards.taste.fn": RewardModel("nowhere", "cuda:1")}
+    )
     with pytest.raises(ValueError, match=r"model.rewards.taste.fn.device is cuda:1, but"):
         frozen.load(PolicyConfig(str(model_dir)), CPU, with_reference=True)
 
