@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "tables": set(),
     "plan": set(),
     "cli": set(),
+    "text_scores": set(),
     "event_files": set(),
     "checkpoint": {"event_files"},
     "run_folder": {"checkpoint"},
