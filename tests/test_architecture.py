@@ -26,7 +26,9 @@ MAY_IMPORT = {
     "text_scores": set(),
     "event_files": set(),
     "checkpoint": {"event_files"},
-    "run_folder": {"checkpoint"},
+    "provenance": set(),
+    "terminal_log": set(),
+    "run_folder": {"checkpoint", "provenance", "terminal_log"},
     "rewards": set(),
     "metrics": {"masked"},
     "stream": {"rollout"},
@@ -111,7 +113,7 @@ def test_no_file_needs_a_peer(path):
 
 def test_train_leaves_the_algorithm_to_the_package():
     assert siblings(ROOT / "train.py") <= {
-        *("callbacks", "checkpoint", "cli", "plan", "progress", "run_folder")
+        *("callbacks", "checkpoint", "cli", "plan", "progress", "run_folder", "terminal_log")
     }
 
 
