@@ -129,8 +129,14 @@ class ReferencePolicy:
             (B, T) float32 nats, on the device of ``samples``.
         """
         device = next(self.model.parameters()).device
+        # Groups sorted by length: little padding. Whole ones, as their prompt is computed once.
+        size = samples.group_size
+        lengths = (samples.prompt_mask.sum(1) + samples.mask.sum(1)).cpu()
+        groups = lengths.view(-1, size).amax(1).argsort(stable=True)
+        order = (groups[:, None] * size + torch.arange(size)).flatten()
+        whole = self.batch_size - self.batch_size % size
         parts = []
-        for index in torch.arange(len(samples)).split(self.batch_size):
+        for index in order.split(whole or self.batch_size):
             part = samples.select(index).to(device)
             parts.append(
                 completion_logprobs(
@@ -143,7 +149,8 @@ class ReferencePolicy:
                     group_size=part.group_size,
                 ).logprobs
             )
-        return torch.cat(parts).to(samples.mask.device)
+        back = order.argsort().to(device)
+        return torch.cat(parts)[back].to(samples.mask.device)
 
 
 @dataclass
@@ -269,6 +276,13 @@ class FrozenModels:
         self.reference = reference
         self.reward_models = reward_models
         self.device = device
+        self.devices: dict[str, torch.device] = {}  # of the loaded models, by setting
+        self.policy_device = torch.device("cpu")
+
+    def apart(self, part: str) -> bool:
+        """Whether a loaded model, its setting beginning with ``part``, has a device of its own."""
+        places = [place for key, place in self.devices.items() if key.startswith(part)]
+        return any(place != self.policy_device for place in places)
 
     def load(self, policy: PolicyConfig, device: torch.device, with_reference: bool) -> None:
         """Load every model onto the device that its setting names.
@@ -290,6 +304,7 @@ class FrozenModels:
             else resolve_device(f"{key}.device", word, device)
             for key, word in places.items()
         }
+        self.devices, self.policy_device = devices, device
         for key, model in self.reward_models.items():
             model.load(devices[key])
         if self.reference is not None and with_reference:

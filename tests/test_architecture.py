@@ -27,6 +27,8 @@ MAY_IMPORT = {
     "event_files": set(),
     "checkpoint": {"event_files"},
     "provenance": set(),
+    "overlap": set(),
+    "memory": set(),
     "terminal_log": set(),
     "run_folder": {"checkpoint", "provenance", "terminal_log"},
     "rewards": set(),
@@ -47,7 +49,7 @@ MAY_IMPORT = {
     "module": {
         *("advantages", "kl", "logprobs", "masked", "objectives", "rollout"),
         *("evaluation", "frozen", "health", "metrics", "optim", "policy", "rewards", "sampling"),
-        "tally",
+        *("memory", "overlap", "tally"),
     },
     "bench": {"data", "module"},
     "compare": {"data", "module"},

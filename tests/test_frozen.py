@@ -94,6 +94,39 @@ def test_reference_logprobs_are_those_of_a_plain_forward_pass(model_dir, tiny_po
     assert not any(p.requires_grad for p in reference.model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "longest"),
+    # completions of at most 5, 3, 1, 4, 2, 5 tokens, prompts of 4 and 2: group 1 is the shorter
+    [(6, [5]), (3, [5, 5]), (4, [5, 5]), (1, [2, 4, 5, 1, 3, 5])],
+)
+def test_reference_batches_are_groups_sorted_by_length(
+    monkeypatch, model_dir, tiny_policy, make_rollout, batch_size, longest
+):
+    seen, prompts = [], []
+
+    def spy(model, prompt_ids, prompt_mask, completion_ids, mask, **options):
+        seen.append(int(mask.sum(1).max()))
+        prompts.append(int(prompt_mask.sum(1).max()))
+        assert options["group_size"] == (3 if batch_size >= 3 else 1)
+        return completion_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, **options)
+
+    reference = ReferencePolicy(device="cpu", batch_size=batch_size)
+    reference.load(PolicyConfig(str(model_dir)), CPU)
+    rollout = make_rollout()
+    expected = completion_logprobs(
+        tiny_policy,
+        rollout.prompt_ids,
+        rollout.prompt_mask,
+        rollout.completion_ids,
+        rollout.mask,
+    ).logprobs
+    monkeypatch.setattr("gspo_lightning.frozen.completion_logprobs", spy)
+    found = reference.logprobs(rollout, temperature=1.0)
+    torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=0)  # in the old order
+    assert sorted(seen) == sorted(longest)
+    assert prompts == sorted(prompts) and prompts[-1] == 4
+
+
 def test_reference_has_its_own_path_and_dtype(model_dir, tmp_path, make_model, tokenizer):
     other = make_model("qwen3", seed=5)
     other.save_pretrained(tmp_path)
