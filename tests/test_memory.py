@@ -62,8 +62,11 @@ def test_nothing_grows_over_fifty_rollouts(tmp_path, model_dir):
         def on_train_batch_end(self, *_):
             status = Path("/proc/self/status").read_text()
             self.mib.append(int(status.partition("VmRSS:")[2].split()[0]) / 1024)
-            gc.collect()
-            self.tensors.append(sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects()))
+            if len(self.mib) in (10, 35, 60):
+                gc.collect()
+                self.tensors.append(
+                    sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+                )
 
     resident = Resident()
     options = {"kl_coef": 0.1, "reference": ReferencePolicy(device="cpu")}
@@ -71,4 +74,4 @@ def test_nothing_grows_over_fifty_rollouts(tmp_path, model_dir):
     first, last = resident.mib[10:20], resident.mib[50:60]
     growth = sum(last) / 10 - sum(first) / 10
     assert growth < 8, f"{growth:.1f} MiB over 40 rollouts"
-    assert len(set(resident.tensors[2:])) == 1  # a kept rollout of this size is no megabyte
+    assert len(set(resident.tensors)) == 1  # a kept rollout of this size is no megabyte
