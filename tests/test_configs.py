@@ -130,13 +130,23 @@ ROWS = {
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_an_algorithm_is_its_row(stack, name):
-    # a learned reward has no limit below 1,024 tokens in the way, unlike the tasks' own limits
+    # the limit of base.yaml, of which the slopes are a fifth
     long = ["--model.sampler.max_new_tokens", "1024"]
     model = stack("task/gsm8k", "hardware/cpu", f"algorithm/{name}", options=long).model
     row = (model.objective, model.advantage_kind, model.kl_coef, model.drop_flat_groups)
     assert (*row, model.overlong_ramp, model.num_minibatches) == ROWS[name]
     assert (model.reference is not None) == (model.kl_coef > 0)
     assert model.num_epochs == 1
+
+
+def test_the_stack_that_base_shows_is_instantiated(stack):
+    text = (ROOT / "configs" / "base.yaml").read_text()
+    base, *overlays = re.findall(r"--config configs/(\S+)\.yaml", text)
+    assert base == "base"
+    kinds = [name.partition("/")[0] for name in overlays]
+    assert kinds == ["task", "hardware", "algorithm", "kl"]
+    cli = stack(*overlays)
+    assert (cli.model.frozen.device, len(kl_callbacks(cli))) == ("policy", 1)
 
 
 def test_base_alone_is_gspo(stack):
