@@ -41,6 +41,7 @@ from gspo_lightning.plan import resume_command, this_python
 from gspo_lightning.progress import RolloutProgress, RunSummary
 from gspo_lightning.rewards import RewardError
 from gspo_lightning.run_folder import RunConfig, check_folder, remove_leftovers, remove_traces, say
+from gspo_lightning.terminal_log import TerminalLog
 
 # What a user's mistake raises: bad values, missing files, devices, packages.
 MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException)
@@ -54,6 +55,7 @@ class Watch(Callback):
         self.rollouts = 0
         self.root: Path | None = None  # the run folder, once training has begun
         self.refuse = lambda: None  # takes back what was written before the run began
+        self.terminal = TerminalLog()
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         self.begun = True
@@ -74,6 +76,7 @@ class GSPOCLI(LightningCLI):
 
     def __init__(self, argv: list[str], watch: Watch) -> None:
         self.watch = watch
+        self.argv = argv
         self.checkpoint: Path | None = None
         self.root = Path()
         super().__init__(
@@ -115,7 +118,11 @@ class GSPOCLI(LightningCLI):
         check_trainer(config.trainer)
         if self.subcommand == "fit" and not config.trainer.fast_dev_run:
             check_folder(self.root, self.checkpoint)
-        self.save_config_kwargs = {"checkpoint": self.checkpoint}
+        self.save_config_kwargs = {
+            "checkpoint": self.checkpoint,
+            "terminal": self.watch.terminal,
+            "command": ["train.py", *self.argv],
+        }
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Fill in what the config leaves open."""
@@ -250,6 +257,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except BaseException as error:
         return report(error, watch, where_to_go_on(argv, watch.root))
+    finally:
+        watch.terminal.close()
 
 
 def report(error: BaseException, watch: Watch, go_on: str) -> int:

@@ -14,7 +14,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 from lightning.pytorch import Callback
@@ -251,13 +251,60 @@ class HFExport(Callback):
     Args:
         path: Name of the folder inside the run folder; it always holds the newest export.
         every_n_rollouts: Export during the run as well, with this period in rollouts.
+        monitor: A validation figure, such as ``val/accuracy_sampled``: the policy with the best one
+            is kept in ``best_path``. ``None`` keeps no best one. The evaluation before training
+            does not count.
+        mode: Whether the largest (``max``) or the smallest (``min``) figure is the best.
+        best_path: Name of the folder of the best policy inside the run folder.
+
+    Raises:
+        ValueError: If an argument is out of range, or the validation has no such figure.
     """
 
-    def __init__(self, path: str = "export", every_n_rollouts: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str = "export",
+        every_n_rollouts: int | None = None,
+        monitor: str | None = None,
+        mode: Literal["max", "min"] = "max",
+        best_path: str = "export_best",
+    ) -> None:
         check_file_name(path)
+        check_file_name(best_path)
         check_at_least(1, every_n_rollouts=every_n_rollouts)
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode must be max or min, got {mode!r}")
         self.path = path
         self.every_n_rollouts = every_n_rollouts
+        self.monitor = monitor
+        self.mode = mode
+        self.best_path = best_path
+        self.best: float | None = None
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.monitor is None or trainer.state.fn != "fit":
+            return
+        metrics = trainer.callback_metrics
+        if self.monitor not in metrics:
+            there = sorted(name for name in metrics if name.startswith("val/"))
+            raise ValueError(
+                f"HFExport.monitor {self.monitor!r} is no figure of the validation; it has {there}"
+            )
+        value = float(metrics[self.monitor])
+        better = self.best is None or (
+            value > self.best if self.mode == "max" else value < self.best
+        )
+        if trainer.sanity_checking or math.isnan(value) or not better:
+            return
+        self.best = value
+        pl_module.export(Path(trainer.default_root_dir) / self.best_path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.monitor is None else {"monitor": self.monitor, "best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("monitor") == self.monitor:  # another figure's best says nothing
+            self.best = state_dict.get("best")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
         if due(trainer.fit_loop.total_batch_idx, self.every_n_rollouts):

@@ -46,9 +46,10 @@ def resolve_device(key: str, word: str, policy_device: torch.device) -> torch.de
     count = torch.cuda.device_count()
     if index >= count:
         seen = f"only cuda:0 to cuda:{count - 1}" if count else "no CUDA device"
+        fits = "cpu" if count == 0 else "one_gpu" if count == 1 else "two_gpu"
         raise ValueError(
             f"{key} is {word}, but this machine has {seen}; set {key} to policy (the policy's own "
-            "device) or cpu"
+            f"device) or cpu, or add --config configs/hardware/{fits}.yaml"
         )
     return torch.device("cuda", index)
 
@@ -129,9 +130,15 @@ class ReferencePolicy:
             (B, T) float32 nats, on the device of ``samples``.
         """
         device = next(self.model.parameters()).device
+        # Groups sorted by length: little padding. Whole ones, as their prompt is computed once.
+        size = samples.group_size
+        lengths = (samples.prompt_mask.sum(1) + samples.mask.sum(1)).cpu()
+        groups = lengths.view(-1, size).amax(1).argsort(stable=True)
+        order = (groups[:, None] * size + torch.arange(size)).flatten()
+        whole = self.batch_size - self.batch_size % size
         parts = []
         with adapters_off(self.model) if self.shared else nullcontext():
-            for index in torch.arange(len(samples)).split(self.batch_size):
+            for index in order.split(whole or self.batch_size):
                 part = samples.select(index).to(device)
                 parts.append(
                     completion_logprobs(
@@ -144,7 +151,8 @@ class ReferencePolicy:
                         group_size=part.group_size,
                     ).logprobs
                 )
-        return torch.cat(parts).to(samples.mask.device)
+        back = order.argsort().to(device)
+        return torch.cat(parts)[back].to(samples.mask.device)
 
 
 class FrozenModels:
@@ -153,14 +161,27 @@ class FrozenModels:
     Args:
         reference: The reference policy, if there is one.
         reward_models: Reward models by the setting that holds them.
+        device: Device word for all of them, whatever they say themselves; ``None`` leaves it to
+            each.
     """
 
     def __init__(
-        self, reference: ReferencePolicy | None, reward_models: dict[str, RewardModel]
+        self,
+        reference: ReferencePolicy | None,
+        reward_models: dict[str, RewardModel],
+        device: str | None = None,
     ) -> None:
         self.reference = reference
         self.reward_models = reward_models
         self.awaits_policy = False  # the reference is to be the policy with its adapters off
+        self.device = device
+        self.devices: dict[str, torch.device] = {}  # of the loaded models, by setting
+        self.policy_device = torch.device("cpu")
+
+    def apart(self, part: str) -> bool:
+        """Whether a loaded model, its setting beginning with ``part``, has a device of its own."""
+        places = [place for key, place in self.devices.items() if key.startswith(part)]
+        return any(place != self.policy_device for place in places)
 
     def load(self, policy: PolicyConfig, device: torch.device, with_reference: bool) -> None:
         """Load every model onto the device that its setting names.
@@ -177,8 +198,12 @@ class FrozenModels:
         if self.reference is not None and with_reference:
             places["model.reference"] = self.reference.device
         devices = {
-            key: resolve_device(f"{key}.device", word, device) for key, word in places.items()
+            key: resolve_device(f"{key}.device", word, device)
+            if self.device is None
+            else resolve_device("model.frozen_device", self.device, device)
+            for key, word in places.items()
         }
+        self.devices, self.policy_device = devices, device
         for key, model in self.reward_models.items():
             try:
                 model.load(devices[key])

@@ -25,6 +25,7 @@ from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel
 from gspo_lightning.health import Health
 from gspo_lightning.kl import check_loss_kind, kl_estimate
 from gspo_lightning.logprobs import LogProbs, completion_logprobs
+from gspo_lightning.memory import peaks, reset_peaks
 from gspo_lightning.objectives import (
     Objective,
     importance_log_ratio,
@@ -37,6 +38,7 @@ from gspo_lightning.optim import (
     learning_rate_factor,
     set_learning_rate,
 )
+from gspo_lightning.overlap import Passes
 from gspo_lightning.policy import PolicyConfig, load_policy, load_tokenizer
 from gspo_lightning.rewards import (
     RewardTerm,
@@ -50,6 +52,8 @@ from gspo_lightning.sampling import GroupSampler, Sampler
 from gspo_lightning.tally import RolloutTally
 from gspo_lightning.time_limit import TimeLimit
 
+CPU = torch.device("cpu")
+
 
 class GSPOModule(EvaluatedModule):
     """Trains a causal language model with Group Sequence Policy Optimization.
@@ -60,6 +64,8 @@ class GSPOModule(EvaluatedModule):
         sampler: Draws the completions; ``None`` is ``GroupSampler()``.
         objective: Ratio, surrogate, aggregation, clip range. The defaults are GSPO as published.
         reference: Frozen policy of the KL penalty, or ``None`` for no KL at all.
+        frozen_device: Puts the reference and the reward models there, whatever their own settings
+            say: ``cuda:1``, ``cuda:+1``, ``policy`` or ``cpu``. ``None`` leaves it to each.
         optimizer: AdamW and its schedule, in rollouts.
         evaluation: How held-out prompts are evaluated.
         num_epochs: Passes over each rollout.
@@ -91,6 +97,7 @@ class GSPOModule(EvaluatedModule):
         sampler: Sampler | None = None,
         objective: Objective = Objective(),  # noqa: B008 - frozen
         reference: ReferencePolicy | None = None,
+        frozen_device: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         evaluation: Evaluation = Evaluation(),  # noqa: B008 - frozen
         num_epochs: int = 1,
@@ -171,8 +178,10 @@ class GSPOModule(EvaluatedModule):
             for name, term in rewards.items()
             if isinstance(term.fn, RewardModel)
         }
-        self.frozen = FrozenModels(reference, models)  # no module: Lightning must not see it
+        # no module: Lightning must not see it
+        self.frozen = FrozenModels(reference, models, frozen_device)
         self.seconds: dict[str, float] = {}
+        self.peak_memory: dict[str, float] = {}  # GiB
 
     # --- Lightning's hooks around training -----------------------------------------------------
 
@@ -250,6 +259,7 @@ class GSPOModule(EvaluatedModule):
         optimizer: Any = self.optimizers()
         set_learning_rate(optimizer, self.optimizer_config, index, self._num_rollouts)
         self.seconds = dict.fromkeys(("rollout", "score", "optimise"), 0.0)
+        self.peak_memory = {}
         rollout = self.collect(batch)
         ratios = torch.ones(len(rollout))
         with self._phase("optimise"):
@@ -272,22 +282,36 @@ class GSPOModule(EvaluatedModule):
         Args:
             batch: P prompts on the policy's device.
         """
-        samples, rewards, parts = self._sample_and_score(batch, draw=0)
-        if self.drop_flat_groups:
+        samples = self._sample(batch, draw=0)
+        scores: tuple[Tensor, dict[str, Tensor]] | None = None
+        if self.drop_flat_groups:  # the rewards say which prompts stay, so nothing can go beside
+            with self._phase("score"):
+                rewards, parts = self._score(samples)
             samples, rewards, parts = self._replace_flat_groups(samples, rewards, parts)
+            scores = (rewards, parts)
         self._lengths = samples.mask.sum(1).cpu()
-        with self._phase("score"):
+        trained = samples
+        if self.truncated == "mask":
+            trained = replace(samples, mask=samples.mask & samples.finished[:, None])
+        with self._phase("score"), Passes() as passes:
+            # on other devices the frozen models work while the policy does
+            apart = scores is None and self.frozen.apart("model.rewards")
+            reward = passes.begin(apart, lambda: scores or self._score(samples))
+            reference = None
+            if self.reference is not None:
+                # moved first: a copy that is asked for later queues up behind the policy's pass
+                there = trained.to(self.frozen.devices["model.reference"])
+                apart = self.frozen.apart("model.reference")
+                reference = passes.begin(apart, self._ref_logprobs, self.reference, there)
+            old, entropy = self._old_logprobs(trained)
+            rewards, parts = reward.result()
+            ref = None if reference is None else reference.result().to(old.device)
             advantages = group_advantages(
                 rewards.view(-1, samples.group_size), self.advantage_kind
             ).flatten()
             self.tally.count_rewards(samples, rewards, parts, advantages)
-            if self.truncated == "mask":
-                samples = replace(samples, mask=samples.mask & samples.finished[:, None])
-            old, entropy = self._old_logprobs(samples)
-            ref = None
-            if self.reference is not None:
-                ref = self.reference.logprobs(samples, self.sampler.temperature)
-            self.tally.count_logprobs(old, entropy, ref, samples.mask)
+            self.tally.count_logprobs(old, entropy, ref, trained.mask)
+        samples = trained
         device = samples.mask.device
         return Rollout(
             **{field.name: getattr(samples, field.name) for field in fields(Samples)},
@@ -377,29 +401,32 @@ class GSPOModule(EvaluatedModule):
 
     # --- parts of collect ----------------------------------------------------------------------
 
-    def _sample_and_score(
-        self, batch: PromptBatch, draw: int
-    ) -> tuple[Samples, Tensor, dict[str, Tensor]]:
-        """Complete prompts and score them; rewards as the group statistics are to see them."""
+    def _sample(self, batch: PromptBatch, draw: int) -> Samples:
         with self._phase("rollout"):
-            samples = self.sampler.sample(self.policy, batch, seed=self._seed(f"sample/{draw}"))
-        with self._phase("score"):
+            return self.sampler.sample(self.policy, batch, seed=self._seed(f"sample/{draw}"))
+
+    def _score(self, samples: Samples, draw: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rewards as the group statistics are to see them, and their parts."""
+        with self._timed("reward"):
+            lengths, finished = samples.mask.sum(1).cpu(), samples.finished.cpu()
             # whitening learns once a rollout: further draws are of prompts chosen by their reward
             rewards, parts, counts = self.score_samples(
                 samples, learn=draw == 0, reduce=self._sum_over_ranks
             )
             if self.overlong_ramp is not None:
-                lengths = samples.mask.sum(1).cpu()
                 limit = self.sampler.max_new_tokens
                 parts["overlong"] = overlong_penalty(lengths, limit, self.overlong_ramp)
                 rewards = rewards + parts["overlong"]
             self.tally.count_samples(samples, rewards, counts)
-            finished = samples.finished.cpu()
             if self.truncated == "zero_reward":
                 rewards = torch.where(finished, rewards, 0.0)
             elif self.truncated == "mask":
                 rewards = torch.where(finished, rewards, math.nan)
-        return samples, rewards, parts
+        return rewards, parts
+
+    def _ref_logprobs(self, reference: ReferencePolicy, samples: Samples) -> Tensor:
+        with self._timed("reference", samples.mask.device):
+            return reference.logprobs(samples, self.sampler.temperature)
 
     def _replace_flat_groups(
         self, samples: Samples, rewards: Tensor, parts: dict[str, Tensor]
@@ -418,7 +445,9 @@ class GSPOModule(EvaluatedModule):
             if most <= 0:
                 break
             batch = self.trainer.datamodule.draw(most).to(self.device)  # type: ignore[attr-defined]
-            more, more_rewards, more_parts = self._sample_and_score(batch, draw)
+            more = self._sample(batch, draw)
+            with self._phase("score"):
+                more_rewards, more_parts = self._score(more, draw)
             samples = join_samples([samples, more])
             rewards = torch.cat([rewards, more_rewards])
             parts = {name: torch.cat([part, more_parts[name]]) for name, part in parts.items()}
@@ -438,10 +467,11 @@ class GSPOModule(EvaluatedModule):
         """
         size = self.micro_batch_size
         order, results = [], []
-        for minibatch in self._minibatch_rows(samples, epoch=0):
-            for rows in minibatch.split(size or len(minibatch)):
-                order.append(rows)
-                results.append(self._logprobs(samples.select(rows), with_entropy=True))
+        with self._timed("old_logprobs", self.device):
+            for minibatch in self._minibatch_rows(samples, epoch=0):
+                for rows in minibatch.split(size or len(minibatch)):
+                    order.append(rows)
+                    results.append(self._logprobs(samples.select(rows), with_entropy=True))
         back = torch.cat(order).argsort().to(samples.mask.device)
         logprobs = torch.cat([result.logprobs for result in results])
         entropy = torch.cat([result.entropy for result in results])  # type: ignore[misc]
@@ -477,6 +507,7 @@ class GSPOModule(EvaluatedModule):
         if self.reference is not None:
             figures["train/kl_coef"] = self.kl_coef  # the one that was used
         figures |= {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+        figures |= {f"memory/{name}": gib for name, gib in self.peak_memory.items()}
         figures["time/tokens_per_second"] = figures["rollout/tokens"] / self.seconds["rollout"]
         figures["policy/clip_range"] = self.health.width
         figures["optim/learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
@@ -488,15 +519,26 @@ class GSPOModule(EvaluatedModule):
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        """Time a phase, and tell the progress bar, if it listens."""
+        """Measure time and peak memory of a phase, and tell the progress bar, if it listens."""
         on_phase = getattr(self.trainer.progress_bar_callback, "on_phase", None)
         if on_phase is not None:
             on_phase(name, self.trainer.fit_loop.total_batch_idx)
+        devices = {self.device, CPU, *self.frozen.devices.values()}
+        reset_peaks(devices)
+        with self._timed(name, self.device):
+            yield
+        for device, peak in peaks(devices).items():
+            other = "" if device == self.device else f"_{str(device).replace(':', '')}"
+            key = f"{name}_gib{other}"
+            self.peak_memory[key] = max(peak, self.peak_memory.get(key, 0.0))
+
+    @contextmanager
+    def _timed(self, name: str, device: torch.device = CPU) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # or the next phase would pay for this one
-        self.seconds[name] += time.perf_counter() - start
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # or what comes next would pay for this
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def export(self, path: str | Path) -> None:
         """Write the policy as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""

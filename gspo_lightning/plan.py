@@ -106,12 +106,13 @@ def _policy(trainer: Any, module: Any) -> str:
 
 def _frozen(module: Any) -> str:
     parts = []
+    moved = getattr(getattr(module, "frozen", None), "device", None)
     if getattr(module, "reference", None) is not None:
         shared = " (its adapters off)" if getattr(module.reference, "shared", False) else ""
-        parts.append(f"reference on {module.reference.device}{shared}")
+        parts.append(f"reference on {moved or module.reference.device}{shared}")
     for name, term in (getattr(module, "rewards", None) or {}).items():
-        device = getattr(term.fn, "device", None)
-        parts.append(f"reward {name}" + (f" on {device}" if device is not None else ""))
+        place = f" on {moved or term.fn.device}" if hasattr(term.fn, "device") else ""
+        parts.append(f"reward {name}{place}")
     return ", ".join(parts)
 
 

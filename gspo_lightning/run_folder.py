@@ -1,10 +1,11 @@
-"""The folder of a run: one run in each, with the config it was started and continued with.
+"""The folder of a run: one run in each, with the config and the code it was made with.
 
 Decides when a folder is refused and what is written beside the checkpoints. Leaves out the
 checkpoints themselves (`checkpoint`) and what callbacks write.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +15,57 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
 from gspo_lightning.checkpoint import checkpoint_number, list_checkpoints
+from gspo_lightning.provenance import write_provenance
+from gspo_lightning.terminal_log import TerminalLog
 
 CONFIG = "config.yaml"
+LOG = "log.txt"
 LONGEST_CHANGE = 120  # characters; whole lists of callbacks are longer
 
 
 class RunConfig(SaveConfigCallback):
-    """Saves what a run was started with, and beside it what each continuation was started with."""
+    """Saves what a run was started with, and beside it what each continuation was started with.
 
-    def __init__(self, *args: Any, checkpoint: Path | None = None, **kwargs: Any) -> None:
+    Args:
+        args: What Lightning gives its own callback.
+        checkpoint: Where the run goes on, if it does.
+        terminal: Copies the terminal into the run folder, if given.
+        command: The command line, for the log.
+        kwargs: What Lightning gives its own callback.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        checkpoint: Path | None = None,
+        terminal: TerminalLog | None = None,
+        command: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.checkpoint = checkpoint
+        self.terminal = terminal
+        self.command = command
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write nothing yet: a run that cannot start should leave no trace."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file; on continuing say in which settings it differs from the first one."""
+        """Write the files; on continuing say in which settings they differ from the first ones."""
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        if self.terminal is not None:
+            self.terminal.open(folder / LOG, self.command)
         first = path = folder / CONFIG
+        mark = ""
         if self.checkpoint is not None and first.exists():
             number = checkpoint_number(self.checkpoint)
-            mark = self.checkpoint.stem if number is None else f"{number:06d}"
-            path = folder / f"config.resume-{mark}.yaml"
+            mark = f"resume-{self.checkpoint.stem if number is None else f'{number:06d}'}"
+            path = folder / f"config.{mark}.yaml"
+        if write_provenance(folder, mark) and mark:
+            say(f"the code or a version changed since {first}: see {folder}/versions.{mark}.yaml")
         self.parser.save(self.config, path, skip_unset=False, overwrite=True, multifile=False)
         if path != first:
             old, new = (flat(yaml.safe_load(file.read_text())) for file in (first, path))
@@ -78,7 +104,7 @@ def remove_leftovers(root: Path) -> None:
     Only beside a config that a run wrote, and only files that a run writes.
     """
     if (root / CONFIG).exists():
-        files = [*root.glob("events.out.tfevents.*"), *root.glob("samples.jsonl")]
+        files = [*root.glob("events.out.tfevents.*"), *root.glob("samples.jsonl"), *root.glob(LOG)]
         for file in files:
             file.unlink()
         if files:

@@ -24,9 +24,14 @@ MAY_IMPORT = {
     "tables": set(),
     "plan": set(),
     "cli": set(),
+    "text_scores": set(),
     "event_files": set(),
     "checkpoint": {"event_files"},
-    "run_folder": {"checkpoint"},
+    "provenance": set(),
+    "overlap": set(),
+    "memory": set(),
+    "terminal_log": set(),
+    "run_folder": {"checkpoint", "provenance", "terminal_log"},
     "shaping": set(),
     "rewards": {"shaping"},
     "text_rewards": {"rewards"},
@@ -50,7 +55,7 @@ MAY_IMPORT = {
     "module": {
         *("advantages", "kl", "logprobs", "masked", "objectives", "rollout"),
         *("evaluation", "frozen", "health", "metrics", "optim", "policy", "rewards", "sampling"),
-        *("tally", "time_limit"),
+        *("memory", "overlap", "tally", "time_limit"),
     },
     "bench": {"data", "module"},
     "compare": {"data", "module"},
@@ -116,7 +121,8 @@ def test_no_file_needs_a_peer(path):
 
 def test_train_leaves_the_algorithm_to_the_package():
     assert siblings(ROOT / "train.py") <= {
-        *("callbacks", "checkpoint", "cli", "plan", "progress", "rewards", "run_folder")
+        *("callbacks", "checkpoint", "cli", "plan", "progress", "rewards", "run_folder"),
+        "terminal_log",
     }
 
 

@@ -106,6 +106,8 @@ def test_a_horizon_too_short_for_the_rollout_is_refused_before_training(tmp_path
         (lambda: SampleTable(text_every_n_rollouts=0), "text_every_n_rollouts must be >= 1"),
         (lambda: HFExport(path=""), "path must be a name inside the run folder"),
         (lambda: HFExport(path="../x"), "path must be a name inside the run folder"),
+        (lambda: HFExport(best_path="/x"), "path must be a name inside the run folder"),
+        (lambda: HFExport(mode="best"), "mode must be max or min, got 'best'"),
         (lambda: HFExport(every_n_rollouts=0), "every_n_rollouts must be >= 1, got 0"),
         (lambda: PredictionWriter(path="."), "path must be a name inside the run folder"),
     ],
@@ -294,6 +296,51 @@ def test_the_export_has_a_period_of_its_own(tmp_path):
 
     fit(tmp_path, [HFExport(every_n_rollouts=2)], num_rollouts=5, module=Spy())
     assert seen == [1, 3, 4]
+
+
+class Judged(RolloutDummy):
+    """Validates after rollouts 2, 4 and 6, with given figures (and once before training)."""
+
+    def __init__(self, *figures):
+        super().__init__()
+        self.figures = [9.0, *figures]  # the evaluation before training is the best of all
+
+    def validation_step(self, batch, batch_idx):
+        done = self.trainer.fit_loop.total_batch_idx + 1
+        self.log("val/score", self.figures[done // 2], batch_size=2)
+
+    def export(self, path):
+        super().export(path)
+        (path / "rollouts.txt").write_text(str(self.trainer.fit_loop.total_batch_idx + 1))
+
+
+def exported(folder, mode, *figures, num_rollouts=6, ckpt=None):
+    export = HFExport(monitor="val/score", mode=mode, best_path="best")
+    options = {"num_rollouts": num_rollouts, "ckpt": ckpt, "val_check_interval": 2}
+    options["check_val_every_n_epoch"] = None
+    fit(folder, [export], module=Judged(*figures), **options)
+    names = ("export", "best")
+    return [int((folder / name / "rollouts.txt").read_text()) for name in names]
+
+
+@pytest.mark.parametrize(("mode", "best"), [("max", 4), ("min", 6)])
+def test_the_best_export_is_of_the_best_validation(tmp_path, mode, best):
+    assert exported(tmp_path, mode, 0.5, 0.7, 0.2) == [6, best]
+
+
+def test_an_equal_or_missing_figure_does_not_replace_the_best(tmp_path):
+    assert exported(tmp_path, "max", 0.5, 0.5, math.nan) == [6, 2]
+
+
+def test_the_best_figure_survives_a_checkpoint(tmp_path):
+    exported(tmp_path, "max", 0.5, 0.7, num_rollouts=4)
+    assert exported(tmp_path, "max", 0.5, 0.7, 0.6, ckpt="last") == [6, 4]
+
+
+def test_a_figure_that_the_validation_has_not_is_an_error_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"monitor 'val/typo' is no figure.*'val/accuracy_greedy'"):
+        fit(tmp_path, [HFExport(monitor="val/typo")])
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_predictions_are_json_lines_and_replace_older_ones(tmp_path):

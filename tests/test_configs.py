@@ -1,20 +1,34 @@
 """Every config, and the one in the README, is parsed and instantiated as train.py does it."""
 
+import itertools
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from tiny_run import write_prompts
 
+from gspo_lightning.callbacks import AdaptiveKL
 from gspo_lightning.cli import quiet
+from gspo_lightning.frozen import RewardModel
+from gspo_lightning.kl import MultiplicativeKL, ProportionalKL
 from gspo_lightning.module import GSPOModule
+from gspo_lightning.objectives import Objective
 from gspo_lightning.sft import SFTModule
 from train import GSPOCLI, Watch
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("**/*.yaml"))
+OVERLAYS = {"base.yaml", "origin.yaml"}  # run on top of, or underneath, others only
+CONFIGS = sorted({path.name for path in (ROOT / "configs").glob("*.yaml")} - OVERLAYS)
+TASKS, ALGORITHMS, KL, HARDWARE = (
+    sorted(path.stem for path in (ROOT / "configs" / folder).glob("*.yaml"))
+    for folder in ("task", "algorithm", "kl", "hardware")
+)
+FILES = sorted(
+    str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").glob("**/*.yaml")
+)
 
 
 class Dry(GSPOCLI):
@@ -40,7 +54,7 @@ def test_config_is_instantiated(name, tmp_path):
     assert isinstance(cli.model, (GSPOModule, SFTModule))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FILES)
 def test_config_begins_with_what_it_is(name):
     assert (ROOT / "configs" / name).read_text().startswith("# ")
 
@@ -56,6 +70,174 @@ def test_the_demo_is_what_the_readme_says():
         for row in [yaml.safe_load(line)["completion"]]
     )
     assert longest + 1 <= cli.model.sampler.max_new_tokens  # else right answers are cut off
+
+
+# ---- base.yaml with overlays on top -------------------------------------------------------------
+
+
+@pytest.fixture
+def stack(model_dir, tmp_path, monkeypatch):
+    """Instantiate base.yaml and overlays, in a folder with every file that they name."""
+    for name in ("gsm8k/train", "gsm8k/heldout", "preference/prompts", "preference/heldout"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_prompts(tmp_path / "data" / f"{name}.jsonl")
+    for name in ("arithmetic", "scenarios"):
+        (tmp_path / "data" / name).symlink_to(ROOT / "data" / name)
+    (tmp_path / "models" / "reward").mkdir(parents=True)
+    (tmp_path / "models" / "reward" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+
+    def build(*names, options=()):
+        files = [("--config", ROOT / "configs" / f"{name}.yaml") for name in ("base", *names)]
+        # this machine may have no GPU; what a hardware overlay says of it is read by a test below
+        here = ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+        policy = ["--model.policy.path", model_dir]
+        return instantiate(*itertools.chain(*files), *here, *policy, *options)
+
+    return build
+
+
+def kl_callbacks(cli):
+    return [c for c in cli.trainer.callbacks if isinstance(c, AdaptiveKL)]
+
+
+GSPO = Objective("sequence", "clip", "sequence_mean", 3e-4, 4e-4)
+# name: objective, advantages, KL coefficient, dynamic sampling, overlong slope, steps per epoch
+ROWS = {
+    "gspo": (GSPO, "normalized", 0.0, False, None, 4),
+    "gspo_token": (
+        Objective("sequence_token", "clip", "sequence_mean", 3e-4, 4e-4),
+        *("normalized", 0.0, False, None, 4),
+    ),
+    "grpo": (
+        Objective("token", "clip", "sequence_mean", 0.2, 0.2),
+        *("normalized", 0.04, False, None, 1),
+    ),
+    "dapo": (
+        Objective("token", "clip", "token_mean", 0.2, 0.28),
+        *("normalized", 0.0, True, 205, 16),
+    ),
+    "dr_grpo": (
+        Objective("token", "clip", "fixed_length", 0.2, 0.2),
+        *("relative", 0.0, False, None, 4),
+    ),
+    "cispo": (
+        Objective("token", "cispo", "token_mean", 0.0, 4.0),
+        *("normalized", 0.0, True, 205, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_is_its_row(stack, name):
+    # the limit of base.yaml, of which the slopes are a fifth
+    long = ["--model.sampler.max_new_tokens", "1024"]
+    model = stack("task/gsm8k", "hardware/cpu", f"algorithm/{name}", options=long).model
+    row = (model.objective, model.advantage_kind, model.kl_coef, model.drop_flat_groups)
+    assert (*row, model.overlong_ramp, model.num_minibatches) == ROWS[name]
+    assert (model.reference is not None) == (model.kl_coef > 0)
+    assert model.num_epochs == 1
+
+
+def test_the_stack_that_base_shows_is_instantiated(stack):
+    text = (ROOT / "configs" / "base.yaml").read_text()
+    base, *overlays = re.findall(r"--config configs/(\S+)\.yaml", text)
+    assert base == "base"
+    kinds = [name.partition("/")[0] for name in overlays]
+    assert kinds == ["task", "hardware", "algorithm", "kl"]
+    cli = stack(*overlays)
+    assert (cli.model.frozen.device, len(kl_callbacks(cli))) == ("policy", 1)
+
+
+def test_base_alone_is_gspo(stack):
+    model = stack("task/gsm8k").model
+    assert (model.objective, model.advantage_kind, model.reference) == (GSPO, "normalized", None)
+
+
+def test_a_slope_above_the_limit_says_which_setting_to_lower(stack):
+    with pytest.raises(ValueError, match=r"overlong_ramp must be in \[1, 40\] tokens, got 205"):
+        stack("task/arithmetic", "hardware/cpu", "algorithm/dapo")
+
+
+@pytest.mark.parametrize(
+    ("task", "kl"), [("gsm8k", kl) for kl in KL] + [(t, "adaptive") for t in TASKS if t != "gsm8k"]
+)
+def test_every_task_and_every_kl_overlay_go_together(stack, task, kl):
+    cli = stack(f"task/{task}", "hardware/cpu", "algorithm/gspo", f"kl/{kl}")
+    assert (cli.model.reference is None) == (kl == "off")
+    assert len(kl_callbacks(cli)) == (kl == "adaptive")
+    assert cli.model.kl_coef == (0.04 if kl == "fixed" else 0.0)
+    assert len([c for c in cli.trainer.callbacks if type(c).__name__ == "CurvePlot"]) == 1
+    if kl == "adaptive":
+        assert kl_callbacks(cli)[0].rule == ProportionalKL(target=0.05, horizon=2000)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_takes_a_kl_overlay_on_top(stack, algorithm):
+    options = ["--model.overlong_ramp", "102"] if algorithm in ("dapo", "cispo") else []
+    names = ("task/gsm8k", "hardware/two_gpu", f"algorithm/{algorithm}", "kl/adaptive")
+    cli = stack(*names, options=options)
+    assert cli.model.reference.device is None  # the machine's overlay says where
+    assert len(kl_callbacks(cli)) == 1
+
+
+def test_grpos_penalty_can_be_switched_off(stack):
+    model = stack("task/gsm8k", "algorithm/grpo", "kl/off").model
+    assert (model.reference, model.kl_coef) == (None, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "device", "accelerator", "devices"),
+    [
+        ("cpu", "cpu", "cpu", 1),
+        ("one_gpu", "policy", "gpu", 1),
+        ("two_gpu", "cuda:1", "gpu", [0]),
+    ],
+)
+def test_a_machine_places_policy_reference_and_reward_model(
+    stack, monkeypatch, hardware, device, accelerator, devices
+):
+    said = yaml.safe_load((ROOT / "configs" / "hardware" / f"{hardware}.yaml").read_text())
+    assert (said["trainer"]["accelerator"], said["trainer"]["devices"]) == (accelerator, devices)
+    model = stack("task/preference", f"hardware/{hardware}", "algorithm/grpo").model
+    assert isinstance(model.rewards["taste"].fn, RewardModel)
+    places = {}
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    policy = SimpleNamespace(type="cuda", index=0)
+    for part in (RewardModel, type(model.reference)):
+        monkeypatch.setattr(part, "load", lambda self, *a: places.update({self: a[-1]}), False)
+        monkeypatch.setattr(part, "__hash__", object.__hash__, False)
+    model.frozen.load(model.policy_config, policy, with_reference=True)
+    found = {"policy" if place is policy else str(place) for place in places.values()}
+    assert (len(places), found) == (2, {device})
+
+
+def test_hardware_has_an_overlay_for_every_test_above():
+    assert HARDWARE == ["cpu", "one_gpu", "two_gpu"]
+    assert sorted(ROWS) == ALGORITHMS
+
+
+@pytest.mark.parametrize("machine", [(), ("hardware/cpu",)])
+def test_the_origins_numbers(stack, machine):
+    cli = stack("task/arithmetic", "origin", *machine)
+    model = cli.model
+    assert model.objective == Objective("sequence_sum", "clip", "sequence_mean", 0.2, 0.2)
+    sampler = model.sampler
+    assert (sampler.group_size, sampler.max_new_tokens, sampler.temperature) == (4, 128, 0.7)
+    assert (model.num_epochs, model.num_minibatches, model.entropy_coef) == (4, 1, 0.01)
+    assert model.frozen.device == ("cpu" if machine else "cuda:1")
+    (adaptive,) = kl_callbacks(cli)
+    assert (adaptive.coef, adaptive.warmup) == (0.2, 0)
+    rule = MultiplicativeKL(0.01, factor_up=1.5, factor_down=0.5, minimum=0.01, maximum=1.0)
+    assert adaptive.rule == rule
+    said = yaml.safe_load((ROOT / "configs" / "origin.yaml").read_text())["trainer"]
+    assert (said["accelerator"], said["devices"]) == ("gpu", [0])
+
+
+def test_the_gsm8k_reward_reads_the_answer_behind_the_mark(stack):
+    term = stack("task/gsm8k").model.rewards["right"]
+    texts = ["6 * 12 = 72\n#### 72", "72", "#### 73"]
+    assert term.fn([{"prompt": "", "answer": "72"}] * 3, texts) == [1.0, 0.0, 0.0]
 
 
 def readme_configs():

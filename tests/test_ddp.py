@@ -48,7 +48,7 @@ def test_ranks_begin_with_the_same_adapters(ranks):
 def test_ranks_end_with_the_same_weights_metrics_and_coefficient(ranks):
     first, second = ranks
     assert torch.equal(first["weights"], second["weights"])
-    shared = [k for k in first["metrics"][0] if not k.startswith("time/")]
+    shared = [k for k in first["metrics"][0] if not k.startswith(("time/", "memory/"))]
     for a, b in zip(first["metrics"], second["metrics"], strict=True):
         assert [a[name] for name in shared] == [b[name] for name in shared]
     coefficients = [[r["kl_coef"] for r in rank["rollouts"]] for rank in ranks]

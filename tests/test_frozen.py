@@ -66,6 +66,27 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch, word, cards, messag
         resolve_device("reference.device", word, torch.device("cuda:0"))
 
 
+@pytest.mark.parametrize(("cards", "overlay"), [(0, "cpu"), (1, "one_gpu"), (2, "two_gpu")])
+def test_a_missing_device_names_the_overlay_that_fits_the_machine(monkeypatch, cards, overlay):
+    see_cards(monkeypatch, cards)
+    with pytest.raises(ValueError, match=f"--config configs/hardware/{overlay}.yaml$"):
+        resolve_device("reference.device", "cuda:2", torch.device("cpu"))
+    assert (Path(__file__).parents[1] / f"configs/hardware/{overlay}.yaml").is_file()
+
+
+def test_one_setting_places_all_frozen_models(model_dir, monkeypatch):
+    see_cards(monkeypatch, 0)
+    policy = PolicyConfig(str(model_dir))
+    reference = ReferencePolicy()
+    assert reference.device == "cuda:1"
+    FrozenModels(reference, {}, device="policy").load(policy, CPU, with_reference=True)
+    assert reference.model.device == CPU
+    with pytest.raises(ValueError, match=r"^model\.frozen_device is cuda:3, but"):
+        FrozenModels(reference, {}, device="cuda:3").load(policy, CPU, with_reference=True)
+    with pytest.raises(ValueError, match=r"^model\.reference\.device is cuda:1, but"):
+        FrozenModels(reference, {}).load(policy, CPU, with_reference=True)
+
+
 def test_reference_logprobs_are_those_of_a_plain_forward_pass(model_dir, tiny_policy, make_rollout):
     reference = ReferencePolicy(device="cpu", batch_size=4)  # does not divide the six rows
     reference.load(PolicyConfig(str(model_dir)), CPU)
@@ -84,6 +105,39 @@ def test_reference_logprobs_are_those_of_a_plain_forward_pass(model_dir, tiny_po
     assert not any(p.requires_grad for p in reference.model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "longest"),
+    # completions of at most 5, 3, 1, 4, 2, 5 tokens, prompts of 4 and 2: group 1 is the shorter
+    [(6, [5]), (3, [5, 5]), (4, [5, 5]), (1, [2, 4, 5, 1, 3, 5])],
+)
+def test_reference_batches_are_groups_sorted_by_length(
+    monkeypatch, model_dir, tiny_policy, make_rollout, batch_size, longest
+):
+    seen, prompts = [], []
+
+    def spy(model, prompt_ids, prompt_mask, completion_ids, mask, **options):
+        seen.append(int(mask.sum(1).max()))
+        prompts.append(int(prompt_mask.sum(1).max()))
+        assert options["group_size"] == (3 if batch_size >= 3 else 1)
+        return completion_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, **options)
+
+    reference = ReferencePolicy(device="cpu", batch_size=batch_size)
+    reference.load(PolicyConfig(str(model_dir)), CPU)
+    rollout = make_rollout()
+    expected = completion_logprobs(
+        tiny_policy,
+        rollout.prompt_ids,
+        rollout.prompt_mask,
+        rollout.completion_ids,
+        rollout.mask,
+    ).logprobs
+    monkeypatch.setattr("gspo_lightning.frozen.completion_logprobs", spy)
+    found = reference.logprobs(rollout, temperature=1.0)
+    torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=0)  # in the old order
+    assert sorted(seen) == sorted(longest)
+    assert prompts == sorted(prompts) and prompts[-1] == 4
+
+
 def test_reference_has_its_own_path_and_dtype(model_dir, tmp_path, make_model, tokenizer):
     other = make_model("qwen3", seed=5)
     other.save_pretrained(tmp_path)
@@ -100,7 +154,9 @@ def test_a_random_policy_has_no_start_to_refer_to(model_dir):
 
 def test_devices_are_checked_before_any_weight_is_read(monkeypatch, model_dir):
     see_cards(monkeypatch, 0)
-    frozen = FrozenModels(ReferencePolicy(), {"model.rewards.taste.fn": RewardModel("nowhere")})
+    frozen = FrozenModels(
+        ReferencePolicy(), {"model.rewards.taste.fn": RewardModel("nowhere", "cuda:1")}
+    )
     with pytest.raises(ValueError, match=r"model.rewards.taste.fn.device is cuda:1, but"):
         frozen.load(PolicyConfig(str(model_dir)), CPU, with_reference=True)
 

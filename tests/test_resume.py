@@ -83,7 +83,9 @@ def samples(folder):
 
 
 def curves(folder):
-    return {tag: v for tag, v in scalars(folder).items() if not tag.startswith("time/")}
+    return {
+        tag: v for tag, v in scalars(folder).items() if not tag.startswith(("time/", "memory/"))
+    }
 
 
 def assert_same_run(folder, straight):

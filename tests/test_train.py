@@ -281,6 +281,37 @@ def test_a_run_is_quiet_and_leaves_config_events_and_checkpoints(capsys):
     assert saved["data"]["init_args"]["num_rollouts"] == 6
 
 
+def test_a_run_leaves_its_code_and_its_log(capsys):
+    run(capsys, "fit --config dummy.yaml --model.fail_at 3")
+    versions = Path("runs/default/versions.yaml").read_bytes()
+    assert b"torch: " in versions
+    log = Path("runs/default/log.txt").read_text()
+    assert log.startswith("# ") and "train.py fit --config dummy.yaml --model.fail_at 3\n" in log
+    assert "RuntimeError: the reward function broke" in log
+    run(capsys, "fit --config dummy.yaml --ckpt_path last")
+    assert Path("runs/default/versions.yaml").read_bytes() == versions
+    grown = Path("runs/default/log.txt").read_text()
+    assert grown.startswith(log) and grown.count("# ") == 2
+
+
+def test_a_continuation_with_other_code_is_noted_beside_the_start(capsys):
+    run(capsys, "fit --config dummy.yaml --model.fail_at 3")
+    Path("runs/default/versions.yaml").write_text("torch: 1.0\n")
+    _, _, err = run(capsys, "fit --config dummy.yaml --ckpt_path last")
+    assert Path("runs/default/versions.yaml").read_text() == "torch: 1.0\n"
+    assert "torch: " in Path("runs/default/versions.resume-000002.yaml").read_text()
+    assert "see runs/default/versions.resume-000002.yaml\n" in err
+
+
+def test_the_run_folder_alone_is_enough_to_validate(capsys):
+    run(capsys, "fit --config dummy.yaml")
+    expected = run(capsys, "validate --config dummy.yaml --ckpt_path last")
+    Path("dummy.yaml").unlink()
+    command = "validate --config runs/default/config.yaml --ckpt_path last"
+    assert run(capsys, command) == expected
+    assert expected[0] == 0 and "val/size" in expected[1]
+
+
 def test_the_saved_config_runs_by_itself(capsys):
     run(capsys, "fit --config dummy.yaml")
     command = "fit --config runs/default/config.yaml --trainer.default_root_dir runs/again"

@@ -1,0 +1,70 @@
+"""A copy of the terminal's lines in a file, for a run whose terminal is gone.
+
+Decides what of a bar that redraws itself is kept: nothing but its last state. Leaves out what is
+printed, and where the file lies (``run_folder``).
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours and cursor movements
+
+
+class TerminalLog:
+    """Copies standard output and standard error into a file, from ``open`` until ``close``."""
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+        self._streams: list[tuple[str, Any, Any]] = []
+
+    def open(self, path: Path, command: Sequence[str]) -> None:
+        """Begin to append to ``path``, with a line that says when and what was started."""
+        if self._file is not None:
+            return
+        self._file = path.open("a", encoding="utf-8", newline="\n")
+        self._file.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n")
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            copy = _Copy(stream, self._file)
+            self._streams.append((name, stream, copy))
+            setattr(sys, name, copy)
+
+    def close(self) -> None:
+        """Give the streams back."""
+        for name, stream, copy in self._streams:
+            if getattr(sys, name) is copy:  # someone else may have replaced it since
+                setattr(sys, name, stream)
+        self._streams.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class _Copy:
+    """A stream that also writes its finished lines to a file."""
+
+    def __init__(self, stream: Any, file: TextIO) -> None:
+        self._stream = stream
+        self._file = file
+        self._rest = ""
+
+    def write(self, text: str) -> int:
+        written = self._stream.write(text)
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            shown = _CONTROL.sub("", line.rstrip("\r").rpartition("\r")[2]).rstrip()
+            if shown and not self._file.closed:
+                self._file.write(shown + "\n")
+        if lines and not self._file.closed:
+            self._file.flush()  # what comes before a kill is what one wants to read
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -1,0 +1,61 @@
+import sys
+
+import pytest
+
+from gspo_lightning.terminal_log import TerminalLog
+
+
+@pytest.fixture
+def log(tmp_path, capsys):
+    """Opens the log when called: pytest replaces the streams between a fixture and its test."""
+    log = TerminalLog()
+
+    def start():
+        log.open(tmp_path / "log.txt", ["train.py", "fit", "a b"])
+        return log
+
+    yield start
+    log.close()
+
+
+def lines(tmp_path):
+    first, *rest = (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
+    assert first.startswith("# 20") and first.endswith(" train.py fit 'a b'")
+    return rest
+
+
+def test_lines_of_both_streams_reach_terminal_and_file(log, tmp_path, capsys):
+    log()
+    print("plan €")
+    print("warning", file=sys.stderr)
+    print("half", end="")
+    assert lines(tmp_path) == ["plan €", "warning"]  # while the run is still going on
+    assert capsys.readouterr() == ("plan €\nhalf", "warning\n")
+
+
+def test_of_a_bar_the_last_state_is_kept(log, tmp_path):
+    log()
+    for i in range(3):
+        sys.stdout.write(f"\rtraining {i}/3 |##|")
+    sys.stdout.write("\r        \r\x1b[1mrollout 3\x1b[0m\n")
+    sys.stdout.write("\rtraining 3/3 |####|\n\n")
+    assert lines(tmp_path) == ["rollout 3", "training 3/3 |####|"]
+
+
+def test_the_streams_are_given_back_and_the_file_grows(log, tmp_path, capsys):
+    before = sys.stdout
+    opened = log()
+    copy = sys.stdout
+    opened.close()
+    assert sys.stdout is before is not copy
+    print("unseen")
+    copy.write("late\n")  # by someone who kept the stream
+    log()
+    print("seen")
+    assert lines(tmp_path)[1:] == ["seen"]
+
+
+def test_what_a_stream_can_do_it_still_can(log, capsys):
+    log()
+    assert sys.stdout.isatty() is False
+    assert sys.stdout.encoding.lower().startswith("utf")
