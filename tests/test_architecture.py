@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "rewards": set(),
     "metrics": {"masked"},
     "stream": {"rollout"},
-    "data": {"rollout", "stream", "tables"},
+    "supervised": {"stream", "tables"},
+    "data": {"rollout", "stream", "supervised", "tables"},
     "sampling": {"rollout"},
     "vllm_sampler": {"sampling", "rollout"},
     "frozen": {"logprobs", "policy", "rollout"},
@@ -40,7 +41,7 @@ MAY_IMPORT = {
     "progress": {"callbacks", "kl", "metrics", "plan", "policy", "report", "rollout"},
     "evaluation": {"metrics", "policy", "rewards", "rollout", "sampling"},
     "sft": {"logprobs", "masked", "optim", "policy"},
-    "reward_model": {"masked", "optim", "policy"},
+    "reward_model": {"optim", "policy"},
     "module": {
         *("advantages", "kl", "logprobs", "masked", "objectives", "rollout"),
         *("evaluation", "frozen", "health", "metrics", "optim", "policy", "rewards", "sampling"),
@@ -51,7 +52,7 @@ MAY_IMPORT = {
 }
 # where Lightning is the shell; everything else runs without it
 SHELL = {
-    *("data", "module", "sft", "reward_model", "evaluation", "callbacks", "progress"),
+    *("data", "supervised", "module", "sft", "reward_model", "evaluation", "callbacks", "progress"),
     *("checkpoint", "event_files", "run_folder", "health", "cli", "bench", "compare"),
 }
 FILES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
