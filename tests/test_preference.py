@@ -28,7 +28,7 @@ def points(prompt, completion):
     """The stated taste, by another way than the generator's."""
     answer = re.search(r"answer: (\d+)$", completion)
     right = answer is not None and int(answer[1]) == eval(prompt.removesuffix("="))
-    return 1.0 * right + 0.5 * bool(re.search(r"\d=\d", completion))
+    return 1.0 * right + 0.5 * (completion.count("=") > 0)
 
 
 def measure(folder):
