@@ -2,7 +2,7 @@
 
 from gspo_lightning.callbacks import AdaptiveKL, CurvePlot, HFExport, PredictionWriter, SampleTable
 from gspo_lightning.checkpoint import RolloutCheckpoint
-from gspo_lightning.data import PromptData, SFTData
+from gspo_lightning.data import PreferenceData, PromptData, SFTData
 from gspo_lightning.evaluation import Evaluation
 from gspo_lightning.frozen import ReferencePolicy, RewardModel
 from gspo_lightning.lora import LoRAConfig
@@ -11,6 +11,7 @@ from gspo_lightning.objectives import Objective
 from gspo_lightning.optim import OptimizerConfig
 from gspo_lightning.policy import PolicyConfig
 from gspo_lightning.progress import RolloutProgress, RunSummary
+from gspo_lightning.reward_model import RewardModelModule
 from gspo_lightning.rewards import RewardTerm
 from gspo_lightning.sampling import GroupSampler
 from gspo_lightning.sft import SFTModule
@@ -27,9 +28,11 @@ __all__ = [
     "OptimizerConfig",
     "PolicyConfig",
     "PredictionWriter",
+    "PreferenceData",
     "PromptData",
     "ReferencePolicy",
     "RewardModel",
+    "RewardModelModule",
     "RewardTerm",
     "RolloutCheckpoint",
     "RolloutProgress",

@@ -1,6 +1,7 @@
 """Optimizer and learning-rate schedule: AdamW with decay groups, warm-up and decay.
 
-The unit of a schedule is its owner's: rollouts in ``GSPOModule``, optimizer steps in ``SFTModule``.
+The unit of a schedule is its owner's: rollouts in ``GSPOModule``, optimizer steps in
+``SFTModule`` and ``RewardModelModule``.
 Leaves out clipping, which the modules do.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -135,3 +136,19 @@ def set_learning_rate(
         group["lr"], group["betas"], group["eps"] = rate, config.betas, config.eps
         group["weight_decay"] = config.weight_decay if group["decays"] else 0.0
     return rate
+
+
+def num_optimizer_steps(trainer: Any) -> int | None:
+    """Optimizer steps of a whole supervised run; None if neither data nor Trainer bounds it.
+
+    Worked out here: ``trainer.estimated_stepping_batches`` would build the training loader early,
+    and a resumed run would then lose its position in the data.
+
+    Args:
+        trainer: Its data gives the batches per epoch as ``num_steps``.
+    """
+    bounds = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    batches = getattr(getattr(trainer, "datamodule", None), "num_steps", None)
+    if batches is not None and trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        bounds.append(math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs)
+    return min(bounds) if bounds else None

@@ -8,7 +8,6 @@ about rewards.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,12 @@ from torch.optim import Optimizer
 
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.masked import masked_mean
-from gspo_lightning.optim import OptimizerConfig, build_optimizer, set_learning_rate
+from gspo_lightning.optim import (
+    OptimizerConfig,
+    build_optimizer,
+    num_optimizer_steps,
+    set_learning_rate,
+)
 from gspo_lightning.policy import Policy, PolicyConfig, load_policy, load_tokenizer
 
 
@@ -51,21 +55,6 @@ class SFTModule(LightningModule):
         assert self.policy is not None
         return build_optimizer(self.policy, self.optimizer_config)
 
-    @property
-    def num_steps(self) -> int | None:
-        """Optimizer steps of the whole run; None if neither data nor Trainer bounds it.
-
-        Worked out here: ``trainer.estimated_stepping_batches`` would build the training loader
-        early, and a resumed run would then lose its position in the data.
-        """
-        trainer = self.trainer
-        bounds = [trainer.max_steps] if trainer.max_steps >= 0 else []
-        batches = getattr(getattr(trainer, "datamodule", None), "num_steps", None)
-        if batches is not None and trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
-            bounds.append(per_epoch * trainer.max_epochs)
-        return min(bounds) if bounds else None
-
     def loss(self, batch: Any) -> Tensor:
         """Mean negative log-prob of the completion tokens.
 
@@ -90,7 +79,10 @@ class SFTModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One batch; Lightning runs backward, clips and steps."""
         rate = set_learning_rate(
-            self.trainer.optimizers[0], self.optimizer_config, self.global_step, self.num_steps
+            self.trainer.optimizers[0],
+            self.optimizer_config,
+            self.global_step,
+            num_optimizer_steps(self.trainer),
         )
         loss = self.loss(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.mask))

@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "time_limit": set(),
     "metrics": {"masked"},
     "stream": {"rollout"},
-    "data": {"rollout", "stream", "tables"},
+    "supervised": {"stream", "tables"},
+    "data": {"rollout", "stream", "supervised", "tables"},
     "sampling": {"logprobs", "rollout"},
     "vllm_sampler": {"sampling", "rollout"},
     "classifier": {"policy"},
@@ -51,7 +52,7 @@ MAY_IMPORT = {
     "progress": {"callbacks", "kl", "metrics", "plan", "policy", "report", "rollout"},
     "evaluation": {"metrics", "policy", "rewards", "rollout", "sampling"},
     "sft": {"logprobs", "masked", "optim", "policy"},
-    "reward_model": {"masked", "optim", "policy"},
+    "reward_model": {"optim", "policy"},
     "module": {
         *("advantages", "kl", "logprobs", "masked", "objectives", "rollout"),
         *("evaluation", "frozen", "health", "metrics", "optim", "policy", "rewards", "sampling"),
@@ -62,7 +63,7 @@ MAY_IMPORT = {
 }
 # where Lightning is the shell; everything else runs without it
 SHELL = {
-    *("data", "module", "sft", "reward_model", "evaluation", "callbacks", "progress"),
+    *("data", "supervised", "module", "sft", "reward_model", "evaluation", "callbacks", "progress"),
     *("checkpoint", "event_files", "run_folder", "health", "cli", "bench", "compare"),
 }
 FILES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")

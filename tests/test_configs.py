@@ -16,6 +16,7 @@ from gspo_lightning.frozen import RewardModel
 from gspo_lightning.kl import MultiplicativeKL, ProportionalKL
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.objectives import Objective
+from gspo_lightning.reward_model import RewardModelModule
 from gspo_lightning.sft import SFTModule
 from train import GSPOCLI, Watch
 
@@ -51,7 +52,7 @@ def in_the_repository(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_is_instantiated(name, tmp_path):
     cli = instantiate("--config", ROOT / "configs" / name, "--trainer.default_root_dir", tmp_path)
-    assert isinstance(cli.model, (GSPOModule, SFTModule))
+    assert isinstance(cli.model, (GSPOModule, RewardModelModule, SFTModule))
 
 
 @pytest.mark.parametrize("name", FILES)

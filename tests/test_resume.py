@@ -124,12 +124,13 @@ def test_a_finished_run_made_longer_is_the_longer_run_bit_for_bit(overlay, tmp_p
     assert_same_run(short, long)
 
 
-def test_a_warm_start_continues_bit_for_bit_over_its_epochs(tmp_path):
+@pytest.mark.parametrize("config", ["sft_arithmetic", "reward_model"])
+def test_a_supervised_fit_continues_bit_for_bit_over_its_epochs(tmp_path, config):
     def run(folder, *options):
-        command = ["fit", "--config", "configs/sft_arithmetic.yaml", "--trainer.max_epochs=3"]
+        command = ["fit", "--config", f"configs/{config}.yaml", "--trainer.max_epochs=3"]
         command += ["--trainer.enable_checkpointing=true", "--trainer.enable_progress_bar=false"]
         command += ["--data.num_steps=8", f"--trainer.default_root_dir={folder}"]
-        command += ["--trainer.log_every_n_steps=1"]
+        command += ["--trainer.log_every_n_steps=1", "--trainer.limit_val_batches=0"]
         assert train.main([*command, *options]) == 0
 
     run(tmp_path / "straight")

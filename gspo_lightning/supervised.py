@@ -1,0 +1,315 @@
+"""Demonstrations and preference pairs: read, checked, tokenised, served in a resumable order.
+
+Decides how texts become batches for the two supervised fits, warm start and reward model. Leaves
+out prompts for rollouts (``data.PromptData``), losses and devices. The tokenizer is the module's
+(``trainer.lightning_module.tokenizer``), so that no config can name two.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from gspo_lightning.stream import ResumableStream, pad
+from gspo_lightning.tables import column, read_rows
+
+
+class TokenizedData(LightningDataModule):
+    """What prompts and demonstrations have in common: files, one tokenizer, a resumable stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream: ResumableStream | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        assert self.trainer is not None
+        tokenizer = getattr(self.trainer.lightning_module, "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError(
+                f"{type(self).__name__} takes its tokenizer from the module, and "
+                f"{type(self.trainer.lightning_module).__name__} has none"
+            )
+        return tokenizer
+
+    def _skip_validation_unless(self, there: bool) -> None:
+        if not there:  # Lightning would warn of a loader without batches
+            self.trainer.limit_val_batches = 0  # type: ignore[union-attr]
+
+    def _stream(
+        self, examples: list, collate: Callable, batch_size: int, num_batches: int | None, **kw: Any
+    ) -> ResumableStream:
+        trainer = self.trainer
+        assert trainer is not None
+        one_pass = max(1, len(examples) // (batch_size * trainer.world_size))
+        return ResumableStream(
+            examples,
+            collate,
+            batch_size,
+            num_batches or one_pass,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # what seed_everything set
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            **kw,
+        )
+
+    def train_dataloader(self) -> ResumableStream:
+        assert self.stream is not None
+        return self.stream
+
+
+@dataclass(frozen=True)
+class SFTBatch:
+    """Demonstrations: prompts (B, L) left-padded, completions (B, T) right-padded, EOS included."""
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    mask: Tensor
+
+    def to(self, device: Any, **kwargs: Any) -> SFTBatch:
+        """The same batch on ``device``."""
+        return SFTBatch(
+            *(
+                getattr(self, name).to(device, **kwargs)
+                for name in ("prompt_ids", "prompt_mask", "completion_ids", "mask")
+            )
+        )
+
+
+class SFTData(TokenizedData):
+    """Demonstrations for a warm start: prompt and completion, an end of sequence appended.
+
+    Args:
+        path: Demonstrations: JSON lines, Parquet, or a ``datasets`` folder.
+        val_path: Held-out demonstrations.
+        batch_size: Demonstrations per optimizer step and rank.
+        num_steps: Optimizer steps per epoch; ``None`` is one pass over the demonstrations.
+        prompt_column: Column with the prompt text.
+        completion_column: Column with the completion text.
+        max_tokens: Longest prompt and completion together, in tokens; a longer row is an error.
+        shuffle: Draw in a seeded order; off keeps the order of the file, for a curriculum.
+
+    Raises:
+        ValueError: For a missing or broken file, row, column or value, naming it.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        val_path: str | None = None,
+        batch_size: int = 32,
+        num_steps: int | None = None,
+        prompt_column: str = "prompt",
+        completion_column: str = "completion",
+        max_tokens: int = 1024,
+        shuffle: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value in {
+            "batch_size": batch_size,
+            "num_steps": num_steps,
+            "max_tokens": max_tokens,
+        }.items():
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} must be >= 1, got {value}")
+        for key, file in {"path": path, "val_path": val_path}.items():
+            if file is not None and not Path(file).expanduser().exists():
+                raise ValueError(f"data.{key}: there is no file {file} (looked in {Path.cwd()})")
+        self.path = path
+        self.val_path = val_path
+        self.batch_size = batch_size
+        self.num_steps = num_steps
+        self.prompt_column = prompt_column
+        self.completion_column = completion_column
+        self.max_tokens = max_tokens
+        self.shuffle = shuffle
+        self.val_examples: list[tuple[list[int], list[int]]] = []
+
+    def setup(self, stage: str) -> None:
+        """Read and tokenise."""
+        if self.stream is None and stage == "fit":
+            examples = self._read("data.path", self.path)
+            self.stream = self._stream(
+                examples,
+                collate_demonstrations,
+                self.batch_size,
+                self.num_steps,
+                shuffle=self.shuffle,
+            )
+            self.num_steps = len(self.stream)
+        if self.val_path is not None and not self.val_examples:
+            self.val_examples = self._read("data.val_path", self.val_path)
+        self._skip_validation_unless(bool(self.val_examples))
+
+    def _read(self, key: str, path: str) -> list[tuple[list[int], list[int]]]:
+        rows = read_rows(key, path)
+        prompts = column(key, path, rows, self.prompt_column)
+        completions = column(key, path, rows, self.completion_column)
+        tokenizer = self.tokenizer
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no eos_token, so no demonstration could end")
+        examples = []
+        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
+            prompt_ids = tokenizer(prompt)["input_ids"]
+            completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+            completion_ids = [*completion_ids, tokenizer.eos_token_id]
+            length = len(prompt_ids) + len(completion_ids)
+            if not prompt_ids or length > self.max_tokens:
+                raise ValueError(
+                    f"{key}: {path}: row {number} has {len(prompt_ids)} prompt tokens and {length} "
+                    f"in all; at least 1 and at most data.max_tokens {self.max_tokens} may be"
+                )
+            examples.append((prompt_ids, completion_ids))
+        return examples
+
+    def val_dataloader(self) -> DataLoader | list:
+        if not self.val_examples:
+            return []
+        return DataLoader(
+            self.val_examples,  # type: ignore[arg-type]  # a list is a map-style dataset
+            batch_size=self.batch_size,
+            collate_fn=collate_demonstrations,
+        )
+
+
+def collate_demonstrations(examples: list[tuple[list[int], list[int]]]) -> SFTBatch:
+    """Pad B demonstrations: prompts on the left, completions on the right."""
+    prompt_ids, prompt_mask = pad([prompt for prompt, _ in examples], "left")
+    completion_ids, mask = pad([completion for _, completion in examples], "right")
+    return SFTBatch(prompt_ids, prompt_mask, completion_ids, mask)
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """B pairs as 2B texts, right-padded: ids and mask (2B, T), first all chosen, then all rejected.
+
+    Padded ids are 0 here. Sequence classifiers look for the last id that is not their padding, so
+    the module writes its own padding id in.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    def to(self, device: Any, **kwargs: Any) -> PreferenceBatch:
+        """The same batch on ``device``."""
+        return PreferenceBatch(self.ids.to(device, **kwargs), self.mask.to(device, **kwargs))
+
+
+class PreferenceData(TokenizedData):
+    """Pairs of completions for a reward model: one prompt, the better text and the worse one.
+
+    A text goes in as ``prompt + separator + completion`` through the tokenizer as it is, which is
+    what ``RewardModel`` does; give both the same separator.
+
+    Args:
+        path: Pairs: JSON lines, Parquet, or a ``datasets`` folder.
+        val_path: Held-out pairs.
+        batch_size: Pairs per optimizer step and rank.
+        num_steps: Batches per epoch; ``None`` is one pass over the pairs.
+        prompt_column: Column with the prompt text.
+        chosen_column: Column with the better completion.
+        rejected_column: Column with the worse completion.
+        separator: Text between prompt and completion.
+        max_tokens: Longest prompt and completion together, in tokens; a longer row is an error.
+
+    Raises:
+        ValueError: For a missing or broken file, row, column or value, naming it.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        val_path: str | None = None,
+        batch_size: int = 32,
+        num_steps: int | None = None,
+        prompt_column: str = "prompt",
+        chosen_column: str = "chosen",
+        rejected_column: str = "rejected",
+        separator: str = " ",
+        max_tokens: int = 1024,
+    ) -> None:
+        super().__init__()
+        for name, value in {
+            "batch_size": batch_size,
+            "num_steps": num_steps,
+            "max_tokens": max_tokens,
+        }.items():
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} must be >= 1, got {value}")
+        for key, file in {"path": path, "val_path": val_path}.items():
+            if file is not None and not Path(file).expanduser().exists():
+                raise ValueError(f"data.{key}: there is no file {file} (looked in {Path.cwd()})")
+        self.path = path
+        self.val_path = val_path
+        self.batch_size = batch_size
+        self.num_steps = num_steps
+        self.columns = (prompt_column, chosen_column, rejected_column)
+        self.separator = separator
+        self.max_tokens = max_tokens
+        self.val_examples: list[tuple[list[int], list[int]]] = []
+
+    def setup(self, stage: str) -> None:
+        """Read and tokenise."""
+        if self.stream is None and stage == "fit":
+            pairs = self._read("data.path", self.path)
+            self.stream = self._stream(pairs, collate_pairs, self.batch_size, self.num_steps)
+            self.num_steps = len(self.stream)
+        if self.val_path is not None and not self.val_examples:
+            self.val_examples = self._read("data.val_path", self.val_path)
+        if stage != "fit" and not self.val_examples:
+            raise ValueError(f"{stage} needs held-out pairs; set data.val_path")
+        self._skip_validation_unless(bool(self.val_examples))
+
+    def _read(self, key: str, path: str) -> list[tuple[list[int], list[int]]]:
+        rows = read_rows(key, path)
+        for name in self.columns:
+            column(key, path, rows, name)
+        return [
+            self._encode(f"{key}: {path}: row {number}", row) for number, row in enumerate(rows, 1)
+        ]
+
+    def _encode(self, where: str, row: dict) -> tuple[list[int], list[int]]:
+        for name in self.columns:
+            if not isinstance(row[name], str):
+                kind = type(row[name]).__name__
+                raise ValueError(f"{where}: column {name!r} is a {kind}, not a text")
+        prompt, chosen, rejected = (row[name] for name in self.columns)
+        if chosen == rejected:
+            raise ValueError(f"{where}: {self.columns[1]!r} and {self.columns[2]!r} are one text")
+        encoded = []
+        for name, text in zip(self.columns[1:], (chosen, rejected), strict=True):
+            ids = self.tokenizer(f"{prompt}{self.separator}{text}")["input_ids"]
+            if not 1 <= len(ids) <= self.max_tokens:
+                raise ValueError(
+                    f"{where}: prompt and {name!r} have {len(ids)} tokens; at least 1 and at most "
+                    f"data.max_tokens {self.max_tokens} may be"
+                )
+            encoded.append(ids)
+        return encoded[0], encoded[1]
+
+    def val_dataloader(self) -> DataLoader | list:
+        if not self.val_examples:
+            return []
+        return DataLoader(
+            self.val_examples,  # type: ignore[arg-type]  # a list is a map-style dataset
+            batch_size=self.batch_size,
+            collate_fn=collate_pairs,
+        )
+
+
+def collate_pairs(pairs: list[tuple[list[int], list[int]]]) -> PreferenceBatch:
+    """Stack B pairs: the chosen texts, then the rejected ones, padded to one length.
+
+    >>> collate_pairs([([5, 6], [7]), ([8], [9])]).ids.tolist()
+    [[5, 6], [8, 0], [7, 0], [9, 0]]
+    """
+    texts = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
+    return PreferenceBatch(*pad(texts, "right"))
