@@ -35,8 +35,8 @@ from gspo_lightning.policy import (
     check_vocabulary,
     checkpoint_activations,
     disable_dropout,
-    first_line,
     load_tokenizer,
+    reason,
 )
 
 
@@ -220,7 +220,7 @@ def load_classifier(config: PolicyConfig, tokenizer: Any) -> Any:
             if missing:
                 raise ValueError(f"it has no weights for {missing[0]} and {len(missing) - 1} more")
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"policy.path: cannot load {config.path}: {first_line(error)}") from error
+        raise ValueError(f"policy.path: cannot load {config.path}: {reason(error)}") from error
     check_vocabulary(model, tokenizer)
     disable_dropout(model)
     if config.gradient_checkpointing:
