@@ -178,7 +178,7 @@ def test_every_algorithm_takes_a_kl_overlay_on_top(stack, algorithm):
     options = ["--model.overlong_ramp", "102"] if algorithm in ("dapo", "cispo") else []
     names = ("task/gsm8k", "hardware/two_gpu", f"algorithm/{algorithm}", "kl/adaptive")
     cli = stack(*names, options=options)
-    assert cli.model.reference.device is None  # the machine's overlay says where
+    assert cli.model.reference is not None and cli.model.frozen.device == "cuda:1"
     assert len(kl_callbacks(cli)) == 1
 
 

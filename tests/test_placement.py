@@ -9,7 +9,7 @@ from tiny_run import digits, run
 from gspo_lightning.frozen import FrozenModels, ReferencePolicy
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.overlap import Passes
-from gspo_lightning.rewards import RewardTerm
+from gspo_lightning.rewards import RewardError, RewardTerm
 
 DEADLINE = 30  # seconds for all passes to meet; those that wait for one another never would
 
@@ -91,7 +91,7 @@ def test_an_error_in_a_pass_ends_the_run(monkeypatch, tmp_path, model_dir, besid
 
     if beside:
         apart(monkeypatch, "model.reference", "model.rewards")
-    with pytest.raises(ZeroDivisionError, match="no taste"):
+    with pytest.raises(RewardError, match="no taste"):
         train(tmp_path / "run", model_dir, rewards={"broken": RewardTerm(broken)})
 
 
