@@ -152,6 +152,25 @@ def test_a_body_without_weights_is_refused(model_dir, module, tmp_path):
         make(tmp_path)
 
 
+def test_dropout_is_off_so_training_sees_the_scores_that_are_exported(module, tmp_path):
+    module.export(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    dropping = make(tmp_path)
+    batch = batch_of(module, PAIRS)
+    assert dropping.model.training
+    assert torch.equal(dropping.scores(batch.ids, batch.mask), module.scores(batch.ids, batch.mask))
+
+
+def test_gradient_checkpointing_changes_memory_and_not_the_gradient(model_dir, module):
+    gradients = []
+    for part in (module, make(model_dir, gradient_checkpointing=True)):
+        part.loss(batch_of(part, PAIRS)).loss.backward()
+        gradients.append(part.model.get_input_embeddings().weight.grad)
+    assert any(getattr(layer, "gradient_checkpointing", False) for layer in part.model.modules())
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+
+
 def test_negative_centring_is_refused(model_dir):
     with pytest.raises(ValueError, match="centring must be >= 0 and finite, got -1"):
         RewardModelModule(PolicyConfig(str(model_dir)), centring=-1.0)
