@@ -1,31 +1,26 @@
 """GSPO as a LightningModule: collect a rollout, update on it.
 
-Decides the order of things and what is logged. The maths is in ``objectives``, ``advantages``,
-``kl`` and ``logprobs``; the KL coefficient belongs to ``callbacks.AdaptiveKL``, the position in the
-data to ``data.PromptData``, and files, checkpoints and pictures to the callbacks.
+Decides the settings, the update and what is logged; ``collect`` is in the file of that name. The
+maths is in ``objectives``, ``advantages``, ``kl`` and ``logprobs``; the KL coefficient belongs to
+``callbacks.AdaptiveKL``, the position in the data to ``data.PromptData``, and files, checkpoints
+and pictures to the callbacks.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gspo_lightning.advantages import flat_groups, group_advantages
-from gspo_lightning.evaluation import EvaluatedModule, Evaluation
+from gspo_lightning.collect import CollectingModule
+from gspo_lightning.evaluation import Evaluation
 from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel
 from gspo_lightning.health import Health
 from gspo_lightning.kl import check_loss_kind, kl_estimate
-from gspo_lightning.logprobs import LogProbs, completion_logprobs
-from gspo_lightning.memory import peaks, reset_peaks
 from gspo_lightning.objectives import (
     Objective,
     importance_log_ratio,
@@ -38,7 +33,6 @@ from gspo_lightning.optim import (
     learning_rate_factor,
     set_learning_rate,
 )
-from gspo_lightning.overlap import Passes
 from gspo_lightning.policy import PolicyConfig, load_policy, load_tokenizer
 from gspo_lightning.rewards import (
     RewardTerm,
@@ -47,15 +41,13 @@ from gspo_lightning.rewards import (
     overlong_penalty,
     whitening_state,
 )
-from gspo_lightning.rollout import PromptBatch, Rollout, Samples, join_samples, stream_seed
+from gspo_lightning.rollout import PromptBatch, Rollout
 from gspo_lightning.sampling import GroupSampler, Sampler
 from gspo_lightning.tally import RolloutTally
 from gspo_lightning.time_limit import TimeLimit
 
-CPU = torch.device("cpu")
 
-
-class GSPOModule(EvaluatedModule):
+class GSPOModule(CollectingModule):
     """Trains a causal language model with Group Sequence Policy Optimization.
 
     Args:
@@ -276,52 +268,6 @@ class GSPOModule(EvaluatedModule):
             "ratios": ratios,
         }
 
-    def collect(self, batch: PromptBatch) -> Rollout:
-        """Sample, score and compare: prompts in, a rollout ready for updates out.
-
-        Args:
-            batch: P prompts on the policy's device.
-        """
-        samples = self._sample(batch, draw=0)
-        scores: tuple[Tensor, dict[str, Tensor]] | None = None
-        if self.drop_flat_groups:  # the rewards say which prompts stay, so nothing can go beside
-            with self._phase("score"):
-                rewards, parts = self._score(samples)
-            samples, rewards, parts = self._replace_flat_groups(samples, rewards, parts)
-            scores = (rewards, parts)
-        self._lengths = samples.mask.sum(1).cpu()
-        trained = samples
-        if self.truncated == "mask":
-            trained = replace(samples, mask=samples.mask & samples.finished[:, None])
-        with self._phase("score"), Passes() as passes:
-            # on other devices the frozen models work while the policy does
-            apart = scores is None and self.frozen.apart("model.rewards")
-            reward = passes.begin(apart, lambda: scores or self._score(samples))
-            reference = None
-            if self.reference is not None:
-                # moved first: a copy that is asked for later queues up behind the policy's pass
-                there = trained.to(self.frozen.devices["model.reference"])
-                apart = self.frozen.apart("model.reference")
-                reference = passes.begin(apart, self._ref_logprobs, self.reference, there)
-            old, entropy = self._old_logprobs(trained)
-            rewards, parts = reward.result()
-            ref = None if reference is None else reference.result().to(old.device)
-            advantages = group_advantages(
-                rewards.view(-1, samples.group_size), self.advantage_kind
-            ).flatten()
-            self.tally.count_rewards(samples, rewards, parts, advantages)
-            self.tally.count_logprobs(old, entropy, ref, trained.mask)
-        samples = trained
-        device = samples.mask.device
-        return Rollout(
-            **{field.name: getattr(samples, field.name) for field in fields(Samples)},
-            old_logprobs=old,
-            ref_logprobs=ref,
-            rewards=rewards.to(device),
-            reward_parts={name: part.to(device) for name, part in parts.items()},
-            advantages=advantages.to(device)[:, None].expand_as(samples.mask),
-        )
-
     def update(self, minibatch: Rollout, on_policy: bool = False) -> Tensor:
         """Take one optimizer step on a mini-batch, through micro-batches.
 
@@ -399,108 +345,6 @@ class GSPOModule(EvaluatedModule):
             )
         self.tally.update("policy/grad_norm", norm)
 
-    # --- parts of collect ----------------------------------------------------------------------
-
-    def _sample(self, batch: PromptBatch, draw: int) -> Samples:
-        with self._phase("rollout"):
-            return self.sampler.sample(self.policy, batch, seed=self._seed(f"sample/{draw}"))
-
-    def _score(self, samples: Samples, draw: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rewards as the group statistics are to see them, and their parts."""
-        with self._timed("reward"):
-            lengths, finished = samples.mask.sum(1).cpu(), samples.finished.cpu()
-            # whitening learns once a rollout: further draws are of prompts chosen by their reward
-            rewards, parts, counts = self.score_samples(
-                samples, learn=draw == 0, reduce=self._sum_over_ranks
-            )
-            if self.overlong_ramp is not None:
-                limit = self.sampler.max_new_tokens
-                parts["overlong"] = overlong_penalty(lengths, limit, self.overlong_ramp)
-                rewards = rewards + parts["overlong"]
-            self.tally.count_samples(samples, rewards, counts)
-            if self.truncated == "zero_reward":
-                rewards = torch.where(finished, rewards, 0.0)
-            elif self.truncated == "mask":
-                rewards = torch.where(finished, rewards, math.nan)
-        return rewards, parts
-
-    def _ref_logprobs(self, reference: ReferencePolicy, samples: Samples) -> Tensor:
-        with self._timed("reference", samples.mask.device):
-            return reference.logprobs(samples, self.sampler.temperature)
-
-    def _replace_flat_groups(
-        self, samples: Samples, rewards: Tensor, parts: dict[str, Tensor]
-    ) -> tuple[Samples, Tensor, dict[str, Tensor]]:
-        """Draw other prompts for flat groups, at most ``max_draws`` times.
-
-        This is the dynamic sampling of DAPO, arXiv:2503.14476. Every rank draws as many prompts as
-        the neediest, so that all stay at one place in the data.
-        """
-        size, wanted = samples.group_size, len(samples) // samples.group_size
-        for draw in range(1, self.max_draws + 1):
-            flat = flat_groups(rewards.view(-1, size))
-            missing = wanted - int((~flat).sum())
-            gathered: Any = self.all_gather(torch.tensor(missing, device=self.device))
-            most = int(gathered.max())
-            if most <= 0:
-                break
-            batch = self.trainer.datamodule.draw(most).to(self.device)  # type: ignore[attr-defined]
-            more = self._sample(batch, draw)
-            with self._phase("score"):
-                more_rewards, more_parts = self._score(more, draw)
-            samples = join_samples([samples, more])
-            rewards = torch.cat([rewards, more_rewards])
-            parts = {name: torch.cat([part, more_parts[name]]) for name, part in parts.items()}
-        # groups with spread first, in the order drawn; flat ones only fill what is missing
-        flat = flat_groups(rewards.view(-1, size))
-        groups = torch.sort(flat.int(), stable=True).indices[:wanted].sort().values
-        rows = (groups[:, None] * size + torch.arange(size)).flatten()
-        chosen = {name: part[rows] for name, part in parts.items()}
-        return samples.select(rows), rewards[rows], chosen
-
-    @torch.no_grad()
-    def _old_logprobs(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropy of the sampling policy, in the very batches of the first epoch.
-
-        The same rows in the same shapes through the same kernels: what differs from the update's
-        forward pass by rounding would look like a ratio that moved.
-        """
-        size = self.micro_batch_size
-        order, results = [], []
-        with self._timed("old_logprobs", self.device):
-            for minibatch in self._minibatch_rows(samples, epoch=0):
-                for rows in minibatch.split(size or len(minibatch)):
-                    order.append(rows)
-                    results.append(self._logprobs(samples.select(rows), with_entropy=True))
-        back = torch.cat(order).argsort().to(samples.mask.device)
-        logprobs = torch.cat([result.logprobs for result in results])
-        entropy = torch.cat([result.entropy for result in results])  # type: ignore[misc]
-        return logprobs[back], entropy[back]
-
-    def _logprobs(self, samples: Samples, with_entropy: bool) -> LogProbs:
-        return completion_logprobs(
-            self.policy.model,  # type: ignore[union-attr]
-            samples.prompt_ids,
-            samples.prompt_mask,
-            samples.completion_ids,
-            samples.mask,
-            temperature=self.sampler.temperature,
-            group_size=samples.group_size,
-            with_entropy=with_entropy,
-        )
-
-    def _minibatch_rows(self, samples: Samples, epoch: int) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(self._seed(f"minibatches/{epoch}"))
-        return samples.minibatch_indices(self.num_minibatches, generator)
-
-    def _seed(self, purpose: str) -> int:
-        index = self.trainer.fit_loop.total_batch_idx
-        return stream_seed(self.seed, index, self.global_rank, purpose)
-
-    def _sum_over_ranks(self, x: Tensor) -> Tensor:
-        # the device's backend sums, so that a tensor made on the CPU goes there first
-        return self.trainer.strategy.reduce(x.to(self.device), reduce_op="sum")
-
     def _report(self, index: int) -> dict[str, float]:
         """Log every number of the rollout; they are the same on every rank."""
         figures = self.tally.compute()
@@ -516,29 +360,6 @@ class GSPOModule(EvaluatedModule):
         self.log_dict(figures, logger=False)  # for callbacks that monitor
         self.health.check(figures)
         return figures
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        """Measure time and peak memory of a phase, and tell the progress bar, if it listens."""
-        on_phase = getattr(self.trainer.progress_bar_callback, "on_phase", None)
-        if on_phase is not None:
-            on_phase(name, self.trainer.fit_loop.total_batch_idx)
-        devices = {self.device, CPU, *self.frozen.devices.values()}
-        reset_peaks(devices)
-        with self._timed(name, self.device):
-            yield
-        for device, peak in peaks(devices).items():
-            other = "" if device == self.device else f"_{str(device).replace(':', '')}"
-            key = f"{name}_gib{other}"
-            self.peak_memory[key] = max(peak, self.peak_memory.get(key, 0.0))
-
-    @contextmanager
-    def _timed(self, name: str, device: torch.device = CPU) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # or what comes next would pay for this
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def export(self, path: str | Path) -> None:
         """Write the policy as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""

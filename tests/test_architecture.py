@@ -53,7 +53,12 @@ MAY_IMPORT = {
     "evaluation": {"metrics", "policy", "rewards", "rollout", "sampling"},
     "sft": {"logprobs", "masked", "optim", "policy"},
     "reward_model": {"optim", "policy"},
+    "collect": {
+        *("advantages", "evaluation", "frozen", "logprobs", "memory", "overlap", "rewards"),
+        *("rollout", "tally"),
+    },
     "module": {
+        "collect",
         *("advantages", "kl", "logprobs", "masked", "objectives", "rollout"),
         *("evaluation", "frozen", "health", "metrics", "optim", "policy", "rewards", "sampling"),
         *("memory", "overlap", "tally", "time_limit"),
