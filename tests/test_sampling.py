@@ -1,5 +1,6 @@
 """The sampler, against transformers' generate and the distribution it claims to draw from."""
 
+import inspect
 import math
 
 import pytest
@@ -151,3 +152,18 @@ def test_other_shapes_of_the_distribution_are_not_offered(name):
     # fact 21
     with pytest.raises(TypeError, match=name):
         GroupSampler(**{name: 0.9})
+
+
+def test_decoding_stops_when_every_row_has_ended_by_any_id(policy, monkeypatch):
+    policy.eos_ids = list(range(32))
+    calls = []
+    forward = policy.model.forward
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return forward(*args, **kwargs)
+
+    counted.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(policy.model, "forward", counted)
+    samples = GroupSampler(4, 20).sample(policy, batch_of(PROMPTS), seed=0)
+    assert samples.mask.shape[1] == 1 and len(calls) == 1  # the prompts, and nothing after them
