@@ -111,6 +111,11 @@ class PromptData(TokenizedData):
         return len(self.examples.get("path", []))
 
     @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest training prompt; 0 before ``setup``."""
+        return max((len(ids) for ids, _ in self.examples.get("path", [])), default=0)
+
+    @property
     def num_val_prompts(self) -> int:
         return len(self.examples.get("val_path", []))
 

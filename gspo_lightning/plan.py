@@ -126,7 +126,7 @@ def _memory(trainer: Any, module: Any) -> str | None:
     minibatch = sequences // module.num_minibatches
     parts = memory_parts(
         model,
-        prompt_tokens=data.max_prompt_tokens,
+        prompt_tokens=data.longest_prompt,
         new_tokens=sampler.max_new_tokens,
         decoded=min(getattr(sampler, "batch_size", None) or sequences, sequences),
         trained_at_once=min(module.micro_batch_size or minibatch, minibatch),

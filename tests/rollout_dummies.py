@@ -115,7 +115,7 @@ class RolloutDummy(DummyModule):
 
 class RolloutData(DummyData):
     prompts_per_rollout = P
-    max_prompt_tokens = L
+    longest_prompt = L
 
 
 def make_trainer(folder, callbacks=(), **settings) -> Trainer:

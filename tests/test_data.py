@@ -122,6 +122,7 @@ def test_length_of_a_run(prompts, tokenizer, num_rollouts, length):
     data = PromptData(prompts, prompts_per_rollout=4, num_rollouts=num_rollouts)
     attach(data, tokenizer).setup("fit")
     assert len(data.train_dataloader()) == data.num_rollouts == length
+    assert data.longest_prompt == 4
 
 
 def test_a_prompt_over_the_limit_is_an_error_that_names_it(prompts, tokenizer):

@@ -309,7 +309,7 @@ def planned(**changes):
     module.policy.model = AutoModelForCausalLM.from_config(config)
     for name, value in changes.pop("module", {}).items():
         setattr(module, name, value)
-    data = SimpleNamespace(num_rollouts=40, prompts_per_rollout=16, max_prompt_tokens=32)
+    data = SimpleNamespace(num_rollouts=40, prompts_per_rollout=16, longest_prompt=32)
     settings = {
         "datamodule": data,
         "num_training_batches": float("inf"),
