@@ -7,7 +7,6 @@ that no config can name two.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,7 +14,13 @@ from torch.utils.data import DataLoader
 
 from gspo_lightning.rollout import PromptBatch
 from gspo_lightning.stream import pad
-from gspo_lightning.supervised import PreferenceData, SFTBatch, SFTData, TokenizedData
+from gspo_lightning.supervised import (
+    PreferenceData,
+    SFTBatch,
+    SFTData,
+    TokenizedData,
+    check_settings,
+)
 from gspo_lightning.tables import column, read_rows
 
 __all__ = ["PreferenceData", "PromptData", "SFTBatch", "SFTData", "collate_prompts"]
@@ -59,22 +64,17 @@ class PromptData(TokenizedData):
         val_batch_size: int = 64,
     ) -> None:
         super().__init__()
-        for name, value in {
+        counts = {
             "prompts_per_rollout": prompts_per_rollout,
             "num_rollouts": num_rollouts,
             "max_prompt_tokens": max_prompt_tokens,
             "val_batch_size": val_batch_size,
-        }.items():
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name} must be >= 1, got {value}")
+        }
         if system_prompt is not None and not chat_template:
             raise ValueError("data.system_prompt needs data.chat_template: true")
         self.paths = {"path": path, "val_path": val_path, "test_path": test_path or val_path}
         self.paths["predict_path"] = predict_path or val_path or path
-        for key in ("path", "val_path", "test_path", "predict_path"):
-            file = self.paths[key]
-            if file is not None and not Path(file).expanduser().exists():
-                raise ValueError(f"data.{key}: there is no file {file} (looked in {Path.cwd()})")
+        check_settings(counts, self.paths)
         self.prompts_per_rollout = prompts_per_rollout
         self.num_rollouts = num_rollouts
         self.prompt_column = prompt_column

@@ -8,7 +8,7 @@ out prompts for rollouts (``data.PromptData``), losses and devices. The tokenize
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,20 @@ from torch.utils.data import DataLoader
 
 from gspo_lightning.stream import ResumableStream, pad
 from gspo_lightning.tables import column, read_rows
+
+
+def check_settings(counts: Mapping[str, int | None], files: Mapping[str, str | None]) -> None:
+    """Refuse counts below 1 and files that are not there; ``None`` is a setting left open.
+
+    Raises:
+        ValueError: Naming the setting under ``data``.
+    """
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"data.{name} must be >= 1, got {value}")
+    for key, file in files.items():
+        if file is not None and not Path(file).expanduser().exists():
+            raise ValueError(f"data.{key}: there is no file {file} (looked in {Path.cwd()})")
 
 
 class TokenizedData(LightningDataModule):
@@ -113,16 +127,8 @@ class SFTData(TokenizedData):
         shuffle: bool = True,
     ) -> None:
         super().__init__()
-        for name, value in {
-            "batch_size": batch_size,
-            "num_steps": num_steps,
-            "max_tokens": max_tokens,
-        }.items():
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name} must be >= 1, got {value}")
-        for key, file in {"path": path, "val_path": val_path}.items():
-            if file is not None and not Path(file).expanduser().exists():
-                raise ValueError(f"data.{key}: there is no file {file} (looked in {Path.cwd()})")
+        counts = {"batch_size": batch_size, "num_steps": num_steps, "max_tokens": max_tokens}
+        check_settings(counts, {"path": path, "val_path": val_path})
         self.path = path
         self.val_path = val_path
         self.batch_size = batch_size
@@ -237,16 +243,8 @@ class PreferenceData(TokenizedData):
         max_tokens: int = 1024,
     ) -> None:
         super().__init__()
-        for name, value in {
-            "batch_size": batch_size,
-            "num_steps": num_steps,
-            "max_tokens": max_tokens,
-        }.items():
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name} must be >= 1, got {value}")
-        for key, file in {"path": path, "val_path": val_path}.items():
-            if file is not None and not Path(file).expanduser().exists():
-                raise ValueError(f"data.{key}: there is no file {file} (looked in {Path.cwd()})")
+        counts = {"batch_size": batch_size, "num_steps": num_steps, "max_tokens": max_tokens}
+        check_settings(counts, {"path": path, "val_path": val_path})
         self.path = path
         self.val_path = val_path
         self.batch_size = batch_size
