@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "advantages": {"masked"},
     "objectives": {"masked"},
     "optim": set(),
+    "attention": set(),
     "lora": set(),
     "policy": {"lora"},
     "tables": set(),

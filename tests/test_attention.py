@@ -1,0 +1,52 @@
+"""The way into a model's attention: open, used by one call, and without effect on all others."""
+
+import pytest
+import torch
+
+from gspo_lightning.attention import open_attention
+from gspo_lightning.policy import checkpoint_activations
+
+OPEN = ["qwen3", "llama", "gpt2", "gemma2", "mistral", "qwen3_moe", "cohere", "granite", "gpt_oss"]
+IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
+MASK = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+FOUR_D = torch.ones(1, 1, 1, 1)  # a mask of four dimensions is passed on as it is
+
+
+def logits(model, **options):
+    options = {"attention_mask": MASK, "use_cache": False} | options
+    return model(input_ids=IDS, position_ids=(MASK.cumsum(1) - 1).clamp(min=0), **options).logits
+
+
+@pytest.mark.parametrize("architecture", OPEN)
+def test_an_opened_model_computes_the_same_bits(make_model, architecture):
+    model = make_model(architecture).eval()
+    before = logits(model)
+    assert open_attention(model) and open_attention(model)  # opening twice is opening once
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("architecture", OPEN)
+def test_a_call_that_brings_an_attention_has_it_in_every_layer(make_model, architecture):
+    model, seen = make_model(architecture).train(), []
+    assert open_attention(model)
+
+    def nothing(module, query, key, value, **options):
+        assert {"scaling"} <= options.keys()
+        seen.append(module.layer_idx)
+        return torch.zeros_like(query).transpose(1, 2)
+
+    checkpoint_activations(model)
+    logits(model, attention_mask=FOUR_D, attend=nothing).sum().backward()
+    assert seen == [0, 1, 1, 0]  # once forward; recomputed from the last layer to the first
+
+
+def test_what_opening_needs_decides(make_model):
+    assert not open_attention(make_model("qwen3_next"))  # calls no interface
+    assert not open_attention(torch.nn.Linear(2, 2))
+
+
+def test_an_opened_model_is_saved_as_it_was(make_model, tmp_path):
+    model = make_model()
+    open_attention(model)
+    model.save_pretrained(tmp_path)
+    assert "gspo" not in (tmp_path / "config.json").read_text()
