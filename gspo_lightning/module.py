@@ -330,6 +330,7 @@ class GSPOModule(CollectingModule):
         self.manual_backward(loss)
         self.tally.count_losses(policy, entropy_loss, kl_loss, mask, share)
         log_ratio = importance_log_ratio(logprobs.detach(), old, mask, "sequence")[:, 0]
+        self.tally.count_log_ratios(logprobs.detach() - old, log_ratio, mask)
         return log_ratio.exp().float().cpu()
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:

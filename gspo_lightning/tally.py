@@ -18,6 +18,11 @@ from gspo_lightning.metrics import RolloutMetrics
 from gspo_lightning.objectives import PolicyLoss
 from gspo_lightning.rollout import Samples
 
+SPREADS = {  # what is counted, and the name of its standard deviation
+    "noise": "policy/ratio_noise",
+    "token log-ratio": "policy/token_log_ratio_std",
+    "sequence log-ratio": "policy/sequence_log_ratio_std",
+}
 MEANS = (
     "train/policy_loss",
     "train/entropy_loss",
@@ -35,8 +40,7 @@ MEANS = (
     "rollout/flat_worst_fraction",
     "reward/overlong",
     "group variance",
-    "noise",
-    "noise squared",
+    *(f"{name}{power}" for name in SPREADS for power in ("", " squared")),
 )
 TOTALS = (
     "reward/missing",
@@ -139,15 +143,30 @@ class RolloutTally(RolloutMetrics):
 
     def count_noise(self, log_ratio: Tensor) -> None:
         """Count what log-ratios are although no weight has moved: noise, (B,)."""
-        self.update("noise", log_ratio)
-        self.update("noise squared", log_ratio.double() ** 2)
+        self._count_spread("noise", log_ratio)
+
+    def count_log_ratios(self, tokens: Tensor, sequences: Tensor, mask: Tensor) -> None:
+        """Count how far the policy is from the one that sampled, before a step.
+
+        Args:
+            tokens: Log-ratio of each token, nats, (B, T).
+            sequences: Mean of each sequence, nats per token, (B,).
+            mask: Tokens that count, (B, T) bool.
+        """
+        self._count_spread("token log-ratio", tokens[mask])
+        self._count_spread("sequence log-ratio", sequences[mask.any(1)])
+
+    def _count_spread(self, name: str, values: Tensor) -> None:
+        self.update(name, values)
+        self.update(f"{name} squared", values.double() ** 2)
 
     def compute(self) -> dict[str, float]:
         """Every number of the rollout by its full name; one that does not apply is absent."""
         figures = super().compute()
         if "group variance" in figures:
             figures["reward/group_std"] = math.sqrt(figures.pop("group variance"))
-        if "noise" in figures:
-            variance = figures.pop("noise squared") - figures.pop("noise") ** 2
-            figures["policy/ratio_noise"] = math.sqrt(max(variance, 0.0))
+        for name, spread in SPREADS.items():
+            if name in figures:
+                variance = figures.pop(f"{name} squared") - figures.pop(name) ** 2
+                figures[spread] = math.sqrt(max(variance, 0.0))
         return figures

@@ -65,12 +65,14 @@ MAY_IMPORT = {
         *("memory", "overlap", "tally", "time_limit"),
     },
     "bench": {"data", "module"},
-    "compare": {"data", "module"},
+    "compare_report": set(),
+    "compare": {"compare_report"},
+    "experiment": {"logprobs", "rollout"},
 }
 # where Lightning is the shell; everything else runs without it
 SHELL = {
     *("data", "supervised", "module", "sft", "reward_model", "evaluation", "callbacks", "progress"),
-    *("checkpoint", "event_files", "run_folder", "health", "cli", "bench", "compare"),
+    *("checkpoint", "event_files", "run_folder", "health", "cli", "bench", "experiment"),
 }
 FILES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 

@@ -76,7 +76,7 @@ def make():
 def test_make_writes_the_shipped_bytes(make, tmp_path):
     make.make(tmp_path)
     files = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) == 3 + 4
+    assert len(files) == 3 + 4 + 4
     for file in files:
         assert (tmp_path / file).read_bytes() == (TASK / file).read_bytes(), file
 
@@ -131,7 +131,7 @@ def test_the_demo_does_not_truncate_a_right_completion():
     assert longest <= limit
 
 
-@pytest.mark.parametrize("folder", ["base", "policy"])
+@pytest.mark.parametrize("folder", ["base", "policy", "moe_policy"])
 def test_the_tokenizer_gives_every_text_back(folder):
     tokenizer = AutoTokenizer.from_pretrained(TASK / folder)
     texts = [row["prompt"] + row["completion"] for row in read("demos.jsonl")[::7]]
@@ -151,9 +151,10 @@ def test_the_policy_loads_completely_and_in_float32():
     assert len(tokenizer) == model.config.vocab_size
 
 
-def test_the_policy_has_the_shape_of_the_base():
-    base = json.loads((TASK / "base" / "config.json").read_text())
-    policy = json.loads((POLICY / "config.json").read_text())
+@pytest.mark.parametrize(("base", "policy"), [("base", "policy"), ("moe_base", "moe_policy")])
+def test_the_policy_has_the_shape_of_the_base(base, policy):
+    base = json.loads((TASK / base / "config.json").read_text())
+    policy = json.loads((TASK / policy / "config.json").read_text())
     assert {key: policy[key] for key in base} == base
 
 
@@ -161,8 +162,9 @@ def test_the_policy_is_small():
     assert sum(path.stat().st_size for path in POLICY.iterdir()) < 600_000  # bytes
 
 
-def test_the_policy_is_weak_but_knows_the_working():
-    assert_in_band(POLICY)
+@pytest.mark.parametrize("policy", ["policy", "moe_policy"])
+def test_the_policy_is_weak_but_knows_the_working(policy):
+    assert_in_band(TASK / policy)
 
 
 @pytest.mark.slow

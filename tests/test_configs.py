@@ -21,7 +21,11 @@ from gspo_lightning.sft import SFTModule
 from train import GSPOCLI, Watch
 
 ROOT = Path(__file__).parents[1]
-OVERLAYS = {"base.yaml", "origin.yaml"}  # run on top of, or underneath, others only
+OVERLAYS = {
+    "base.yaml",
+    "origin.yaml",
+    "sft_arithmetic_moe.yaml",
+}  # not alone
 CONFIGS = sorted({path.name for path in (ROOT / "configs").glob("*.yaml")} - OVERLAYS)
 TASKS, ALGORITHMS, KL, HARDWARE = (
     sorted(path.stem for path in (ROOT / "configs" / folder).glob("*.yaml"))

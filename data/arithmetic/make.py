@@ -48,6 +48,16 @@ MODEL_CONFIG = {
     "eos_token_id": TOKENS.index(EOS),
     "bos_token_id": None,
 }
+# The same with eight experts, two of them active, as a base for comparisons between algorithms.
+MOE_CONFIG = MODEL_CONFIG | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_local_experts": 8,  # transformers writes them under this name
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+}
 GENERATION_CONFIG = {
     "eos_token_id": TOKENS.index(EOS),
     "pad_token_id": TOKENS.index(PAD),
@@ -167,19 +177,20 @@ def write_lines(path: Path, rows: list[dict[str, str]]) -> None:
 
 def make(folder: Path) -> None:
     """Write all files of the task below ``folder``."""
-    base = folder / "base"
-    base.mkdir(parents=True, exist_ok=True)
     rng = random.Random(SEED)
     write_lines(folder / "train.jsonl", draw_prompts(rng, NUM_TRAIN, heldout=False))
     write_lines(folder / "heldout.jsonl", draw_prompts(rng, NUM_HELDOUT, heldout=True))
     write_lines(folder / "demos.jsonl", draw_demos(rng))
-    files = {
-        "config.json": MODEL_CONFIG,
-        "generation_config.json": GENERATION_CONFIG,
-        **tokenizer_files(),
-    }
-    for name, content in files.items():
-        (base / name).write_text(json.dumps(content, indent=2) + "\n")
+    for name, config in (("base", MODEL_CONFIG), ("moe_base", MOE_CONFIG)):
+        base = folder / name
+        base.mkdir(parents=True, exist_ok=True)
+        files = {
+            "config.json": config,
+            "generation_config.json": GENERATION_CONFIG,
+            **tokenizer_files(),
+        }
+        for file, content in files.items():
+            (base / file).write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":
