@@ -36,11 +36,25 @@ from gspo_lightning.checkpoint import (
     find_checkpoint,
     list_checkpoints,
 )
-from gspo_lightning.cli import OneLineParser, condense, quiet
+from gspo_lightning.cli import LONGEST, OneLineParser, condense, printable, quiet
+from gspo_lightning.config_files import check_config_files
 from gspo_lightning.plan import resume_command, this_python
 from gspo_lightning.progress import RolloutProgress, RunSummary
 from gspo_lightning.rewards import RewardError
-from gspo_lightning.run_folder import RunConfig, check_folder, remove_leftovers, remove_traces, say
+from gspo_lightning.run_folder import (
+    RunConfig,
+    check_folder,
+    check_writable,
+    find_leftovers,
+    remove_traces,
+    say,
+)
+from gspo_lightning.start_checks import (
+    check_checkpoint,
+    check_interval,
+    check_manual,
+    check_trainer,
+)
 from gspo_lightning.terminal_log import TerminalLog
 
 # What a user's mistake raises: bad values, missing files, devices, packages.
@@ -56,6 +70,10 @@ class Watch(Callback):
         self.root: Path | None = None  # the run folder, once training has begun
         self.refuse = lambda: None  # takes back what was written before the run began
         self.terminal = TerminalLog()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            check_interval(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         self.begun = True
@@ -105,6 +123,7 @@ class GSPOCLI(LightningCLI):
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse; Lightning's version warns when a program passes arguments, as tests do."""
+        check_config_files(args)
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
@@ -118,9 +137,12 @@ class GSPOCLI(LightningCLI):
         check_trainer(config.trainer)
         if self.subcommand == "fit" and not config.trainer.fast_dev_run:
             check_folder(self.root, self.checkpoint)
+        if self.subcommand in ("fit", "predict"):  # the others print
+            check_writable(self.root)
         self.save_config_kwargs = {
             "checkpoint": self.checkpoint,
             "terminal": self.watch.terminal,
+            "leftovers": [] if self.checkpoint else find_leftovers(self.root),
             "command": ["train.py", *self.argv],
         }
 
@@ -129,6 +151,8 @@ class GSPOCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         if not self.model.automatic_optimization:
             check_manual(config)
+        if self.checkpoint is not None:
+            check_checkpoint(self.checkpoint, self.model)
         callbacks = config.callbacks or []
         callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), self.watch]
         if config.enable_progress_bar is not False:
@@ -166,8 +190,6 @@ class GSPOCLI(LightningCLI):
         self.watch.refuse = lambda: remove_traces(self.root, present)
         if self.checkpoint is not None:
             say(f"continuing from {self.checkpoint}")
-        elif not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            remove_leftovers(self.root)
 
     def after_fit(self) -> None:
         """Say so when there was nothing left to train."""
@@ -175,44 +197,6 @@ class GSPOCLI(LightningCLI):
             say(
                 f"nothing to do: {self.checkpoint} is the end of the run; raise its length to go on"
             )
-
-
-# ---- checks --------------------------------------------------------------------------------------
-
-
-def check_trainer(config: Any) -> None:
-    """Raise ValueError for strategies and precisions that would train wrongly."""
-    strategy = config.strategy
-    name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
-    if name.startswith(("fsdp", "deepspeed", "FSDP", "DeepSpeed", "ModelParallel")):
-        # FSDP and DeepSpeed allow one backward pass per batch, and a rollout has many.
-        raise ValueError(
-            f"trainer.strategy {name}: the policy must fit on one device here; use auto or ddp"
-        )
-    precision = str(config.precision)
-    if precision in ("16-mixed", "16"):
-        raise ValueError(
-            "trainer.precision 16-mixed: its loss scaling skips optimizer steps silently; use "
-            "bf16-mixed or 32-true"
-        )
-    if precision.endswith("-true") and precision not in ("32-true", "64-true"):
-        raise ValueError(
-            f"trainer.precision {precision}: the dtype of the weights is the policy's own setting; "
-            "set model.init_args.policy.dtype instead"
-        )
-
-
-def check_manual(config: Any) -> None:
-    """Raise ValueError for trainer options whose work the module does itself."""
-    if config.gradient_clip_val is not None or config.gradient_clip_algorithm is not None:
-        raise ValueError(
-            "trainer.gradient_clip_val: the module clips; set model.init_args.max_grad_norm instead"
-        )
-    if config.accumulate_grad_batches not in (None, 1):
-        raise ValueError(
-            "trainer.accumulate_grad_batches: the module splits its mini-batches itself; set "
-            "model.init_args.micro_batch_size instead"
-        )
 
 
 # ---- small things --------------------------------------------------------------------------------
@@ -251,6 +235,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     watch = Watch()
+    umask = os.umask(0o022)  # what is written here, no group and no stranger may change
+    os.umask(umask | 0o022)
     try:
         with quiet():
             GSPOCLI(argv, watch)
@@ -259,6 +245,7 @@ def main(argv: list[str] | None = None) -> int:
         return report(error, watch, where_to_go_on(argv, watch.root))
     finally:
         watch.terminal.close()
+        os.umask(umask)
 
 
 def report(error: BaseException, watch: Watch, go_on: str) -> int:
@@ -276,9 +263,10 @@ def report(error: BaseException, watch: Watch, go_on: str) -> int:
     known = isinstance(error, RewardError | FloatingPointError)
     text = mistake(error) if known or not watch.begun else None
     if text is None or os.environ.get("GSPO_TRACEBACK") == "1":
-        traceback.print_exception(error)
+        trace = "".join(traceback.format_exception(error))
+        sys.stderr.write("\n".join(printable(line) for line in trace.split("\n")))
     if text is not None:
-        sys.stderr.write(f"error: {text}\n")
+        sys.stderr.write(f"error: {printable(text)}\n")
         if not watch.begun:
             watch.refuse()
     if go_on:
@@ -291,9 +279,10 @@ def mistake(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in text:
         lines = [" ".join(line.split()) for line in text.splitlines()]
-        return f"ckpt_path: the checkpoint is of another model: {' '.join(lines[1:2])}"
-    if type(error).__name__ == "UnpicklingError":
-        return "ckpt_path: the file holds more than plain values and tensors, so it is not loaded"
+        text = f"ckpt_path: the checkpoint is of another model: {' '.join(lines[1:2])}"
+        return f"{text[:LONGEST]}; set model.init_args.policy to what it was made with"
+    if "Accelerator` can not run on your system" in text:
+        return f"trainer.accelerator: {text.partition(' The following')[0]} Use cpu, or auto"
     return condense(text) if isinstance(error, MISTAKES) and text else None
 
 

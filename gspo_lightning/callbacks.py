@@ -20,7 +20,7 @@ import numpy
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from gspo_lightning.kl import MultiplicativeKL, ProportionalKL
+from gspo_lightning.kl import KLRule, MultiplicativeKL
 from gspo_lightning.metrics import CURVES
 from gspo_lightning.report import draw_curves, markdown_table, plain, sample_rows
 
@@ -71,7 +71,7 @@ class AdaptiveKL(Callback):
 
     def __init__(
         self,
-        rule: MultiplicativeKL | ProportionalKL = MultiplicativeKL(),  # noqa: B008 (immutable)
+        rule: KLRule = MultiplicativeKL(),  # noqa: B008 (immutable)
         initial: float = 0.2,
         warmup: int = 0,
     ) -> None:
@@ -83,7 +83,10 @@ class AdaptiveKL(Callback):
         self.coef = float(initial)
         self.rollouts_seen = 0
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot work, before any model is loaded."""
+        if stage != "fit":
+            return
         if getattr(pl_module, "reference", None) is None:
             raise ValueError(
                 "AdaptiveKL needs a reference policy to measure the KL divergence against: set "
@@ -94,6 +97,8 @@ class AdaptiveKL(Callback):
             # A rule that cannot take rollouts of this size says so now, not after the first one.
             sequences = prompts * pl_module.sampler.group_size * trainer.world_size
             self.rule.next_coef(self.coef, math.nan, sequences)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         pl_module.kl_coef = self.coef
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

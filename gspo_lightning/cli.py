@@ -5,7 +5,6 @@ Decides how a mistake is worded. Leaves out what a run consists of (`train.py`).
 
 import contextlib
 import difflib
-import itertools
 import logging
 import os
 import re
@@ -14,7 +13,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
-import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils import logging as transformers_logging
 
@@ -43,9 +41,7 @@ class OneLineParser(LightningArgumentParser):
         message = self._name_the_unknown(message, getattr(ex, "subcommand_parser", None) or self)
         if not self.exit_on_error:
             super().error(message, ex)
-        if "Problems parsing config" in message:
-            message = _broken_file(self.args) or message
-        sys.stderr.write(f"error: {condense(message)}\n")
+        sys.stderr.write(f"error: {printable(condense(message))}\n")
         sys.exit(2)
 
     def _name_the_unknown(self, message: str, parser: Any) -> str:
@@ -65,7 +61,9 @@ class OneLineParser(LightningArgumentParser):
         if 'expected "subcommand"' in message:
             return "no command; try python train.py fit --config configs/arithmetic.yaml"
         if match := re.fullmatch(r"the following arguments are required: (.*)", message):
-            return f"{match[1]} missing; give a config, such as --config configs/arithmetic.yaml"
+            whole = "give a config, such as --config configs/arithmetic.yaml"
+            way_out = whole if self.exit_on_error else "set it in the config"
+            return f"{match[1]} missing; {way_out}"
         return message
 
 
@@ -128,16 +126,8 @@ def _what(reasons: list[str], value: str) -> str:
         if match := _UNKNOWN.search(reason):
             return match[0]
     for reason in reasons:
-        if match := re.fullmatch(r"module '(.+)' has no attribute '(.+)'", reason):
-            return f"there is no {match[2]} in {match[1]}" + did_you_mean(
-                match[2], dir(sys.modules.get(match[1]))
-            )
-        if match := re.search(r"No module named '(.+)'", reason):
-            return f"there is no module {match[1]}" + did_you_mean(match[1], ["gspo_lightning"])
-        if re.search(r"Expected an instantiatable class", reason):
-            return "has settings but no class; give its class_path, too"
-        if match := re.search(r"Expected a dot import path string: (\S+)", reason):
-            return f"there is no class {match[1]}" + did_you_mean(match[1], _class_names())
+        if found := _import_trouble(reason):
+            return found
     types = [_expected(reason) for reason in reasons if reason.startswith("Expected a ")]
     if types and len(types) == len(reasons):
         got = re.search(r"Got value: (.*)", reasons[0])
@@ -147,6 +137,28 @@ def _what(reasons: list[str], value: str) -> str:
         wanted += [f"one of {', '.join(choices)}"] if choices else []
         return f"expected {' or '.join(wanted)}, got {value}" + did_you_mean(value, choices)
     return next((r for r in reasons if not r.startswith("Expected a ")), "; ".join(reasons))
+
+
+def _import_trouble(reason: str) -> str | None:
+    """What is wrong with a class_path, if that is what a reason is about."""
+    if match := re.search(r"module '(\S+)' has no attribute '(\S+)'", reason):
+        return f"there is no {match[2]} in {match[1]}" + did_you_mean(
+            match[2], dir(sys.modules.get(match[1]))
+        )
+    if match := re.search(r"No module named '(.+?)'", reason):
+        return f"there is no module {match[1]}" + did_you_mean(match[1], ["gspo_lightning"])
+    if match := re.search(r"Unexpected import path format: (.*)", reason):
+        return f"class_path must be a dotted name such as gspo_lightning.GSPOModule, got {match[1]}"
+    no_such = r"Import path (\S+) does not (?:correspond to a subclass of|implement protocol) (\w+)"
+    if match := re.search(no_such, reason):
+        return f"{match[1]} is no {match[2]}; give the class_path of one"
+    if match := re.search(r"function or a callable class: .*but got (.*?)\. Got value", reason):
+        return f"expected the import path of a function or of a callable class, got {match[1]}"
+    if re.search(r"Expected an instantiatable class", reason):
+        return "has settings but no class; give its class_path, too"
+    if match := re.search(r"Expected a dot import path string: (\S+)", reason):
+        return f"there is no class {match[1]}" + did_you_mean(match[1], _class_names())
+    return None
 
 
 def _expected(reason: str) -> str:
@@ -162,18 +174,8 @@ def _class_names() -> list[str]:
     return [*gspo_lightning.__all__, *lightning.pytorch.callbacks.__all__]
 
 
-def _broken_file(args: list[str]) -> str | None:
-    """Which of the config files is no YAML, and where."""
-    for flag, path in itertools.pairwise(args):
-        if flag in ("--config", "-c"):
-            try:
-                with open(path, encoding="utf-8") as file:
-                    yaml.safe_load(file)
-            except yaml.MarkedYAMLError as error:
-                line = error.problem_mark.line + 1 if error.problem_mark else "?"
-                return f"config: {path}:{line}: {error.problem}"
-    return None
-
+# also those that change the direction of text, or end a line for some readers only
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 # Messages of Lightning that are advertising, or repeat what the plan and our own lines say.
 _CHATTER = re.compile(
@@ -190,6 +192,15 @@ _HARMLESS = (
 )
 
 
+def printable(text: str) -> str:
+    r"""Text without control characters: a terminal obeys them, and a completion may be quoted.
+
+    >>> printable("reward 'a' failed: \x1b]0;title\x07\n")
+    "reward 'a' failed: \\x1b]0;title\\x07\\n"
+    """
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep known noise out of the output, and show what warnings remain as one line each."""
@@ -198,7 +209,7 @@ def quiet() -> Iterator[None]:
         return not _CHATTER.match(record.getMessage())
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        sys.stderr.write(f"warning: {' '.join(str(message).split())}\n")
+        sys.stderr.write(f"warning: {printable(' '.join(str(message).split()))}\n")
 
     loggers = [
         logging.getLogger(f"lightning.{part}")

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from gspo_lightning.rollout import PromptBatch
+from gspo_lightning.start_checks import check_kind_of_data
 from gspo_lightning.stream import pad
 from gspo_lightning.supervised import (
     PreferenceData,
@@ -87,6 +88,7 @@ class PromptData(TokenizedData):
 
     def setup(self, stage: str) -> None:
         """Read and tokenise what ``stage`` needs."""
+        check_kind_of_data(self, self.trainer.lightning_module)  # type: ignore[union-attr]
         wanted = {
             "fit": ["path", "val_path"],
             "validate": ["val_path"],
@@ -97,7 +99,9 @@ class PromptData(TokenizedData):
             if key not in self.examples and self.paths[key] is not None:
                 self.examples[key] = self._read(f"data.{key}", str(self.paths[key]))
         if stage in ("validate", "test") and wanted[0] not in self.examples:
-            raise ValueError(f"{stage} needs held-out prompts; set data.val_path")
+            raise ValueError(
+                f"{getattr(stage, 'value', stage)} needs held-out prompts; set data.val_path"
+            )
         if stage == "fit":
             self._skip_validation_unless("val_path" in self.examples)
         if stage == "fit" and self.stream is None:
@@ -156,28 +160,46 @@ class PromptData(TokenizedData):
         return examples
 
     def _encode(self, where: str, prompt: Any) -> list[int]:
-        if not self.chat_template:
+        if self.chat_template:
+            text = self._render(where, prompt)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
             if not isinstance(prompt, str):
                 raise ValueError(
                     f"{where}: column {self.prompt_column!r} is a {type(prompt).__name__}, not a "
                     "text; a list of chat messages needs data.chat_template: true"
                 )
             ids = self.tokenizer(prompt)["input_ids"]
-        else:
-            if getattr(self.tokenizer, "chat_template", None) is None:
-                raise ValueError(
-                    "data.chat_template is true, but the tokenizer has no chat template"
-                )
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            if self.system_prompt is not None:
-                messages = [{"role": "system", "content": self.system_prompt}, *messages]
-            text = self.tokenizer.apply_chat_template(
+        if not ids:
+            raise ValueError(f"{where}: the prompt is empty; write one, or take the row out")
+        return ids
+
+    def _render(self, where: str, prompt: Any) -> str:
+        """A prompt through the chat template; transformers runs that in Jinja's sandbox."""
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                "data.chat_template is true, but the tokenizer has no chat template; set it to "
+                "false, or save chat_template.jinja beside the tokenizer"
+            )
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        whole = isinstance(messages, list) and messages and all(map(is_message, messages))
+        if not whole or prompt == "":
+            raise ValueError(
+                f"{where}: column {self.prompt_column!r} must be a text or a list of messages with "
+                f"role and content, got {str(prompt)[:60]!r}"
+            )
+        if self.system_prompt is not None:
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        try:
+            return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise ValueError(f"{where}: the prompt is empty")
-        return ids
+        except Exception as error:  # a template is a program, and may raise anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"{where}: the tokenizer's chat template fails: {reason}; mend the template or the "
+                "messages"
+            ) from error
 
     def _loader(self, key: str) -> DataLoader | list:
         if key not in self.examples:
@@ -196,6 +218,19 @@ class PromptData(TokenizedData):
 
     def predict_dataloader(self) -> DataLoader | list:
         return self._loader("predict_path")
+
+
+def is_message(message: Any) -> bool:
+    """Whether this is a chat message: who says it, and what; a content may be a list of parts.
+
+    >>> is_message({"role": "user", "content": "1+1="}), is_message("1+1=")
+    (True, False)
+    """
+    return (
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and (isinstance(message.get("content"), str | list) or "tool_calls" in message)
+    )
 
 
 def collate_prompts(examples: list[tuple[list[int], dict]]) -> PromptBatch:

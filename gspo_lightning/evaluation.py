@@ -6,7 +6,9 @@ for it, apart from the settings that training samples with. Leaves out the loops
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,13 @@ from torchmetrics import MetricCollection
 
 from gspo_lightning.metrics import PassAtK, RolloutMetrics
 from gspo_lightning.policy import Policy
-from gspo_lightning.rewards import RewardError, RewardTerm, Scores, columns_needed, score
+from gspo_lightning.rewards import (
+    RewardError,
+    RewardTerm,
+    Scores,
+    columns_needed,
+    score,
+)
 from gspo_lightning.rollout import PromptBatch, Samples, stream_seed
 from gspo_lightning.sampling import GroupSampler, Sampler
 
@@ -49,7 +57,9 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise ValueError(f"evaluation.num_samples must be >= 1, got {self.num_samples}")
-        if not self.temperature > 0:
+        if not math.isfinite(self.threshold):  # nothing would ever count as right, or all
+            raise ValueError(f"evaluation.threshold must be finite, got {self.threshold}")
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"evaluation.temperature must be above 0, got {self.temperature}")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"evaluation.max_new_tokens must be >= 1, got {self.max_new_tokens}")
@@ -155,6 +165,7 @@ class EvaluatedModule(LightningModule):
         self, rewards: dict[str, RewardTerm], sampler: Sampler, evaluation: Evaluation
     ) -> None:
         super().__init__()
+        check_signatures(rewards)
         evaluation.check_terms(rewards)
         self.policy: Policy | None = None
         self.rewards = rewards
@@ -221,6 +232,26 @@ class EvaluatedModule(LightningModule):
         pairs = zip(batch.prompt_ids, batch.prompt_mask, strict=True)
         prompts = [self.tokenizer.decode(ids[keep].tolist()) for ids, keep in pairs]
         return describe(samples, scores, prompts)
+
+
+def check_signatures(terms: Mapping[str, RewardTerm]) -> None:
+    """Refuse a reward function that cannot be called with rows and completions.
+
+    Raises:
+        ValueError: Naming the setting, before anything is sampled.
+    """
+    for name, term in terms.items():
+        try:
+            signature = inspect.signature(term.fn)
+        except (TypeError, ValueError):
+            continue  # written in C: seen when it is called
+        try:
+            signature.bind([], [])
+        except TypeError as error:
+            raise ValueError(
+                f"model.rewards.{name}.fn: a reward function takes (rows, completions), this one "
+                f"takes {signature}"
+            ) from error
 
 
 def write_failed(file: Path, samples: Samples, error: RewardError) -> None:

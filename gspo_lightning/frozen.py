@@ -17,7 +17,13 @@ from transformers import AutoModelForCausalLM
 from gspo_lightning.classifier import RewardModel, freeze
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.lora import adapters_off
-from gspo_lightning.policy import LoRAPolicy, Policy, PolicyConfig, fingerprint, reason
+from gspo_lightning.model_folder import (
+    check_model_folder,
+    check_model_path,
+    load_weights,
+    reason,
+)
+from gspo_lightning.policy import LoRAPolicy, Policy, PolicyConfig, fingerprint
 from gspo_lightning.rollout import Samples
 
 
@@ -80,6 +86,8 @@ class ReferencePolicy:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"reference.batch_size must be >= 1, got {self.batch_size}")
+        if self.path is not None:
+            check_model_path("reference.path", self.path)
 
     def can_share(self, policy: PolicyConfig) -> bool:
         """Whether the policy with its adapters off, where it is, would be this very reference."""
@@ -107,8 +115,12 @@ class ReferencePolicy:
             if policy.weights == "random":
                 raise ValueError("reference.path: a policy with random weights is in no folder")
             options["revision"] = policy.revision
-        model = AutoModelForCausalLM.from_pretrained(
-            self.path or policy.path, dtype=getattr(torch, self.dtype or policy.dtype), **options
+        model = load_weights(
+            "policy.path" if self.path is None else "reference.path",
+            AutoModelForCausalLM,
+            self.path or policy.path,
+            dtype=getattr(torch, self.dtype or policy.dtype),
+            **options,
         )
         self.model = freeze(model, device)
         self.fingerprint = fingerprint(self.model)
@@ -192,7 +204,7 @@ class FrozenModels:
             with_reference: Evaluation needs none.
 
         Raises:
-            ValueError: If a device is not there, before any weight is read.
+            ValueError: If a device is not there or a folder is broken, before any weight is read.
         """
         places = {key: model.device for key, model in self.reward_models.items()}
         if self.reference is not None and with_reference:
@@ -204,6 +216,10 @@ class FrozenModels:
             for key, word in places.items()
         }
         self.devices, self.policy_device = devices, device
+        for key, model in self.reward_models.items():
+            check_model_folder(f"{key}.path", model.path, model.trust_remote_code)
+        if self.reference is not None and self.reference.path is not None and with_reference:
+            check_model_folder("reference.path", self.reference.path, policy.trust_remote_code)
         for key, model in self.reward_models.items():
             try:
                 model.load(devices[key])

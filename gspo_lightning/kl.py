@@ -84,8 +84,22 @@ def check_loss_kind(kind: str) -> None:
         raise ValueError(f"kl_estimator must be k2 or k3, got {kind!r}")
 
 
+class KLRule:
+    """How the next coefficient follows from a rollout's KL.
+
+    A type of its own, not a union: a config that names one rule is then told what is wrong with
+    that one.
+    """
+
+    target: float
+
+    def next_coef(self, coef: float, observed: float, sequences: int) -> float:
+        """Return the coefficient for the next rollout."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class MultiplicativeKL:
+class MultiplicativeKL(KLRule):
     """Multiply the coefficient when the KL leaves a band around the target.
 
     Attributes:
@@ -148,7 +162,7 @@ class MultiplicativeKL:
 
 
 @dataclass(frozen=True)
-class ProportionalKL:
+class ProportionalKL(KLRule):
     """Move the coefficient in proportion to the relative error of the KL.
 
     Attributes:
@@ -201,7 +215,7 @@ def _difference(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def _check_target(target: float) -> None:
-    if not target > 0:
+    if not 0 < target < math.inf:
         raise ValueError(f"target must be > 0 nats per token, got {target}")
 
 

@@ -82,6 +82,9 @@ class GSPOModule(CollectingModule):
         GSPO, arXiv:2507.18071.
     """
 
+    learns_from = "PromptData"
+    checkpoint_key = "gspo"
+
     def __init__(
         self,
         policy: PolicyConfig,

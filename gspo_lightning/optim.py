@@ -47,7 +47,7 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{name} must be above 0, got {getattr(self, name)}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must lie in [0, 1), got {self.betas}")
-        if self.weight_decay < 0:
+        if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"optimizer.weight_decay must be >= 0, got {self.weight_decay}")
         if self.warmup < 0:
             raise ValueError(f"optimizer.warmup must be >= 0, got {self.warmup}")

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gspo_lightning.lora import LoRAConfig, add_adapters, merged_weights
+from gspo_lightning.model_folder import (
+    BROKEN,
+    check_model_folder,
+    check_model_path,
+    load_weights,
+    reason,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "spiece*")
 
 
@@ -58,24 +62,6 @@ class PolicyConfig:
                 "policy.weights is random, but with policy.lora a checkpoint holds the adapters "
                 "alone; save the random weights in a folder first"
             )
-
-
-def check_model_path(key: str, path: str) -> None:
-    """Refuse a model path that can be neither a folder here nor a name on the hub.
-
-    Raises:
-        ValueError: If ``path`` is a folder without ``config.json``, or looks like a folder and is
-            not there. ``key`` is the setting that the message names.
-    """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{key}: {path} has no config.json, so it is not a model folder")
-    elif folder.exists():
-        raise ValueError(f"{key}: {path} is a file; give the folder that holds it")
-    # "data/x" could be a name on the hub, but where there is a folder "data" a path was meant
-    elif not HUB_NAME.fullmatch(path) or ("/" in path and folder.parent.is_dir()):
-        raise ValueError(f"{key}: there is no folder {path} (and it is no model name)")
 
 
 class Policy(nn.Module):
@@ -180,24 +166,34 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def load_tokenizer(config: PolicyConfig) -> Any:
-    """Load the tokenizer of a policy folder, set to pad on the left.
+    """Load the tokenizer of a policy folder, set to pad on the left, and look at the rest of it.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no tokenizer, it has more ids than the model, or the folder's config
+            or weights are broken.
     """
     folder = Path(config.path).expanduser()
+    pretrained = config.weights == "pretrained"
+    settings = check_model_folder("policy.path", config.path, config.trust_remote_code, pretrained)
     if folder.is_dir() and not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
         # transformers would make an empty one up
         raise ValueError(f"policy.path: no tokenizer in {config.path}; save one beside the weights")
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             config.path,
             padding_side="left",
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"policy.path: no tokenizer in {config.path}: {reason(error)}") from error
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ValueError(
+            f"policy.path: cannot load the tokenizer of {config.path}: {reason(error)}; save it "
+            "again"
+        ) from error
+    if settings is not None:
+        rows = getattr(settings.get_text_config(), "vocab_size", None)
+        _compare_vocabularies(len(tokenizer), rows)
+    return tokenizer
 
 
 def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
@@ -217,22 +213,17 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.attention is not None:
         options["attn_implementation"] = config.attention
-    try:
-        if config.weights == "random":
-            # said here, too: without a word, transformers asks on the terminal
-            trust = {"trust_remote_code": config.trust_remote_code}
-            model_config = AutoConfig.from_pretrained(
-                config.path, revision=config.revision, **trust
-            )
-            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, **options)
-            if (Path(config.path) / "generation_config.json").is_file():
-                model.generation_config = GenerationConfig.from_pretrained(config.path)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                config.path, dtype=dtype, revision=config.revision, **options
-            )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"policy.path: cannot load {config.path}: {reason(error)}") from error
+    if config.weights == "random":
+        model = _random_model(config, dtype=dtype, **options)
+    else:
+        model = load_weights(
+            "policy.path",
+            AutoModelForCausalLM,
+            config.path,
+            dtype=dtype,
+            revision=config.revision,
+            **options,
+        )
     check_cache(model)
     if config.lora is None:
         policy = Policy(model, tokenizer)
@@ -241,6 +232,20 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
     if config.gradient_checkpointing:
         checkpoint_activations(policy.model)
     return policy
+
+
+def _random_model(config: PolicyConfig, **options: Any) -> Any:
+    """A model of random weights, from ``config.json`` alone."""
+    try:
+        # said here, too: without a word, transformers asks on the terminal
+        trust = {"trust_remote_code": config.trust_remote_code}
+        model_config = AutoConfig.from_pretrained(config.path, revision=config.revision, **trust)
+        model = AutoModelForCausalLM.from_config(model_config, **options)
+        if (Path(config.path) / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(config.path)
+    except BROKEN as error:
+        raise ValueError(f"policy.path: cannot load {config.path}: {reason(error)}") from error
+    return model
 
 
 def check_cache(model: Any) -> None:
@@ -281,11 +286,14 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
     """Refuse a tokenizer that can produce ids beyond the model's embedding."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    _compare_vocabularies(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+
+
+def _compare_vocabularies(ids: int, rows: int | None) -> None:
+    if rows is not None and ids > rows:
         raise ValueError(
-            f"policy.path: the tokenizer has {len(tokenizer)} ids, the model embeds {rows}; "
-            "model and tokenizer do not belong together"
+            f"policy.path: the tokenizer has {ids} ids, the model embeds {rows}; model and "
+            "tokenizer do not belong together, save them as a pair"
         )
 
 
@@ -302,11 +310,3 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def reason(error: BaseException) -> str:
-    """The first line of a library's message; the rest of these messages is advice for others."""
-    if "trust_remote_code=True" in str(error):  # its advice is an argument that nobody here passes
-        return "it comes with Python code of its own; policy.trust_remote_code: true would run it"
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -27,7 +27,8 @@ PANELS = {
 }
 LIGHT, DARK, RED = "#8fb4d9", "#1f5a96", "#c8553d"
 MARKUP = "&<>\"'|*_`[]()\\~#$!\n\r\t"  # characters that mean something in HTML, Markdown or TeX
-
+SIGNS = {chr(code): chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\r\t"}
+SIGNS |= dict.fromkeys(map(chr, range(0x7F, 0xA0)), "\ufffd")
 
 # Key of a metric, its word, its format; in the order of a line.
 ROLLOUT_LINE = (
@@ -184,12 +185,14 @@ def trim(text: str, longest: int) -> str:
 
 
 def escape(text: str) -> str:
-    """Text as it stands, for Markdown and HTML: neither may read a model's output as markup.
+    r"""Text as it stands, for Markdown and HTML: neither may read a model's output as markup.
 
-    >>> escape("<b>|*")
-    '&#60;b&#62;&#124;&#42;'
+    Control characters, which Markdown uses inside, are shown as signs of their own.
+
+    >>> escape("<b>|*"), escape("\x1b[1m\x00")
+    ('&#60;b&#62;&#124;&#42;', '␛&#91;1m␀')
     """
-    return "".join(f"&#{ord(char)};" if char in MARKUP else char for char in text)
+    return "".join(f"&#{ord(char)};" if char in MARKUP else SIGNS.get(char, char) for char in text)
 
 
 def rollout_line(metrics: Mapping[str, Any]) -> str:

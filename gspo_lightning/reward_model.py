@@ -9,20 +9,17 @@ exported is what ``frozen.RewardModel`` loads.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.optim import Optimizer
 from transformers import AutoConfig, AutoModelForSequenceClassification
-from transformers.utils import logging as transformers_logging
 
+from gspo_lightning.model_folder import BROKEN, load_weights, reason
 from gspo_lightning.optim import (
     OptimizerConfig,
     build_optimizer,
@@ -36,7 +33,6 @@ from gspo_lightning.policy import (
     checkpoint_activations,
     disable_dropout,
     load_tokenizer,
-    reason,
 )
 
 
@@ -92,6 +88,8 @@ class RewardModelModule(LightningModule):
     Raises:
         ValueError: If ``centring`` is out of range, or ``policy`` cannot be such a model.
     """
+
+    learns_from = "PreferenceData"
 
     def __init__(
         self,
@@ -194,6 +192,7 @@ def load_classifier(config: PolicyConfig, tokenizer: Any) -> Any:
             weights of the model's body.
     """
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    key = "policy.path"
     try:
         settings = AutoConfig.from_pretrained(config.path, revision=config.revision, **options)
         architecture = (getattr(settings, "architectures", None) or [""])[0]
@@ -204,36 +203,16 @@ def load_classifier(config: PolicyConfig, tokenizer: Any) -> Any:
         options |= {"dtype": DTYPES[config.dtype]}
         if config.attention is not None:
             options["attn_implementation"] = config.attention
+        auto = AutoModelForSequenceClassification
         if config.weights == "random":
-            model = AutoModelForSequenceClassification.from_config(settings, **options)
-        else:
-            with without_load_report():
-                model, report = AutoModelForSequenceClassification.from_pretrained(
-                    config.path,
-                    config=settings,
-                    revision=config.revision,
-                    output_loading_info=True,
-                    **options,
-                )
-            body = f"{model.base_model_prefix}."
-            missing = sorted(name for name in report["missing_keys"] if name.startswith(body))
-            if missing:
-                raise ValueError(f"it has no weights for {missing[0]} and {len(missing) - 1} more")
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"policy.path: cannot load {config.path}: {reason(error)}") from error
+            model = auto.from_config(settings, **options)
+    except BROKEN as error:
+        raise ValueError(f"{key}: cannot load {config.path}: {reason(error)}") from error
+    if config.weights == "pretrained":
+        options |= {"config": settings, "revision": config.revision}
+        model = load_weights(key, auto, config.path, new_head=True, **options)
     check_vocabulary(model, tokenizer)
     disable_dropout(model)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     return model
-
-
-@contextmanager
-def without_load_report() -> Iterator[None]:
-    """Hide the table that says the score head is new: here it is meant to be."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)

@@ -5,6 +5,7 @@ checkpoints themselves (`checkpoint`) and what callbacks write.
 """
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ class RunConfig(SaveConfigCallback):
         args: What Lightning gives its own callback.
         checkpoint: Where the run goes on, if it does.
         terminal: Copies the terminal into the run folder, if given.
+        leftovers: Files of an earlier run that was killed before its first checkpoint; they are
+            removed when this one begins.
         command: The command line, for the log.
         kwargs: What Lightning gives its own callback.
     """
@@ -39,12 +42,14 @@ class RunConfig(SaveConfigCallback):
         *args: Any,
         checkpoint: Path | None = None,
         terminal: TerminalLog | None = None,
+        leftovers: Sequence[Path] = (),
         command: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.checkpoint = checkpoint
         self.terminal = terminal
+        self.leftovers = leftovers
         self.command = command
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -56,6 +61,8 @@ class RunConfig(SaveConfigCallback):
             return
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint is None:
+            remove_leftovers(folder, self.leftovers)
         if self.terminal is not None:
             self.terminal.open(folder / LOG, self.command)
         first = path = folder / CONFIG
@@ -93,22 +100,44 @@ def check_folder(root: Path, checkpoint: Path | None) -> None:
                 f"continue with --ckpt_path last, or {elsewhere}"
             )
     file = root / CONFIG
-    if file.exists() and not file.read_text().startswith("# lightning.pytorch=="):
+    if file.exists() and not file.read_bytes().startswith(b"# lightning.pytorch=="):
         raise ValueError(f"{file} was not written by a run and would be lost; {elsewhere}")
 
 
 @rank_zero_only
-def remove_leftovers(root: Path) -> None:
-    """Remove the logs of a run that was killed before its first checkpoint.
+def check_writable(root: Path) -> None:
+    """Raise ValueError if no file can be made in the run folder; leaves nothing behind."""
+    missing = [folder for folder in (root, *root.parents) if not folder.exists()]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"trainer.default_root_dir: cannot write in {root}: {error.strerror}; name another "
+            "folder with --trainer.default_root_dir NEW"
+        ) from error
+    finally:
+        for folder in missing:  # the innermost first
+            if folder.is_dir():
+                folder.rmdir()
+
+
+def find_leftovers(root: Path) -> list[Path]:
+    """The logs of a run that was killed before its first checkpoint.
 
     Only beside a config that a run wrote, and only files that a run writes.
     """
-    if (root / CONFIG).exists():
-        files = [*root.glob("events.out.tfevents.*"), *root.glob("samples.jsonl"), *root.glob(LOG)]
-        for file in files:
-            file.unlink()
-        if files:
-            say(f"{root}: removed the logs of a run that stopped before its first checkpoint")
+    names = ("events.out.tfevents.*", "samples.jsonl", LOG)
+    return [file for name in names for file in root.glob(name)] if (root / CONFIG).exists() else []
+
+
+def remove_leftovers(root: Path, files: Sequence[Path]) -> None:
+    """Remove what :func:`find_leftovers` found, and say so."""
+    for file in files:
+        file.unlink(missing_ok=True)
+    if files:
+        say(f"{root}: removed the logs of a run that stopped before its first checkpoint")
 
 
 @rank_zero_only
@@ -121,7 +150,8 @@ def remove_traces(root: Path, present: set[Path]) -> None:
         root: The run folder.
         present: What was in it before; that stays.
     """
-    for pattern in ("events.out.tfevents.*", "hparams.yaml", "config*.yaml"):
+    written = ("events.out.tfevents.*", "hparams.yaml", "config*.yaml", "versions*.yaml", LOG)
+    for pattern in (*written, "uncommitted*.diff"):
         for file in set(root.glob(pattern)) - present:
             file.unlink()
     if root.is_dir() and not any(root.iterdir()):

@@ -37,6 +37,8 @@ class SFTModule(LightningModule):
         optimizer: AdamW and its schedule; ``warmup`` and the fall are counted in optimizer steps.
     """
 
+    learns_from = "SFTData"
+
     def __init__(self, policy: PolicyConfig, optimizer: OptimizerConfig | None = None) -> None:
         super().__init__()
         self.policy_config = policy

@@ -10,15 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from gspo_lightning.start_checks import check_kind_of_data
 from gspo_lightning.stream import ResumableStream, pad
-from gspo_lightning.tables import column, read_rows
+from gspo_lightning.tables import check_file, read_rows, text_column
 
 
 def check_settings(counts: Mapping[str, int | None], files: Mapping[str, str | None]) -> None:
@@ -31,8 +31,8 @@ def check_settings(counts: Mapping[str, int | None], files: Mapping[str, str | N
         if value is not None and value < 1:
             raise ValueError(f"data.{name} must be >= 1, got {value}")
     for key, file in files.items():
-        if file is not None and not Path(file).expanduser().exists():
-            raise ValueError(f"data.{key}: there is no file {file} (looked in {Path.cwd()})")
+        if file is not None:
+            check_file(f"data.{key}", file)
 
 
 class TokenizedData(LightningDataModule):
@@ -141,6 +141,7 @@ class SFTData(TokenizedData):
 
     def setup(self, stage: str) -> None:
         """Read and tokenise."""
+        check_kind_of_data(self, self.trainer.lightning_module)  # type: ignore[union-attr]
         if self.stream is None and stage == "fit":
             examples = self._read("data.path", self.path)
             self.stream = self._stream(
@@ -157,8 +158,8 @@ class SFTData(TokenizedData):
 
     def _read(self, key: str, path: str) -> list[tuple[list[int], list[int]]]:
         rows = read_rows(key, path)
-        prompts = column(key, path, rows, self.prompt_column)
-        completions = column(key, path, rows, self.completion_column)
+        prompts = text_column(key, path, rows, self.prompt_column)
+        completions = text_column(key, path, rows, self.completion_column)
         tokenizer = self.tokenizer
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no eos_token, so no demonstration could end")
@@ -171,7 +172,8 @@ class SFTData(TokenizedData):
             if not prompt_ids or length > self.max_tokens:
                 raise ValueError(
                     f"{key}: {path}: row {number} has {len(prompt_ids)} prompt tokens and {length} "
-                    f"in all; at least 1 and at most data.max_tokens {self.max_tokens} may be"
+                    f"in all; at least 1 and at most data.max_tokens {self.max_tokens} may be; "
+                    "raise it, or shorten the row"
                 )
             examples.append((prompt_ids, completion_ids))
         return examples
@@ -256,6 +258,7 @@ class PreferenceData(TokenizedData):
 
     def setup(self, stage: str) -> None:
         """Read and tokenise."""
+        check_kind_of_data(self, self.trainer.lightning_module)  # type: ignore[union-attr]
         if self.stream is None and stage == "fit":
             pairs = self._read("data.path", self.path)
             self.stream = self._stream(pairs, collate_pairs, self.batch_size, self.num_steps)
@@ -263,32 +266,33 @@ class PreferenceData(TokenizedData):
         if self.val_path is not None and not self.val_examples:
             self.val_examples = self._read("data.val_path", self.val_path)
         if stage != "fit" and not self.val_examples:
-            raise ValueError(f"{stage} needs held-out pairs; set data.val_path")
+            raise ValueError(
+                f"{getattr(stage, 'value', stage)} needs held-out pairs; set data.val_path"
+            )
         self._skip_validation_unless(bool(self.val_examples))
 
     def _read(self, key: str, path: str) -> list[tuple[list[int], list[int]]]:
         rows = read_rows(key, path)
         for name in self.columns:
-            column(key, path, rows, name)
+            text_column(key, path, rows, name)
         return [
             self._encode(f"{key}: {path}: row {number}", row) for number, row in enumerate(rows, 1)
         ]
 
     def _encode(self, where: str, row: dict) -> tuple[list[int], list[int]]:
-        for name in self.columns:
-            if not isinstance(row[name], str):
-                kind = type(row[name]).__name__
-                raise ValueError(f"{where}: column {name!r} is a {kind}, not a text")
         prompt, chosen, rejected = (row[name] for name in self.columns)
         if chosen == rejected:
-            raise ValueError(f"{where}: {self.columns[1]!r} and {self.columns[2]!r} are one text")
+            raise ValueError(
+                f"{where}: {self.columns[1]!r} and {self.columns[2]!r} are one text; take the pair "
+                "out"
+            )
         encoded = []
         for name, text in zip(self.columns[1:], (chosen, rejected), strict=True):
             ids = self.tokenizer(f"{prompt}{self.separator}{text}")["input_ids"]
             if not 1 <= len(ids) <= self.max_tokens:
                 raise ValueError(
                     f"{where}: prompt and {name!r} have {len(ids)} tokens; at least 1 and at most "
-                    f"data.max_tokens {self.max_tokens} may be"
+                    f"data.max_tokens {self.max_tokens} may be; raise it, or shorten the row"
                 )
             encoded.append(ids)
         return encoded[0], encoded[1]

@@ -6,6 +6,7 @@ line. Leaves out what the columns mean.
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 READERS = (
     ".jsonl, .json (one object a line), .parquet, or a folder written by datasets.save_to_disk"
 )
+
+
+LONGEST_LINE = 16 << 20  # bytes; a longer line is a file without line ends, not a prompt
 
 
 def read_rows(key: str, path: str) -> list[dict]:
@@ -30,39 +34,123 @@ def read_rows(key: str, path: str) -> list[dict]:
             names key, file and line.
     """
     file = Path(path).expanduser()
-    if not file.exists():
-        raise ValueError(f"{key}: there is no file {path} (looked in {Path.cwd()})")
+    check_file(key, path)
     if file.is_dir() or file.suffix == ".parquet":
         rows = read_with_datasets(key, file)
-    elif file.suffix in (".jsonl", ".json"):
+    elif file.suffix in (".jsonl", ".json") and file.is_file():
         rows = read_json_lines(key, file)
     else:
         raise ValueError(f"{key}: {path} ends in {file.suffix or 'nothing'}; expected {READERS}")
     if not rows:
-        raise ValueError(f"{key}: {path} has no rows")
+        raise ValueError(f"{key}: {path} has no rows; write one object a line")
+    check_ids(key, path, rows)
     return rows
+
+
+def check_file(key: str, path: str) -> None:
+    """Raise ValueError, naming the setting ``key``, if there is nothing at ``path``."""
+    file = Path(path).expanduser()
+    if not file.exists():
+        if file.is_symlink():
+            raise ValueError(f"{key}: {path} is a link that leads nowhere; mend or replace it")
+        raise ValueError(f"{key}: there is no file {path} (looked in {Path.cwd()})")
+
+
+def check_ids(key: str, path: str, rows: list[dict]) -> None:
+    """Refuse a column ``id`` whose values are not all different; rows without one do not count."""
+    first: dict[str, int] = {}
+    for number, row in enumerate(rows, start=1):
+        if row.get("id") is None:
+            continue
+        name = repr(row["id"])
+        if name in first:
+            raise ValueError(
+                f"{key}: {path}: row {number} has the id {name} of row {first[name]} again; take "
+                "one out, or give the column another name"
+            )
+        first[name] = number
 
 
 def read_json_lines(key: str, file: Path) -> list[dict]:
     rows = []
     try:
-        with file.open(encoding="utf-8-sig") as lines:  # a byte-order mark is no part of the data
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{key}: {file}:{number}: not JSON: {error.msg}") from error
-                if not isinstance(row, dict):
-                    raise ValueError(
-                        f"{key}: {file}:{number}: expected an object like "
-                        f'{{"prompt": ...}}, got {type(row).__name__}'
-                    )
-                rows.append(row)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{key}: {file} is not UTF-8 (byte {error.start}); convert it") from error
+        lines = file.open("rb")
+    except OSError as error:
+        raise ValueError(
+            f"{key}: cannot read {file}: {error.strerror}; ask its owner, or copy it"
+        ) from error
+    with lines:
+        number = 0
+        while line := lines.readline(LONGEST_LINE + 1):
+            number += 1
+            where = f"{key}: {file}:{number}"
+            if len(line) > LONGEST_LINE:
+                raise ValueError(
+                    f"{where}: longer than {LONGEST_LINE >> 20} MiB; write one object a line"
+                )
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)  # no part of the data
+                check_encoding(where, line)
+            if line.strip():
+                rows.append(read_object(where, line))
     return rows
+
+
+def check_encoding(where: str, start: bytes) -> None:
+    """Name the usual reasons for which a file is no text in UTF-8."""
+    if start.startswith(b"\x1f\x8b"):
+        raise ValueError(f"{where}: packed by gzip; unpack the file")
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{where}: UTF-16; convert the file to UTF-8")
+
+
+def read_object(where: str, line: bytes) -> dict:
+    """One line as a row."""
+    if b"\0" in line:
+        raise ValueError(f"{where}: holds a NUL byte; write the file again as UTF-8 text")
+    try:
+        row = json.loads(line.decode(), object_pairs_hook=columns, parse_constant=refuse)
+        if b"\\ud" in line or b"\\uD" in line:  # half a character passes json, no tokenizer
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: not UTF-8 (byte {error.start} of the line); convert the file"
+        ) from error
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: a lone surrogate {error.object[error.start]!r}, which is no character; "
+            "take it out"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where}: not JSON: {error.msg} at character {error.pos + 1}; write one object a line"
+        ) from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: nested too deeply; write one flat object a line") from error
+    except ValueError as error:  # from the two functions below, or a number of 4,300 digits
+        reason = str(error).partition("; use sys.")[0]
+        raise ValueError(f"{where}: cannot be read: {reason}; mend the line") from error
+    if not isinstance(row, dict):
+        raise ValueError(
+            f'{where}: expected an object like {{"prompt": ...}}, got {type(row).__name__}; write '
+            "one object a line"
+        )
+    return row
+
+
+def columns(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, if no key stands in it twice."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"column {twice!r} stands twice")
+    return row
+
+
+def refuse(constant: str) -> None:
+    """NaN and infinities are no JSON, and no reward can compare with them."""
+    raise ValueError(f"{constant} is no JSON, write null for it")
 
 
 def read_with_datasets(key: str, file: Path) -> list[dict]:
@@ -72,13 +160,18 @@ def read_with_datasets(key: str, file: Path) -> list[dict]:
         raise ValueError(
             f"{key}: reading {file} needs the datasets package: pip install gspo_lightning[data]"
         ) from error
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it also raises
     try:
         if file.is_dir():
             table = datasets.load_from_disk(str(file))
         else:
             table = datasets.Dataset.from_parquet(str(file), keep_in_memory=True)
     except Exception as error:  # pyarrow and datasets raise a dozen kinds; all mean the same here
-        raise ValueError(f"{key}: cannot read {file}: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(f"{key}: cannot read {file}: {reason}; expected {READERS}") from error
+    finally:
+        datasets.logging.set_verbosity(level)
     if isinstance(table, datasets.DatasetDict):
         raise ValueError(
             f"{key}: {file} holds several splits {list(table)}; give one split's folder"
@@ -90,7 +183,24 @@ def column(key: str, path: str, rows: list[dict], name: str, why: str = "") -> l
     """One column of all rows; a row without it is an error that names the row and what it has."""
     for number, row in enumerate(rows, start=1):
         if row.get(name) is None:
+            null = f", where {name!r} is null" if name in row else ""
             raise ValueError(
                 f"{key}: {path}: row {number} has no column {name!r}{why}; it has {sorted(row)}"
+                f"{null}"
             )
     return [row[name] for row in rows]
+
+
+def text_column(key: str, path: str, rows: list[dict], name: str) -> list[str]:
+    """A column of texts; anything else in it, or an empty one, is an error that names the row."""
+    values = column(key, path, rows, name)
+    for number, value in enumerate(values, start=1):
+        where = f"{key}: {path}: row {number}: column {name!r}"
+        if not isinstance(value, str):
+            raise ValueError(
+                f"{where} is a {type(value).__name__}, not a text; write a text, or name another "
+                "column"
+            )
+        if not value:
+            raise ValueError(f"{where} is empty; write a text, or take the row out")
+    return values

@@ -21,10 +21,13 @@ MAY_IMPORT = {
     "optim": set(),
     "attention": set(),
     "lora": set(),
-    "policy": {"lora"},
+    "model_folder": set(),
+    "policy": {"lora", "model_folder"},
+    "start_checks": {"model_folder"},
     "tables": set(),
     "plan": set(),
     "cli": set(),
+    "config_files": set(),
     "text_scores": set(),
     "event_files": set(),
     "checkpoint": {"event_files"},
@@ -40,12 +43,12 @@ MAY_IMPORT = {
     "time_limit": set(),
     "metrics": {"masked"},
     "stream": {"rollout"},
-    "supervised": {"stream", "tables"},
-    "data": {"rollout", "stream", "supervised", "tables"},
+    "supervised": {"start_checks", "stream", "tables"},
+    "data": {"rollout", "start_checks", "stream", "supervised", "tables"},
     "sampling": {"logprobs", "rollout"},
     "vllm_sampler": {"sampling", "rollout"},
     "classifier": {"policy"},
-    "frozen": {"classifier", "logprobs", "lora", "policy", "rollout"},
+    "frozen": {"classifier", "logprobs", "lora", "model_folder", "policy", "rollout"},
     "health": {"objectives"},
     "report": {"metrics"},
     "tally": {"advantages", "kl", "masked", "metrics", "objectives", "rollout"},
@@ -53,7 +56,7 @@ MAY_IMPORT = {
     "progress": {"callbacks", "kl", "metrics", "plan", "policy", "report", "rollout"},
     "evaluation": {"metrics", "policy", "rewards", "rollout", "sampling"},
     "sft": {"logprobs", "masked", "optim", "policy"},
-    "reward_model": {"optim", "policy"},
+    "reward_model": {"model_folder", "optim", "policy"},
     "collect": {
         *("advantages", "evaluation", "frozen", "logprobs", "memory", "overlap", "rewards"),
         *("rollout", "tally"),
@@ -130,8 +133,8 @@ def test_no_file_needs_a_peer(path):
 
 def test_train_leaves_the_algorithm_to_the_package():
     assert siblings(ROOT / "train.py") <= {
-        *("callbacks", "checkpoint", "cli", "plan", "progress", "rewards", "run_folder"),
-        "terminal_log",
+        *("callbacks", "checkpoint", "cli", "config_files", "plan", "progress", "rewards"),
+        *("run_folder", "start_checks", "terminal_log"),
     }
 
 

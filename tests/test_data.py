@@ -224,7 +224,7 @@ def test_prompt_data_names_the_bad_argument(prompts, options, message):
         ("a.jsonl", b"\n\n", "a.jsonl has no rows"),
         ("a.jsonl", b'{"prompt": "1"}\n{"prompt": \n', "a.jsonl:2: not JSON"),
         ("a.jsonl", b'["1"]\n', "a.jsonl:1: expected an object .* got list"),
-        ("a.jsonl", b'{"prompt": "\xff"}\n', "a.jsonl is not UTF-8"),
+        ("a.jsonl", b'{"prompt": "\xff"}\n', "a.jsonl:1: not UTF-8"),
         ("a.csv", b"prompt\n1\n", "a.csv ends in .csv; expected .jsonl"),
         ("a.parquet", b"not parquet", "cannot read .*a.parquet"),
     ],

@@ -1,0 +1,94 @@
+"""Config files: read before they are parsed, so that a broken one is named with its line.
+
+Decides what a config file must be: UTF-8 text, one YAML mapping, plain values, no key twice. Leaves
+out which keys there are (`cli`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FLAGS = ("--config", "-c")
+WAY_OUT = "a config looks like configs/arithmetic.yaml"
+
+
+def check_config_files(args: Sequence[str]) -> None:
+    """Read every config file that a command line names.
+
+    Args:
+        args: The command line without the program.
+
+    Raises:
+        ValueError: For the first file that is missing or broken, naming file, line and way out.
+    """
+    for path in config_paths(args):
+        check_config_file(path)
+
+
+def config_paths(args: Sequence[str]) -> Iterator[str]:
+    """The files that follow `--config`, in their order.
+
+    >>> list(config_paths(["fit", "--config", "a.yaml", "--config=b.yaml", "-c", "c.yaml"]))
+    ['a.yaml', 'b.yaml', 'c.yaml']
+    """
+    for word, following in itertools.zip_longest(args, args[1:]):
+        flag, equals, path = word.partition("=")
+        if flag in FLAGS and (equals or following is not None):
+            yield path if equals else following
+
+
+def check_config_file(path: str) -> None:
+    """Raise ValueError unless ``path`` is a file with one YAML mapping of plain values."""
+    file = Path(path).expanduser()
+    if not file.exists():
+        raise ValueError(f"config: there is no file {path} (looked in {Path.cwd()}); {WAY_OUT}")
+    if not file.is_file():
+        raise ValueError(f"config: {path} is no file; give the path of a YAML file")
+    content = file.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"config: {path}:{line}: not UTF-8; save the file as UTF-8") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        yaml.safe_load(text)  # refuses tags, which would make objects
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ValueError(
+            f"config: {path}:{line}: holds the character {error.character:#x}, so it is no text; "
+            f"{WAY_OUT}"
+        ) from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ValueError(f"config: {path}:{line}: not YAML: {error.problem}; mend it") from error
+    except (ValueError, RecursionError) as error:  # an impossible date; brackets without end
+        raise ValueError(f"config: {path}: not YAML: {error}; mend it") from error
+    if not isinstance(node, yaml.MappingNode):
+        found = "is empty" if node is None else "does not hold keys with values"
+        raise ValueError(f"config: {path} {found}; {WAY_OUT}")
+    check_keys(path, node)
+
+
+def check_keys(path: str, node: Any, prefix: str = "") -> None:
+    """Refuse a key that stands twice in one mapping: YAML would silently take the last one."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            check_keys(path, item, prefix)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+        if name in lines:
+            raise ValueError(
+                f"config: {path}:{line}: {name} stands twice, first in line {lines[name]}; "
+                "remove one"
+            )
+        lines[name] = line
+        check_keys(path, value, f"{name}.")
