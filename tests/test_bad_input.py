@@ -15,6 +15,7 @@ from bad_model_cases import CHECKPOINTS, MODELS
 
 from gspo_lightning.rollout import PromptBatch, Samples
 from gspo_lightning.sampling import GroupSampler
+from gspo_lightning.tables import read_rows
 
 CASES = [*CONFIG, *FOLDERS, *DATA_FILES, *DEMONSTRATIONS, *MODELS, *CHECKPOINTS]
 ROOT = Path(__file__).parents[1]
@@ -147,3 +148,36 @@ def test_a_mistake_is_one_line_and_nothing_was_done(work, capsys, case):
     assert set(work) <= case.work
     assert snapshot() == before
     assert "rollout 1" not in out
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'\xef\xbb\xbf{"prompt": "1"}\n{"prompt": "2"}\n',  # a byte-order mark
+        b'{"prompt": "1"}\r\n\r\n{"prompt": "2"}',  # lines of Windows, one of them empty
+        b'\n {"prompt": "1"} \n\t\n{"prompt": "2"}\n\n',
+        b'{"prompt": "1", "id": null}\n{"prompt": "2", "id": null}\n',  # no ids
+        b'{"prompt": "1", "id": 7}\n{"prompt": "2", "id": "7"}\n',  # different ones
+        b'{"prompt": "1"}\n{"prompt": "2", "mood": "\\ud83d\\ude00"}\n',  # one whole character
+    ],
+)
+def test_what_looks_odd_and_is_right_is_read(tmp_path, content):
+    (tmp_path / "p.jsonl").write_bytes(content)
+    rows = read_rows("data.path", str(tmp_path / "p.jsonl"))
+    assert [row["prompt"] for row in rows] == ["1", "2"]
+
+
+def test_a_line_may_be_as_long_as_the_limit(tmp_path, monkeypatch):
+    line = b'{"prompt": "1"}\n'
+    (tmp_path / "p.jsonl").write_bytes(line)
+    monkeypatch.setattr("gspo_lightning.tables.LONGEST_LINE", len(line))
+    assert read_rows("data.path", str(tmp_path / "p.jsonl")) == [{"prompt": "1"}]
+    monkeypatch.setattr("gspo_lightning.tables.LONGEST_LINE", len(line) - 1)
+    with pytest.raises(ValueError, match="p.jsonl:1: longer than"):
+        read_rows("data.path", str(tmp_path / "p.jsonl"))
+
+
+def test_the_work_that_a_case_must_not_do_is_seen(work):
+    """The run that every case changes is right, and comes as far as sampling."""
+    assert train.main(["fit", "--config", "gspo.yaml"]) == 1
+    assert set(work) == {"weights", "sampling"}
