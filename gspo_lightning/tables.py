@@ -1,7 +1,8 @@
 """Tables from files: JSON lines, Parquet, folders of the datasets library.
 
 Decides which files are read and how a broken one is reported: with the setting, the file and the
-line. Leaves out what the columns mean.
+line. A column ``id``, where there is one, must tell the rows apart. Leaves out what the other
+columns mean.
 """
 
 from __future__ import annotations
