@@ -31,7 +31,7 @@ class PromptData(TokenizedData):
     """Prompts for rollouts, with every other column of their rows for the reward terms.
 
     Args:
-        path: Training prompts: JSON lines, Parquet, or a ``datasets`` folder. A column ``id``, where
+        path: Training prompts: JSON lines, Parquet, or a ``datasets`` folder. A column ``id``, if
             there is one, must be different in each row that has it.
         val_path: Held-out prompts for ``fit`` and ``validate``.
         test_path: Prompts for ``test``; ``None`` takes ``val_path``.

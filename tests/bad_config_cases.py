@@ -88,6 +88,11 @@ CONFIG = [
     yaml("class_path to a function", ("model",), "model: {class_path: bad_rewards.one_argument}"),
     yaml("class_path to a module", ("model",), "model: {class_path: gspo_lightning.module}"),
     yaml(
+        "a sampler that cannot sample",
+        ("model.sampler", "PromptData", "Sampler", "class_path"),
+        model("sampler: {class_path: gspo_lightning.PromptData, init_args: {path: p}}"),
+    ),
+    yaml(
         "class_path to another class", ("model",), "model: {class_path: gspo_lightning.PromptData}"
     ),
     yaml("class_path is a file", ("model",), "model: {class_path: ./evil.py}"),

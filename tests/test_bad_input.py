@@ -176,7 +176,7 @@ def test_a_line_may_be_as_long_as_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr("gspo_lightning.tables.LONGEST_LINE", len(line))
     assert read_rows("data.path", str(tmp_path / "p.jsonl")) == [{"prompt": "1"}]
     monkeypatch.setattr("gspo_lightning.tables.LONGEST_LINE", len(line) - 1)
-    with pytest.raises(ValueError, match="p.jsonl:1: longer than"):
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: longer than"):
         read_rows("data.path", str(tmp_path / "p.jsonl"))
 
 

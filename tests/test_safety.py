@@ -193,7 +193,7 @@ def test_tensorboard_shows_a_completion_as_it_stands(text):
 def test_no_control_character_of_a_completion_reaches_terminal_or_log(folder, model_dir, capsys):
     Path("nasty.py").write_text(
         "def fn(rows, completions):\n"
-        "    raise KeyError('\\x1b]0;title\\x07 \\x1b[2J \\x9b31m \\u202e')\n"
+        "    raise ValueError('\\x1b]0;title\\x07 \\x1b[2J \\x9b31m \\u202e')\n"
     )
     Path("run.yaml").write_text(RUN % (model_dir, "nasty.fn"))
     assert train.main(["fit", "--config", "run.yaml"]) == 2
@@ -211,7 +211,8 @@ def test_a_traceback_has_no_control_characters(capsys):
 
 
 def test_a_warning_has_no_control_characters(capsys):
-    with quiet():
+    with warnings.catch_warnings(), quiet():
+        warnings.simplefilter("always")
         warnings.warn("completion \x1b[2J\x9b1m", stacklevel=1)
     assert capsys.readouterr().err == "warning: completion \\x1b[2J\\x9b1m\n"
 
