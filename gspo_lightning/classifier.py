@@ -102,7 +102,7 @@ class RewardModel:
         if loading["missing_keys"]:  # transformers would draw them at random and go on
             raise ValueError(
                 f"{self.path} is no trained sequence classifier: it has no weights for "
-                f"{', '.join(sorted(loading['missing_keys'])[:3])}"
+                f"{', '.join(sorted(loading['missing_keys'])[:3])}; RewardModelModule trains one"
             )
         labels = model.config.num_labels
         if labels > 1 and self.label is None:

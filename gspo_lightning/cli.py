@@ -146,7 +146,9 @@ def _import_trouble(reason: str) -> str | None:
             match[2], dir(sys.modules.get(match[1]))
         )
     if match := re.search(r"No module named '(.+?)'", reason):
-        return f"there is no module {match[1]}" + did_you_mean(match[1], ["gspo_lightning"])
+        advice = "; install it, or put its folder on PYTHONPATH"
+        meant = did_you_mean(match[1], ["gspo_lightning"])
+        return f"there is no module {match[1]}{meant or advice}"
     if match := re.search(r"Unexpected import path format: (.*)", reason):
         return f"class_path must be a dotted name such as gspo_lightning.GSPOModule, got {match[1]}"
     no_such = r"Import path (\S+) does not (?:correspond to a subclass of|implement protocol) (\w+)"

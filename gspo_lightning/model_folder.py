@@ -45,7 +45,9 @@ def check_model_path(key: str, path: str) -> None:
         raise ValueError(f"{key}: {path} is a file; give the folder that holds it")
     # "data/x" could be a name on the hub, but where there is a folder "data" a path was meant
     elif not HUB_NAME.fullmatch(path) or ("/" in path and folder.parent.is_dir()):
-        raise ValueError(f"{key}: there is no folder {path} (and it is no model name)")
+        raise ValueError(
+            f"{key}: there is no folder {path} (and it is no model name); mend the path"
+        )
 
 
 def check_model_folder(key: str, path: str, trust_remote_code: bool, weights: bool = True) -> Any:
@@ -106,7 +108,9 @@ def weight_files(key: str, folder: Path) -> list[Path]:
             files = sorted({folder / str(shard) for shard in shards.values()})
             for file in files:
                 if not file.is_file():
-                    raise ValueError(f"{key}: {file}, which {index.name} names, is not there")
+                    raise ValueError(
+                        f"{key}: {file}, which {index.name} names, is not there; fetch it"
+                    )
             return files
     raise ValueError(
         f"{key}: {folder} has no weights, neither {SAFE} nor {PICKLED}; save them there, or train "

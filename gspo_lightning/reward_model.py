@@ -197,7 +197,9 @@ def load_classifier(config: PolicyConfig, tokenizer: Any) -> Any:
         settings = AutoConfig.from_pretrained(config.path, revision=config.revision, **options)
         architecture = (getattr(settings, "architectures", None) or [""])[0]
         if "SequenceClassification" in architecture and settings.num_labels != 1:
-            raise ValueError(f"it has {settings.num_labels} labels, a reward model has 1")
+            raise ValueError(
+                f"it has {settings.num_labels} labels; start from one with 1, or a language model"
+            )
         settings.num_labels = 1
         settings.pad_token_id = tokenizer.pad_token_id  # before the export: saved along
         options |= {"dtype": DTYPES[config.dtype]}

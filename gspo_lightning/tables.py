@@ -187,7 +187,7 @@ def column(key: str, path: str, rows: list[dict], name: str, why: str = "") -> l
             null = f", where {name!r} is null" if name in row else ""
             raise ValueError(
                 f"{key}: {path}: row {number} has no column {name!r}{why}; it has {sorted(row)}"
-                f"{null}"
+                f"{null}; mend the row, or name another column"
             )
     return [row[name] for row in rows]
 

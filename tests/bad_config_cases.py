@@ -55,7 +55,7 @@ CONFIG = [
     ),
     key("device word", ("model.reference.device", "gpu", "policy"), "--model.reference.device gpu"),
     key("frozen device not there", ("frozen_device", "cuda:7"), "--model.frozen_device cuda:7"),
-    key("schedule without length", ("max_epochs",), "--trainer.max_epochs -5"),
+    key("schedule without length", ("max_epochs", "-5", "-1"), "--trainer.max_epochs -5"),
     key(
         "too few prompts per rollout",
         ("data.prompts_per_rollout", ">= 1", "0"),
@@ -69,13 +69,17 @@ CONFIG = [
     ),
     yaml("a list of rewards", ("model.rewards", "dict"), model("rewards: [{fn: " + MARKED + "}]")),
     yaml("reward without fn", ("model.rewards", "fn"), reward("weight: 1")),
-    yaml("reward module not there", ("nowhere",), reward("fn: nowhere.score")),
+    yaml(
+        "reward module not there",
+        ("model.rewards.fn", "nowhere", "PYTHONPATH"),
+        reward("fn: nowhere.score"),
+    ),
     yaml(
         "reward function not there",
         ("MarkedAnser", "MarkedAnswer"),
         reward("fn: {class_path: gspo_lightning.rewards.MarkedAnser}"),
     ),
-    yaml("reward is a number", ("model.rewards",), reward("fn: 3")),
+    yaml("reward is a number", ("model.rewards.fn", "import path", "3"), reward("fn: 3")),
     yaml(
         "reward weight nan", ("weight", "finite", "nan"), reward("fn: " + MARKED + ", weight: .nan")
     ),
@@ -85,28 +89,52 @@ CONFIG = [
         ("model.rewards.a.fn", "(rows, completions)"),
         reward("fn: bad_rewards.one_argument"),
     ),
-    yaml("class_path to a function", ("model",), "model: {class_path: bad_rewards.one_argument}"),
-    yaml("class_path to a module", ("model",), "model: {class_path: gspo_lightning.module}"),
+    yaml(
+        "class_path to a function",
+        ("model:", "bad_rewards.one_argument", "class_path"),
+        "model: {class_path: bad_rewards.one_argument}",
+    ),
+    yaml(
+        "class_path to a module",
+        ("model:", "gspo_lightning.module", "class_path"),
+        "model: {class_path: gspo_lightning.module}",
+    ),
     yaml(
         "a sampler that cannot sample",
         ("model.sampler", "PromptData", "Sampler", "class_path"),
         model("sampler: {class_path: gspo_lightning.PromptData, init_args: {path: p}}"),
     ),
     yaml(
-        "class_path to another class", ("model",), "model: {class_path: gspo_lightning.PromptData}"
+        "class_path to another class",
+        ("model:", "PromptData", "class_path"),
+        "model: {class_path: gspo_lightning.PromptData}",
     ),
-    yaml("class_path is a file", ("model",), "model: {class_path: ./evil.py}"),
-    yaml("class_path is code", ("model",), "model: {class_path: \"__import__('os').mkdir('x')\"}"),
+    yaml(
+        "class_path is a file",
+        ("model:", "./evil.py", "dotted name"),
+        "model: {class_path: ./evil.py}",
+    ),
+    yaml(
+        "class_path is code",
+        ("model:", "__import__", "dotted name"),
+        "model: {class_path: \"__import__('os').mkdir('x')\"}",
+    ),
     yaml(
         "callback unknown",
         ("trainer.callbacks", "AdaptivKL", "`AdaptiveKL`"),
         callback("gspo_lightning.AdaptivKL"),
     ),
     yaml(
-        "callback is no callback", ("trainer.callbacks",), callback("gspo_lightning.GroupSampler")
+        "callback is no callback",
+        ("trainer.callbacks", "GroupSampler", "Callback"),
+        callback("gspo_lightning.GroupSampler"),
     ),
     yaml("KL target 0", ("target", "> 0", "0"), rule("{target: 0}")),
-    yaml("KL horizon too short", ("horizon",), rule("{target: 0.1, horizon: 2}")),
+    yaml(
+        "KL horizon too short",
+        ("horizon", "must exceed", "got 2"),
+        rule("{target: 0.1, horizon: 2}"),
+    ),
     yaml("KL without reference", ("AdaptiveKL", "model.reference"), model("reference: null")),
     yaml(
         "export outside the run",
@@ -132,11 +160,15 @@ CONFIG = [
         ("config: overlay.yaml:1", "python/object"),
         "model: !!python/object/apply:os.mkdir [exploded]",
     ),
-    Case("config not there", ("config", "gone.yaml"), options="--config gone.yaml"),
-    Case("config is a folder", ("config", "policy"), options="--config policy"),
+    Case(
+        "config not there",
+        ("config", "gone.yaml", "configs/arithmetic.yaml"),
+        options="--config gone.yaml",
+    ),
+    Case("config is a folder", ("config", "policy", "YAML file"), options="--config policy"),
     Case(
         "config is empty",
-        ("config", "empty.yaml"),
+        ("config", "empty.yaml", "empty", "configs/arithmetic.yaml"),
         options="--config empty.yaml",
         files={"empty.yaml": b""},
     ),
@@ -153,7 +185,10 @@ CONFIG = [
         files={"b.yaml": b"model: \xff\xfe"},
     ),
     Case(
-        "config is a loop", ("config", "b.yaml"), options="--config b.yaml", files={"b.yaml": loop}
+        "config is a loop",
+        ("config", "b.yaml", "configs/arithmetic.yaml"),
+        options="--config b.yaml",
+        files={"b.yaml": loop},
     ),
     Case(
         "required key missing",

@@ -192,13 +192,13 @@ MODELS = [
     ),
     yaml(
         "policy for a reward model",
-        ("rewards.a.fn", "policy", "classifier"),
+        ("rewards.a.fn", "policy", "classifier", "RewardModelModule"),
         scorer("policy"),
         work=WEIGHTS,
     ),
     Case(
         "reward model of several labels for training",
-        ("policy.path", "scorer", "3 labels"),
+        ("policy.path", "scorer", "3 labels", "language model"),
         "--model.policy.path scorer",
         config="pairs.yaml",
         work=WEIGHTS,

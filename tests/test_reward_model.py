@@ -138,7 +138,7 @@ def test_a_classifier_with_several_labels_is_refused(model_dir, tmp_path, tokeni
         tmp_path
     )
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="it has 3 labels, a reward model has 1"):
+    with pytest.raises(ValueError, match="it has 3 labels; start from one with 1"):
         make(tmp_path)
 
 
