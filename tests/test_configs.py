@@ -208,6 +208,7 @@ def test_a_machine_places_policy_reference_and_reward_model(
     assert isinstance(model.rewards["taste"].fn, RewardModel)
     places = {}
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("gspo_lightning.frozen.check_model_folder", lambda *_: None)  # it is empty
     policy = SimpleNamespace(type="cuda", index=0)
     for part in (RewardModel, type(model.reference)):
         monkeypatch.setattr(part, "load", lambda self, *a: places.update({self: a[-1]}), False)
