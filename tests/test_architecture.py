@@ -69,7 +69,8 @@ MAY_IMPORT = {
     },
     "bench": {"data", "module"},
     "compare_report": set(),
-    "compare": {"compare_report"},
+    "compare_plan": set(),
+    "compare": {"compare_plan", "compare_report"},
     "experiment": {"logprobs", "rollout"},
 }
 # where Lightning is the shell; everything else runs without it

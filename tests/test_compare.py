@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from gspo_lightning import compare
+from gspo_lightning.compare_plan import Arm, arms, merged, overlay, read_plan, settings
 from gspo_lightning.compare_report import (
     Run,
     differences,
@@ -133,9 +134,9 @@ def test_a_report_has_a_table_a_figure_and_a_statement(tmp_path):
 
 
 def test_the_shipped_plan_is_read():
-    plan = compare.read_plan(PLAN)
+    plan = read_plan(PLAN)
     assert plan.sections["algorithms"].seeds == [0, 1, 2, 3, 4]
-    assert {a.algorithm for a in compare.arms(plan.sections["off_policy"])} == {"gspo", "grpo"}
+    assert {a.algorithm for a in arms(plan.sections["off_policy"])} == {"gspo", "grpo"}
 
 
 @pytest.mark.parametrize(
@@ -163,17 +164,17 @@ def test_a_plan_that_is_not_there_is_one_line(tmp_path, capsys):
 
 
 def test_every_run_has_the_same_updates_completions_and_a_reference_to_measure_with():
-    plan = compare.read_plan(PLAN)
+    plan = read_plan(PLAN)
     for algorithm in ("gspo", "dapo", "grpo"):
-        arm = compare.Arm(algorithm, 16, 0, (), False)
-        own = compare.settings(plan, arm)
-        model = compare.merged([*plan.configs, str(compare.overlay(algorithm))])["model"]
+        arm = Arm(algorithm, 16, 0, (), False)
+        own = settings(plan, arm)
+        model = merged([*plan.configs, str(overlay(algorithm))])["model"]
         assert own["model"]["init_args"]["num_minibatches"] == 16
         assert own["data"]["init_args"]["num_rollouts"] == 60
         assert (model["init_args"]["reference"] is None) == (
             "reference" in own["model"]["init_args"]
         )
-    ramp = compare.settings(plan, compare.Arm("dapo", 4, 0, (), False))
+    ramp = settings(plan, Arm("dapo", 4, 0, (), False))
     assert ramp["model"]["init_args"]["overlong_ramp"] == 40 // 5  # of this task's limit
 
 
@@ -222,8 +223,8 @@ def test_a_comparison_gives_the_same_csv_again_and_runs_nothing_twice(tmp_path, 
 
 
 def test_a_folder_of_another_plan_is_refused(tmp_path, monkeypatch):
-    plan = compare.read_plan(PLAN)
-    arm = next(compare.arms(plan.sections["algorithms"]))
+    plan = read_plan(PLAN)
+    arm = next(arms(plan.sections["algorithms"]))
     folder = tmp_path / arm.name
     folder.mkdir()
     (folder / compare.RECORD).write_text(json.dumps(record(0.5)))
