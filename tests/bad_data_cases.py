@@ -45,7 +45,9 @@ DATA_FILES = [
         "a path through a file", ("data.path", "gspo.yaml/p.jsonl"), "--data.path gspo.yaml/p.jsonl"
     ),
     Case(
-        "unreadable data", (DATA, "Permission"), files={"prompts.jsonl": lambda path: path.chmod(0)}
+        "unreadable data",
+        ("data.path", "prompts.jsonl", "Permission", "owner"),
+        files={"prompts.jsonl": lambda path: path.chmod(0)},
     ),
     Case(
         "a folder with a script",

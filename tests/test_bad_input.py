@@ -121,8 +121,8 @@ def snapshot():
     found = {}
     for path in sorted(Path().rglob("*")):
         if "__pycache__" not in path.parts:
-            link, folder = path.is_symlink(), path.is_dir()
-            found[str(path)] = os.readlink(path) if link else None if folder else path.read_bytes()
+            link, opaque = path.is_symlink(), path.is_dir() or not os.access(path, os.R_OK)
+            found[str(path)] = os.readlink(path) if link else None if opaque else path.read_bytes()
     return found
 
 
