@@ -26,8 +26,6 @@ from gspo_lightning.reward_calls import (
 )
 from gspo_lightning.shaping import RunningStatistics
 
-__all__ = ["RewardError", "RewardFn"]  # also from here
-
 
 @dataclass(frozen=True)
 class RewardTerm:

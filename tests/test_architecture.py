@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "provenance": set(),
     "overlap": set(),
     "memory": set(),
+    "out_of_memory": set(),
     "terminal_log": set(),
     "run_folder": {"checkpoint", "provenance", "terminal_log"},
     "shaping": set(),
@@ -52,6 +53,7 @@ MAY_IMPORT = {
     "frozen": {"classifier", "logprobs", "lora", "model_folder", "policy", "rollout"},
     "health": {"objectives"},
     "report": {"metrics"},
+    "faults": {"checkpoint", "rollout"},
     "tally": {"advantages", "kl", "masked", "metrics", "objectives", "rollout"},
     "callbacks": {"kl", "metrics", "policy", "report", "rollout"},
     "progress": {"callbacks", "kl", "metrics", "plan", "policy", "report", "rollout"},
@@ -60,10 +62,11 @@ MAY_IMPORT = {
     "reward_model": {"model_folder", "optim", "policy"},
     "collect": {
         *("advantages", "evaluation", "frozen", "logprobs", "memory", "overlap", "rewards"),
-        *("rollout", "tally"),
+        *("out_of_memory", "rollout", "tally"),
     },
+    "update": {"collect", "faults", "kl", "objectives", "out_of_memory", "policy", "rollout"},
     "module": {
-        "collect",
+        *("collect", "faults", "out_of_memory", "update"),
         *("advantages", "kl", "logprobs", "masked", "objectives", "rollout"),
         *("evaluation", "frozen", "health", "metrics", "optim", "policy", "rewards", "sampling"),
         *("memory", "overlap", "tally", "time_limit"),
@@ -78,6 +81,7 @@ MAY_IMPORT = {
 SHELL = {
     *("data", "supervised", "module", "sft", "reward_model", "evaluation", "callbacks", "progress"),
     *("checkpoint", "event_files", "run_folder", "health", "cli", "bench", "experiment"),
+    *("faults", "update", "replay", "guard_cost"),
 }
 FILES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 

@@ -1,0 +1,253 @@
+"""Update on a rollout: one optimizer step per mini-batch, through micro-batches.
+
+Decides the loss of a micro-batch, when a step is skipped, and what is done again when memory is
+short. Leaves out the settings (``module``) and the maths (``objectives``, ``kl``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.collect import MICRO, CollectingModule
+from gspo_lightning.faults import FOLDER, Faults, prompt_texts, settings_of, write_dump
+from gspo_lightning.kl import kl_estimate
+from gspo_lightning.objectives import (
+    Objective,
+    PolicyLoss,
+    importance_log_ratio,
+    policy_loss,
+    token_weights,
+)
+from gspo_lightning.out_of_memory import OutOfMemory, is_out_of_memory
+from gspo_lightning.policy import PolicyConfig
+from gspo_lightning.rollout import Rollout
+
+
+class StepLosses(NamedTuple):
+    """The loss of a micro-batch: its parts, () each, and what they were computed from.
+
+    ``total`` is attached to the graph. ``log_ratio`` is the length-normalised one, (b,);
+    ``noise`` what it is by rounding alone, or None where the weights have moved.
+    """
+
+    total: Tensor
+    policy: PolicyLoss
+    entropy: Tensor
+    kl: Tensor
+    logprobs: Tensor
+    log_ratio: Tensor
+    noise: Tensor | None
+
+
+class UpdatingModule(CollectingModule):
+    """The half of ``GSPOModule`` that learns from rollouts; that class documents the settings."""
+
+    policy_config: PolicyConfig
+    objective: Objective
+    kl_coef: float
+    kl_estimator: Literal["k2", "k3"]
+    entropy_coef: float
+    max_grad_norm: float | None
+    num_epochs: int
+    faults: Faults
+    steps: int = 0  # mini-batches of this rollout so far
+    moved: bool = False  # whether one of them has moved the weights
+    synced: bool = False  # whether the backward pass is one that ranks share
+
+    def learn(self, rollout: Rollout) -> tuple[Rollout, Tensor]:
+        """Take all optimizer steps of a rollout.
+
+        Returns:
+            The rollout, whose old log-probs are others if memory was short, and the ratio of each
+            row before its last step, (B,).
+        """
+        ratios = torch.ones(len(rollout))
+        self.steps, self.moved = 0, False
+
+        def smaller(rows: Tensor) -> Rollout:
+            # in the batches of the update again, or rounding would look like a ratio that moved
+            nonlocal rollout
+            old, entropy = self._old_logprobs(rollout)
+            self.tally.count_logprobs(old, entropy, rollout.ref_logprobs, rollout.mask)
+            rollout = replace(rollout, old_logprobs=old)
+            return rollout.select(rows)
+
+        for epoch in range(self.num_epochs):
+            for step, rows in enumerate(self._minibatch_rows(rollout, epoch)):
+                on_policy = epoch == step == 0  # no step has moved the weights yet
+                again = partial(smaller, rows)
+                ratios[rows] = self.update(rollout.select(rows), on_policy, again)
+        return rollout, ratios
+
+    def update(
+        self,
+        minibatch: Rollout,
+        on_policy: bool = False,
+        smaller: Callable[[], Rollout] | None = None,
+    ) -> Tensor:
+        """Take one optimizer step on a mini-batch, through micro-batches.
+
+        Args:
+            minibatch: Rows of a rollout.
+            on_policy: The weights are still those that sampled, so the old log-probs are this very
+                forward pass, detached: the ratio is exactly 1.
+            smaller: The same rows with old log-probs from smaller micro-batches; None where a step
+                is not to be repeated.
+
+        Returns:
+            Length-normalised sequence ratios before the step, (B,) on the CPU.
+
+        Raises:
+            FloatingPointError: If ``max_faults`` steps in a row were not finite.
+            OutOfMemory: If memory is short and the step must not be repeated.
+        """
+        self.steps += 1
+        if not self._sum_over_ranks(minibatch.mask.sum()):
+            self.tally.update("optim/skipped_steps", 1.0)
+            return torch.ones(len(minibatch))
+        weights = token_weights(
+            minibatch.mask,
+            self.objective.aggregation,
+            self.sampler.max_new_tokens,
+            reduce=self._sum_over_ranks,
+        )
+        weights = weights * self.trainer.world_size  # the mean of gradients over ranks, undone
+        parts = None
+        while parts is None:
+            try:
+                parts = self._accumulate(minibatch, weights, on_policy)
+            except Exception as error:
+                self._check_repeatable(error, smaller)
+            if parts is None and smaller is not None:
+                self.optimizers().zero_grad()  # type: ignore[union-attr]
+                self.sizes.halve(MICRO, len(minibatch), f"{self._place}, an update")
+                minibatch = smaller()
+        self.optimizers().step()  # type: ignore[union-attr]  # no gradient after a fault: no change
+        if self.faults.found:
+            self._skip(minibatch, weights, on_policy)
+            return torch.ones(len(minibatch))
+        self.moved = True
+        for mask, part in zip(minibatch.mask.split(self._rows(minibatch)), parts, strict=True):
+            self.tally.count_losses(part.policy, part.entropy, part.kl, mask, 1 / len(parts))
+            if part.noise is not None:
+                self.tally.count_noise(part.noise)
+        self.tally.update("optim/skipped_steps", 0.0)
+        self.tally.update("optim/faults", 0.0)
+        return torch.cat([part.log_ratio.exp().float().cpu() for part in parts])
+
+    def _accumulate(self, minibatch: Rollout, weights: Tensor, on_policy: bool) -> list[StepLosses]:
+        """Make the gradient of a mini-batch, one micro-batch after the other."""
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.faults.begin(minibatch, with_reference=self.kl_coef > 0)
+        size = self._rows(minibatch)
+        parts: list[StepLosses] = []
+        micro_batches = minibatch.micro_batches(size)
+        for micro, micro_weights in zip(micro_batches, weights.split(size), strict=True):
+            self.synced = len(parts) == len(micro_batches) - 1
+            with optimizer.toggle_model(sync_grad=self.synced):
+                parts.append(self._backward(micro, micro_weights, on_policy))
+        return parts
+
+    def _rows(self, minibatch: Rollout) -> int:
+        return self.micro_batch_size or len(minibatch)
+
+    @property
+    def _place(self) -> str:
+        return f"rollout {self.trainer.fit_loop.total_batch_idx}, optimizer step {self.steps}"
+
+    def _check_repeatable(self, error: Exception, smaller: Any) -> None:
+        """Raise an error again unless memory was short and the step can be done from its start."""
+        if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
+            raise error
+        size = self.micro_batch_size
+        if self.moved:
+            raise OutOfMemory(
+                f"out of memory in {self._place} (micro_batch_size {size}), after the first step "
+                "of the rollout, which cannot be repeated; continue from the last checkpoint with "
+                "a smaller model.init_args.micro_batch_size"
+            ) from error
+        if smaller is None or (self.synced and self.trainer.world_size > 1):
+            # other ranks may have the half of a gradient that this one was sending
+            raise OutOfMemory(
+                f"out of memory in {self._place} (micro_batch_size {size}), in a pass that other "
+                "ranks share; continue with a smaller model.init_args.micro_batch_size"
+            ) from error
+
+    def losses(self, micro: Rollout, weights: Tensor, on_policy: bool) -> StepLosses:
+        """The forward pass of a micro-batch: its share of the loss of a mini-batch."""
+        mask, old = micro.mask, micro.old_logprobs
+        logprobs, entropy = self._logprobs(micro, with_entropy=self.entropy_coef != 0)
+        noise = None
+        if on_policy:
+            counted = mask.any(1)
+            noise = importance_log_ratio(logprobs.detach(), old, mask, "sequence")[counted, 0]
+            old = logprobs.detach()
+        policy = policy_loss(logprobs, old, micro.advantages, mask, weights, self.objective)
+        entropy_loss = kl_loss = policy.loss.new_zeros(())
+        if entropy is not None:
+            entropy_loss = -self.entropy_coef * (weights * entropy).sum()
+        if micro.ref_logprobs is not None and self.kl_coef > 0:
+            kl = kl_estimate(logprobs, micro.ref_logprobs, self.kl_estimator)
+            kl_loss = self.kl_coef * (weights * kl).sum()
+        log_ratio = importance_log_ratio(logprobs.detach(), old, mask, "sequence")[:, 0]
+        total = policy.loss + entropy_loss + kl_loss
+        return StepLosses(total, policy, entropy_loss, kl_loss, logprobs, log_ratio, noise)
+
+    def _backward(self, micro: Rollout, weights: Tensor, on_policy: bool) -> StepLosses:
+        """Add the gradient of a micro-batch; what comes back has no graph."""
+        part = self.losses(micro, weights, on_policy)
+        self.faults.look("logprobs", part.logprobs)
+        self.faults.look("ratio", part.log_ratio.exp())
+        self.faults.look("loss", part.total)
+        self.manual_backward(part.total)
+        return StepLosses(
+            part.total.detach(),
+            part.policy._replace(loss=part.policy.loss.detach()),
+            part.entropy.detach(),
+            part.kl.detach(),
+            part.logprobs.detach(),
+            part.log_ratio,
+            part.noise,
+        )
+
+    def _skip(self, minibatch: Rollout, weights: Tensor, on_policy: bool) -> None:
+        """Count a step at fault and write it down; the optimizer has found no gradient."""
+        self.tally.update("optim/skipped_steps", 1.0)
+        self.tally.update("optim/faults", 1.0)
+        index = self.trainer.fit_loop.total_batch_idx
+        dump = None
+        if self.faults.own:
+            name = f"rollout={index:06d}-step={self.steps:03d}-rank{self.global_rank}.pt"
+            dump = write_dump(
+                Path(self.trainer.default_root_dir, FOLDER, name),
+                minibatch,
+                self.policy,
+                weights=weights,
+                on_policy=on_policy,
+                found=self.faults.found,
+                prompts=prompt_texts(minibatch, self.tokenizer),
+                settings=settings_of(self, self._rows(minibatch)),
+            )
+        self.faults.tell(self._place, dump)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Measure the gradient, scale it down to ``max_grad_norm``, drop it if it is at fault."""
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.policy.parameters(),  # type: ignore[union-attr]
+            math.inf if self.max_grad_norm is None else self.max_grad_norm,
+        )
+        if self.faults.settle(norm, self._sum_over_ranks):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None  # which every optimizer leaves alone, with its state
+        else:
+            self.tally.update("policy/grad_norm", norm)
