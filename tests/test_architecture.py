@@ -71,6 +71,7 @@ MAY_IMPORT = {
         *("evaluation", "frozen", "health", "metrics", "optim", "policy", "rewards", "sampling"),
         *("memory", "overlap", "tally", "time_limit"),
     },
+    "replay": {"lora", "module", "objectives", "policy", "rewards", "rollout", "sampling"},
     "bench": {"data", "module"},
     "compare_report": set(),
     "compare_plan": set(),
@@ -140,7 +141,7 @@ def test_no_file_needs_a_peer(path):
 def test_train_leaves_the_algorithm_to_the_package():
     assert siblings(ROOT / "train.py") <= {
         *("callbacks", "checkpoint", "cli", "config_files", "plan", "progress", "rewards"),
-        *("run_folder", "start_checks", "terminal_log"),
+        *("out_of_memory", "replay", "run_folder", "start_checks", "terminal_log"),
     }
 
 
