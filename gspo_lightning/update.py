@@ -111,7 +111,7 @@ class UpdatingModule(CollectingModule):
         """
         self.steps += 1
         if not self._sum_over_ranks(minibatch.mask.sum()):
-            self.tally.update("optim/skipped_steps", 1.0)
+            self._count_step(skipped=True, fault=False)
             return torch.ones(len(minibatch))
         weights = token_weights(
             minibatch.mask,
@@ -139,8 +139,7 @@ class UpdatingModule(CollectingModule):
             self.tally.count_losses(part.policy, part.entropy, part.kl, mask, 1 / len(parts))
             if part.noise is not None:
                 self.tally.count_noise(part.noise)
-        self.tally.update("optim/skipped_steps", 0.0)
-        self.tally.update("optim/faults", 0.0)
+        self._count_step(skipped=False, fault=False)
         return torch.cat([part.log_ratio.exp().float().cpu() for part in parts])
 
     def _accumulate(self, minibatch: Rollout, weights: Tensor, on_policy: bool) -> list[StepLosses]:
@@ -219,10 +218,15 @@ class UpdatingModule(CollectingModule):
             part.noise,
         )
 
+    def _count_step(self, skipped: bool, fault: bool) -> None:
+        # by one rank: totals are summed over ranks, and all take or skip a step together
+        first = self.global_rank == 0
+        self.tally.update("optim/skipped_steps", float(skipped and first))
+        self.tally.update("optim/faults", float(fault and first))
+
     def _skip(self, minibatch: Rollout, weights: Tensor, on_policy: bool) -> None:
         """Count a step at fault and write it down; the optimizer has found no gradient."""
-        self.tally.update("optim/skipped_steps", 1.0)
-        self.tally.update("optim/faults", 1.0)
+        self._count_step(skipped=True, fault=True)
         index = self.trainer.fit_loop.total_batch_idx
         dump = None
         if self.faults.own:

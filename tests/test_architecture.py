@@ -72,6 +72,9 @@ MAY_IMPORT = {
         *("memory", "overlap", "tally", "time_limit"),
     },
     "replay": {"lora", "module", "objectives", "policy", "rewards", "rollout", "sampling"},
+    "guard_cost": {
+        *("data", "faults", "module", "optim", "out_of_memory", "policy", "rewards", "sampling"),
+    },
     "bench": {"data", "module"},
     "compare_report": set(),
     "compare_plan": set(),
