@@ -159,8 +159,9 @@ def write_dump(path: Path, minibatch: Rollout, policy: Any, **rest: Any) -> Path
     except OSError as error:
         warnings.warn(f"{path} could not be written: {error}", stacklevel=2)
         return None
-    own = path.stem.rpartition("-")[2]
-    for old in sorted(path.parent.glob(f"rollout=*-{own}.pt"))[:-KEPT]:
+    own = path.parent.glob(f"rollout=*-{path.stem.rpartition('-')[2]}.pt")  # of this rank
+    # by time: a run that was continued counts its rollouts from an earlier one on
+    for old in sorted(own, key=lambda file: file.stat().st_mtime_ns)[:-KEPT]:
         old.unlink(missing_ok=True)
     return path
 

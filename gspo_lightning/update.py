@@ -60,7 +60,7 @@ class UpdatingModule(CollectingModule):
     faults: Faults
     steps: int = 0  # mini-batches of this rollout so far
     moved: bool = False  # whether one of them has moved the weights
-    synced: bool = False  # whether the backward pass is one that ranks share
+    synced: bool = False  # whether a backward pass has begun that ranks share
 
     def learn(self, rollout: Rollout) -> tuple[Rollout, Tensor]:
         """Take all optimizer steps of a rollout.
@@ -120,6 +120,7 @@ class UpdatingModule(CollectingModule):
             reduce=self._sum_over_ranks,
         )
         weights = weights * self.trainer.world_size  # the mean of gradients over ranks, undone
+        optimizer: Any = self.optimizers()
         parts = None
         while parts is None:
             try:
@@ -127,10 +128,11 @@ class UpdatingModule(CollectingModule):
             except Exception as error:
                 self._check_repeatable(error, smaller)
             if parts is None and smaller is not None:
-                self.optimizers().zero_grad()  # type: ignore[union-attr]
+                optimizer.zero_grad()
+                self.untoggle_optimizer(optimizer)  # which the error has left toggled
                 self.sizes.halve(MICRO, len(minibatch), f"{self._place}, an update")
                 minibatch = smaller()
-        self.optimizers().step()  # type: ignore[union-attr]  # no gradient after a fault: no change
+        optimizer.step()  # changes nothing after a fault: there is no gradient then
         if self.faults.found:
             self._skip(minibatch, weights, on_policy)
             return torch.ones(len(minibatch))
@@ -147,13 +149,14 @@ class UpdatingModule(CollectingModule):
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         self.faults.begin(minibatch, with_reference=self.kl_coef > 0)
+        self.synced = False
         size = self._rows(minibatch)
         parts: list[StepLosses] = []
         micro_batches = minibatch.micro_batches(size)
         for micro, micro_weights in zip(micro_batches, weights.split(size), strict=True):
-            self.synced = len(parts) == len(micro_batches) - 1
-            with optimizer.toggle_model(sync_grad=self.synced):
-                parts.append(self._backward(micro, micro_weights, on_policy))
+            last = len(parts) == len(micro_batches) - 1
+            with optimizer.toggle_model(sync_grad=last):
+                parts.append(self._backward(micro, micro_weights, on_policy, last))
         return parts
 
     def _rows(self, minibatch: Rollout) -> int:
@@ -201,12 +204,13 @@ class UpdatingModule(CollectingModule):
         total = policy.loss + entropy_loss + kl_loss
         return StepLosses(total, policy, entropy_loss, kl_loss, logprobs, log_ratio, noise)
 
-    def _backward(self, micro: Rollout, weights: Tensor, on_policy: bool) -> StepLosses:
+    def _backward(self, micro: Rollout, weights: Tensor, on_policy: bool, last: bool) -> StepLosses:
         """Add the gradient of a micro-batch; what comes back has no graph."""
         part = self.losses(micro, weights, on_policy)
         self.faults.look("logprobs", part.logprobs)
         self.faults.look("ratio", part.log_ratio.exp())
         self.faults.look("loss", part.total)
+        self.synced = last
         self.manual_backward(part.total)
         return StepLosses(
             part.total.detach(),

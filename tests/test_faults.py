@@ -1,5 +1,6 @@
 """NaN and infinities in an optimizer step: skipped, counted, written down, and where a run ends."""
 
+import os
 import warnings
 
 import pytest
@@ -133,6 +134,10 @@ def test_a_good_step_ends_the_row(tmp_path, model_dir):
 
 @pytest.mark.filterwarnings(FAULT)
 def test_the_newest_dumps_are_kept(tmp_path, model_dir):
+    earlier = tmp_path / "faults" / "rollout=000099-step=001-rank0.pt"  # before going on from 0
+    earlier.parent.mkdir()
+    earlier.write_bytes(b"")
+    os.utime(earlier, (1, 1))
     inject = every([(i, 1) for i in range(5)], "loss")
     final_state(tmp_path, model_dir, inject, rollouts=5)
     names = sorted(path.name for path in (tmp_path / "faults").iterdir())
