@@ -128,6 +128,7 @@ def guard_cost(rounds: int, rollouts: int) -> dict[str, float]:
         of with / without of each round; ``share``, the part of a rollout spent inside the guards,
         measured in a run of its own, which is less noisy than a difference of two runs.
     """
+    train_demo(1)  # the first run of a process is slower than all others
     pairs = []
     for _ in range(rounds):
         guarded = train_demo(rollouts)
