@@ -34,8 +34,9 @@ from gspo_lightning.rollout import Rollout
 class StepLosses(NamedTuple):
     """The loss of a micro-batch: its parts, () each, and what they were computed from.
 
-    ``total`` is attached to the graph. ``log_ratio`` is the length-normalised one, (b,);
-    ``noise`` what it is by rounding alone, or None where the weights have moved.
+    ``total`` is attached to the graph. ``log_ratio`` is the length-normalised one, (b,), and
+    ``token_log_ratio`` that of each token, (b, T); ``noise`` is what the first is by rounding
+    alone, or None where the weights have moved.
     """
 
     total: Tensor
@@ -44,6 +45,7 @@ class StepLosses(NamedTuple):
     kl: Tensor
     logprobs: Tensor
     log_ratio: Tensor
+    token_log_ratio: Tensor
     noise: Tensor | None
 
 
@@ -139,6 +141,7 @@ class UpdatingModule(CollectingModule):
         self.moved = True
         for mask, part in zip(minibatch.mask.split(self._rows(minibatch)), parts, strict=True):
             self.tally.count_losses(part.policy, part.entropy, part.kl, mask, 1 / len(parts))
+            self.tally.count_log_ratios(part.token_log_ratio, part.log_ratio, mask)
             if part.noise is not None:
                 self.tally.count_noise(part.noise)
         self._count_step(skipped=False, fault=False)
@@ -201,8 +204,9 @@ class UpdatingModule(CollectingModule):
             kl = kl_estimate(logprobs, micro.ref_logprobs, self.kl_estimator)
             kl_loss = self.kl_coef * (weights * kl).sum()
         log_ratio = importance_log_ratio(logprobs.detach(), old, mask, "sequence")[:, 0]
+        tokens = logprobs.detach() - old
         total = policy.loss + entropy_loss + kl_loss
-        return StepLosses(total, policy, entropy_loss, kl_loss, logprobs, log_ratio, noise)
+        return StepLosses(total, policy, entropy_loss, kl_loss, logprobs, log_ratio, tokens, noise)
 
     def _backward(self, micro: Rollout, weights: Tensor, on_policy: bool, last: bool) -> StepLosses:
         """Add the gradient of a micro-batch; what comes back has no graph."""
@@ -219,6 +223,7 @@ class UpdatingModule(CollectingModule):
             part.kl.detach(),
             part.logprobs.detach(),
             part.log_ratio,
+            part.token_log_ratio,
             part.noise,
         )
 
