@@ -153,7 +153,7 @@ def gradients(loss: Tensor, parameters: dict[str, nn.Parameter]) -> list[tuple[s
 
 @contextlib.contextmanager
 def watched(model: nn.Module, looks: Looks, rows: int, done: int) -> Iterator[None]:
-    """Look at the output of every part of a model, where it belongs to a real token.
+    """Look at the output of every part of a model, but for the padding behind a completion.
 
     Args:
         model: A causal language model.
@@ -161,18 +161,19 @@ def watched(model: nn.Module, looks: Looks, rows: int, done: int) -> Iterator[No
         rows: Sequences of this micro-batch.
         done: Sequences before it.
     """
-    real: list[Tensor] = []  # attention mask of the pass that is under way
+    read: list[Tensor] = []  # positions of the pass under way that a token reads
 
     def begin(_: Any, __: Any, inputs: dict[str, Any]) -> None:
-        real[:] = [inputs["attention_mask"][:, -inputs["input_ids"].shape[1] :].bool()]
+        mask = inputs["attention_mask"].flip(1).cumsum(1).flip(1) > 0  # also padding in front
+        read[:] = [mask[:, -inputs["input_ids"].shape[1] :]]
 
     def look(name: str, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not real:
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not read:
             return
-        mask = real[0]
+        mask = read[0]
         if tensor.ndim > 2 and tensor.shape[0] == len(mask) and tensor.shape[1] <= mask.shape[1]:
-            keep = mask[:, -tensor.shape[1] :]  # padding may hold anything
+            keep = mask[:, -tensor.shape[1] :]
             tensor = tensor.masked_fill(~keep.view(*keep.shape, *[1] * (tensor.ndim - 2)), 0)
         # a group's prompt is computed once, so that there are fewer rows than sequences
         looks.at(f"output: {name}", tensor, lambda i: done + i * (rows // max(1, len(mask))))

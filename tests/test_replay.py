@@ -12,10 +12,11 @@ from lightning.pytorch import Callback
 from tiny_run import make_trainer, run
 
 from gspo_lightning.frozen import ReferencePolicy
+from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.lora import LoRAConfig
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy import PolicyConfig
-from gspo_lightning.replay import load_dump, replay
+from gspo_lightning.replay import Looks, load_dump, replay, watched
 from gspo_lightning.rewards import RewardTerm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -185,3 +186,51 @@ def test_a_file_that_is_no_dump_is_one_line(tmp_path, capsys, content, message):
     assert train.main(["replay", str(path)]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: " + message.replace("DUMP", str(path))) and err.count("\n") == 1
+
+
+# --- where in a model ----------------------------------------------------------------------------
+
+
+def first_output(make_model, make_rollout, shape, place):
+    """The first look at a pass in which layer 0's MLP gives NaN at a place of one output."""
+    model, rollout, looks = make_model("qwen3"), make_rollout(), Looks()
+
+    def broken(_, __, output):
+        if tuple(output.shape[:2]) == shape:
+            output = output.clone()
+            output[place] = NAN
+        return output
+
+    model.model.layers[0].mlp.register_forward_hook(broken)
+    with watched(model, looks, rows=6, done=4):
+        completion_logprobs(
+            model,
+            rollout.prompt_ids,
+            rollout.prompt_mask,
+            rollout.completion_ids,
+            rollout.mask,
+            group_size=3,
+        )
+    return looks.first
+
+
+def test_a_row_is_counted_over_the_whole_mini_batch(make_model, make_rollout):
+    # 6 rows behind 4 others; 5 positions: the last prompt token and four of the completion
+    first = first_output(make_model, make_rollout, (6, 5), (3, 1, 2))
+    assert first.name == "output: model.layers.0.mlp" and first.row == 4 + 3
+    assert first.remark == "NaN, 1 of 480 values"
+
+
+def test_in_a_prompt_that_a_group_shares_the_first_row_of_the_group_is_named(
+    make_model, make_rollout
+):
+    first = first_output(make_model, make_rollout, (2, 3), (1, 2, 0))
+    assert first.name == "output: model.layers.0.mlp" and first.row == 4 + 3
+
+
+def test_padding_is_at_fault_only_where_it_is_read(make_model, make_rollout):
+    # behind a completion of one token: nothing reads it
+    assert first_output(make_model, make_rollout, (6, 5), (2, 3)) is None
+    # in front of a prompt: attention gives it the weight 0, and 0 times NaN is NaN
+    first = first_output(make_model, make_rollout, (2, 3), (1, 0))
+    assert first.name == "output: model.layers.0.mlp"
