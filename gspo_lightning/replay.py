@@ -153,7 +153,9 @@ def gradients(loss: Tensor, parameters: dict[str, nn.Parameter]) -> list[tuple[s
 
 @contextlib.contextmanager
 def watched(model: nn.Module, looks: Looks, rows: int, done: int) -> Iterator[None]:
-    """Look at the output of every part of a model, but for the padding behind a completion.
+    """Look at the output of every part of a model.
+
+    Padding is looked at, too: attention reads it with weight 0, and 0 times NaN is NaN.
 
     Args:
         model: A causal language model.
@@ -161,26 +163,20 @@ def watched(model: nn.Module, looks: Looks, rows: int, done: int) -> Iterator[No
         rows: Sequences of this micro-batch.
         done: Sequences before it.
     """
-    read: list[Tensor] = []  # positions of the pass under way that a token reads
-
-    def begin(_: Any, __: Any, inputs: dict[str, Any]) -> None:
-        mask = inputs["attention_mask"].flip(1).cumsum(1).flip(1) > 0  # also padding in front
-        read[:] = [mask[:, -inputs["input_ids"].shape[1] :]]
 
     def look(name: str, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not read:
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.ndim:
             return
-        mask = read[0]
-        if tensor.ndim > 2 and tensor.shape[0] == len(mask) and tensor.shape[1] <= mask.shape[1]:
-            keep = mask[:, -tensor.shape[1] :]
-            tensor = tensor.masked_fill(~keep.view(*keep.shape, *[1] * (tensor.ndim - 2)), 0)
-        # a group's prompt is computed once, so that there are fewer rows than sequences
-        looks.at(f"output: {name}", tensor, lambda i: done + i * (rows // max(1, len(mask))))
+        # a group's prompt is computed once, so that there may be fewer rows than sequences
+        group, rest = divmod(rows, len(tensor)) if len(tensor) else (0, 0)
+        row = None if rest or not group else lambda place: done + place * group
+        looks.at(f"output: {name}", tensor, row)
 
-    hooks = [model.register_forward_pre_hook(begin, with_kwargs=True)]
-    for name, part in model.named_modules():
-        hooks.append(part.register_forward_hook(lambda _, __, out, n=name: look(n, out)))
+    hooks = [
+        part.register_forward_hook(lambda _, __, out, n=name: look(n, out))
+        for name, part in model.named_modules()
+    ]
     try:
         yield
     finally:

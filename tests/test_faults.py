@@ -12,6 +12,7 @@ from tiny_run import make_module, run
 
 from gspo_lightning.faults import Faults
 from gspo_lightning.frozen import ReferencePolicy
+from gspo_lightning.tally import RolloutTally
 
 FAULT = r"ignore:rollout \d+, optimizer step \d+. .* not finite"
 
@@ -177,6 +178,17 @@ def test_the_row_of_faults_goes_on_after_a_checkpoint(tmp_path, model_dir):
     run(tmp_path, model_dir, 1, [every([(0, 2)], "loss"), Save()], max_faults=2)
     with pytest.raises(FloatingPointError, match="the last of 2 such steps"):
         run(tmp_path, model_dir, 1, [every([(0, 1)], "loss"), Load()], max_faults=2)
+
+
+def test_a_row_that_is_not_finite_does_not_hide_what_the_others_show(make_rollout):
+    rollout, tally = make_rollout(), RolloutTally(["x"])
+    entropy = torch.full_like(rollout.old_logprobs, 2.0)
+    entropy[1, 0] = NAN
+    ref = rollout.old_logprobs.clone()
+    ref[2, 0] = INF
+    tally.count_logprobs(rollout.old_logprobs, entropy, ref, rollout.mask)
+    figures = tally.compute()
+    assert figures["policy/entropy"] == 2.0 and figures["train/kl_divergence"] == 0.0
 
 
 # --- ranks ---------------------------------------------------------------------------------------

@@ -228,9 +228,15 @@ def test_in_a_prompt_that_a_group_shares_the_first_row_of_the_group_is_named(
     assert first.name == "output: model.layers.0.mlp" and first.row == 4 + 3
 
 
-def test_padding_is_at_fault_only_where_it_is_read(make_model, make_rollout):
-    # behind a completion of one token: nothing reads it
-    assert first_output(make_model, make_rollout, (6, 5), (2, 3)) is None
-    # in front of a prompt: attention gives it the weight 0, and 0 times NaN is NaN
-    first = first_output(make_model, make_rollout, (2, 3), (1, 0))
+@pytest.mark.parametrize(("shape", "place"), [((2, 3), (1, 0)), ((6, 5), (2, 3))])
+def test_padding_is_looked_at_because_attention_reads_it(make_model, make_rollout, shape, place):
+    # in front of a prompt, and behind a completion of one token: 0 times NaN is NaN
+    first = first_output(make_model, make_rollout, shape, place)
     assert first.name == "output: model.layers.0.mlp"
+
+
+def test_an_output_whose_first_axis_is_no_batch_names_no_row():
+    looks, router = Looks(), torch.nn.Linear(2, 2)
+    with watched(torch.nn.Sequential(router), looks, rows=6, done=0):
+        router(torch.full((4, 2), NAN))  # 4 positions
+    assert looks.first.name == "output: 0" and looks.first.row is None
