@@ -1,7 +1,8 @@
-"""Train, validate, test or predict with a config.
+"""Train, examine, validate, test or predict with a config.
 
 python train.py fit --config configs/arithmetic.yaml
 python train.py fit --config configs/arithmetic.yaml --ckpt_path last     continue
+python train.py doctor --config configs/arithmetic.yaml                   examine, in seconds
 python train.py validate --config configs/arithmetic.yaml --ckpt_path last
 python train.py replay runs/arithmetic/faults/DUMP       which tensor of a skipped step was NaN
 
@@ -40,6 +41,7 @@ from gspo_lightning.checkpoint import (
 from gspo_lightning.cli import LONGEST, OneLineParser, condense, printable, quiet
 from gspo_lightning.config_files import check_config_files
 from gspo_lightning.out_of_memory import OutOfMemory, is_out_of_memory
+from gspo_lightning.doctor import DoctorCLI, DoctorTrainer
 from gspo_lightning.plan import resume_command, this_python
 from gspo_lightning.progress import RolloutProgress, RunSummary
 from gspo_lightning.replay import main as replay
@@ -92,8 +94,8 @@ class Watch(Callback):
     on_predict_batch_start = on_validation_batch_start
 
 
-class GSPOCLI(LightningCLI):
-    """`fit`, `validate`, `test` and `predict`, with this project's run folder and checkpoints."""
+class GSPOCLI(DoctorCLI):
+    """Lightning's commands and `doctor`, with this project's run folder and checkpoints."""
 
     def __init__(self, argv: list[str], watch: Watch) -> None:
         self.watch = watch
@@ -106,6 +108,7 @@ class GSPOCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            trainer_class=DoctorTrainer,
             parser_class=OneLineParser,
             save_config_callback=RunConfig,
             seed_everything_default=0,  # True would draw another seed on continuing
@@ -121,8 +124,9 @@ class GSPOCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's four, without options that would do nothing here."""
-        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
+        """Lightning's four, without options that would do nothing here, and the doctor."""
+        four = {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
+        return four | {"doctor": {"model", "datamodule"}}
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse; Lightning's version warns when a program passes arguments, as tests do."""
@@ -136,7 +140,7 @@ class GSPOCLI(LightningCLI):
         """Refuse what cannot work before anything is loaded."""
         config = self.config[self.subcommand]
         self.root = Path(config.trainer.default_root_dir)
-        self.checkpoint = find_checkpoint(self.root, as_text(config.ckpt_path))
+        self.checkpoint = find_checkpoint(self.root, as_text(config.get("ckpt_path")))
         check_trainer(config.trainer)
         if self.subcommand == "fit" and not config.trainer.fast_dev_run:
             check_folder(self.root, self.checkpoint)
@@ -185,6 +189,8 @@ class GSPOCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "doctor":
+            return kwargs
         return kwargs | {"ckpt_path": self.checkpoint and str(self.checkpoint)}
 
     def before_fit(self) -> None:
@@ -195,7 +201,11 @@ class GSPOCLI(LightningCLI):
             say(f"continuing from {self.checkpoint}")
 
     def after_fit(self) -> None:
-        """Say so when there was nothing left to train."""
+        """Say so when a sign of run health ended the run, or there was nothing left to train."""
+        stopped = getattr(getattr(self.model, "health", None), "stopped", None)
+        if stopped is not None:
+            say(f"{stopped}; {where_to_go_on(self.argv, self.root)}")
+            self.code = 1
         if self.checkpoint is not None and self.watch.rollouts == 0:
             say(
                 f"nothing to do: {self.checkpoint} is the end of the run; raise its length to go on"
@@ -233,8 +243,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes those of the process.
 
     Returns:
-        Exit code: 0, 2 after a mistake of the user's, 1 after any other error, 130 after Ctrl-C,
-        143 after SIGTERM.
+        Exit code: 0, 2 after a mistake of the user's, 1 after any other error, an error that the
+        doctor found or a stop by `model.stop_when`, 130 after Ctrl-C, 143 after SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
     watch = Watch()
@@ -246,6 +256,7 @@ def main(argv: list[str] | None = None) -> int:
                 return replay(argv[1:])
             GSPOCLI(argv, watch)
         return 0
+            return GSPOCLI(argv, watch).code
     except BaseException as error:
         return report(error, watch, where_to_go_on(argv, watch.root))
     finally:

@@ -86,6 +86,7 @@ class PromptData(TokenizedData):
         self.overlong_prompts = overlong_prompts
         self.val_batch_size = val_batch_size
         self.examples: dict[str, list[tuple[list[int], dict]]] = {}
+        self.dropped: dict[str, int] = {}  # prompts left out as too long, by the key of their file
 
     def setup(self, stage: str) -> None:
         """Read and tokenise what ``stage`` needs."""
@@ -153,6 +154,7 @@ class PromptData(TokenizedData):
                 f"{key}: {path}: all {len(rows)} prompts are longer than data.max_prompt_tokens "
                 f"{self.max_prompt_tokens}"
             )
+        self.dropped[key.removeprefix("data.")] = overlong
         if overlong:
             rank_zero_info(
                 f"{key}: dropped {overlong} of {len(rows)} prompts longer than "

@@ -1,12 +1,21 @@
-"""Signs that a run learns nothing although nothing fails: said once, with the setting to change."""
+"""Signs that a run learns nothing although nothing fails: said once, with the setting to change.
+
+Decides when a rule of ``health_rules`` has spoken, and whether that ends the run
+(``model.stop_when``). The figures are those that every rank agrees on, so that every rank says and
+stops alike. Leaves out the rules, and who stops the run (``module``).
+"""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from lightning.pytorch.utilities import rank_zero_warn
 
+from gspo_lightning.health_rules import RULES, History
 from gspo_lightning.objectives import Objective
 
-PATIENCE = 20  # rollouts without one clipped sequence before that is called suspicious
 WIDE = 0.05  # a sequence ratio is an average over tokens and stays far closer to 1 than this
 
 
@@ -16,44 +25,94 @@ class Health:
     Args:
         objective: Ratio and clip range.
         steps: Optimizer steps per rollout; with one, nothing can be clipped.
+        stop_when: Names of rules that end the run when they speak.
+        limit: ``max_new_tokens``.
+
+    Attributes:
+        stopped: Why the run is to end: the message of the rule that ended it, else ``None``.
+
+    Raises:
+        ValueError: If ``stop_when`` names no rule.
     """
 
-    def __init__(self, objective: Objective, steps: int) -> None:
-        self.objective = objective
-        self.steps = steps
-        self.unclipped = 0
+    def __init__(
+        self,
+        objective: Objective,
+        steps: int,
+        stop_when: Iterable[str] = (),
+        limit: int | None = None,
+    ) -> None:
+        self.stop_when = list(stop_when)
+        for name in self.stop_when:
+            if name not in RULES:
+                close = difflib.get_close_matches(name, RULES, n=1)
+                hint = f", did you mean {close[0]!r}?" if close else ""
+                raise ValueError(
+                    f"model.stop_when: there is no rule {name!r}{hint or ';'} "
+                    f"there are {', '.join(RULES)}"
+                )
+        self.run = History(objective, steps, limit)
+        self.streaks: dict[str, int] = {}
         self.said: set[str] = set()
-        self.width = min(objective.clip_low, objective.clip_high)
+        self.stopped: str | None = None
 
-    def check_settings(self) -> None:
-        """Warn of a clip range that was meant for another kind of ratio."""
-        if self.objective.ratio.startswith("sequence") and self.objective.ratio != "sequence_sum":
-            widest = max(self.objective.clip_low, self.objective.clip_high)
+    @property
+    def width(self) -> float:
+        """The narrower side of the clip range."""
+        return self.run.width
+
+    def begin(self, callbacks: Iterable[Any]) -> None:
+        """Warn of a clip range that was meant for another kind of ratio; look for the KL rule."""
+        objective = self.run.objective
+        if objective.ratio in ("sequence", "sequence_token"):
+            widest = max(objective.clip_low, objective.clip_high)
             if widest > WIDE:
                 self._say(
                     "range",
                     f"a clip range of {widest} never clips a length-normalised ratio; GSPO "
                     "uses clip_low 3e-4 and clip_high 4e-4",
                 )
+        for callback in callbacks:
+            rule = getattr(callback, "rule", None)
+            if rule is not None and hasattr(rule, "next_coef"):
+                self.run.kl_target = rule.target
+                self.run.kl_ceiling = getattr(rule, "maximum", None)
 
-    def check(self, figures: dict[str, float]) -> None:
-        """Look at the numbers of one rollout."""
-        noise = figures.get("policy/ratio_noise", 0.0)
-        if noise > self.width / 3:
-            self._say(
-                "noise",
-                f"the log-ratio carries noise of {noise:.1e} (standard deviation), above a third "
-                f"of the clip range {self.width:.1e}; use policy.dtype float32 or a wider range",
-            )
-        clipped = figures.get("train/clip_fraction_sequences", 1.0)
-        self.unclipped = 0 if clipped > 0 or self.steps == 1 else self.unclipped + 1
-        if self.unclipped == PATIENCE:
-            self._say(
-                "unclipped",
-                f"nothing was clipped for {PATIENCE} rollouts of {self.steps} steps each: the clip "
-                f"range [{self.objective.clip_low}, {self.objective.clip_high}] does nothing; a "
-                "sequence ratio stays close to 1, try clip_low 3e-4 and clip_high 4e-4",
-            )
+    def check(self, figures: Mapping[str, float]) -> str | None:
+        """Look at the numbers of one rollout.
+
+        Returns:
+            The message with which the run is to end, or ``None``.
+        """
+        self.run.add(figures)
+        for name, rule in RULES.items():
+            there = rule.sign(figures, self.run)
+            self.streaks[name] = self.streaks.get(name, 0) + 1 if there else 0
+            if self.streaks[name] < rule.patience or name in self.said:
+                continue
+            message = rule.message(figures, self.run)
+            self._say(name, message)
+            if name in self.stop_when and self.stopped is None:
+                self.stopped = f"stop_when {name}: {message}"
+        return self.stopped
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint: a resumed run says nothing twice and counts on."""
+        run = self.run
+        return {
+            "said": sorted(self.said),
+            "streaks": dict(self.streaks),
+            "start": dict(run.start),
+            "recent": dict(run.recent),
+            "seen": dict(run.seen),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        self.said = set(state.get("said", ()))  # empty: a checkpoint from before there were rules
+        self.streaks = dict(state.get("streaks", {}))
+        for name in ("start", "recent", "seen"):
+            setattr(self.run, name, dict(state.get(name, {})))
 
     def _say(self, topic: str, message: str) -> None:
         if topic not in self.said:

@@ -74,6 +74,8 @@ class GSPOModule(UpdatingModule):
         max_faults: Optimizer steps in a row with NaN or infinities that end the run. Such a step is
             skipped, counted as ``optim/faults``, and its mini-batch kept in ``faults/`` of the run
             for ``python train.py replay``.
+        stop_when: Names of the rules of run health that end the run when they speak, at the next
+            rollout boundary, with a checkpoint; see ``health_rules.RULES``.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
@@ -110,6 +112,7 @@ class GSPOModule(UpdatingModule):
         drop_flat_groups: bool = False,
         max_draws: int = 4,
         max_faults: int = 3,
+        stop_when: list[str] | None = None,
     ) -> None:
         sampler = sampler or GroupSampler()
         super().__init__(rewards, sampler, evaluation)
@@ -173,7 +176,9 @@ class GSPOModule(UpdatingModule):
             {k: o for k, o in owners.items() if hasattr(o, k.rpartition(".")[2])}
         )
         self.tally = RolloutTally(rewards, count_names(rewards))
-        self.health = Health(objective, num_epochs * num_minibatches)
+        self.health = Health(
+            objective, num_epochs * num_minibatches, stop_when or (), sampler.max_new_tokens
+        )
         models = {
             f"model.rewards.{name}.fn": term.fn
             for name, term in rewards.items()
@@ -196,7 +201,6 @@ class GSPOModule(UpdatingModule):
                     f"model.num_minibatches must divide the {size} completions of a rollout "
                     f"(prompts_per_rollout x group_size), got {self.num_minibatches}"
                 )
-            self.health.check_settings()
         device = self.trainer.strategy.root_device
         self.frozen.load(self.policy_config, device, with_reference=stage == "fit")
 
@@ -207,6 +211,10 @@ class GSPOModule(UpdatingModule):
             # Dropout is off in either mode; train mode is what gradient checkpointing needs.
             self.policy.train()
         self.frozen.share(self.policy)
+
+    def on_fit_start(self) -> None:
+        """Begin to watch the run; behind the checkpoint, so that nothing is said twice."""
+        self.health.begin(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def configure_optimizers(self) -> Any:
         """AdamW; ``training_step`` sets its learning rate, which a rollout's index decides."""
@@ -232,6 +240,7 @@ class GSPOModule(UpdatingModule):
             "whitening": whitening_state(self.rewards),
             "faults_in_a_row": self.faults.in_a_row,
             "sizes": self.sizes.state(self._sizes_of_ranks()),
+            "health": self.health.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -252,6 +261,7 @@ class GSPOModule(UpdatingModule):
                 f"{self.seed}; the run would not continue but mix two"
             )
         self.frozen.check(saved["frozen"])
+        self.health.load_state_dict(saved.get("health", {}))
         self.faults.in_a_row = saved.get("faults_in_a_row", 0)
         if "sizes" in saved:
             self.sizes.load(saved["sizes"], self.global_rank)
@@ -297,7 +307,8 @@ class GSPOModule(UpdatingModule):
         for logger in self.loggers:  # at once: a stop right behind this loses no point
             logger.log_metrics(figures, step=index)
         self.log_dict(figures, logger=False)  # for callbacks that monitor
-        self.health.check(figures)
+        if self.health.check(figures):  # of figures that all ranks share: all of them stop
+            self.trainer.should_stop = True
         return figures
 
     def export(self, path: str | Path) -> None:

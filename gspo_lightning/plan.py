@@ -116,15 +116,15 @@ def _frozen(module: Any) -> str:
     return ", ".join(parts)
 
 
-def _memory(trainer: Any, module: Any) -> str | None:
-    """The estimate as a line; None for a model whose config does not give its sizes."""
+def policy_memory(trainer: Any, module: Any) -> dict[str, float] | None:
+    """``memory_parts`` of a run; None without a model, or if its config does not give its sizes."""
     model = getattr(getattr(module, "policy", None), "model", None)
     if model is None or not hasattr(module, "sampler"):
         return None
     data, sampler = trainer.datamodule, module.sampler
     sequences = data.prompts_per_rollout * sampler.group_size
     minibatch = sequences // module.num_minibatches
-    parts = memory_parts(
+    return memory_parts(
         model,
         prompt_tokens=data.longest_prompt,
         new_tokens=sampler.max_new_tokens,
@@ -135,6 +135,11 @@ def _memory(trainer: Any, module: Any) -> str | None:
             getattr(part, "gradient_checkpointing", False) for part in model.modules()
         ),
     )
+
+
+def _memory(trainer: Any, module: Any) -> str | None:
+    """The estimate as a line."""
+    parts = policy_memory(trainer, module)
     if parts is None:
         return None
     peak = sum(parts.values()) - min(parts["KV cache"], parts["micro-batch"])
@@ -143,7 +148,7 @@ def _memory(trainer: Any, module: Any) -> str | None:
     )
     reference = getattr(module, "reference", None)
     if reference is not None and not getattr(reference, "shared", False):
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        size = sum(p.numel() * p.element_size() for p in module.policy.model.parameters())
         text += f"; reference {size_text(size)}"
     return text
 

@@ -51,12 +51,22 @@ MAY_IMPORT = {
     "vllm_sampler": {"sampling", "rollout"},
     "classifier": {"policy"},
     "frozen": {"classifier", "logprobs", "lora", "model_folder", "policy", "rollout"},
-    "health": {"objectives"},
+    "health_rules": {"objectives"},
+    "health": {"health_rules", "objectives"},
     "report": {"metrics"},
     "faults": {"checkpoint", "rollout"},
     "tally": {"advantages", "kl", "masked", "metrics", "objectives", "rollout"},
     "callbacks": {"kl", "metrics", "policy", "report", "rollout"},
     "progress": {"callbacks", "kl", "metrics", "plan", "policy", "report", "rollout"},
+    "findings": set(),
+    "doctor_memory": {"findings", "plan"},
+    "doctor_text": {"findings"},
+    "doctor_rewards": {"advantages", "findings", "rewards"},
+    "doctor_numbers": {"findings", "kl", "masked", "objectives", "rollout"},
+    "doctor": {
+        *("callbacks", "doctor_memory", "doctor_numbers", "doctor_rewards", "doctor_text"),
+        *("findings", "plan", "rewards", "rollout"),
+    },
     "evaluation": {"metrics", "policy", "rewards", "rollout", "sampling"},
     "sft": {"logprobs", "masked", "optim", "policy"},
     "reward_model": {"model_folder", "optim", "policy"},
@@ -86,6 +96,7 @@ SHELL = {
     *("data", "supervised", "module", "sft", "reward_model", "evaluation", "callbacks", "progress"),
     *("checkpoint", "event_files", "run_folder", "health", "cli", "bench", "experiment"),
     *("faults", "update", "replay", "guard_cost"),
+    "doctor",
 }
 FILES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
@@ -145,6 +156,7 @@ def test_train_leaves_the_algorithm_to_the_package():
     assert siblings(ROOT / "train.py") <= {
         *("callbacks", "checkpoint", "cli", "config_files", "plan", "progress", "rewards"),
         *("out_of_memory", "replay", "run_folder", "start_checks", "terminal_log"),
+        "doctor",
     }
 
 

@@ -1,0 +1,92 @@
+"""What an examination found: lines for people, JSON for programs, an exit code for scripts.
+
+Decides layout and meaning of the three levels. Leaves out every check (``doctor``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Status = Literal["ok", "warning", "error"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check.
+
+    Attributes:
+        check: Name of the check.
+        status: ``ok``; ``warning``, the run would go on, but probably not as wanted; ``error``, it
+            would fail, or train something else than the config says.
+        text: What was found, in one line.
+        remedy: The setting or file to change; empty where nothing needs to be.
+        value: The figures behind the text, plain values.
+    """
+
+    check: str
+    status: Status
+    text: str
+    remedy: str = ""
+    value: Any = None
+
+
+def worst(findings: Iterable[Finding]) -> Status:
+    """The most serious status of all.
+
+    >>> worst([Finding("eos", "ok", ""), Finding("bos", "warning", "")])
+    'warning'
+    """
+    found = {finding.status for finding in findings}
+    return "error" if "error" in found else "warning" if "warning" in found else "ok"
+
+
+def as_lines(findings: Sequence[Finding]) -> list[str]:
+    """One line per finding, and one below it for its remedy.
+
+    >>> for line in as_lines([Finding("pad", "error", "id 99 of 32", "mend the tokenizer")]):
+    ...     print(line)
+    error    pad  id 99 of 32
+                  -> mend the tokenizer
+    """
+    width = max((len(finding.check) for finding in findings), default=0)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.status:<8} {finding.check:<{width}}  {finding.text}")
+        if finding.remedy:
+            lines.append(" " * (width + 11) + f"-> {finding.remedy}")
+    return lines
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    """A JSON list of ``{check, status, text, remedy, value}``; what is not finite becomes null."""
+    return json.dumps([_plain(asdict(finding)) for finding in findings], indent=1)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def attempt(check: str, examine: Callable[[], Finding | list[Finding]]) -> list[Finding]:
+    """Run a check; an error in it is a finding, so that the later checks still run."""
+    try:
+        found = examine()
+    except Exception as error:  # whatever it is, it would end a run: it is what was looked for
+        if os.environ.get("GSPO_TRACEBACK") == "1":
+            traceback.print_exception(error)
+        text = " ".join(str(error).split())[:400] or type(error).__name__
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        remedy = "GSPO_TRACEBACK=1 shows where"
+        if "out of memory" in text:
+            remedy = "lower model.micro_batch_size and sampler.batch_size, or use a larger device"
+        return [Finding(check, "error", f"{kind}{text}", remedy)]
+    return found if isinstance(found, list) else [found]
