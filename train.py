@@ -202,9 +202,8 @@ class GSPOCLI(DoctorCLI):
 
     def after_fit(self) -> None:
         """Say so when a sign of run health ended the run, or there was nothing left to train."""
-        stopped = getattr(getattr(self.model, "health", None), "stopped", None)
-        if stopped is not None:
-            say(f"{stopped}; {where_to_go_on(self.argv, self.root)}")
+        if getattr(getattr(self.model, "health", None), "stopped", None) is not None:
+            say(where_to_go_on(self.argv, self.root))
             self.code = 1
         if self.checkpoint is not None and self.watch.rollouts == 0:
             say(

@@ -58,6 +58,8 @@ def needs(trainer: Any, module: Any) -> dict[torch.device, dict[str, float]] | N
     larger = max("KV cache", "micro-batch", key=lambda name: parts[name])  # never together
     own = {name: parts[name] for name in ("gradients", "Adam", larger)}
     device = trainer.strategy.root_device
+    if device.type == "cpu":  # the ranks of a run share it
+        own = {name: size * trainer.world_size for name, size in own.items()}
     found = {device: own}
     for key, place in module.frozen.devices.items():
         if key == "model.reference" and not module.reference.shared:

@@ -7,7 +7,7 @@ are made up here, since flat groups would leave no gradient to compare.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from gspo_lightning.objectives import importance_log_ratio, token_weights
 from gspo_lightning.rollout import Rollout, Samples
 
 ROWS = 16  # completions that noise and KL are measured on
+PADDING = 8  # tokens; with masked columns attention takes another path through its kernels
 GRADIENT_ROWS = 8  # completions whose gradient is computed in several cuts
 # Largest difference of a gradient entry, over the largest entry. Float32 keeps 7 digits and loses
 # two in the sums of a deep model; bfloat16 keeps less than 3, and TF32 about as few.
@@ -64,9 +65,13 @@ def dropout(policy: Any) -> Finding:
     return Finding("dropout", "ok", "off everywhere")
 
 
-def spread_rows(samples: Samples, count: int) -> Tensor:
-    """Numbers of ``count`` rows from all over the samples, so that prompts of all lengths occur."""
-    return torch.linspace(0, len(samples) - 1, min(count, len(samples))).round().long()
+def spread(total: int, count: int) -> Tensor:
+    """At most ``count`` numbers below ``total``, evenly spread: prompts of all lengths occur.
+
+    >>> spread(8, 4).tolist()
+    [0, 2, 5, 7]
+    """
+    return torch.linspace(0, total - 1, min(count, total)).round().long()
 
 
 def as_rollout(module: Any, samples: Samples) -> Rollout:
@@ -114,7 +119,7 @@ def first_step(module: Any, trainer: Any, data: Any, samples: Samples) -> list[F
     The rows are as few as fit where one configured micro-batch fits twice.
     """
     size = configured_size(module, data)
-    rollout = as_rollout(module, samples.select(spread_rows(samples, min(GRADIENT_ROWS, 2 * size))))
+    rollout = as_rollout(module, samples.select(spread(len(samples), min(GRADIENT_ROWS, 2 * size))))
     module.tally.reset()
     try:
         whole = gradient(module, rollout, len(rollout))
@@ -168,30 +173,45 @@ def invariance(whole: Cut, cuts: Any, trainer: Any, module: Any) -> Finding:
     return Finding("gradient", "ok", text, value=value)
 
 
+def with_longer_prompt(samples: Samples) -> Samples:
+    """The same rows and one more, whose prompt is longer by ``PADDING`` tokens: padding for all.
+
+    The last row of the result is the new one; of its completion one token counts, and its prompt
+    grows by no more than a completion, so that it stays within the model's positions. Groups are
+    given up: no prompt is computed for several rows.
+    """
+    columns = max(1, min(PADDING, samples.mask.shape[1] - 1))
+    rows = torch.cat([torch.arange(len(samples)), torch.zeros(1, dtype=torch.long)])
+    more = samples.select(rows)
+    ids = nn.functional.pad(more.prompt_ids, (columns, 0))
+    prompt_mask = nn.functional.pad(more.prompt_mask, (columns, 0))
+    ids[-1] = torch.where(prompt_mask[-1], ids[-1], ids[-1, -1])
+    prompt_mask[-1] = True
+    mask = more.mask.clone()
+    mask[-1, 1:] = False
+    return replace(more, prompt_ids=ids, prompt_mask=prompt_mask, mask=mask, group_size=1)
+
+
 def noise(module: Any, data: Any, samples: Samples) -> Finding:
     """What rounding does to the log-ratio of unchanged weights, beside the clip range.
 
     Twice: the same batches again, with and without a graph, which is what ``policy/ratio_noise``
-    measures in a run; and the same completions one at a time, so in other shapes and with other
-    padding. The latter is the size of a rounding error: once weights have moved, errors of that
-    size no longer cancel, though the former may be 0.
+    measures in a run; and the same completions with other padding. The latter tells the size of a
+    rounding error. Errors cancel while no weight has moved, so that the former may be 0, and no
+    longer after the smallest step, as then every activation may round the other way.
     """
     level, size = module.objective.ratio, configured_size(module, data)
-    count = ROWS // samples.group_size * samples.group_size or ROWS  # whole groups, if they fit
-    rows = torch.arange(min(count, len(samples)))
+    group = samples.group_size  # whole groups, as in a rollout; of different prompts
+    groups = spread(len(samples) // group, max(1, ROWS // group))
+    rows = (groups[:, None] * group + torch.arange(group)).flatten()[:ROWS]
     same: list[Tensor] = []
     other: list[Tensor] = []
     for part in (samples.select(index) for index in rows.split(size)):
         graph = module._logprobs(part, with_entropy=False).logprobs.detach()
         with torch.no_grad():
             again = module._logprobs(part, with_entropy=True).logprobs
-            alone = torch.cat(
-                [
-                    module._logprobs(row, with_entropy=False).logprobs
-                    for row in part.micro_batches(1)
-                ]
-            )
-        for values, moved in ((same, again), (other, alone)):
+            apart = module._logprobs(with_longer_prompt(part), with_entropy=False).logprobs[:-1]
+        for values, moved in ((same, again), (other, apart)):
             log_ratio = importance_log_ratio(graph, moved, part.mask, level)
             whole = level.startswith("sequence")  # then every column holds the same
             values.append(log_ratio[:, 0] if whole else log_ratio[part.mask])
@@ -199,8 +219,8 @@ def noise(module: Any, data: Any, samples: Samples) -> Finding:
     here, there = (torch.cat(v).square().mean().sqrt().item() for v in (same, other))
     value = {"same_batches": here, "other_batches": there, "clip_range": width}
     text = (
-        f"log-ratio of unchanged weights: {here:.1e} in the same batches, {there:.1e} one at a "
-        f"time; clip range {width:.1e}"
+        f"log-ratio of unchanged weights: {here:.1e} in the same batches, {there:.1e} with other "
+        f"padding; clip range {width:.1e}"
     )
     if max(here, there) > width / 3:
         remedy = (
@@ -216,7 +236,7 @@ def start_kl(module: Any, trainer: Any, samples: Samples) -> Finding:
     """KL against the reference before any step: 0 for the policy's own start."""
     if module.reference is None:
         return Finding("kl", "ok", "no reference, so no KL is measured")
-    part = samples.select(spread_rows(samples, ROWS))
+    part = samples.select(spread(len(samples), ROWS))
     rows = [module._logprobs(row, with_entropy=False).logprobs for row in part.micro_batches(1)]
     old = torch.cat(rows)
     ref = module.reference.logprobs(part, module.sampler.temperature).to(old.device)

@@ -123,6 +123,7 @@ def flat_share(successes: Tensor, drawn: Tensor, group_size: int) -> float:
     Returns:
         Mean over the prompts with n >= G, in [0, 1]; NaN if there are none.
 
+    >>> import torch
     >>> flat_share(torch.tensor([1, 2]), torch.tensor([4, 4]), group_size=2)  # (3/6 + 2/6) / 2
     0.4166666666666667
     """

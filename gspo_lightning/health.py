@@ -91,9 +91,10 @@ class Health:
             if self.streaks[name] < rule.patience or name in self.said:
                 continue
             message = rule.message(figures, self.run)
+            if name in self.stop_when:
+                message += f"; the run ends here (model.stop_when: {name})"
+                self.stopped = self.stopped or message
             self._say(name, message)
-            if name in self.stop_when and self.stopped is None:
-                self.stopped = f"stop_when {name}: {message}"
         return self.stopped
 
     def state_dict(self) -> dict[str, Any]:

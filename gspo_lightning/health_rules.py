@@ -267,10 +267,10 @@ RULES: dict[str, Rule] = {
         variance,
         STEADY,
         lambda f, run: (
-            "the rewards no longer differ within groups (standard deviation "
+            "the rewards do not differ within groups any more (standard deviation "
             f"{f['reward/group_std']:.1e}, at the start "
-            f"{run.start.get('reward/group_std', 0.0):.1e}): nothing is left to learn; stop, use "
-            "other prompts (data.path), or a reward term that tells these completions apart"
+            f"{run.start.get('reward/group_std', 0.0):.1e}): nothing is left to learn "
+            "from; use other prompts (data.path), or a reward term that tells these apart"
         ),
     ),
 }

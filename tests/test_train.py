@@ -172,7 +172,7 @@ def test_a_wrong_key_in_an_overlay_is_one_line_that_names_the_right_one(capsys, 
     ("command", "line"),
     [
         ("", "no command; try python train.py fit --config"),
-        ("ft", "unknown command `ft`; there are fit, validate, test, predict"),
+        ("ft", "unknown command `ft`; there are fit, validate, test, predict, doctor"),
         ("fit", "fit.data, fit.model missing; give a config"),
         ("fit DUMMY --model.learning_rate -1", "learning_rate must be above 0, got -1.0"),
         ("fit DUMMY --model dummies.SetupFails", "reference.device: cuda:1 is not there"),
