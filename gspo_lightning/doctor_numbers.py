@@ -19,6 +19,10 @@ from gspo_lightning.masked import masked_mean
 from gspo_lightning.objectives import importance_log_ratio, token_weights
 from gspo_lightning.rollout import Rollout, Samples
 
+DROPOUTS = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
 ROWS = 16  # completions that noise and KL are measured on
 PADDING = 8  # tokens; with masked columns attention takes another path through its kernels
 GRADIENT_ROWS = 8  # completions whose gradient is computed in several cuts
@@ -56,7 +60,7 @@ def dropout(policy: Any) -> Finding:
     layers = [
         name
         for name, part in policy.model.named_modules()
-        if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0
+        if isinstance(part, DROPOUTS) and part.p > 0
     ]
     if layers:
         text = f"{len(layers)} layers drop values at random, the first is {layers[0]}"

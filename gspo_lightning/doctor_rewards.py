@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gspo_lightning.advantages import flat_groups, group_advantages
 from gspo_lightning.findings import Finding
-from gspo_lightning.rewards import RewardTerm, Scores, score
+from gspo_lightning.rewards import RewardError, RewardTerm, Scores, score
 
 MOST = 0.5  # of completions cut, or of rewards missing: what is left does not describe the whole
 FLAT = 0.5  # of groups: the batch that teaches is half the batch that is paid for
@@ -50,18 +50,17 @@ def terms(rewards: Mapping[str, RewardTerm], samples: Any) -> tuple[list[Finding
     Returns:
         A finding per term, and the scores of the terms that could score.
     """
-    found, working = [], {}
-    for name, term in rewards.items():
+    working, broken = dict(rewards), []
+    while True:  # all at once, as in a run; a judge that is asked costs money
         try:
-            part = score({name: term}, samples.rows, samples.texts).parts[name]
-        except ValueError as error:  # RewardError: the function is the user's
-            found.append(
-                Finding(f"reward {name}", "error", str(error), "mend the function or data")
-            )
-            continue
-        working[name] = term
-        found.append(term_spread(name, term, part))
-    return found, score(working, samples.rows, samples.texts)
+            scores = score(working, samples.rows, samples.texts)
+            break
+        except RewardError as error:
+            check, remedy = f"reward {error.term}", "mend the function, or the rows that it needs"
+            broken.append(Finding(check, "error", str(error), remedy))
+            del working[error.term]
+    spreads = [term_spread(name, term, scores.parts[name]) for name, term in working.items()]
+    return broken + spreads, scores
 
 
 def term_spread(name: str, term: RewardTerm, part: Tensor) -> Finding:

@@ -16,10 +16,11 @@ from tokenizers.processors import TemplateProcessing
 from gspo_lightning import doctor_memory
 from gspo_lightning.data import PromptData
 from gspo_lightning.doctor import DoctorTrainer
-from gspo_lightning.doctor_rewards import flat, flat_share, truncation
+from gspo_lightning.doctor_rewards import flat, flat_share, terms, truncation
 from gspo_lightning.frozen import ReferencePolicy
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy import load_policy
+from gspo_lightning.rewards import RewardTerm
 
 CONFIG = """
 trainer: {accelerator: cpu}
@@ -88,7 +89,8 @@ def test_the_demo_is_healthy_and_nothing_is_written(capsys, monkeypatch, tmp_pat
     code, out, err = run(
         capsys,
         f"doctor --config configs/arithmetic.yaml --trainer.default_root_dir {root} "
-        "--trainer.profiler advanced --trainer.logger true",
+        "--trainer.logger true --trainer.profiler AdvancedProfiler --trainer.profiler.filename p "
+        f"--trainer.profiler.dirpath {root}",
     )
     assert code == 0, out + err
     *lines, summary = out.splitlines()
@@ -379,6 +381,26 @@ def test_rewards_with_two_values_tell_what_other_group_sizes_would_do(capsys, fo
     found = doctor(capsys, code=0)
     assert found["flat groups"]["value"]["expected"] == {}
     assert "more than two values" in found["flat groups"]["text"]
+
+
+def test_every_broken_term_is_named_and_the_others_are_measured(make_rollout):
+    calls = []
+
+    def counted(rows, completions):
+        calls.append(len(completions))
+        return [float(i % 2) for i in range(len(completions))]
+
+    found, scores = terms(
+        {name: RewardTerm(fn) for name, fn in (("a", raises), ("b", counted), ("c", raises))},
+        make_rollout(),
+    )
+    assert [(f.check, f.status) for f in found] == [
+        *(("reward a", "error"), ("reward c", "error"), ("reward b", "ok")),
+    ]
+    assert list(scores.parts) == ["b"] and scores.parts["b"].sum() == 3
+    calls.clear()
+    terms({"b": RewardTerm(counted)}, make_rollout())
+    assert calls == [6]  # a judge that is asked costs money
 
 
 # ---- the estimators --------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def test_stop_when_ends_the_run_with_a_checkpoint_and_continuing_goes_on(
     monkeypatch.setattr("train.this_python", lambda: "python")
     Path("prompts.jsonl").write_text('{"prompt": "1+2=", "answer": "3"}\n' * 4)
     Path("real.yaml").write_text(REAL.replace("path: policy", f"path: {model_dir}"))
-    command = "fit --config real.yaml --data.num_rollouts 8 --data.prompts_per_rollout 4"
+    command = "fit --config real.yaml --data.num_rollouts 12 --data.prompts_per_rollout 4"
     command += " --model.sampler.max_new_tokens 4 --trainer.accelerator cpu"
     code, _, err = run(capsys, f"{command} --model.stop_when ['variance']")  # no answer is right
     assert code == 1, err
@@ -211,4 +211,4 @@ def test_stop_when_ends_the_run_with_a_checkpoint_and_continuing_goes_on(
     code, _, err = run(capsys, f"{command} --model.stop_when ['variance'] --ckpt_path last")
     assert code == 0, err
     assert "do not differ" not in err
-    assert checkpoints()[-1] == "rollout=000008.ckpt"
+    assert checkpoints()[-1] == "rollout=000012.ckpt"
