@@ -126,6 +126,21 @@ def test_options_change_what_is_drawn(capsys, folder):
     assert "--max_new_tokens 12" in found["truncated"]["remedy"]
 
 
+def test_the_groups_of_a_prompt_follow_one_another(capsys, monkeypatch, folder):
+    seen = []
+    monkeypatch.setattr(
+        "gspo_lightning.doctor_text.example", lambda _, samples: seen.append(samples) or []
+    )
+    doctor(capsys, "--num_prompts 2", code=0)
+    (samples,) = seen
+    assert samples.group_size == 4
+    assert [id(row) for row in samples.rows] == [id(samples.rows[0])] * 8 + [
+        id(samples.rows[8])
+    ] * 8
+    assert samples.rows[0] is not samples.rows[8]
+    assert samples.texts[:4] != samples.texts[4:8]  # drawn twice, not copied
+
+
 def test_no_weight_changes_and_no_gradient_stays(tmp_path, model_dir):
     module = make_module(model_dir, reference=ReferencePolicy(device="cpu"), kl_coef=0.1)
     data = PromptData(str(write_prompts(tmp_path / "p.jsonl")), prompts_per_rollout=4)
