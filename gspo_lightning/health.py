@@ -19,6 +19,10 @@ from gspo_lightning.objectives import Objective
 WIDE = 0.05  # a sequence ratio is an average over tokens and stays far closer to 1 than this
 
 
+class HealthWarning(UserWarning):
+    """What run health says."""
+
+
 class Health:
     """Watches the numbers of each rollout.
 
@@ -118,4 +122,4 @@ class Health:
     def _say(self, topic: str, message: str) -> None:
         if topic not in self.said:
             self.said.add(topic)
-            rank_zero_warn(message)
+            rank_zero_warn(message, category=HealthWarning)
