@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from gspo_lightning import doctor_memory, doctor_numbers, doctor_rewards, doctor_text
 from gspo_lightning.callbacks import AdaptiveKL
+from gspo_lightning.cli import printable
 from gspo_lightning.findings import Finding, as_json, as_lines, attempt, worst
 from gspo_lightning.plan import plan_lines
 from gspo_lightning.rewards import overlong_penalty
@@ -194,6 +195,7 @@ class DoctorCLI(LightningCLI):
     """
 
     code = 0
+    watch: Any  # a callback that checks settings as `fit` begins
 
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
@@ -209,7 +211,7 @@ class DoctorCLI(LightningCLI):
         """Leave out, for the doctor, whatever could write."""
         if self.subcommand == "doctor":
             self.save_config_callback = None
-            kwargs |= leaves_no_trace(kwargs.get("callbacks", ()))
+            kwargs |= leaves_no_trace(kwargs.get("callbacks", ()), self.watch)
         return super().instantiate_trainer(**kwargs)
 
     def before_doctor(self) -> None:
@@ -234,14 +236,14 @@ class DoctorCLI(LightningCLI):
         lines.append(
             ", ".join(f"{n} {status}" for status, n in counts.items()) + f"; {seconds:.1f} s"
         )
-        print("\n".join(lines))
+        print("\n".join(map(printable, lines)))  # prompts and tokens are quoted in them
         sys.stdout.flush()
 
 
-def leaves_no_trace(callbacks: Iterable[Any]) -> dict[str, Any]:
-    """Trainer options under which nothing is written; of the callbacks only AdaptiveKL may act."""
+def leaves_no_trace(callbacks: Iterable[Any], watch: Any) -> dict[str, Any]:
+    """Trainer options under which nothing is written: of the callbacks two may act."""
     return {
-        "callbacks": [callback for callback in callbacks if isinstance(callback, AdaptiveKL)],
+        "callbacks": [c for c in callbacks if isinstance(c, AdaptiveKL) or c is watch],
         "logger": False,
         "profiler": None,
         "enable_checkpointing": False,

@@ -65,7 +65,7 @@ MAY_IMPORT = {
     "doctor_numbers": {"findings", "kl", "masked", "objectives", "rollout"},
     "doctor": {
         *("callbacks", "doctor_memory", "doctor_numbers", "doctor_rewards", "doctor_text"),
-        *("findings", "plan", "rewards", "rollout"),
+        *("cli", "findings", "plan", "rewards", "rollout"),
     },
     "evaluation": {"metrics", "policy", "rewards", "rollout", "sampling"},
     "sft": {"logprobs", "masked", "optim", "policy"},

@@ -175,6 +175,10 @@ def test_no_weight_changes_and_no_gradient_stays(tmp_path, model_dir):
         ("--model.num_minibatches 3", "model.num_minibatches must divide the 16 completions"),
         ("--data.chat_template true", "data.chat_template is true, but the tokenizer has no"),
         ("--ckpt_path last", "unknown key `ckpt_path`"),
+        (
+            "--data.val_path prompts.jsonl --trainer.val_check_interval 9",
+            "trainer.val_check_interval is 9, the run has 3 batches",
+        ),
     ],
 )
 def test_a_mistake_is_the_line_that_fit_gives(capsys, folder, option, line):
@@ -267,6 +271,9 @@ def test_prompts_of_another_models_chat(capsys, folder):
     assert found["template"]["status"] == "warning"
     assert "<|im_start|> is ordinary text here" in found["template"]["text"]
     assert found["vocabulary"]["status"] == "warning"  # letters are unknown to this tokenizer
+    Path("prompts.jsonl").write_text(json.dumps({"prompt": "<|\x1b[2J|>1+2="}) + "\n")
+    _, out, _ = run(capsys, "doctor --config config.yaml --num_prompts 1")
+    assert "<|\\x1b[2J|> is ordinary text here" in out  # shown, not obeyed
 
 
 def test_texts_longer_than_the_models_positions(capsys, folder):
