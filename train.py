@@ -40,8 +40,8 @@ from gspo_lightning.checkpoint import (
 )
 from gspo_lightning.cli import LONGEST, OneLineParser, condense, printable, quiet
 from gspo_lightning.config_files import check_config_files
-from gspo_lightning.out_of_memory import OutOfMemory, is_out_of_memory
 from gspo_lightning.doctor import DoctorCLI, DoctorTrainer
+from gspo_lightning.out_of_memory import OutOfMemory, is_out_of_memory
 from gspo_lightning.plan import resume_command, this_python
 from gspo_lightning.progress import RolloutProgress, RunSummary
 from gspo_lightning.replay import main as replay
@@ -253,8 +253,6 @@ def main(argv: list[str] | None = None) -> int:
         with quiet():
             if argv[:1] == ["replay"]:
                 return replay(argv[1:])
-            GSPOCLI(argv, watch)
-        return 0
             return GSPOCLI(argv, watch).code
     except BaseException as error:
         return report(error, watch, where_to_go_on(argv, watch.root))

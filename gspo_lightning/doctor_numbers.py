@@ -35,11 +35,12 @@ KL_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 @dataclass(frozen=True)
 class Cut:
-    """One gradient: in which micro-batches, its tensors, and the ratios on the way."""
+    """One gradient: in which micro-batches, its tensors, ratios and clip fractions on the way."""
 
     size: int
     gradients: list[Tensor]
     ratios: Tensor
+    clipped: float
 
 
 def dtype_of(module: Any, trainer: Any) -> torch.dtype:
@@ -105,16 +106,17 @@ def gradient(module: Any, rollout: Rollout, size: int) -> Cut:
     )
     parameters = [p for p in module.policy.parameters() if p.requires_grad]
     module.policy.zero_grad(set_to_none=True)
-    pieces = list(zip(rollout.micro_batches(size), weights.split(size), strict=True))
+    log_ratios, clipped = [], 0.0
     try:
-        ratios = [
-            module._backward(micro, part, on_policy=True, share=1 / len(pieces))
-            for micro, part in pieces
-        ]
+        for micro, part in zip(rollout.micro_batches(size), weights.split(size), strict=True):
+            losses = module.losses(micro, part, on_policy=True)
+            module.manual_backward(losses.total)
+            log_ratios.append(losses.log_ratio.float().cpu())
+            clipped = max(clipped, losses.policy.clip_fraction_sequences.item())
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     finally:
         module.policy.zero_grad(set_to_none=True)
-    return Cut(size, gradients, torch.cat(ratios))
+    return Cut(size, gradients, torch.cat(log_ratios).exp(), clipped)
 
 
 def first_step(module: Any, trainer: Any, data: Any, samples: Samples) -> list[Finding]:
@@ -124,17 +126,12 @@ def first_step(module: Any, trainer: Any, data: Any, samples: Samples) -> list[F
     """
     size = configured_size(module, data)
     rollout = as_rollout(module, samples.select(spread(len(samples), min(GRADIENT_ROWS, 2 * size))))
-    module.tally.reset()
-    try:
-        whole = gradient(module, rollout, len(rollout))
-        clipped = module.tally.compute()["train/clip_fraction_sequences"]
-        sizes = sorted({1, min(size, len(rollout))} - {len(rollout)})
-        return [
-            start_ratio(whole.ratios, clipped),
-            invariance(whole, (gradient(module, rollout, s) for s in sizes), trainer, module),
-        ]
-    finally:
-        module.tally.reset()
+    whole = gradient(module, rollout, len(rollout))
+    sizes = sorted({1, min(size, len(rollout))} - {len(rollout)})
+    return [
+        start_ratio(whole.ratios, whole.clipped),
+        invariance(whole, (gradient(module, rollout, s) for s in sizes), trainer, module),
+    ]
 
 
 def start_ratio(ratios: Tensor, clipped: float) -> Finding:
