@@ -45,6 +45,15 @@ class Health:
                 f"the log-ratio carries noise of {noise:.1e} (standard deviation), above a third "
                 f"of the clip range {self.width:.1e}; use policy.dtype float32 or a wider range",
             )
+        flat = figures.get("rollout/flat_groups_kept", 0.0)
+        if flat > 0:
+            self._say(
+                "flat",
+                f"{flat:.0f} groups stayed flat after model.max_draws further draws of prompts and "
+                "teach nothing; where rollout/flat_best_fraction is high the prompts are too easy, "
+                "where rollout/flat_worst_fraction is, too hard: choose other prompts, or raise "
+                "model.max_draws or the sampler's group_size",
+            )
         clipped = figures.get("train/clip_fraction_sequences", 1.0)
         self.unclipped = 0 if clipped > 0 or self.steps == 1 else self.unclipped + 1
         if self.unclipped == PATIENCE:
