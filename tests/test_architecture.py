@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gspo_lightning"
 
-MATHS = {"masked", "objectives", "advantages", "kl", "logprobs", "rollout"}
+MATHS = {"masked", "objectives", "advantages", "kl", "logprobs", "rollout", "gae"}
 # file: the files of this package it may import, in an order in which each knows only those above
 MAY_IMPORT = {
     "masked": set(),
@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "logprobs": {"masked"},
     "advantages": {"masked"},
     "objectives": {"masked"},
+    "gae": {"masked"},
     "optim": set(),
     "attention": set(),
     "lora": set(),
@@ -48,21 +49,22 @@ MAY_IMPORT = {
     "sampling": {"logprobs", "rollout"},
     "vllm_sampler": {"sampling", "rollout"},
     "classifier": {"policy"},
+    "critic": {"gae", "logprobs", "policy", "rollout"},
     "frozen": {"classifier", "logprobs", "lora", "model_folder", "policy", "rollout"},
     "health": {"objectives"},
     "report": {"metrics"},
-    "tally": {"advantages", "kl", "masked", "metrics", "objectives", "rollout"},
+    "tally": {"advantages", "gae", "kl", "masked", "metrics", "objectives", "rollout"},
     "callbacks": {"kl", "metrics", "policy", "report", "rollout"},
     "progress": {"callbacks", "kl", "metrics", "plan", "policy", "report", "rollout"},
     "evaluation": {"metrics", "policy", "rewards", "rollout", "sampling"},
     "sft": {"logprobs", "masked", "optim", "policy"},
     "reward_model": {"model_folder", "optim", "policy"},
     "collect": {
-        *("advantages", "evaluation", "frozen", "logprobs", "memory", "overlap", "rewards"),
-        *("rollout", "tally"),
+        *("advantages", "critic", "evaluation", "frozen", "kl", "logprobs", "masked", "memory"),
+        *("overlap", "rewards", "rollout", "tally"),
     },
     "module": {
-        "collect",
+        *("collect", "critic"),
         *("advantages", "kl", "logprobs", "masked", "objectives", "rollout"),
         *("evaluation", "frozen", "health", "metrics", "optim", "policy", "rewards", "sampling"),
         *("memory", "overlap", "tally", "time_limit"),
