@@ -132,7 +132,7 @@ class PromptData(TokenizedData):
             counts: How many each rank is to get, the same list on every rank.
         """
         assert self.stream is not None
-        return self.stream.draw(counts)
+        return self.stream.share(counts)
 
     def _read(self, key: str, path: str) -> list[tuple[list[int], dict]]:
         rows = read_rows(key, path)

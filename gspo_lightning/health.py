@@ -49,10 +49,10 @@ class Health:
         if flat > 0:
             self._say(
                 "flat",
-                f"{flat:.0f} groups stayed flat after model.max_draws further draws of prompts and "
-                "teach nothing; where rollout/flat_best_fraction is high the prompts are too easy, "
-                "where rollout/flat_worst_fraction is, too hard: choose other prompts, or raise "
-                "model.max_draws or the sampler's group_size",
+                f"model.max_draws further draws of prompts left {flat:.0f} of a rollout's groups "
+                "with rewards that are all equal; if rollout/flat_best_fraction is high the "
+                "prompts are too easy, if rollout/flat_worst_fraction is, too hard: choose other "
+                "prompts, or raise model.max_draws or the sampler's group_size",
             )
         clipped = figures.get("train/clip_fraction_sequences", 1.0)
         self.unclipped = 0 if clipped > 0 or self.steps == 1 else self.unclipped + 1

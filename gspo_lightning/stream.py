@@ -67,10 +67,14 @@ class ResumableStream:
 
     def __iter__(self) -> Iterator[Any]:
         while True:
-            yield self.draw([self.batch_size] * self.world_size)
+            yield self.draw(self.batch_size)
 
-    def draw(self, counts: Sequence[int]) -> Any:
-        """The next examples of this rank, collated.
+    def draw(self, count: int) -> Any:
+        """The next ``count`` examples of this rank, collated. Every rank must draw alike."""
+        return self.share([count] * self.world_size)
+
+    def share(self, counts: Sequence[int]) -> Any:
+        """The next examples of this rank, collated, where ranks need different numbers.
 
         Args:
             counts: How many each rank gets. Every rank must say the same, also one that gets none,
