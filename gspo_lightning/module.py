@@ -356,14 +356,17 @@ class GSPOModule(CollectingModule):
             self.policy.parameters(),  # type: ignore[union-attr]
             math.inf if self.max_grad_norm is None else self.max_grad_norm,
         )
-        if not torch.isfinite(norm):
+        total = norm
+        if self.critic is not None:
+            critic_norm = self.critic.clip_gradient(self.max_grad_norm)
+            self.tally.update("critic/grad_norm", critic_norm)
+            total = norm + critic_norm
+        if not torch.isfinite(total):
             raise FloatingPointError(
-                f"the gradient's norm is {norm.item()}; no step was taken. A lower learning rate "
+                f"the gradient's norm is {total.item()}; no step was taken. A lower learning rate "
                 "usually helps"
             )
         self.tally.update("policy/grad_norm", norm)
-        if self.critic is not None:
-            self.tally.update("critic/grad_norm", self.critic.clip_gradient(self.max_grad_norm))
 
     def _report(self, index: int) -> dict[str, float]:
         """Log every number of the rollout; they are the same on every rank."""

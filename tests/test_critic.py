@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from test_module import Outputs, Steps
 from tiny_run import digits, make_module, make_trainer, run, write_prompts
 
@@ -395,11 +396,18 @@ def test_layers_that_cannot_be_loaded_or_do_not_fit_are_named(tmp_path, model_di
     assert isinstance(load_critic(CriticConfig(backbone="policy"), random, policy.model), Critic)
 
 
-def test_a_broken_gradient_of_the_critic_stops_before_the_step(model_dir):
+def test_the_critics_gradient_is_measured_and_scaled_down_apart_from_the_policys():
     critic = Critic(CriticConfig(), hidden_size=2)
-    critic.head.weight.grad = torch.tensor([[NAN, 1.0]])
-    with pytest.raises(FloatingPointError, match=r"critic\.learning_rate_ratio"):
-        critic.clip_gradient(1.0)
     critic.head.weight.grad = torch.tensor([[3.0, 4.0]])
-    assert critic.clip_gradient(1.0) == 5
+    assert critic.clip_gradient(None) == critic.clip_gradient(1.0) == 5
     assert critic.head.weight.grad.norm().item() == pytest.approx(1)
+
+
+def test_a_broken_value_stops_before_the_step(tmp_path, model_dir):
+    class Break(Callback):
+        def on_train_start(self, trainer, module):
+            with torch.no_grad():
+                module.critic.head.bias.fill_(1e30)  # its square is infinite in float32
+
+    with pytest.raises(FloatingPointError, match="no step was taken"):
+        run(tmp_path, model_dir, 1, [Break()], **ppo())
