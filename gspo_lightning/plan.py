@@ -72,6 +72,8 @@ def _work(trainer: Any, module: Any) -> list[str]:
     prompts = data.prompts_per_rollout * trainer.world_size
     sequences = prompts * module.sampler.group_size
     tokens = sequences * module.sampler.max_new_tokens
+    if getattr(module, "drop_flat_groups", False):  # every group may have to be replaced each time
+        tokens *= 1 + module.max_draws
     each = (
         f"{count} rollouts{f' ({done:,} done)' if done else ''}, each {prompts} prompts x "
         f"{module.sampler.group_size} completions of at most {module.sampler.max_new_tokens} tokens"
@@ -157,7 +159,9 @@ def _memory(trainer: Any, module: Any) -> str | None:
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         text += f"; reference {size_text(size)}"
     critic = getattr(module, "critic", None)
-    if critic is not None:  # weights, gradients and Adam's two moments
+    if (
+        critic is not None and critic.backbone is not None
+    ):  # weights, gradients and Adam's two moments
         size = 4 * sum(p.numel() * p.element_size() for p in critic.parameters())
         text += f"; critic {size_text(size)} and its activations"
     return text

@@ -15,6 +15,7 @@ from gspo_lightning.frozen import ReferencePolicy
 from gspo_lightning.lora import LoRAConfig
 from gspo_lightning.objectives import Objective
 from gspo_lightning.optim import OptimizerConfig
+from gspo_lightning.plan import plan_lines
 from gspo_lightning.policy import PolicyConfig, load_policy
 from gspo_lightning.rewards import RewardTerm
 from gspo_lightning.sampling import GroupSampler
@@ -394,6 +395,25 @@ def test_layers_that_cannot_be_loaded_or_do_not_fit_are_named(tmp_path, model_di
     with pytest.raises(ValueError, match="a policy with random weights is in no folder"):
         load_critic(CriticConfig(), random, policy.model)
     assert isinstance(load_critic(CriticConfig(backbone="policy"), random, policy.model), Critic)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "text"),
+    [("own", "layers of its own, learning rate 10 x"), ("policy", "17 parameters, the policy's")],
+)
+def test_the_plan_names_the_critic_and_what_it_takes(tmp_path, model_dir, backbone, text):
+    lines = []
+
+    class Plan(Callback):
+        def on_train_start(self, trainer, module):
+            lines.extend(plan_lines(trainer, module))
+
+    module = run(tmp_path, model_dir, 1, [Plan()], **ppo(CriticConfig(backbone=backbone)))
+    plan = {line[:9].strip(): line[10:] for line in lines}
+    assert text in plan["critic"]
+    assert ("; critic " in plan["memory"]) == (backbone == "own")
+    count = sum(p.numel() for p in module.policy.parameters())
+    assert plan["policy"].startswith(f"{count:,} parameters")  # the critic's are not counted here
 
 
 def test_the_critics_gradient_is_measured_and_scaled_down_apart_from_the_policys():

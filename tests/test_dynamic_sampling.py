@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from test_module import Outputs, even_prompts_teach, ones
 from tiny_run import run
 
 from gspo_lightning.collect import CollectingModule
+from gspo_lightning.plan import plan_lines
 from gspo_lightning.rewards import RewardTerm
 from gspo_lightning.rollout import Samples
 from gspo_lightning.tally import RolloutTally
@@ -136,6 +138,18 @@ def test_that_the_cap_was_reached_is_said_once_and_with_the_way_out(tmp_path, mo
     assert "left 4 of a rollout's groups" in texts[0] and "group_size" in texts[0]
     assert all(outputs["metrics"]["rollout/flat_groups_kept"] == 4 for outputs in keep.all)
     assert keep.all[0]["metrics"]["rollout/flat_best_fraction"] == 1
+
+
+@pytest.mark.parametrize(("drop", "tokens"), [(False, 96), (True, 96 * 4)])
+def test_the_plan_counts_the_tokens_that_further_draws_may_take(tmp_path, model_dir, drop, tokens):
+    lines = []
+
+    class Plan(Callback):
+        def on_train_start(self, trainer, module):
+            lines.extend(plan_lines(trainer, module))
+
+    run(tmp_path, model_dir, 1, [Plan()], drop_flat_groups=drop, max_draws=3)
+    assert f"at most {tokens} tokens to sample" in lines[0]  # 4 prompts x 4 completions x 6 tokens
 
 
 def test_without_dynamic_sampling_nothing_is_counted_or_said(tmp_path, model_dir):
