@@ -243,7 +243,7 @@ class GSPOModule(CollectingModule):
         if saved is None:
             raise ValueError("this is no checkpoint of GSPOModule")
         load_whitening_state(self.rewards, saved.get("whitening", {}))
-        fit_critic(checkpoint["state_dict"], self.critic_config, self.trainer.training)
+        fit_critic(checkpoint.get("state_dict", {}), self.critic_config, self.trainer.training)
         if not self.trainer.training:
             return  # evaluation may use other seeds and rewards
         if saved["seed"] != self.seed:

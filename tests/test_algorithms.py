@@ -160,7 +160,7 @@ def module_loss(model, batch):
     model._sum_over_ranks = lambda x: x
     rollout = as_rollout(model, batch)
     model.micro_batch_size = 4
-    trainer = SimpleNamespace(world_size=1)
+    trainer = SimpleNamespace(world_size=1, global_rank=0)
     model.trainer = trainer
     model.policy = torch.nn.Module()
     model.policy.model = None
