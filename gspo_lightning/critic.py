@@ -24,14 +24,8 @@ from gspo_lightning.gae import (
     whiten,
 )
 from gspo_lightning.logprobs import forward_arguments
-from gspo_lightning.policy import (
-    DTYPES,
-    PolicyConfig,
-    check_model_path,
-    checkpoint_activations,
-    disable_dropout,
-    reason,
-)
+from gspo_lightning.model_folder import check_model_folder, check_model_path, load_weights
+from gspo_lightning.policy import DTYPES, PolicyConfig, checkpoint_activations, disable_dropout
 from gspo_lightning.rollout import Rollout, Samples
 
 
@@ -301,10 +295,9 @@ def load_critic(config: CriticConfig, policy_config: PolicyConfig, policy: Any) 
         options["attn_implementation"] = policy_config.attention
     if config.path is None:
         options["revision"] = policy_config.revision
-    try:
-        backbone = AutoModel.from_pretrained(path, dtype=DTYPES[policy_config.dtype], **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"critic.path: cannot load {path}: {reason(error)}") from error
+    check_model_folder("critic.path", path, policy_config.trust_remote_code)
+    dtype = DTYPES[policy_config.dtype]
+    backbone = load_weights("critic.path", AutoModel, path, dtype=dtype, **options)
     rows = backbone.get_input_embeddings().weight.shape[0]
     needed = policy.get_input_embeddings().weight.shape[0]
     if rows < needed:

@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "sampling": {"logprobs", "rollout"},
     "vllm_sampler": {"sampling", "rollout"},
     "classifier": {"policy"},
-    "critic": {"gae", "logprobs", "policy", "rollout"},
+    "critic": {"gae", "logprobs", "model_folder", "policy", "rollout"},
     "frozen": {"classifier", "logprobs", "lora", "model_folder", "policy", "rollout"},
     "health": {"objectives"},
     "report": {"metrics"},

@@ -387,7 +387,7 @@ def test_layers_that_cannot_be_loaded_or_do_not_fit_are_named(tmp_path, model_di
     (tmp_path / "empty" / "config.json").write_text("{}")
     make_model("qwen3", vocab_size=16).save_pretrained(tmp_path / "small")
     start = PolicyConfig(str(model_dir))
-    with pytest.raises(ValueError, match=r"critic.path: cannot load .*empty"):
+    with pytest.raises(ValueError, match=r"critic.path: .*empty"):
         load_critic(CriticConfig(path=str(tmp_path / "empty")), start, policy.model)
     with pytest.raises(ValueError, match="embeds 16 tokens, the policy 32"):
         load_critic(CriticConfig(path=str(tmp_path / "small")), start, policy.model)
