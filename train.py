@@ -3,6 +3,7 @@
 python train.py fit --config configs/arithmetic.yaml
 python train.py fit --config configs/arithmetic.yaml --ckpt_path last     continue
 python train.py validate --config configs/arithmetic.yaml --ckpt_path last
+python train.py replay runs/arithmetic/faults/DUMP       which tensor of a skipped step was NaN
 
 Later --config files and command-line options win over earlier ones. Every option has a default or
 stands in the config; `python train.py fit --help` lists them, `--print_config` shows what a run
@@ -38,8 +39,10 @@ from gspo_lightning.checkpoint import (
 )
 from gspo_lightning.cli import LONGEST, OneLineParser, condense, printable, quiet
 from gspo_lightning.config_files import check_config_files
+from gspo_lightning.out_of_memory import OutOfMemory, is_out_of_memory
 from gspo_lightning.plan import resume_command, this_python
 from gspo_lightning.progress import RolloutProgress, RunSummary
+from gspo_lightning.replay import main as replay
 from gspo_lightning.rewards import RewardError
 from gspo_lightning.run_folder import (
     RunConfig,
@@ -239,6 +242,8 @@ def main(argv: list[str] | None = None) -> int:
     os.umask(umask | 0o022)
     try:
         with quiet():
+            if argv[:1] == ["replay"]:
+                return replay(argv[1:])
             GSPOCLI(argv, watch)
         return 0
     except BaseException as error:
@@ -259,8 +264,8 @@ def report(error: BaseException, watch: Watch, go_on: str) -> int:
         return 143
     if isinstance(error, SystemExit):  # the parser has said why, or printed help
         return error.code if isinstance(error.code, int) else 0
-    # a reward function is the user's, and a numerical fault the run's: both name what it was
-    known = isinstance(error, RewardError | FloatingPointError)
+    # a reward function is the user's, numbers and memory are the run's: all name what it was
+    known = isinstance(error, RewardError | FloatingPointError) or is_out_of_memory(error)
     text = mistake(error) if known or not watch.begun else None
     if text is None or os.environ.get("GSPO_TRACEBACK") == "1":
         trace = "".join(traceback.format_exception(error))
@@ -271,7 +276,8 @@ def report(error: BaseException, watch: Watch, go_on: str) -> int:
             watch.refuse()
     if go_on:
         say(go_on)
-    return 1 if text is None or isinstance(error, FloatingPointError) else 2
+    ran = isinstance(error, FloatingPointError) or is_out_of_memory(error)
+    return 1 if text is None or ran else 2
 
 
 def mistake(error: BaseException) -> str | None:
@@ -283,7 +289,10 @@ def mistake(error: BaseException) -> str | None:
         return f"{text[:LONGEST]}; set model.init_args.policy to what it was made with"
     if "Accelerator` can not run on your system" in text:
         return f"trainer.accelerator: {text.partition(' The following')[0]} Use cpu, or auto"
-    return condense(text) if isinstance(error, MISTAKES) and text else None
+    if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
+        first = text.strip().partition("\n")[0][:200]
+        return f"out of memory: {first or type(error).__name__}; smaller batches need less"
+    return condense(text) if isinstance(error, (*MISTAKES, OutOfMemory)) and text else None
 
 
 if __name__ == "__main__":

@@ -24,12 +24,14 @@ from gspo_lightning.kl import kl_estimate
 from gspo_lightning.logprobs import LogProbs, completion_logprobs
 from gspo_lightning.masked import masked_mean
 from gspo_lightning.memory import peaks, reset_peaks
+from gspo_lightning.out_of_memory import BatchSizes
 from gspo_lightning.overlap import Passes
 from gspo_lightning.rewards import overlong_penalty
 from gspo_lightning.rollout import PromptBatch, Rollout, Samples, join_samples, stream_seed
 from gspo_lightning.tally import RolloutTally
 
 CPU = torch.device("cpu")
+MICRO, SAMPLED, REFERRED = "micro_batch_size", "sampler.batch_size", "reference.batch_size"
 
 
 class CollectingModule(EvaluatedModule):
@@ -49,6 +51,7 @@ class CollectingModule(EvaluatedModule):
     max_draws: int
     seconds: dict[str, float]
     peak_memory: dict[str, float]  # GiB
+    sizes: BatchSizes
 
     def collect(self, batch: PromptBatch) -> Rollout:
         """Sample, score and compare: prompts in, a rollout ready for updates out.
@@ -97,9 +100,14 @@ class CollectingModule(EvaluatedModule):
         )
 
     def _old_values(self, critic: Critic, samples: Samples) -> Tensor:
-        size = self.micro_batch_size or len(samples) // self.num_minibatches
-        with self._timed("values", self.device):
-            return critic.old_values(self.policy.model, samples, size)  # type: ignore[union-attr]
+        rows = len(samples) // self.num_minibatches
+
+        def work() -> Tensor:
+            with self._timed("values", self.device):
+                size = self.micro_batch_size or rows
+                return critic.old_values(self.policy.model, samples, size)  # type: ignore[union-attr]
+
+        return self.sizes.fit(MICRO, rows, f"{self._rollout}, old values", work)
 
     def _estimate(
         self,
@@ -122,8 +130,19 @@ class CollectingModule(EvaluatedModule):
         return estimates._asdict()
 
     def _sample(self, batch: PromptBatch, draw: int) -> Samples:
-        with self._phase("rollout"):
-            return self.sampler.sample(self.policy, batch, seed=self._seed(f"sample/{draw}"))
+        seed = self._seed(f"sample/{draw}")
+
+        def work() -> Samples:
+            with self._phase("rollout"):
+                return self.sampler.sample(self.policy, batch, seed=seed)
+
+        try:
+            rows = len(batch) * self.sampler.group_size
+            return self.sizes.fit(SAMPLED, rows, f"{self._rollout}, sampling", work)
+        except FloatingPointError as error:  # nothing to skip: every further rollout is the same
+            raise FloatingPointError(
+                f"{self._rollout}: {error}; no completion can be drawn"
+            ) from error
 
     def _score(self, samples: Samples, draw: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards as the group statistics are to see them, and their parts."""
@@ -145,8 +164,11 @@ class CollectingModule(EvaluatedModule):
         return rewards, parts
 
     def _ref_logprobs(self, reference: ReferencePolicy, samples: Samples) -> Tensor:
-        with self._timed("reference", samples.mask.device):
-            return reference.logprobs(samples, self.sampler.temperature)
+        def work() -> Tensor:
+            with self._timed("reference", samples.mask.device):
+                return reference.logprobs(samples, self.sampler.temperature)
+
+        return self.sizes.fit(REFERRED, len(samples), f"{self._rollout}, the reference", work)
 
     def _replace_flat_groups(
         self, samples: Samples, rewards: Tensor, parts: dict[str, Tensor]
@@ -181,9 +203,15 @@ class CollectingModule(EvaluatedModule):
         chosen = {name: part[rows] for name, part in parts.items()}
         return samples.select(rows), rewards[rows], chosen
 
-    @torch.no_grad()
     def _old_logprobs(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropy of the sampling policy, in the very batches of the first epoch.
+        """Log-probs and entropy of the sampling policy, in batches that fit into memory."""
+        rows = len(samples) // self.num_minibatches
+        what = f"{self._rollout}, old log-probs"
+        return self.sizes.fit(MICRO, rows, what, lambda: self._in_first_batches(samples))
+
+    @torch.no_grad()
+    def _in_first_batches(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropy, in the very batches of the first epoch.
 
         The same rows in the same shapes through the same kernels: what differs from the update's
         forward pass by rounding would look like a ratio that moved.
@@ -215,6 +243,10 @@ class CollectingModule(EvaluatedModule):
     def _minibatch_rows(self, samples: Samples, epoch: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(self._seed(f"minibatches/{epoch}"))
         return samples.minibatch_indices(self.num_minibatches, generator)
+
+    @property
+    def _rollout(self) -> str:
+        return f"rollout {self.trainer.fit_loop.total_batch_idx}"
 
     def _seed(self, purpose: str) -> int:
         index = self.trainer.fit_loop.total_batch_idx

@@ -1,8 +1,8 @@
 """GSPO as a LightningModule: collect a rollout, update on it.
 
-Decides the settings, the update and what is logged; ``collect`` is in the file of that name. The
-maths is in ``objectives``, ``advantages``, ``kl`` and ``logprobs``; the KL coefficient belongs to
-``callbacks.AdaptiveKL``, the position in the data to ``data.PromptData``, and files, checkpoints
+Decides the settings and what is logged; ``collect`` and ``update`` are in the files of that name.
+The maths is in ``objectives``, ``advantages``, ``kl`` and ``logprobs``; the KL coefficient belongs
+to ``callbacks.AdaptiveKL``, the position in the data to ``data.PromptData``, and files, checkpoints
 and pictures to the callbacks.
 """
 
@@ -14,26 +14,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from gspo_lightning.collect import CollectingModule
+from gspo_lightning.collect import MICRO, REFERRED, SAMPLED
 from gspo_lightning.critic import Critic, CriticConfig, check_critic, fit_critic, load_critic
 from gspo_lightning.evaluation import Evaluation
+from gspo_lightning.faults import Faults
 from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel
 from gspo_lightning.health import Health
-from gspo_lightning.kl import check_loss_kind, kl_estimate
-from gspo_lightning.objectives import (
-    Objective,
-    importance_log_ratio,
-    policy_loss,
-    token_weights,
-)
+from gspo_lightning.kl import check_loss_kind
+from gspo_lightning.objectives import Objective
 from gspo_lightning.optim import (
     OptimizerConfig,
     build_optimizer,
     learning_rate_factor,
     set_learning_rate,
 )
+from gspo_lightning.out_of_memory import BatchSizes
 from gspo_lightning.policy import PolicyConfig, load_policy, load_tokenizer
 from gspo_lightning.rewards import (
     RewardTerm,
@@ -42,13 +38,14 @@ from gspo_lightning.rewards import (
     ramp_tokens,
     whitening_state,
 )
-from gspo_lightning.rollout import PromptBatch, Rollout
+from gspo_lightning.rollout import PromptBatch
 from gspo_lightning.sampling import GroupSampler, Sampler
 from gspo_lightning.tally import RolloutTally
 from gspo_lightning.time_limit import TimeLimit
+from gspo_lightning.update import UpdatingModule
 
 
-class GSPOModule(CollectingModule):
+class GSPOModule(UpdatingModule):
     """Trains a causal language model with Group Sequence Policy Optimization.
 
     Args:
@@ -79,6 +76,9 @@ class GSPOModule(CollectingModule):
         max_grad_norm: Gradients are scaled down to this norm; ``None`` only measures it.
         drop_flat_groups: Draw other prompts for groups whose rewards are all equal.
         max_draws: Times that further prompts are drawn per rollout.
+        max_faults: Optimizer steps in a row with NaN or infinities that end the run. Such a step is
+            skipped, counted as ``optim/faults``, and its mini-batch kept in ``faults/`` of the run
+            for ``python train.py replay``.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
@@ -115,6 +115,7 @@ class GSPOModule(CollectingModule):
         max_grad_norm: float | None = 1.0,
         drop_flat_groups: bool = False,
         max_draws: int = 4,
+        max_faults: int = 3,
     ) -> None:
         sampler = sampler or GroupSampler()
         super().__init__(rewards, sampler, evaluation)
@@ -170,6 +171,11 @@ class GSPOModule(CollectingModule):
         self.max_grad_norm = max_grad_norm
         self.drop_flat_groups = drop_flat_groups
         self.max_draws = max_draws
+        self.faults = Faults(max_faults)
+        owners = {MICRO: self, SAMPLED: sampler, REFERRED: reference}
+        self.sizes = BatchSizes(
+            {k: o for k, o in owners.items() if hasattr(o, k.rpartition(".")[2])}
+        )
         self.tally = RolloutTally(rewards, count_names(rewards))
         self.health = Health(objective, num_epochs * num_minibatches)
         models = {
@@ -231,6 +237,8 @@ class GSPOModule(CollectingModule):
             "seed": self.seed,
             "frozen": self.frozen.fingerprints(),
             "whitening": whitening_state(self.rewards),
+            "faults_in_a_row": self.faults.in_a_row,
+            "sizes": self.sizes.state(self._sizes_of_ranks()),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -252,6 +260,15 @@ class GSPOModule(CollectingModule):
                 f"{self.seed}; the run would not continue but mix two"
             )
         self.frozen.check(saved["frozen"])
+        self.faults.in_a_row = saved.get("faults_in_a_row", 0)
+        if "sizes" in saved:
+            self.sizes.load(saved["sizes"], self.global_rank)
+
+    def _sizes_of_ranks(self) -> list[list[int]]:
+        """What is computed at once by each rank, which halves its own where memory is short."""
+        own = torch.tensor(list(self.sizes.now().values()), device=self.device)
+        gathered: Any = self.all_gather(own)
+        return gathered.view(-1, len(own)).tolist()
 
     # --- one rollout ---------------------------------------------------------------------------
 
@@ -265,12 +282,8 @@ class GSPOModule(CollectingModule):
         self.seconds = dict.fromkeys(("rollout", "score", "optimise"), 0.0)
         self.peak_memory = {}
         rollout = self.collect(batch)
-        ratios = torch.ones(len(rollout))
         with self._phase("optimise"):
-            for epoch in range(self.num_epochs):
-                for step, rows in enumerate(self._minibatch_rows(rollout, epoch)):
-                    on_policy = epoch == step == 0  # no step has moved the weights yet
-                    ratios[rows] = self.update(rollout.select(rows), on_policy=on_policy)
+            rollout, ratios = self.learn(rollout)
         metrics = self._report(index)
         return {
             "rollout": rollout,
@@ -279,94 +292,6 @@ class GSPOModule(CollectingModule):
             "lengths": self._lengths,
             "ratios": ratios,
         }
-
-    def update(self, minibatch: Rollout, on_policy: bool = False) -> Tensor:
-        """Take one optimizer step on a mini-batch, through micro-batches.
-
-        Args:
-            minibatch: Rows of a rollout.
-            on_policy: The weights are still those that sampled, so the old log-probs are this very
-                forward pass, detached: the ratio is exactly 1.
-
-        Returns:
-            Length-normalised sequence ratios before the step, (B,) on the CPU.
-
-        Raises:
-            FloatingPointError: If loss or gradient is not finite; the weights are untouched.
-        """
-        if not self._sum_over_ranks(minibatch.mask.sum()):
-            self.tally.update("optim/skipped_steps", 1.0)
-            return torch.ones(len(minibatch))
-        weights = token_weights(
-            minibatch.mask,
-            self.objective.aggregation,
-            self.sampler.max_new_tokens,
-            reduce=self._sum_over_ranks,
-            dtype=minibatch.old_logprobs.dtype,
-        )
-        weights = weights * self.trainer.world_size  # the mean of gradients over ranks, undone
-        size = self.micro_batch_size or len(minibatch)
-        pieces = list(zip(minibatch.micro_batches(size), weights.split(size), strict=True))
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        ratios = []
-        for i, (micro, micro_weights) in enumerate(pieces):
-            with optimizer.toggle_model(sync_grad=i == len(pieces) - 1):
-                ratios.append(self._backward(micro, micro_weights, on_policy, 1 / len(pieces)))
-        optimizer.step()
-        self.tally.update("optim/skipped_steps", 0.0)
-        return torch.cat(ratios)
-
-    def _backward(self, micro: Rollout, weights: Tensor, on_policy: bool, share: float) -> Tensor:
-        """Add the gradient of a micro-batch, ``share`` of a step, and return its ratios."""
-        mask, old = micro.mask, micro.old_logprobs
-        logprobs, entropy = self._logprobs(micro, with_entropy=self.entropy_coef != 0)
-        counted = mask.any(1)
-        if on_policy:
-            noise = importance_log_ratio(logprobs.detach(), old, mask, "sequence")[counted, 0]
-            self.tally.count_noise(noise)
-            old = logprobs.detach()
-        policy = policy_loss(logprobs, old, micro.advantages, mask, weights, self.objective)
-        entropy_loss = kl_loss = policy.loss.new_zeros(())
-        if entropy is not None:
-            entropy_loss = -self.entropy_coef * (weights * entropy).sum()
-        if micro.ref_logprobs is not None and self.kl_coef > 0 and not self.kl_in_reward:
-            kl = kl_estimate(logprobs, micro.ref_logprobs, self.kl_estimator)
-            kl_loss = self.kl_coef * (weights * kl).sum()
-        loss = policy.loss + entropy_loss + kl_loss
-        if self.critic is not None:
-            value = self.critic.loss(self.policy.model, micro, weights)  # type: ignore[union-attr]
-            self.tally.count_value_loss(value, mask, share)
-            loss = loss + value.loss
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} (policy {policy.loss.item()}, KL {kl_loss.item()}, "
-                f"entropy {entropy_loss.item()}); no step was taken. A lower learning rate "
-                "usually helps"
-            )
-        self.manual_backward(loss)
-        self.tally.count_losses(policy, entropy_loss, kl_loss, mask, share)
-        log_ratio = importance_log_ratio(logprobs.detach(), old, mask, "sequence")[:, 0]
-        self.tally.count_log_ratios(logprobs.detach() - old, log_ratio, mask)
-        return log_ratio.exp().float().cpu()
-
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Measure the gradient and scale it down to ``max_grad_norm``, after unscaling."""
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.policy.parameters(),  # type: ignore[union-attr]
-            math.inf if self.max_grad_norm is None else self.max_grad_norm,
-        )
-        total = norm
-        if self.critic is not None:
-            critic_norm = self.critic.clip_gradient(self.max_grad_norm)
-            self.tally.update("critic/grad_norm", critic_norm)
-            total = norm + critic_norm
-        if not torch.isfinite(total):
-            raise FloatingPointError(
-                f"the gradient's norm is {total.item()}; no step was taken. A lower learning rate "
-                "usually helps"
-            )
-        self.tally.update("policy/grad_norm", norm)
 
     def _report(self, index: int) -> dict[str, float]:
         """Log every number of the rollout; they are the same on every rank."""

@@ -1,39 +1,30 @@
 """Reward terms: functions of rows and completions, weighted and summed into one reward a sequence.
 
-Decides what a missing reward is, how terms add up and how a broken one is reported. Leaves out
-advantages, the arithmetic of whitening (``shaping``), further terms (``verifiers``,
-``text_rewards``), and the frozen reward model (``RewardModel``), which is one more callable.
+Decides what a missing reward is and how terms add up. Leaves out what happens when a function fails
+(``reward_calls``), advantages, the arithmetic of whitening (``shaping``), further terms
+(``verifiers``, ``text_rewards``), and the frozen reward model (``RewardModel``), one more callable.
 """
 
 from __future__ import annotations
 
 import math
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gspo_lightning.reward_calls import (
+    Called,
+    ErrorPolicy,
+    RewardError,
+    RewardFn,
+    call,
+    error_policy,
+)
 from gspo_lightning.shaping import RunningStatistics
-
-RewardFn = Callable[[list[dict], list[str]], Sequence[float | None]]
-
-
-class RewardError(ValueError):
-    """A reward term that cannot score: what happened, in one line that names the term.
-
-    Attributes:
-        term: Name of the term.
-        row: Which completion of the B failed, where that is known.
-    """
-
-    def __init__(self, message: str, term: str, row: int | None = None) -> None:
-        super().__init__(message)
-        self.term = term
-        self.row = row
 
 
 @dataclass(frozen=True)
@@ -55,12 +46,21 @@ class RewardTerm:
             taken in before they are whitened.
         scale: Factor before ``clip``.
         clip: Bounds (low, high) of the scaled value.
+        on_error: What happens when ``fn`` raises, gives another number of values than there are
+            completions, something that is no number, or an infinite number. ``stop`` ends the run.
+            ``skip`` leaves completions that it cannot score without a reward, whatever the other
+            terms say: they teach nothing, and are counted as ``reward/missing`` and
+            ``reward/<term>_errors``; after an exception ``fn`` is called with one completion at a
+            time to find them. ``retry N`` calls again up to N times, after 1, 2, 4, ... seconds
+            (``reward/<term>_retries``), and then stops; ``retry N, then skip`` then skips.
 
     Attributes:
         statistics: What ``whiten`` has seen so far.
+        policy: ``on_error``, read.
 
     Raises:
-        ValueError: If ``weight`` or ``scale`` is not finite, or the bounds are not in order.
+        ValueError: If ``weight`` or ``scale`` is not finite, the bounds are not in order, or
+            ``on_error`` is unknown.
     """
 
     fn: RewardFn
@@ -68,9 +68,12 @@ class RewardTerm:
     whiten: bool = False
     scale: float = 1.0
     clip: tuple[float, float] | None = None
+    on_error: str = "stop"
     statistics: RunningStatistics = field(
         default_factory=RunningStatistics, init=False, repr=False, compare=False
     )
+    policy: ErrorPolicy = field(init=False, repr=False, compare=False)
+    said: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("weight", "scale"):
@@ -78,6 +81,7 @@ class RewardTerm:
                 raise ValueError(f"a reward {name} must be finite, got {getattr(self, name)}")
         if self.clip is not None and not self.clip[0] < self.clip[1]:
             raise ValueError(f"a reward's clip must be (low, high), low < high, got {self.clip}")
+        object.__setattr__(self, "policy", error_policy(self.on_error))  # frozen
 
     def shape(self, raw: Tensor) -> Tensor:
         """What ``weight`` is applied to, from raw values; (B,), NaN stays NaN."""
@@ -121,8 +125,8 @@ def score(
         Totals and raw parts, (B,) float32 on the CPU.
 
     Raises:
-        RewardError: If a term raises, gives another number of rewards than there are completions,
-            something that is no number, or an infinite one; the message names the term.
+        RewardError: If a term cannot score and its ``on_error`` is to stop, naming the term, or if
+            the sum is too large for float32.
 
     >>> length = RewardTerm(lambda rows, texts: [float(len(text)) for text in texts], weight=0.5)
     >>> score({"length": length}, [{}, {}], ["ab", "abcd"]).total
@@ -133,81 +137,52 @@ def score(
     parts: dict[str, Tensor] = {}
     counts: dict[str, float] = {}
     for name, term in terms.items():
-        values = _call(name, term.fn, rows, completions)
-        part = _numbers(name, values, completions)
+        called = call(name, term.fn, rows, completions, term.policy)
+        values = called.values or []
+        _say_once(name, term, called, len(completions))
+        part = torch.tensor(
+            [math.nan if value is None else value for value in values], dtype=torch.float64
+        )
         if learn and term.whiten:
             term.statistics.update(part, reduce)
         present = torch.tensor([value is not None for value in values], dtype=torch.bool)
         total += term.weight * torch.where(present, term.shape(part), 0.0)  # a given NaN stays
         applies |= present
         parts[name] = part.float()
-        counts |= {f"{name}_{key}": n for key, n in getattr(term.fn, "counts", {}).items()}
-    return Scores(torch.where(applies, total, math.nan).float(), parts, counts)
+        counts |= {f"{name}_{key}": n for key, n in called.counts.items()}
+        own = {"errors": called.errors, "retries": called.retries}
+        counts |= {f"{name}_{key}": own[key] for key in _own_counts(term)}
+    rewards = torch.where(applies, total, math.nan).float()
+    if rewards.isinf().any():
+        largest = max(parts, key=lambda part: parts[part].nan_to_num(0).abs().max().item())
+        raise RewardError("the weighted sum of the rewards is no longer finite", largest)
+    return Scores(rewards, parts, counts)
 
 
-def _call(name: str, fn: RewardFn, rows: list[dict], completions: list[str]) -> list[Any]:
-    """The values of one term; an error of its function becomes one line."""
-    try:
-        values = list(fn(rows, completions))
-    except Exception as error:
-        row, cause = _first_to_fail(fn, rows, completions, error)
-        frame = traceback.extract_tb(cause.__traceback__)[-1]
-        kind = "" if type(cause) is ValueError else f"{type(cause).__name__}: "
-        where = "" if row is None else f"; row with prompt {str(rows[row].get('prompt'))[:60]!r}"
-        if row is not None:
-            where += f", completion {completions[row][:60]!r}"
-        text = " ".join(str(cause).split())[:160]
-        place = f"{Path(frame.filename).name}:{frame.lineno}"
-        raise RewardError(
-            f"reward {name!r} failed: {kind}{text} ({place}){where}", name, row
-        ) from error
-    if len(values) != len(completions):
-        raise RewardError(
-            f"reward {name!r} gave {len(values)} values for {len(completions)} completions", name
+def _say_once(name: str, term: RewardTerm, called: Called, size: int) -> None:
+    """Tell of a term's first error that does not end the run; further ones are only counted."""
+    if called.cause is not None and "error" not in term.said:
+        term.said.add("error")
+        lost = f"{called.errors} of {size} completions get no reward"
+        alone = f"reward {name!r} is called with one completion at a time"
+        warnings.warn(
+            f"{lost if called.errors else alone}: {called.cause}; further ones are only counted "
+            f"(reward/{name}_errors)",
+            stacklevel=3,
         )
-    return values
 
 
-def _first_to_fail(
-    fn: RewardFn, rows: list[dict], completions: list[str], error: Exception
-) -> tuple[int | None, Exception]:
-    """Which completion makes a function fail, found by calling it with one at a time."""
-    for i, (row, completion) in enumerate(zip(rows, completions, strict=True)):
-        try:
-            fn([row], [completion])
-        except Exception as own:
-            return i, own
-    return None, error  # together they fail, alone they do not
-
-
-def _numbers(name: str, values: list[Any], completions: list[str]) -> Tensor:
-    """Values of one term as (B,) float64, NaN for None."""
-    numbers = []
-    for i, value in enumerate(values):
-        try:
-            number = math.nan if value is None else float(value)
-        except (TypeError, ValueError) as error:
-            raise RewardError(
-                f"reward {name!r} gave something that is no number: {error}; "
-                f"for the completion {completions[i][:80]!r}",
-                name,
-                i,
-            ) from error
-        if math.isinf(number):
-            raise RewardError(
-                f"reward {name!r} gave {number} for the completion {completions[i][:80]!r}; "
-                "a reward must be finite, or None where there is none",
-                name,
-                i,
-            )
-        numbers.append(number)
-    return torch.tensor(numbers, dtype=torch.float64)
+def _own_counts(term: RewardTerm) -> list[str]:
+    """What is counted of calls whose errors do not end the run at once."""
+    return ["errors"] * term.policy.skip + ["retries"] * bool(term.policy.retries)
 
 
 def count_names(terms: Mapping[str, RewardTerm]) -> list[str]:
     """Names of everything that the terms count, as in ``Scores.counts``."""
     return [
-        f"{name}_{key}" for name, term in terms.items() for key in getattr(term.fn, "counts", ())
+        f"{name}_{key}"
+        for name, term in terms.items()
+        for key in (*getattr(term.fn, "counts", ()), *_own_counts(term))
     ]
 
 

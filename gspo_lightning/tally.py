@@ -57,6 +57,7 @@ TOTALS = (
     "rollout/flat_groups_kept",
     "rollout/tokens",
     "optim/skipped_steps",
+    "optim/faults",
     "policy/kl_clamped_tokens",
 )
 
@@ -121,18 +122,25 @@ class RolloutTally(RolloutMetrics):
     ) -> None:
         """Count entropy and KL of the sampling policy; each a mean per sequence, then over them.
 
+        A second call for the same rollout takes the place of the first.
+
         Args:
             old: Log-probs of the policy that sampled, nats, (B, T).
             entropy: Its entropy, nats, (B, T).
             ref: Log-probs of the reference, nats, (B, T), or ``None``.
             mask: Tokens that count, (B, T) bool.
         """
+        self.forget(("policy/entropy", "train/kl_divergence", "policy/kl_clamped_tokens"))
         counted = mask.any(1)
-        self.update("policy/entropy", masked_mean(entropy, mask, dim=1)[counted])
+        self._update_finite("policy/entropy", masked_mean(entropy, mask, dim=1)[counted])
         if ref is not None:
             kl = masked_mean(kl_estimate(old, ref, "k3"), mask, dim=1)
-            self.update("train/kl_divergence", kl[counted])
+            self._update_finite("train/kl_divergence", kl[counted])
             self.update("policy/kl_clamped_tokens", (kl_clamped(old, ref) & mask).sum(), 1)
+
+    def _update_finite(self, name: str, values: Tensor) -> None:
+        # a broken row is counted as a fault, and must not hide what the others show
+        self.update(name, values[values.isfinite()])
 
     def count_losses(
         self, policy: PolicyLoss, entropy: Tensor, kl: Tensor, mask: Tensor, share: float

@@ -45,7 +45,8 @@ class TimeLimit:
         fn: A reward function that another process can import: a function of a module, or an object
             of a class of a module.
         seconds: Longest time for one completion, > 0.
-        on_timeout: Reward of a completion that hit the limit; ``None`` says that it has none.
+        on_timeout: Reward of a completion that hit the limit; ``None``: it has none, whatever other
+            terms say, and counts as ``reward/missing``.
 
     Attributes:
         counts: ``timeouts`` of the last call, and what the function itself counts.
@@ -97,6 +98,8 @@ class TimeLimit:
         self.counts = {"timeouts": 0, **self.counts_of_fn}
         try:
             values = [self._score(*pair) for pair in zip(rows, completions, strict=True)]
+        except ValueError:
+            raise  # an answer, too: the process waits for the next question
         except BaseException:
             self.release()  # after Ctrl-C an answer may be on its way, to no question
             raise
@@ -104,8 +107,9 @@ class TimeLimit:
             self.warned = True
             warnings.warn(
                 f"{self.counts['timeouts']} of {len(completions)} completions took a reward "
-                f"function longer than {self.seconds:g} s and get {self.on_timeout}; further ones "
-                "are only counted (reward/<term>_timeouts)",
+                f"function longer than {self.seconds:g} s and get "
+                f"{'no reward' if self.on_timeout is None else self.on_timeout}; further ones are "
+                "only counted (reward/<term>_timeouts)",
                 stacklevel=2,
             )
         return values
@@ -123,9 +127,12 @@ class TimeLimit:
         if answer is None:
             self.release()
             self.counts["timeouts"] += 1
-            return self.on_timeout
+            # not None, which would say that the term does not apply
+            return math.nan if self.on_timeout is None else self.on_timeout
         kind, value, counts = answer
         if kind == "error":
+            if self.worker.process.poll() is not None:
+                self.release()
             raise ValueError(value)
         for name in self.counts_of_fn:
             self.counts[name] += counts.get(name, 0)

@@ -35,10 +35,12 @@ MAY_IMPORT = {
     "provenance": set(),
     "overlap": set(),
     "memory": set(),
+    "out_of_memory": set(),
     "terminal_log": set(),
     "run_folder": {"checkpoint", "provenance", "terminal_log"},
     "shaping": set(),
-    "rewards": {"shaping"},
+    "reward_calls": set(),
+    "rewards": {"reward_calls", "shaping"},
     "text_rewards": {"rewards"},
     "verifiers": set(),
     "time_limit": set(),
@@ -53,6 +55,7 @@ MAY_IMPORT = {
     "frozen": {"classifier", "logprobs", "lora", "model_folder", "policy", "rollout"},
     "health": {"objectives"},
     "report": {"metrics"},
+    "faults": {"checkpoint", "rollout"},
     "tally": {"advantages", "gae", "kl", "masked", "metrics", "objectives", "rollout"},
     "callbacks": {"kl", "metrics", "policy", "report", "rollout"},
     "progress": {"callbacks", "kl", "metrics", "plan", "policy", "report", "rollout"},
@@ -61,13 +64,27 @@ MAY_IMPORT = {
     "reward_model": {"model_folder", "optim", "policy"},
     "collect": {
         *("advantages", "critic", "evaluation", "frozen", "kl", "logprobs", "masked", "memory"),
-        *("overlap", "rewards", "rollout", "tally"),
+        *("out_of_memory", "overlap", "rewards", "rollout", "tally"),
+    },
+    "update": {
+        "collect",
+        "faults",
+        "gae",
+        "kl",
+        "objectives",
+        "out_of_memory",
+        "policy",
+        "rollout",
     },
     "module": {
-        *("collect", "critic"),
+        *("collect", "critic", "faults", "out_of_memory", "update"),
         *("advantages", "kl", "logprobs", "masked", "objectives", "rollout"),
         *("evaluation", "frozen", "health", "metrics", "optim", "policy", "rewards", "sampling"),
         *("memory", "overlap", "tally", "time_limit"),
+    },
+    "replay": {"lora", "module", "objectives", "policy", "rewards", "rollout", "sampling"},
+    "guard_cost": {
+        *("data", "faults", "module", "optim", "out_of_memory", "policy", "rewards", "sampling"),
     },
     "bench": {"data", "module"},
     "compare_report": set(),
@@ -79,6 +96,7 @@ MAY_IMPORT = {
 SHELL = {
     *("data", "supervised", "module", "sft", "reward_model", "evaluation", "callbacks", "progress"),
     *("checkpoint", "event_files", "run_folder", "health", "cli", "bench", "experiment"),
+    *("faults", "update", "replay", "guard_cost"),
 }
 FILES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
@@ -137,7 +155,7 @@ def test_no_file_needs_a_peer(path):
 def test_train_leaves_the_algorithm_to_the_package():
     assert siblings(ROOT / "train.py") <= {
         *("callbacks", "checkpoint", "cli", "config_files", "plan", "progress", "rewards"),
-        *("run_folder", "start_checks", "terminal_log"),
+        *("out_of_memory", "replay", "run_folder", "start_checks", "terminal_log"),
     }
 
 

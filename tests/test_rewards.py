@@ -206,6 +206,10 @@ def test_a_term_is_a_function_by_its_path_or_a_class_with_arguments(tmp_path):
           plain: {fn: reward_functions.length, weight: 0.5}
           made: {fn: {class_path: reward_functions.Scaled, init_args: {factor: 3.0}}}
           shaped: {fn: reward_functions.length, whiten: true, scale: 2.0, clip: [-1, 1.5]}
+          lossy: {fn: reward_functions.length, on_error: skip}
+          flaky:
+            fn: reward_functions.length
+            on_error: retry 2, then skip
           slow:
             fn:
               class_path: gspo_lightning.time_limit.TimeLimit
@@ -221,6 +225,8 @@ def test_a_term_is_a_function_by_its_path_or_a_class_with_arguments(tmp_path):
     assert isinstance(terms["made"].fn, Scaled) and terms["made"].fn([{}], ["ab"]) == [6.0]
     assert terms["shaped"].whiten and terms["shaped"].scale == 2.0
     assert terms["shaped"].clip == (-1.0, 1.5)
+    assert terms["plain"].policy == (0, False) and terms["lossy"].policy == (0, True)
+    assert terms["flaky"].policy == (2, True)
     slow = terms["slow"].fn
     assert (slow.seconds, slow.on_timeout) == (7.5, -1.0)
     assert slow([{}], ["abc"]) == [3.0]

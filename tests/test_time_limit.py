@@ -1,5 +1,6 @@
 """A slow reward function: killed at its limit, replaced, counted, and gone at the end."""
 
+import math
 import os
 import pickle
 import subprocess
@@ -67,9 +68,9 @@ def test_a_completion_over_the_limit_is_killed_and_the_others_are_scored(limited
 
 def test_without_a_stated_value_such_a_completion_has_no_reward_and_later_ones_do_not_warn(limited):
     limit = limited(seconds=0.3)
-    with pytest.warns(UserWarning, match="get None"):
-        assert limit([{}], ["sleep"]) == [None]
-    assert limit([{}], ["sleep"]) == [None]  # warnings are errors here
+    with pytest.warns(UserWarning, match="get no reward"):
+        assert math.isnan(limit([{}], ["sleep"])[0])
+    assert math.isnan(limit([{}], ["sleep"])[0])  # warnings are errors here
     scores = score({"slow": RewardTerm(limit)}, [{}] * 2, ["sleep", ""])
     assert scores.total.isnan().tolist() == [True, False]
     assert scores.counts == {"slow_timeouts": 1}
@@ -78,7 +79,32 @@ def test_without_a_stated_value_such_a_completion_has_no_reward_and_later_ones_d
 def test_the_limit_is_for_each_completion(limited):
     limit = limited(seconds=0.3)
     with pytest.warns(UserWarning, match="2 of 3"):
-        assert limit([{}] * 3, ["sleep", "", "sleep"]) == [None, 0.5, None]
+        values = limit([{}] * 3, ["sleep", "", "sleep"])
+    assert math.isnan(values[0]) and values[1] == 0.5 and math.isnan(values[2])
+
+
+def test_a_completion_over_the_limit_has_no_reward_even_if_another_term_gives_one(limited):
+    # a sum of fewer terms would be compared with whole sums of its group
+    limit = limited(seconds=0.3)
+    terms = {"slow": RewardTerm(limit), "length": RewardTerm(length)}
+    with pytest.warns(UserWarning, match="1 of 2"):
+        scores = score(terms, [{}] * 2, ["sleep", ""])
+    assert scores.total.isnan().tolist() == [True, False]
+
+
+def test_errors_and_timeouts_of_one_batch_are_both_counted_and_the_process_is_kept(limited):
+    limit = limited(seconds=0.5)
+    first = pid(limit)
+    terms = {"slow": RewardTerm(limit, on_error="skip")}
+    with pytest.warns(UserWarning, match="2 of 3 completions get no reward: reward 'slow' failed"):
+        scores = score(terms, [{}] * 3, ["raise", "", "raise"])
+    assert scores.total.isnan().tolist() == [True, False, True]
+    assert scores.counts == {"slow_timeouts": 0, "slow_errors": 2}
+    assert pid(limit) == first
+    with pytest.warns(UserWarning, match="longer than 0.5 s and get no reward"):
+        scores = score(terms, [{}] * 4, ["exit", "sleep", "", "raise"])
+    assert scores.total.isnan().tolist() == [True, True, False, True]
+    assert scores.counts == {"slow_timeouts": 1, "slow_errors": 2}
 
 
 def test_no_process_is_left_behind(limited):

@@ -4,8 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny_run import write_prompts
+
+from gspo_lightning.out_of_memory import OutOfMemory
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -440,6 +443,83 @@ def test_a_numerical_fault_is_one_line_and_how_to_go_on(capsys):
     code = train.report(FloatingPointError("the loss is nan; no step was taken"), watch, "go on")
     assert code == 1
     assert capsys.readouterr().err == "error: the loss is nan; no step was taken\ngo on\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OutOfMemory("out of memory in rollout 3, sampling"),
+            "out of memory in rollout 3, sampling",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nGPU 0 has"),
+            "out of memory: CUDA out of memory. Tried 2 GiB.; smaller batches need less",
+        ),
+    ],
+)
+def test_short_memory_is_one_line_and_how_to_go_on(capsys, error, line):
+    watch = train.Watch()
+    watch.begun = True
+    assert train.report(error, watch, "go on") == 1
+    assert capsys.readouterr().err == f"error: {line}\ngo on\n"
+
+
+BROKEN = """
+trainer:
+  accelerator: cpu
+  enable_progress_bar: false
+  default_root_dir: run
+  callbacks:
+    - {{class_path: gspo_lightning.RolloutCheckpoint, init_args: {{every_n_rollouts: 1}}}}
+    - {{class_path: fault_injection.Later, init_args: {{first: 1, kind: {kind}}}}}
+model:
+  class_path: gspo_lightning.GSPOModule
+  init_args:
+    policy: {{path: {policy}}}
+    sampler:
+      class_path: gspo_lightning.GroupSampler
+      init_args: {{group_size: 4, max_new_tokens: 6}}
+    rewards: {{length: {{fn: reward_functions.length}}}}
+    num_minibatches: 2
+data:
+  class_path: gspo_lightning.PromptData
+  init_args: {{path: prompts.jsonl, prompts_per_rollout: 4, num_rollouts: 9}}
+"""
+
+
+@pytest.mark.filterwarnings("always:rollout")
+def test_faults_in_a_row_end_a_run_with_reason_dump_and_last_checkpoint(
+    capsys, tmp_path, model_dir
+):
+    write_prompts(tmp_path / "prompts.jsonl")
+    Path("broken.yaml").write_text(BROKEN.format(policy=model_dir, kind="gradient"))
+    code, _, err = run(capsys, "fit --config broken.yaml")
+    assert code == 1 and "Traceback" not in err
+    warned = [line for line in err.splitlines() if line.startswith("warning: rollout")]
+    assert len(warned) == 2 and "(2 in a row; the run stops at 3)" in warned[1]
+    error, go_on = err.splitlines()[-2:]
+    assert error.startswith(
+        "error: rollout 2, optimizer step 1: gradient not finite, the last of 3"
+    )
+    dump = error.rpartition(" ")[2]
+    assert dump == "run/faults/rollout=000002-step=001-rank0.pt"
+    assert go_on.startswith("last checkpoint run/checkpoints/rollout=000002.ckpt; continue with: ")
+    code, out, _ = run(capsys, f"replay {dump}")
+    assert code == 1 and "recorded: gradient not finite" in out  # a callback is not in the dump
+
+
+def test_broken_weights_end_a_run_in_one_line_because_nothing_can_be_drawn(
+    capsys, tmp_path, model_dir
+):
+    write_prompts(tmp_path / "prompts.jsonl")
+    Path("broken.yaml").write_text(BROKEN.format(policy=model_dir, kind="weights"))
+    code, _, err = run(capsys, "fit --config broken.yaml")
+    assert code == 1 and "Traceback" not in err
+    error, go_on = err.splitlines()[-2:]
+    assert error.startswith("error: rollout 1: the policy's logits are not finite")
+    assert error.endswith("no completion can be drawn")
+    assert go_on.startswith("last checkpoint run/checkpoints/rollout=000001.ckpt; continue with: ")
 
 
 def test_a_run_that_is_refused_leaves_no_trace(capsys):
