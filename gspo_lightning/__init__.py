@@ -2,6 +2,7 @@
 
 from gspo_lightning.callbacks import AdaptiveKL, CurvePlot, HFExport, PredictionWriter, SampleTable
 from gspo_lightning.checkpoint import RolloutCheckpoint
+from gspo_lightning.critic import CriticConfig
 from gspo_lightning.data import PreferenceData, PromptData, SFTData
 from gspo_lightning.evaluation import Evaluation
 from gspo_lightning.frozen import ReferencePolicy, RewardModel
@@ -18,6 +19,7 @@ from gspo_lightning.sft import SFTModule
 
 __all__ = [
     "AdaptiveKL",
+    "CriticConfig",
     "CurvePlot",
     "Evaluation",
     "GSPOModule",

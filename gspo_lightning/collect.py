@@ -11,15 +11,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from gspo_lightning.advantages import Kind, flat_groups, group_advantages
+from gspo_lightning.critic import Critic
 from gspo_lightning.evaluation import EvaluatedModule
 from gspo_lightning.frozen import FrozenModels, ReferencePolicy
+from gspo_lightning.kl import kl_estimate
 from gspo_lightning.logprobs import LogProbs, completion_logprobs
+from gspo_lightning.masked import masked_mean
 from gspo_lightning.memory import peaks, reset_peaks
 from gspo_lightning.out_of_memory import BatchSizes
 from gspo_lightning.overlap import Passes
@@ -37,7 +40,9 @@ class CollectingModule(EvaluatedModule):
     reference: ReferencePolicy | None
     frozen: FrozenModels
     tally: RolloutTally
-    advantage_kind: Kind
+    advantage_kind: Kind | Literal["gae"]
+    critic: Critic | None
+    kl_coef: float
     truncated: Literal["keep", "mask", "zero_reward"]
     overlong_ramp: int | None
     num_minibatches: int
@@ -76,13 +81,13 @@ class CollectingModule(EvaluatedModule):
                 apart = self.frozen.apart("model.reference")
                 reference = passes.begin(apart, self._ref_logprobs, self.reference, there)
             old, entropy = self._old_logprobs(trained)
+            values = None if self.critic is None else self._old_values(self.critic, trained)
             rewards, parts = reward.result()
             ref = None if reference is None else reference.result().to(old.device)
-            advantages = group_advantages(
-                rewards.view(-1, samples.group_size), self.advantage_kind
-            ).flatten()
-            self.tally.count_rewards(samples, rewards, parts, advantages)
             self.tally.count_logprobs(old, entropy, ref, trained.mask)
+            estimates = self._estimate(trained, rewards, values, old, ref)
+            means = masked_mean(estimates["advantages"], trained.mask, dim=1).cpu()
+            self.tally.count_rewards(samples, rewards, parts, means)
         samples = trained
         device = samples.mask.device
         return Rollout(
@@ -91,8 +96,38 @@ class CollectingModule(EvaluatedModule):
             ref_logprobs=ref,
             rewards=rewards.to(device),
             reward_parts={name: part.to(device) for name, part in parts.items()},
-            advantages=advantages.to(device)[:, None].expand_as(samples.mask),
+            **estimates,
         )
+
+    def _old_values(self, critic: Critic, samples: Samples) -> Tensor:
+        rows = len(samples) // self.num_minibatches
+
+        def work() -> Tensor:
+            with self._timed("values", self.device):
+                size = self.micro_batch_size or rows
+                return critic.old_values(self.policy.model, samples, size)  # type: ignore[union-attr]
+
+        return self.sizes.fit(MICRO, rows, f"{self._rollout}, old values", work)
+
+    def _estimate(
+        self,
+        samples: Samples,
+        rewards: Tensor,
+        values: Tensor | None,
+        old: Tensor,
+        ref: Tensor | None,
+    ) -> dict[str, Any]:
+        """Advantages per token, (B, T), and a critic's values and returns."""
+        if self.critic is None or values is None:
+            groups = rewards.view(-1, samples.group_size)
+            advantages = group_advantages(groups, cast(Kind, self.advantage_kind)).flatten()
+            return {"advantages": advantages.to(old.device)[:, None].expand_as(samples.mask)}
+        kl = None if ref is None else kl_estimate(old, ref, "k1")
+        estimates = self.critic.estimate(
+            rewards.to(old.device), values, kl, samples.mask, self.kl_coef, self._sum_over_ranks
+        )
+        self.tally.count_values(values, estimates.returns, samples.mask)
+        return estimates._asdict()
 
     def _sample(self, batch: PromptBatch, draw: int) -> Samples:
         seed = self._seed(f"sample/{draw}")
@@ -138,21 +173,23 @@ class CollectingModule(EvaluatedModule):
     def _replace_flat_groups(
         self, samples: Samples, rewards: Tensor, parts: dict[str, Tensor]
     ) -> tuple[Samples, Tensor, dict[str, Tensor]]:
-        """Draw other prompts for flat groups, at most ``max_draws`` times.
+        """Draw as many other prompts as there are flat groups, at most ``max_draws`` times.
 
-        This is the dynamic sampling of DAPO, arXiv:2503.14476. Every rank draws as many prompts as
-        the neediest, so that all stay at one place in the data.
+        This is the dynamic sampling of DAPO, arXiv:2503.14476. Each rank draws what it lacks, and
+        moves on in the data by what all ranks draw. What stays flat in the end is trained on.
         """
         size, wanted = samples.group_size, len(samples) // samples.group_size
         for draw in range(1, self.max_draws + 1):
             flat = flat_groups(rewards.view(-1, size))
             missing = wanted - int((~flat).sum())
             gathered: Any = self.all_gather(torch.tensor(missing, device=self.device))
-            most = int(gathered.max())
-            if most <= 0:
+            lacking = gathered.reshape(-1).tolist()
+            if not any(lacking):
                 break
-            batch = self.trainer.datamodule.draw(most).to(self.device)  # type: ignore[attr-defined]
-            more = self._sample(batch, draw)
+            batch = self.trainer.datamodule.draw(lacking)  # type: ignore[attr-defined]
+            if batch is None:  # this rank has all it wants and waits for the others
+                continue
+            more = self._sample(batch.to(self.device), draw)
             with self._phase("score"):
                 more_rewards, more_parts = self._score(more, draw)
             samples = join_samples([samples, more])
@@ -160,6 +197,7 @@ class CollectingModule(EvaluatedModule):
             parts = {name: torch.cat([part, more_parts[name]]) for name, part in parts.items()}
         # groups with spread first, in the order drawn; flat ones only fill what is missing
         flat = flat_groups(rewards.view(-1, size))
+        self.tally.update("rollout/flat_groups_kept", max(0, wanted - int((~flat).sum())), 1)
         groups = torch.sort(flat.int(), stable=True).indices[:wanted].sort().values
         rows = (groups[:, None] * size + torch.arange(size)).flatten()
         chosen = {name: part[rows] for name, part in parts.items()}

@@ -7,6 +7,7 @@ that no config can name two.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -125,10 +126,14 @@ class PromptData(TokenizedData):
     def num_val_prompts(self) -> int:
         return len(self.examples.get("val_path", []))
 
-    def draw(self, count: int) -> PromptBatch:
-        """Further prompts of the training order, for groups that taught nothing."""
+    def draw(self, counts: Sequence[int]) -> PromptBatch | None:
+        """Further prompts of the training order, for groups that taught nothing.
+
+        Args:
+            counts: How many each rank is to get, the same list on every rank.
+        """
         assert self.stream is not None
-        return self.stream.draw(count)
+        return self.stream.share(counts)
 
     def _read(self, key: str, path: str) -> list[tuple[list[int], dict]]:
         rows = read_rows(key, path)

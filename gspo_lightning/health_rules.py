@@ -122,6 +122,11 @@ def _most_flat(figures: Mapping[str, float]) -> bool:
     return varied and _flat(figures, "best") + _flat(figures, "worst") > MOST
 
 
+def draws(figures: Mapping[str, float], run: History) -> bool:
+    """Dynamic sampling gave up before it had enough groups whose rewards differ."""
+    return figures.get("rollout/flat_groups_kept", 0.0) > 0
+
+
 def entropy(figures: Mapping[str, float], run: History) -> bool:
     """The policy has become nearly deterministic."""
     start, now = run.begun("policy/entropy"), figures.get("policy/entropy")
@@ -223,6 +228,16 @@ RULES: dict[str, Rule] = {
             f"{_flat(f, 'best') + _flat(f, 'worst'):.0%} of the groups are flat, most of them all "
             f"worst ({_flat(f, 'worst'):.0%}): the prompts are too hard; use easier ones "
             "(data.path), a warm start, a larger sampler.group_size, or drop_flat_groups: true"
+        ),
+    ),
+    "draws": Rule(
+        draws,
+        1,
+        lambda f, run: (
+            f"model.max_draws further draws of prompts left {f['rollout/flat_groups_kept']:.0f} of "
+            "a rollout's groups with rewards that are all equal; if rollout/flat_best_fraction is "
+            "high the prompts are too easy, if rollout/flat_worst_fraction is, too hard: choose "
+            "other prompts, or raise model.max_draws or the sampler's group_size"
         ),
     ),
     "entropy": Rule(

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from gspo_lightning.collect import MICRO, REFERRED, SAMPLED
+from gspo_lightning.critic import Critic, CriticConfig, check_critic, fit_critic, load_critic
 from gspo_lightning.evaluation import Evaluation
 from gspo_lightning.faults import Faults
 from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel
@@ -34,7 +35,7 @@ from gspo_lightning.rewards import (
     RewardTerm,
     count_names,
     load_whitening_state,
-    overlong_penalty,
+    ramp_tokens,
     whitening_state,
 )
 from gspo_lightning.rollout import PromptBatch
@@ -61,10 +62,14 @@ class GSPOModule(UpdatingModule):
         num_minibatches: Optimizer steps per pass; must divide the completions of a rollout.
         micro_batch_size: Completions per forward and backward pass: memory, never the gradient.
             ``None`` is a whole mini-batch.
-        advantages: What a reward is compared with; see ``advantages.group_advantages``.
+        advantages: What a reward is compared with: its group, see ``advantages.group_advantages``,
+            or what the critic expected (``gae``).
+        critic: PPO's value model, or ``None``; needs ``advantages`` of ``gae``, and with it a group
+            may be a single completion.
         truncated: What becomes of a completion that hit the limit: ``keep`` it, ``mask`` it out of
             loss and group statistics, or count its reward as 0 (``zero_reward``).
-        overlong_ramp: Width in tokens of a penalty that falls to -1 at the limit; ``None`` is off.
+        overlong_ramp: Width in tokens of a penalty that falls to -1 at the limit, or below 1 as a
+            share of the limit; ``None`` is off.
         kl_coef: Coefficient of the KL penalty; the ``AdaptiveKL`` callback takes it over.
         kl_estimator: ``k3`` (forward-KL gradient) or ``k2`` (reverse-KL gradient).
         entropy_coef: Coefficient of the entropy bonus.
@@ -101,10 +106,11 @@ class GSPOModule(UpdatingModule):
         num_minibatches: int = 4,
         micro_batch_size: int | None = None,
         advantages: Literal[
-            "normalized", "relative", "leave_one_out", "batch_normalized"
+            "normalized", "relative", "leave_one_out", "batch_normalized", "gae"
         ] = "normalized",
+        critic: CriticConfig | None = None,
         truncated: Literal["keep", "mask", "zero_reward"] = "keep",
-        overlong_ramp: int | None = None,
+        overlong_ramp: int | float | None = None,
         kl_coef: float = 0.0,
         kl_estimator: Literal["k2", "k3"] = "k3",
         entropy_coef: float = 0.0,
@@ -124,11 +130,7 @@ class GSPOModule(UpdatingModule):
         }.items():
             if value is not None and value < 1:
                 raise ValueError(f"model.{name} must be >= 1, got {value}")
-        if sampler.group_size < 2:
-            raise ValueError(
-                f"sampler.group_size must be >= 2, got {sampler.group_size}: a completion is "
-                "compared with the others of its group"
-            )
+        check_critic(critic, advantages, sampler.group_size, drop_flat_groups)
         if not sampler.temperature > 0:
             raise ValueError(
                 f"sampler.temperature must be above 0 in training, got {sampler.temperature}"
@@ -143,8 +145,6 @@ class GSPOModule(UpdatingModule):
             raise ValueError(f"kl_coef is {kl_coef} but there is no reference; set model.reference")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0 or null, got {max_grad_norm}")
-        if overlong_ramp is not None:
-            overlong_penalty(torch.zeros(1), sampler.max_new_tokens, overlong_ramp)
         whitened = [name for name, term in rewards.items() if term.whiten]
         if truncated == "zero_reward" and whitened:
             raise ValueError(
@@ -162,8 +162,12 @@ class GSPOModule(UpdatingModule):
         self.num_minibatches = num_minibatches
         self.micro_batch_size = micro_batch_size
         self.advantage_kind = advantages
+        self.critic_config = critic
+        self.critic: Critic | None = None
+        self.needs_critic = False  # only training does
+        self.kl_in_reward = critic is not None and critic.kl_in_reward
         self.truncated = truncated
-        self.overlong_ramp = overlong_ramp
+        self.overlong_ramp = ramp_tokens(overlong_ramp, sampler.max_new_tokens)
         self.kl_coef = kl_coef
         self.kl_estimator = kl_estimator
         self.entropy_coef = entropy_coef
@@ -194,6 +198,7 @@ class GSPOModule(UpdatingModule):
     def setup(self, stage: str) -> None:
         """Check what can be checked before anything is loaded, then load the frozen models."""
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything set
+        self.needs_critic = stage == "fit"
         if stage == "fit":
             size = self.trainer.datamodule.prompts_per_rollout * self.sampler.group_size  # type: ignore[attr-defined]
             if size % self.num_minibatches:
@@ -210,6 +215,8 @@ class GSPOModule(UpdatingModule):
             self.policy = load_policy(self.policy_config, self.tokenizer)
             # Dropout is off in either mode; train mode is what gradient checkpointing needs.
             self.policy.train()
+        if self.critic_config is not None and self.needs_critic and self.critic is None:
+            self.critic = load_critic(self.critic_config, self.policy_config, self.policy.model)
         self.frozen.share(self.policy)
 
     def on_fit_start(self) -> None:
@@ -219,7 +226,7 @@ class GSPOModule(UpdatingModule):
     def configure_optimizers(self) -> Any:
         """AdamW; ``training_step`` sets its learning rate, which a rollout's index decides."""
         learning_rate_factor(self.optimizer_config, self._num_rollouts)  # refuses now, not later
-        return build_optimizer(self.policy, self.optimizer_config)  # type: ignore[arg-type]
+        return build_optimizer(self.policy, self.optimizer_config, self.critic)  # type: ignore[arg-type]
 
     @property
     def _num_rollouts(self) -> int | None:
@@ -253,6 +260,7 @@ class GSPOModule(UpdatingModule):
         if saved is None:
             raise ValueError("this is no checkpoint of GSPOModule")
         load_whitening_state(self.rewards, saved.get("whitening", {}))
+        fit_critic(checkpoint.get("state_dict", {}), self.critic_config, self.trainer.training)
         if not self.trainer.training:
             return  # evaluation may use other seeds and rewards
         if saved["seed"] != self.seed:
@@ -279,7 +287,8 @@ class GSPOModule(UpdatingModule):
         index = self.trainer.fit_loop.total_batch_idx
         self.tally.reset()
         optimizer: Any = self.optimizers()
-        set_learning_rate(optimizer, self.optimizer_config, index, self._num_rollouts)
+        ratio = self.critic_config.learning_rate_ratio if self.critic_config else 1.0
+        set_learning_rate(optimizer, self.optimizer_config, index, self._num_rollouts, ratio)
         self.seconds = dict.fromkeys(("rollout", "score", "optimise"), 0.0)
         self.peak_memory = {}
         rollout = self.collect(batch)

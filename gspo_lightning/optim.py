@@ -55,12 +55,26 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.min_ratio must lie in [0, 1], got {self.min_ratio}")
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig) -> AdamW:
+def build_optimizer(
+    module: nn.Module, config: OptimizerConfig, critic: nn.Module | None = None
+) -> AdamW:
     """Make AdamW over the trainable parameters, matrices with decay and all else without.
 
     A matrix that is an embedding does not decay: its rows are looked up, and rows that a batch does
     not use would shrink for nothing.
+
+    Args:
+        module: What is trained.
+        config: The settings.
+        critic: Trained beside it, in groups that say so: it may have another learning rate.
     """
+    groups = _parameter_groups(module, config)
+    if critic is not None:
+        groups += [group | {"critic": True} for group in _parameter_groups(critic, config)]
+    return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)
+
+
+def _parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     embeddings = {
         id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)
     }  # a tied head is the same tensor, so it is in here too
@@ -74,12 +88,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> AdamW:
         {"params": decay, "weight_decay": config.weight_decay, "decays": True},
         {"params": plain, "weight_decay": 0.0, "decays": False},
     ]
-    return AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-    )
+    return [group for group in groups if group["params"]]
 
 
 def learning_rate_factor(config: OptimizerConfig, total: int | None) -> Callable[[int], float]:
@@ -115,7 +124,11 @@ def learning_rate_factor(config: OptimizerConfig, total: int | None) -> Callable
 
 
 def set_learning_rate(
-    optimizer: Optimizer, config: OptimizerConfig, step: int, total: int | None
+    optimizer: Optimizer,
+    config: OptimizerConfig,
+    step: int,
+    total: int | None,
+    critic_ratio: float = 1.0,
 ) -> float:
     """Put the numbers of ``config`` at ``step`` into ``optimizer``.
 
@@ -127,13 +140,15 @@ def set_learning_rate(
         config: The settings.
         step: Steps taken so far, in the unit of the schedule.
         total: Length of the run in that unit.
+        critic_ratio: Learning rate of the critic's groups, as a multiple.
 
     Returns:
         The learning rate.
     """
     rate = config.learning_rate * learning_rate_factor(config, total)(step)
     for group in optimizer.param_groups:
-        group["lr"], group["betas"], group["eps"] = rate, config.betas, config.eps
+        group["lr"] = rate * (critic_ratio if group.get("critic") else 1.0)
+        group["betas"], group["eps"] = config.betas, config.eps
         group["weight_decay"] = config.weight_decay if group["decays"] else 0.0
     return rate
 

@@ -18,7 +18,7 @@ CHUNK = 1024  # tokens whose float32 logits exist at a time (``completion_logpro
 
 
 def plan_lines(trainer: Any, module: Any) -> list[str]:
-    """Describe a run in at most eight lines, from what is known before the first batch.
+    """Describe a run in at most nine lines, from what is known before the first batch.
 
     Args:
         trainer: After ``setup``: data, module and devices are known, nothing has run.
@@ -31,6 +31,8 @@ def plan_lines(trainer: Any, module: Any) -> list[str]:
     if hasattr(module, "sampler"):
         lines.append(("updates", _updates(trainer, module)))
     lines.append(("policy", _policy(trainer, module)))
+    if getattr(module, "critic", None) is not None:
+        lines.append(("critic", _critic(module)))
     frozen = _frozen(module)
     if frozen:
         lines.append(("scoring", frozen))
@@ -70,6 +72,8 @@ def _work(trainer: Any, module: Any) -> list[str]:
     prompts = data.prompts_per_rollout * trainer.world_size
     sequences = prompts * module.sampler.group_size
     tokens = sequences * module.sampler.max_new_tokens
+    if getattr(module, "drop_flat_groups", False):  # every group may have to be replaced each time
+        tokens *= 1 + module.max_draws
     each = (
         f"{count} rollouts{f' ({done:,} done)' if done else ''}, each {prompts} prompts x "
         f"{module.sampler.group_size} completions of at most {module.sampler.max_new_tokens} tokens"
@@ -93,7 +97,7 @@ def _updates(trainer: Any, module: Any) -> str:
 
 
 def _policy(trainer: Any, module: Any) -> str:
-    parameters = list(module.parameters())
+    parameters = list(getattr(module, "policy", module).parameters())
     count = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     share = "all trained" if trained == count else f"{trained:,} trained"
@@ -102,6 +106,15 @@ def _policy(trainer: Any, module: Any) -> str:
     if trainer.world_size > 1:
         place += f" and {trainer.world_size - 1} more"
     return f"{count:,} parameters, {share}, {types} on {place}, precision {trainer.precision}"
+
+
+def _critic(module: Any) -> str:
+    """What values come from; the layers of its own count, the policy's do not."""
+    count = sum(p.numel() for p in module.critic.parameters())
+    config = module.critic.config
+    layers = "layers of its own" if module.critic.backbone is not None else "the policy's layers"
+    rate = f"learning rate {config.learning_rate_ratio:g} x the policy's"
+    return f"{count:,} parameters, {layers}, {rate}"
 
 
 def _frozen(module: Any) -> str:
@@ -150,6 +163,12 @@ def _memory(trainer: Any, module: Any) -> str | None:
     if reference is not None and not getattr(reference, "shared", False):
         size = sum(p.numel() * p.element_size() for p in module.policy.model.parameters())
         text += f"; reference {size_text(size)}"
+    critic = getattr(module, "critic", None)
+    if (
+        critic is not None and critic.backbone is not None
+    ):  # weights, gradients and Adam's two moments
+        size = 4 * sum(p.numel() * p.element_size() for p in critic.parameters())
+        text += f"; critic {size_text(size)} and its activations"
     return text
 
 

@@ -264,3 +264,22 @@ def overlong_penalty(lengths: Tensor, max_length: int, ramp: int) -> Tensor:
         raise ValueError(f"overlong_ramp must be in [1, {max_length}] tokens, got {ramp}")
     excess = lengths.float() - (max_length - ramp)  # tokens past the free zone
     return 0.0 - (excess / ramp).clamp(0, 1)
+
+
+def ramp_tokens(ramp: float | None, max_length: int) -> int | None:
+    """The width of an overlong ramp in tokens, also where it is given as a share of the limit.
+
+    Raises:
+        ValueError: If it is neither a number of tokens within the limit nor a share below 1.
+
+    >>> ramp_tokens(0.2, max_length=1024), ramp_tokens(4, max_length=10)
+    (205, 4)
+    """
+    if ramp is None:
+        return None
+    if not 0 < ramp <= max_length or (ramp > 1 and ramp != int(ramp)):
+        raise ValueError(
+            f"overlong_ramp must be in [1, {max_length}] tokens, or a share of them below 1, got "
+            f"{ramp}"
+        )
+    return max(1, round(ramp * max_length)) if ramp < 1 else int(ramp)

@@ -192,6 +192,8 @@ class Rollout(Samples):
         rewards: Weighted sum of the reward terms, NaN where missing, (B,).
         reward_parts: Each term by name, unweighted, (B,) each.
         advantages: Advantage of each token, (B, T).
+        values: What a critic expected before each token, (B, T), or None without one.
+        returns: What it should have expected, NaN where the reward is missing, (B, T), or None.
     """
 
     old_logprobs: Tensor
@@ -199,13 +201,16 @@ class Rollout(Samples):
     rewards: Tensor
     reward_parts: dict[str, Tensor]
     advantages: Tensor
+    values: Tensor | None = None
+    returns: Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         size, length = self.completion_ids.shape
         _check("old_logprobs", self.old_logprobs, (size, length))
-        if self.ref_logprobs is not None:
-            _check("ref_logprobs", self.ref_logprobs, (size, length))
+        for name in ("ref_logprobs", "values", "returns"):
+            if getattr(self, name) is not None:
+                _check(name, getattr(self, name), (size, length))
         _check("rewards", self.rewards, (size,))
         for name, part in self.reward_parts.items():
             _check(f"reward_parts[{name!r}]", part, (size,))

@@ -5,7 +5,7 @@ Decides the order of the examples and counts how many were served. Leaves out wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -71,9 +71,22 @@ class ResumableStream:
 
     def draw(self, count: int) -> Any:
         """The next ``count`` examples of this rank, collated. Every rank must draw alike."""
-        start = self.served + self.rank * count
-        self.served += count * self.world_size
-        return self.collate([self._example(i) for i in range(start, start + count)])
+        return self.share([count] * self.world_size)
+
+    def share(self, counts: Sequence[int]) -> Any:
+        """The next examples of this rank, collated, where ranks need different numbers.
+
+        Args:
+            counts: How many each rank gets. Every rank must say the same, also one that gets none,
+                so that all stay at one place in the data.
+
+        Returns:
+            None for a rank that gets none.
+        """
+        start = self.served + sum(counts[: self.rank])
+        self.served += sum(counts)
+        examples = [self._example(i) for i in range(start, start + counts[self.rank])]
+        return self.collate(examples) if examples else None
 
     def _example(self, position: int) -> Any:
         epoch, offset = divmod(position, len(self.examples))

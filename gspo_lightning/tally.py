@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from gspo_lightning.advantages import flat_groups, group_advantages
+from gspo_lightning.gae import ValueLoss
 from gspo_lightning.kl import kl_clamped, kl_estimate
 from gspo_lightning.masked import masked_mean
 from gspo_lightning.metrics import RolloutMetrics
@@ -39,12 +40,21 @@ MEANS = (
     "rollout/flat_best_fraction",
     "rollout/flat_worst_fraction",
     "reward/overlong",
+    "critic/value_loss",
+    "critic/value_mean",
+    "critic/clip_fraction",
+    "critic/grad_norm",
+    "critic error",
+    "critic error squared",
+    "critic return",
+    "critic return squared",
     "group variance",
     *(f"{name}{power}" for name in SPREADS for power in ("", " squared")),
 )
 TOTALS = (
     "reward/missing",
     "rollout/prompts_drawn",
+    "rollout/flat_groups_kept",
     "rollout/tokens",
     "optim/skipped_steps",
     "optim/faults",
@@ -89,15 +99,16 @@ class RolloutTally(RolloutMetrics):
             advantages: (B,).
         """
         valid = ~rewards.isnan()
-        groups = rewards.view(-1, samples.group_size)
         self.update("train/reward", rewards[valid])
         self.update("train/relative_advantage", advantages[valid])
         self.update("train/avg_response_length", samples.mask.sum(1))
         self.update("rollout/truncated_fraction", (~samples.finished).float())
-        self.update("group variance", group_advantages(groups, "relative").flatten()[valid] ** 2)
-        if (
-            valid.any()
-        ):  # a flat group at the rollout's best reward is solved, at its worst hopeless
+        groups = rewards.view(-1, samples.group_size)
+        if samples.group_size > 1:  # a single completion has no group to differ from
+            spread = group_advantages(groups, "relative").flatten()[valid] ** 2
+            self.update("group variance", spread)
+        # a flat group at the rollout's best reward is solved, at its worst hopeless
+        if samples.group_size > 1 and valid.any():
             flat = flat_groups(groups)
             means = masked_mean(groups, ~groups.isnan(), dim=1)
             best, worst = rewards[valid].max(), rewards[valid].min()
@@ -149,6 +160,27 @@ class RolloutTally(RolloutMetrics):
         )
         self.update("policy/ratio", policy.ratio[mask])
 
+    def count_values(self, values: Tensor, returns: Tensor, mask: Tensor) -> None:
+        """Count what the critic expected before the updates, and how far off it was, per token.
+
+        Args:
+            values: (B, T).
+            returns: NaN where the reward is missing, (B, T).
+            mask: Tokens that count, (B, T) bool.
+        """
+        valid = mask & ~returns.isnan()
+        values, returns = values[valid].double(), returns[valid].double()
+        self.update("critic/value_mean", values)
+        for name, x in {"critic error": returns - values, "critic return": returns}.items():
+            self.update(name, x)
+            self.update(f"{name} squared", x**2)
+
+    def count_value_loss(self, loss: ValueLoss, mask: Tensor, share: float) -> None:
+        """Count the value loss of a micro-batch that is ``share`` of an optimizer step."""
+        self.update("critic/value_loss", loss.loss, share)
+        tokens = mask.sum()
+        self.update("critic/clip_fraction", loss.clip_fraction.double() * tokens, tokens)
+
     def count_noise(self, log_ratio: Tensor) -> None:
         """Count what log-ratios are although no weight has moved: noise, (B,)."""
         self._count_spread("noise", log_ratio)
@@ -177,4 +209,11 @@ class RolloutTally(RolloutMetrics):
             if name in figures:
                 variance = figures.pop(f"{name} squared") - figures.pop(name) ** 2
                 figures[spread] = math.sqrt(max(variance, 0.0))
+        if "critic return" in figures:  # 1: it knew every return; 0: no better than their mean
+            error, total = (
+                figures.pop(f"{name} squared") - figures.pop(name) ** 2
+                for name in ("critic error", "critic return")
+            )
+            if total > 1e-12:
+                figures["critic/explained_variance"] = 1 - error / total
         return figures

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gspo_lightning.collect import MICRO, CollectingModule
 from gspo_lightning.faults import FOLDER, Faults, prompt_texts, settings_of, write_dump
+from gspo_lightning.gae import ValueLoss
 from gspo_lightning.kl import kl_estimate
 from gspo_lightning.objectives import (
     Objective,
@@ -36,7 +37,7 @@ class StepLosses(NamedTuple):
 
     ``total`` is attached to the graph. ``log_ratio`` is the length-normalised one, (b,), and
     ``token_log_ratio`` that of each token, (b, T); ``noise`` is what the first is by rounding
-    alone, or None where the weights have moved.
+    alone, or None where the weights have moved, ``value`` the critic's loss, if there is one.
     """
 
     total: Tensor
@@ -47,6 +48,7 @@ class StepLosses(NamedTuple):
     log_ratio: Tensor
     token_log_ratio: Tensor
     noise: Tensor | None
+    value: ValueLoss | None
 
 
 class UpdatingModule(CollectingModule):
@@ -58,6 +60,7 @@ class UpdatingModule(CollectingModule):
     kl_estimator: Literal["k2", "k3"]
     entropy_coef: float
     max_grad_norm: float | None
+    kl_in_reward: bool
     num_epochs: int
     faults: Faults
     steps: int = 0  # mini-batches of this rollout so far
@@ -120,6 +123,7 @@ class UpdatingModule(CollectingModule):
             self.objective.aggregation,
             self.sampler.max_new_tokens,
             reduce=self._sum_over_ranks,
+            dtype=minibatch.old_logprobs.dtype,
         )
         weights = weights * self.trainer.world_size  # the mean of gradients over ranks, undone
         optimizer: Any = self.optimizers()
@@ -144,6 +148,8 @@ class UpdatingModule(CollectingModule):
             self.tally.count_log_ratios(part.token_log_ratio, part.log_ratio, mask)
             if part.noise is not None:
                 self.tally.count_noise(part.noise)
+            if part.value is not None:
+                self.tally.count_value_loss(part.value, mask, 1 / len(parts))
         self._count_step(skipped=False, fault=False)
         return torch.cat([part.log_ratio.exp().float().cpu() for part in parts])
 
@@ -151,7 +157,7 @@ class UpdatingModule(CollectingModule):
         """Make the gradient of a mini-batch, one micro-batch after the other."""
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        self.faults.begin(minibatch, with_reference=self.kl_coef > 0)
+        self.faults.begin(minibatch, with_reference=self.kl_coef > 0 and not self.kl_in_reward)
         self.synced = False
         size = self._rows(minibatch)
         parts: list[StepLosses] = []
@@ -200,13 +206,18 @@ class UpdatingModule(CollectingModule):
         entropy_loss = kl_loss = policy.loss.new_zeros(())
         if entropy is not None:
             entropy_loss = -self.entropy_coef * (weights * entropy).sum()
-        if micro.ref_logprobs is not None and self.kl_coef > 0:
+        if micro.ref_logprobs is not None and self.kl_coef > 0 and not self.kl_in_reward:
             kl = kl_estimate(logprobs, micro.ref_logprobs, self.kl_estimator)
             kl_loss = self.kl_coef * (weights * kl).sum()
         log_ratio = importance_log_ratio(logprobs.detach(), old, mask, "sequence")[:, 0]
         tokens = logprobs.detach() - old
-        total = policy.loss + entropy_loss + kl_loss
-        return StepLosses(total, policy, entropy_loss, kl_loss, logprobs, log_ratio, tokens, noise)
+        total, value = policy.loss + entropy_loss + kl_loss, None
+        if self.critic is not None:
+            value = self.critic.loss(self.policy.model, micro, weights)  # type: ignore[union-attr]
+            total = total + value.loss
+        return StepLosses(
+            *(total, policy, entropy_loss, kl_loss, logprobs, log_ratio, tokens, noise, value)
+        )
 
     def _backward(self, micro: Rollout, weights: Tensor, on_policy: bool, last: bool) -> StepLosses:
         """Add the gradient of a micro-batch; what comes back has no graph."""
@@ -225,6 +236,7 @@ class UpdatingModule(CollectingModule):
             part.log_ratio,
             part.token_log_ratio,
             part.noise,
+            part.value and part.value._replace(loss=part.value.loss.detach()),
         )
 
     def _count_step(self, skipped: bool, fault: bool) -> None:
@@ -258,9 +270,15 @@ class UpdatingModule(CollectingModule):
             self.policy.parameters(),  # type: ignore[union-attr]
             math.inf if self.max_grad_norm is None else self.max_grad_norm,
         )
-        if self.faults.settle(norm, self._sum_over_ranks):
+        critic_norm = None
+        if self.critic is not None:
+            critic_norm = self.critic.clip_gradient(self.max_grad_norm)
+        total = norm if critic_norm is None else norm + critic_norm
+        if self.faults.settle(total, self._sum_over_ranks):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None  # which every optimizer leaves alone, with its state
         else:
             self.tally.update("policy/grad_norm", norm)
+            if critic_norm is not None:
+                self.tally.update("critic/grad_norm", critic_norm)

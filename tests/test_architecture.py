@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gspo_lightning"
 
-MATHS = {"masked", "objectives", "advantages", "kl", "logprobs", "rollout"}
+MATHS = {"masked", "objectives", "advantages", "kl", "logprobs", "rollout", "gae"}
 # file: the files of this package it may import, in an order in which each knows only those above
 MAY_IMPORT = {
     "masked": set(),
@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "logprobs": {"masked"},
     "advantages": {"masked"},
     "objectives": {"masked"},
+    "gae": {"masked"},
     "optim": set(),
     "attention": set(),
     "lora": set(),
@@ -50,12 +51,13 @@ MAY_IMPORT = {
     "sampling": {"logprobs", "rollout"},
     "vllm_sampler": {"sampling", "rollout"},
     "classifier": {"policy"},
+    "critic": {"gae", "logprobs", "model_folder", "policy", "rollout"},
     "frozen": {"classifier", "logprobs", "lora", "model_folder", "policy", "rollout"},
     "health_rules": {"objectives"},
     "health": {"health_rules", "objectives"},
     "report": {"metrics"},
     "faults": {"checkpoint", "rollout"},
-    "tally": {"advantages", "kl", "masked", "metrics", "objectives", "rollout"},
+    "tally": {"advantages", "gae", "kl", "masked", "metrics", "objectives", "rollout"},
     "callbacks": {"kl", "metrics", "policy", "report", "rollout"},
     "progress": {"callbacks", "kl", "metrics", "plan", "policy", "report", "rollout"},
     "findings": set(),
@@ -71,12 +73,21 @@ MAY_IMPORT = {
     "sft": {"logprobs", "masked", "optim", "policy"},
     "reward_model": {"model_folder", "optim", "policy"},
     "collect": {
-        *("advantages", "evaluation", "frozen", "logprobs", "memory", "overlap", "rewards"),
-        *("out_of_memory", "rollout", "tally"),
+        *("advantages", "critic", "evaluation", "frozen", "kl", "logprobs", "masked", "memory"),
+        *("out_of_memory", "overlap", "rewards", "rollout", "tally"),
     },
-    "update": {"collect", "faults", "kl", "objectives", "out_of_memory", "policy", "rollout"},
+    "update": {
+        "collect",
+        "faults",
+        "gae",
+        "kl",
+        "objectives",
+        "out_of_memory",
+        "policy",
+        "rollout",
+    },
     "module": {
-        *("collect", "faults", "out_of_memory", "update"),
+        *("collect", "critic", "faults", "out_of_memory", "update"),
         *("advantages", "kl", "logprobs", "masked", "objectives", "rollout"),
         *("evaluation", "frozen", "health", "metrics", "optim", "policy", "rewards", "sampling"),
         *("memory", "overlap", "tally", "time_limit"),

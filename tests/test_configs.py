@@ -12,6 +12,7 @@ from tiny_run import write_prompts
 
 from gspo_lightning.callbacks import AdaptiveKL
 from gspo_lightning.cli import quiet
+from gspo_lightning.critic import CriticConfig
 from gspo_lightning.frozen import RewardModel
 from gspo_lightning.kl import MultiplicativeKL, ProportionalKL
 from gspo_lightning.module import GSPOModule
@@ -120,7 +121,7 @@ ROWS = {
     ),
     "dapo": (
         Objective("token", "clip", "token_mean", 0.2, 0.28),
-        *("normalized", 0.0, True, 205, 16),
+        *("normalized", 0.0, True, 205, 16),  # a fifth of 1,024 tokens
     ),
     "dr_grpo": (
         Objective("token", "clip", "fixed_length", 0.2, 0.2),
@@ -129,6 +130,22 @@ ROWS = {
     "cispo": (
         Objective("token", "cispo", "token_mean", 0.0, 4.0),
         *("normalized", 0.0, True, 205, 4),
+    ),
+    "gspo_sum": (
+        Objective("sequence_sum", "clip", "sequence_mean", 0.2, 0.2),
+        *("normalized", 0.0, False, None, 4),
+    ),
+    "ppo": (
+        Objective("token", "clip", "token_mean", 0.2, 0.2),
+        *("gae", 0.02, False, None, 8),
+    ),
+    "origin_sequence": (
+        Objective("sequence_sum", "clip", "sequence_mean", 0.2, 0.2),
+        *("relative", 0.2, False, None, 1),
+    ),
+    "origin_token": (
+        Objective("token", "clip", "fixed_length", 0.2, 0.2),
+        *("relative", 0.2, False, None, 1),
     ),
 }
 
@@ -141,7 +158,19 @@ def test_an_algorithm_is_its_row(stack, name):
     row = (model.objective, model.advantage_kind, model.kl_coef, model.drop_flat_groups)
     assert (*row, model.overlong_ramp, model.num_minibatches) == ROWS[name]
     assert (model.reference is not None) == (model.kl_coef > 0)
-    assert model.num_epochs == 1
+    origin = name.startswith("origin")
+    assert (model.num_epochs, model.entropy_coef) == ((4, 0.01) if origin else (1, 0.0))
+    sampler = (model.sampler.group_size, model.sampler.temperature)
+    assert sampler == {"ppo": (1, 1.0)}.get(name, (4, 0.7) if origin else (8, 1.0))
+    assert model.critic_config == (CriticConfig() if name == "ppo" else None)
+
+
+def test_every_algorithm_draws_the_same_number_of_completions(stack):
+    """Else a comparison would be one of budgets; the origin's groups of 4 are its own number."""
+    for name in ALGORITHMS:
+        cli = stack("task/gsm8k", f"algorithm/{name}")
+        size = cli.datamodule.prompts_per_rollout * cli.model.sampler.group_size
+        assert size == (64 if name.startswith("origin") else 128), name
 
 
 def test_the_stack_that_base_shows_is_instantiated(stack):
@@ -159,9 +188,12 @@ def test_base_alone_is_gspo(stack):
     assert (model.objective, model.advantage_kind, model.reference) == (GSPO, "normalized", None)
 
 
-def test_a_slope_above_the_limit_says_which_setting_to_lower(stack):
-    with pytest.raises(ValueError, match=r"overlong_ramp must be in \[1, 40\] tokens, got 205"):
-        stack("task/arithmetic", "hardware/cpu", "algorithm/dapo")
+def test_a_slope_is_a_share_of_the_limit_or_a_number_of_tokens(stack):
+    names = ("task/arithmetic", "hardware/cpu", "algorithm/dapo")  # at most 40 tokens
+    assert stack(*names).model.overlong_ramp == 8
+    assert stack(*names, options=["--model.overlong_ramp", "5"]).model.overlong_ramp == 5
+    with pytest.raises(ValueError, match=r"overlong_ramp must be in \[1, 40\] tokens.*got 205"):
+        stack(*names, options=["--model.overlong_ramp", "205"])
 
 
 @pytest.mark.parametrize(
@@ -170,18 +202,20 @@ def test_a_slope_above_the_limit_says_which_setting_to_lower(stack):
 def test_every_task_and_every_kl_overlay_go_together(stack, task, kl):
     cli = stack(f"task/{task}", "hardware/cpu", "algorithm/gspo", f"kl/{kl}")
     assert (cli.model.reference is None) == (kl == "off")
-    assert len(kl_callbacks(cli)) == (kl == "adaptive")
+    assert len(kl_callbacks(cli)) == (kl in ("adaptive", "origin"))
     assert cli.model.kl_coef == (0.04 if kl == "fixed" else 0.0)
     assert len([c for c in cli.trainer.callbacks if type(c).__name__ == "CurvePlot"]) == 1
     if kl == "adaptive":
         assert kl_callbacks(cli)[0].rule == ProportionalKL(target=0.05, horizon=2000)
+    if kl == "origin":
+        assert kl_callbacks(cli)[0].rule == MultiplicativeKL(0.01, minimum=0.01, maximum=1.0)
+        assert kl_callbacks(cli)[0].coef == 0.2
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_takes_a_kl_overlay_on_top(stack, algorithm):
-    options = ["--model.overlong_ramp", "102"] if algorithm in ("dapo", "cispo") else []
     names = ("task/gsm8k", "hardware/two_gpu", f"algorithm/{algorithm}", "kl/adaptive")
-    cli = stack(*names, options=options)
+    cli = stack(*names)
     assert cli.model.reference is not None and cli.model.frozen.device == "cuda:1"
     assert len(kl_callbacks(cli)) == 1
 

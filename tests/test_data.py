@@ -98,6 +98,16 @@ def test_two_ranks_share_the_order_without_overlap():
         assert one.draw(4) == [x for stream in ranks for x in stream.draw(2)]
 
 
+def test_ranks_that_need_different_numbers_share_the_order_without_overlap_or_gap():
+    one = make_stream()
+    ranks = [make_stream(rank=r, world_size=3) for r in range(3)]
+    for counts in ([1, 3, 2], [0, 2, 0], [4, 0, 1]):
+        shares = [stream.share(counts) for stream in ranks]
+        assert [len(share or []) for share in shares] == counts
+        assert [x for share in shares for x in share or []] == one.draw(sum(counts))
+        assert {stream.served for stream in ranks} == {one.served}
+
+
 def test_pad_sides():
     ids, mask = pad([[5], [6, 7]], "right")
     assert ids.tolist() == [[5, 0], [6, 7]] and mask.tolist() == [[True, False], [True, True]]

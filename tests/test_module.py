@@ -325,13 +325,14 @@ def test_drop_flat_groups_draws_other_prompts(tmp_path, model_dir):
 
 
 def test_drop_flat_groups_gives_up_at_the_cap(tmp_path, model_dir):
-    (outputs,) = outputs_of(
-        tmp_path,
-        model_dir,
-        rewards={"one": RewardTerm(ones)},
-        drop_flat_groups=True,
-        max_draws=3,
-    )
+    with pytest.warns(UserWarning, match="max_draws further draws of prompts left 4 of"):
+        (outputs,) = outputs_of(
+            tmp_path,
+            model_dir,
+            rewards={"one": RewardTerm(ones)},
+            drop_flat_groups=True,
+            max_draws=3,
+        )
     assert outputs["metrics"]["rollout/prompts_drawn"] == 16  # 4 + 3 draws of 4
     assert len(outputs["rollout"]) == 16
 

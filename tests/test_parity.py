@@ -5,14 +5,17 @@ TRL's own method is called on a stand-in for its trainer that has the settings t
 
 from collections import defaultdict
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from gspo_lightning.advantages import group_advantages
 from gspo_lightning.kl import kl_estimate
 from gspo_lightning.objectives import Objective, policy_loss, token_weights
+from gspo_lightning.rewards import overlong_penalty, ramp_tokens
 
 pytest.importorskip("trl")
 grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer", exc_type=ImportError)
@@ -67,47 +70,49 @@ def trl_loss(logprobs, old, ref, advantages, **settings):
     return loss, metrics["train"]
 
 
-# name: our row of choices, TRL's settings, spread of the log-ratios (about the clip range)
+# overlay: TRL's settings, spread of the log-ratios (about the clip range)
 GSPO = {"loss_type": "grpo", "importance_sampling_level": "sequence"}
 TOKEN = {"importance_sampling_level": "token"}
 ALGORITHMS = {
-    "gspo": (Objective(), GSPO, 1e-3),
+    "gspo": (GSPO, 1e-3),
     # TRL has no such level; with one advantage per sequence it must equal gspo
-    "gspo_token": (Objective("sequence_token"), GSPO, 1e-3),
-    "grpo": (
-        Objective("token", clip_low=0.2, clip_high=0.2),
-        TOKEN | {"loss_type": "grpo"},
-        0.4,
-    ),
-    "dapo": (
-        Objective("token", aggregation="token_mean", clip_low=0.2, clip_high=0.28),
-        TOKEN | {"loss_type": "dapo"},
-        0.4,
-    ),
-    "dr_grpo": (
-        Objective("token", aggregation="fixed_length", clip_low=0.2, clip_high=0.2),
-        TOKEN | {"loss_type": "dr_grpo"},
-        0.4,
-    ),
-    "cispo": (
-        Objective("token", "cispo", "token_mean", clip_high=0.3),
-        # TRL names the cap itself, we name its distance from 1
-        TOKEN | {"loss_type": "cispo", "epsilon_high": 1.3},
-        0.4,
-    ),
+    "gspo_token": (GSPO, 1e-3),
+    "grpo": (TOKEN | {"loss_type": "grpo"}, 0.4),
+    "dapo": (TOKEN | {"loss_type": "dapo"}, 0.4),
+    "dr_grpo": (TOKEN | {"loss_type": "dr_grpo"}, 0.4),
+    "origin_token": (TOKEN | {"loss_type": "dr_grpo"}, 0.4),
+    # TRL names the cap itself, we name its distance from 1
+    "cispo": (TOKEN | {"loss_type": "cispo", "epsilon_high": 5.0}, 2.0),
+    # TRL has no critic any more; with advantages per token the policy's part is DAPO's
+    "ppo": (TOKEN | {"loss_type": "dapo"}, 0.4),
 }
+OVERLAYS = Path(__file__).parents[1] / "configs" / "algorithm"
+
+
+def read_overlay(name):
+    """The row of choices, and what is told of the rest."""
+    model = yaml.safe_load((OVERLAYS / f"{name}.yaml").read_text())["model"]["init_args"]
+    return Objective(**model["objective"]), model
+
+
+def test_every_overlay_is_compared_unless_trl_has_no_such_loss():
+    alone = {"gspo_sum", "origin_sequence"}  # a ratio that is not normalised by length
+    assert {path.stem for path in OVERLAYS.glob("*.yaml")} == alone | set(ALGORITHMS)
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.04])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_loss_and_gradient_equal_those_of_trl(name, kl_coef):
-    objective, settings, spread = ALGORITHMS[name]
+    objective = read_overlay(name)[0]
+    settings, spread = ALGORITHMS[name]
     settings = {
         "epsilon_low": objective.clip_low,
         "epsilon_high": objective.clip_high,
         "beta": kl_coef,
     } | settings
     logprobs, old, ref, advantages = batch(spread)
+    if name == "ppo":
+        advantages = torch.randn(6, 5, generator=torch.Generator().manual_seed(1)).double()
     theirs, metrics = trl_loss(logprobs, old, ref, advantages, **settings)
 
     weights = token_weights(MASK, objective.aggregation, MAX_LENGTH, dtype=torch.float64)
@@ -135,3 +140,14 @@ def test_normalized_advantages_equal_trl_s_group_scaling():
     rewards = torch.rand(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = (rewards - rewards.mean(1, True)) / (rewards.std(1, keepdim=True) + 1e-4)
     torch.testing.assert_close(group_advantages(rewards, eps=1e-4), expected)
+
+
+@pytest.mark.parametrize("name", ["dapo", "cispo"])
+def test_the_length_penalty_equals_trl_s(name):
+    rewards = pytest.importorskip("trl.rewards")
+    ramp = ramp_tokens(read_overlay(name)[1]["overlong_ramp"], 20_480)
+    assert ramp == 4_096  # DAPO's own numbers
+    lengths = [1, 16_384, 16_385, 18_000, 20_479, 20_480]
+    theirs = rewards.get_soft_overlong_punishment(20_480, ramp)([[0] * n for n in lengths])
+    ours = overlong_penalty(torch.tensor(lengths), 20_480, ramp)
+    torch.testing.assert_close(ours, torch.tensor(theirs), rtol=1e-6, atol=1e-7)

@@ -1,0 +1,197 @@
+"""Every overlay of configs/algorithm: it trains the embedded task, and its loss is its paper's."""
+
+import math
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import paper_losses
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from gspo_lightning.cli import quiet
+from gspo_lightning.logprobs import LogProbs
+from gspo_lightning.rollout import Rollout, Samples
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402  - the script lies in the root of the repository, not in a package
+
+NAMES = sorted(path.stem for path in (ROOT / "configs" / "algorithm").glob("*.yaml"))
+LIMIT = 10
+LENGTHS = [10, 3, 1, 7, 9, 4, 6, 2]
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)  # the paths of the embedded task are relative to it
+
+
+def stack(name, folder, *options):
+    names = ("base", "task/arithmetic", "hardware/cpu", f"algorithm/{name}")
+    configs = [part for n in names for part in ("--config", f"configs/{n}.yaml")]
+    return ["fit", *configs, "--trainer.default_root_dir", str(folder), *options]
+
+
+class Probe(Callback):
+    """Keeps what a run computed."""
+
+    outputs: ClassVar[list] = []
+    start: ClassVar[list] = []
+    end: ClassVar[list] = []
+
+    def on_train_start(self, trainer, module):
+        type(self).outputs = []
+        type(self).start = [p.detach().clone() for p in module.policy.parameters()]
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.outputs.append(outputs)
+
+    def on_train_end(self, trainer, module):
+        type(self).end = [p.detach().clone() for p in module.policy.parameters()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_overlay_trains_the_embedded_task(name, tmp_path):
+    quick = ["--data.num_rollouts=2", "--trainer.limit_val_batches=0"]
+    quick += ["--trainer.num_sanity_val_steps=0", "--trainer.enable_progress_bar=false"]
+    probe = "--trainer.callbacks+=test_algorithms.Probe"
+    assert train.main(stack(name, tmp_path, *quick, probe)) == 0
+    from test_algorithms import Probe as Used  # the copy that the command line has imported
+
+    assert len(Used.outputs) == 2
+    for outputs in Used.outputs:
+        assert all(math.isfinite(value) for value in outputs["metrics"].values())
+        assert outputs["metrics"]["optim/skipped_steps"] == 0
+        assert outputs["metrics"]["policy/grad_norm"] > 0
+    assert not any(torch.equal(a, b) for a, b in zip(Used.start, Used.end, strict=True))
+
+
+# ---- loss and gradient against the papers' formulas ----------------------------------------------
+
+
+def instantiate(name, folder, *options):
+    class Dry(train.GSPOCLI):
+        def _run_subcommand(self, subcommand):
+            pass
+
+    with quiet():
+        return Dry(stack(name, folder, *options), train.Watch()).model
+
+
+def make_batch(model):
+    """B = 8 completions of up to 10 tokens, float64; ratios on both sides of the clip range."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random():
+        return torch.randn(8, LIMIT, generator=generator, dtype=torch.float64)
+
+    width = max(model.objective.clip_low, model.objective.clip_high)
+    shares = {"sequence_sum": 0.7, "token": 1.2}  # a mean over tokens has less spread than they
+    spread = min(shares.get(model.objective.ratio, 5) * width, 2.0)  # CISPO's cap is a ratio of 5
+    old = -random().abs()
+    return SimpleNamespace(
+        lp=(old + spread * random()).requires_grad_(),
+        old=old,
+        ref=old + 0.5 * random(),
+        values=(0.3 * random()).requires_grad_(),
+        old_values=0.3 * random(),
+        rewards=[1.0, 0.0, 0.25, 0.5, 0.0, 0.0, 1.0, 0.75],
+        lengths=LENGTHS,
+        size=model.sampler.group_size,
+        limit=model.sampler.max_new_tokens,
+    )
+
+
+def as_rollout(model, batch):
+    """The rollout that the module makes of these numbers."""
+    mask = torch.arange(LIMIT) < torch.tensor(LENGTHS)[:, None]
+    ids = torch.ones(8, LIMIT, dtype=torch.long)
+    samples = Samples(
+        prompt_ids=ids[:, :4],
+        prompt_mask=ids[:, :4].bool(),
+        completion_ids=ids,
+        mask=mask,
+        finished=torch.ones(8, dtype=torch.bool),
+        rows=[{}] * 8,
+        texts=[""] * 8,
+        group_size=batch.size,
+    )
+    raw = torch.tensor(batch.rewards, dtype=torch.float64)
+    model.score_samples = lambda samples, **_: (raw, {}, {})
+    rewards, parts = model._score(samples)
+    reference = batch.ref if model.reference is not None else None
+    arguments = (samples, rewards, batch.old_values, batch.old, reference)
+    return Rollout(
+        **{name: getattr(samples, name) for name in Samples.__dataclass_fields__},
+        old_logprobs=batch.old,
+        ref_logprobs=reference,
+        rewards=rewards,
+        reward_parts=parts,
+        **model._estimate(*arguments),
+    )
+
+
+class NoSteps:
+    """An optimizer of which nothing is wanted but the calls."""
+
+    @contextmanager
+    def toggle_model(self, sync_grad):
+        yield
+
+    def zero_grad(self):
+        pass
+
+    def step(self):
+        pass
+
+
+def module_loss(model, batch):
+    """What GSPOModule.update makes a gradient of, in two micro-batches."""
+    from gspo_lightning.critic import Critic
+
+    losses, served = [], iter(range(0, 8, 4))
+    if model.critic_config is not None:
+        model.critic = Critic(model.critic_config, hidden_size=2)
+    model._sum_over_ranks = lambda x: x
+    rollout = as_rollout(model, batch)
+    model.micro_batch_size = 4
+    trainer = SimpleNamespace(world_size=1, global_rank=0)
+    model.trainer = trainer
+    model.policy = torch.nn.Module()
+    model.policy.model = None
+    rows = slice(0, 0)
+
+    def logprobs(micro, with_entropy):
+        nonlocal rows
+        first = next(served)
+        rows = slice(first, first + 4)
+        return LogProbs(batch.lp[rows], None)
+
+    model._logprobs = logprobs
+    model.optimizers = NoSteps
+    model.manual_backward = losses.append
+    if model.critic is not None:
+        model.critic.forward = lambda policy, micro: batch.values[rows]
+    model.update(rollout)
+    return sum(losses)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_and_gradient_are_those_of_the_paper(name, tmp_path):
+    options = [f"--model.sampler.max_new_tokens={LIMIT}", "--model.entropy_coef=0"]
+    model = instantiate(name, tmp_path, *options)
+    batch = make_batch(model)
+    theirs, ours = getattr(paper_losses, name)(batch), module_loss(model, batch)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    inputs = [batch.lp] + ([batch.values] if name == "ppo" else [])
+    gradients = [torch.autograd.grad(loss, inputs) for loss in (ours, theirs)]
+    for one, other in zip(*gradients, strict=True):
+        assert other.abs().max() > 1e-3
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    clipped = model.tally.compute()["train/clip_fraction_tokens"]
+    assert 0 < clipped < 1
