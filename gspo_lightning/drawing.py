@@ -1,15 +1,14 @@
 """Draw tokens from logits.
 
 Decides how a token is drawn: by inverting the cumulative distribution with one uniform number per
-row, which is faster than ``multinomial`` and makes a row independent of its batch. Large
-vocabularies are summed in blocks first, so that the running sum is over one block a row only.
+row, which is faster than ``multinomial`` and makes a row independent of its batch. The vocabulary
+is summed in blocks first: running sums, which cost many times what sums do, are then over the
+blocks and within one of them.
 Leaves out where the uniform numbers come from.
 """
 
 import torch
 from torch import Tensor
-
-BLOCK = 512  # tokens; a running sum costs many times what a sum does
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -38,26 +37,29 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
         _check(largest)
         return token, torch.zeros_like(largest, dtype=torch.float32)
     size, vocabulary = logits.shape
+    width = 1 << ((vocabulary.bit_length() + 1) // 2)  # of a block: about the square root
+    num_blocks = -(-vocabulary // width)
     # the only copy of the logits, in float32; behind the vocabulary it has probability 0
-    num_blocks = -(-vocabulary // BLOCK)
-    weights = logits.new_empty((size, num_blocks * BLOCK), dtype=torch.float32)
+    weights = logits.new_empty((size, num_blocks * width), dtype=torch.float32)
     weights[:, vocabulary:] = 0
     inside = weights[:, :vocabulary]
     largest = logits.amax(-1, keepdim=True).float()
     torch.sub(logits, largest, out=inside)
-    inside.mul_(1 / temperature).exp_()
+    if temperature != 1:
+        inside.mul_(1 / temperature)
+    inside.exp_()
 
-    blocks = weights.view(size, num_blocks, BLOCK)
-    cumulative = blocks.sum(-1).cumsum(-1)
+    cumulative = weights.view(size, num_blocks, width).sum(-1).cumsum(-1)
     total = cumulative[:, -1:]
     _check(total)
     point = _below(uniform[:, None] * total, total)
     block = torch.searchsorted(cumulative, point, right=True)
     # what the blocks before it hold; the point is then somewhere in this block
-    before = cumulative.gather(1, (block - 1).clamp(min=0)).masked_fill(block == 0, 0)
-    chosen = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1)
-    place = torch.searchsorted(chosen, _below(point - before, chosen[:, -1:]), right=True)
-    token = block * BLOCK + place
+    before = cumulative.gather(1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0)
+    first = torch.arange(0, size * num_blocks, num_blocks, device=logits.device)
+    within = weights.view(-1, width).index_select(0, first + block[:, 0]).cumsum(-1)
+    place = torch.searchsorted(within, _below(point - before, within[:, -1:]), right=True)
+    token = block * width + place
     logprob = (logits.gather(1, token).float() - largest) / temperature - total.log()
     return token[:, 0], logprob[:, 0]
 

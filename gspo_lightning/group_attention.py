@@ -36,16 +36,17 @@ class Layout:
     Attributes:
         num_groups: Prompt slots in use.
         num_places: The most rows of one group.
-        source: The row in each cell of the grid, (groups * places,) int64.
-        cell: The cell of each row, (N,) int64.
+        source: The row in each cell of the grid, (groups * places,) int64; ``None`` where the rows
+            in their order are the grid.
+        cell: The cell of each row, (N,) int64, or ``None`` likewise.
         prompt_lengths: Tokens of each row's prompt, (N, 1) int64.
         longest: Tokens of the longest prompt in use.
     """
 
     num_groups: int
     num_places: int
-    source: Tensor
-    cell: Tensor
+    source: Tensor | None
+    cell: Tensor | None
     prompt_lengths: Tensor
     longest: int
 
@@ -250,11 +251,12 @@ def _softmax(scores: Tensor, bias: Tensor, softcap: float | None, sinks: Tensor 
 
 def _to_grid(x: Tensor, layout: Layout) -> Tensor:
     """(N, K, q, n) of each row -> (groups, K, places * q, n), the rows of a group together."""
-    grid = x.index_select(0, layout.source).unflatten(0, (layout.num_groups, -1))
-    return grid.transpose(1, 2).flatten(2, 3)
+    if layout.source is not None:
+        x = x.index_select(0, layout.source)
+    return x.unflatten(0, (layout.num_groups, -1)).transpose(1, 2).flatten(2, 3)
 
 
 def _to_rows(x: Tensor, layout: Layout) -> Tensor:
     """The way back from ``_to_grid``."""
-    grid = x.unflatten(2, (layout.num_places, -1)).transpose(1, 2).flatten(0, 1)
-    return grid.index_select(0, layout.cell)
+    x = x.unflatten(2, (layout.num_places, -1)).transpose(1, 2).flatten(0, 1)
+    return x if layout.cell is None else x.index_select(0, layout.cell)

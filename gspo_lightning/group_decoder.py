@@ -104,7 +104,6 @@ class GroupDecoder:
         self.step = 0
         self.layout: Layout | None = None
 
-    @torch.no_grad()
     def run(self) -> tuple[Tensor, Tensor]:
         """Decode all rows.
 
@@ -115,11 +114,14 @@ class GroupDecoder:
             NotDecodable: If a layer did not attend as the model's config says.
             FloatingPointError: If the logits are not finite.
         """
-        while self.waiting or self.num:
-            if self.waiting and self.num <= REFILL_BELOW * self.slots:
-                self._admit()
-            else:
-                self._drop(self._draw(0, self._forward()))
+        # inference mode costs less a call, but what FSDP2 makes in it cannot be trained later
+        sharded = any(hasattr(parameter, "device_mesh") for parameter in self.model.parameters())
+        with torch.no_grad() if sharded else torch.inference_mode():
+            while self.waiting or self.num:
+                if self.waiting and self.num <= REFILL_BELOW * self.slots:
+                    self._admit()
+                else:
+                    self._drop(self._draw(0, self._forward()))
         return self.ids, self.logprobs
 
     def _admit(self) -> None:
@@ -243,14 +245,22 @@ class GroupDecoder:
         for slot, row in enumerate(self.running):
             members[slot_of[row // self.wanted.group_size]].append(slot)
         places = max(map(len, members))
-        cell = [0] * self.num
-        for group, slots in enumerate(members):
-            for place, slot in enumerate(slots):
-                cell[slot] = group * places + place
-        source = [slot for slots in members for slot in slots + [0] * (places - len(slots))]
+        cells = {
+            slot: group * places + place
+            for group, slots in enumerate(members)
+            for place, slot in enumerate(slots)
+        }
+        source = cell = None
+        if cells != {slot: slot for slot in range(len(members) * places)}:
+            every = [slot for slots in members for slot in slots + [0] * (places - len(slots))]
+            source = self.ids.new_tensor(every)
+            cell = self.ids.new_tensor([cells[slot] for slot in range(self.num)])
         lengths = [len(self.wanted.prompts[row // self.wanted.group_size]) for row in self.running]
-        longest = max(len(self.wanted.prompts[group]) for group in self.groups)
-        move = self.ids.new_tensor
         return Layout(
-            len(members), places, move(source), move(cell), move(lengths)[:, None], longest
+            len(members),
+            places,
+            source,
+            cell,
+            prompt_lengths=self.ids.new_tensor(lengths)[:, None],
+            longest=max(len(self.wanted.prompts[group]) for group in self.groups),
         )
