@@ -9,7 +9,7 @@ Leaves out which rows run, and all of the model but its attention.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +50,18 @@ class Layout:
     prompt_lengths: Tensor
     longest: int
 
+    def clone(self) -> Layout:
+        """The same in other tensors."""
+        source, cell = (None if x is None else x.clone() for x in (self.source, self.cell))
+        return replace(self, source=source, cell=cell, prompt_lengths=self.prompt_lengths.clone())
+
+    def take(self, other: Layout) -> None:
+        """Write the tensors of another layout of the same sizes into those of this one."""
+        self.prompt_lengths.copy_(other.prompt_lengths)
+        for mine, new in ((self.source, other.source), (self.cell, other.cell)):
+            if mine is not None and new is not None:
+                mine.copy_(new)
+
 
 @dataclass
 class GroupAttention:
@@ -68,7 +80,7 @@ class GroupAttention:
     length: int
     layers: dict[int, Buffers] = field(default_factory=dict)
     windows: dict[int, int | None] = field(default_factory=dict)  # of each layer, as it said
-    _longest: int = 0
+    _layout: Layout = field(init=False)
 
     def begin_reading(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
         """The next forward pass brings these prompts, one after the other in one row."""
@@ -95,16 +107,25 @@ class GroupAttention:
             output[:, start:end] = attend_within(query[:, :, start:end], keys, values, **options)
         return output
 
-    def begin_step(self, layout: Layout, lengths: Tensor, longest: int) -> None:
+    def begin_step(self, layout: Layout, lengths: Tensor, longest: int, equal: bool) -> None:
         """The next forward pass brings one token of each row.
 
         Args:
             layout: Of the rows.
             lengths: Tokens in the cache of each row, this one included, (N,) int64.
             longest: The largest of them.
+            equal: Whether all of them are the largest.
         """
-        self._layout, self._lengths, self._longest = layout, lengths, longest
-        self._rows = torch.arange(len(lengths), device=lengths.device)
+        if layout is not getattr(self, "_layout", None):
+            self._layout = layout
+            self._rows = torch.arange(len(lengths), device=lengths.device)
+            columns = torch.arange(layout.longest, device=lengths.device)
+            hidden = columns >= layout.prompt_lengths
+            bias = torch.zeros(len(lengths), layout.longest + self.length, device=lengths.device)
+            bias[:, : layout.longest].masked_fill_(hidden, -torch.inf)
+            self._bias_of_layout = bias[:, None, None]
+        self._lengths, self._columns, self._longest = lengths, lengths - 1, longest
+        self._equal = equal
         self._biases: dict[int | None, Tensor] = {}
 
     def extend(
@@ -123,11 +144,11 @@ class GroupAttention:
         """Attend from one token of each row to its prompt and to what it added itself."""
         layout, num_rows = self._layout, query.shape[2]
         prompt_keys, prompt_values, keys, values = self.layers[module.layer_idx]  # type: ignore[index]
-        keys[self._rows, :, self._lengths - 1] = key[0].transpose(0, 1)
-        values[self._rows, :, self._lengths - 1] = value[0].transpose(0, 1)
+        self._write(keys, key)
+        self._write(values, value)
         # query heads that share a key-value head are rows of one product: nothing is repeated
         heads, size = keys.shape[1], query.shape[3]
-        grouped = (query[0].transpose(0, 1) * scaling).reshape(num_rows, heads, -1, size)
+        grouped = query[0].transpose(0, 1).reshape(num_rows, heads, -1, size)
         prompt, groups = layout.longest, layout.num_groups
         own = slice(0, self._longest)
         scores = torch.cat(
@@ -137,18 +158,19 @@ class GroupAttention:
             ],
             dim=-1,
         )
-        weights = _softmax(scores, self._bias(sliding_window), softcap, s_aux).to(value.dtype)
+        bias = self._bias(sliding_window)
+        weights = _softmax(scores, scaling, bias, softcap, s_aux).to(value.dtype)
         output = _to_rows(
             _to_grid(weights[..., :prompt], layout) @ prompt_values[:groups, :, :prompt], layout
         )
         output = output + weights[..., prompt:] @ values[:num_rows, :, own]
         return output.reshape(1, num_rows, -1, output.shape[-1])
 
-    def move_rows(self, sources: list[int], targets: list[int]) -> None:
-        """Copy what rows added to other places, whose content is lost."""
+    def move_rows(self, sources: list[int], targets: list[int], length: int) -> None:
+        """Copy the first ``length`` tokens of rows to other slots, whose content is lost."""
         for layer in self.layers.values():
             for buffer in (layer.keys, layer.values):
-                buffer[targets, :, : self._longest] = buffer[sources, :, : self._longest]
+                buffer[targets, :, :length] = buffer[sources, :, :length]
 
     def move_prompt(self, source: int, target: int) -> None:
         """Copy a prompt to another slot, whose content is lost."""
@@ -168,22 +190,33 @@ class GroupAttention:
             empty(value, self.num_rows, self.length),
         )
 
+    def _write(self, buffer: Tensor, new: Tensor) -> None:
+        """Put the newest (1, K, N, d) behind what each row has."""
+        new = new[0].transpose(0, 1)
+        if self._equal:
+            buffer[: len(new), :, self._longest - 1] = new
+        else:
+            buffer[self._rows, :, self._columns] = new
+
     def _bias(self, window: int | None) -> Tensor:
         """-inf on what a row must not see, (N, 1, 1, prompt + own), once a step and window."""
-        if window not in self._biases:
-            layout, lengths = self._layout, self._lengths[:, None]
-            device = lengths.device
-            prompt = torch.arange(layout.longest, device=device)
-            own = torch.arange(self._longest, device=device)
-            hidden = torch.cat([prompt >= layout.prompt_lengths, own >= lengths], dim=1)
-            if window is not None:
-                # positions count from the prompt's first token; the newest one sees `window` tokens
-                first = layout.prompt_lengths + lengths - window
-                far = [prompt < first, own + layout.prompt_lengths < first]
-                hidden |= torch.cat(far, dim=1)
-            bias = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf)
-            self._biases[window] = bias[:, None, None]
-        return self._biases[window]
+        if window in self._biases:
+            return self._biases[window]
+        layout, lengths = self._layout, self._lengths[:, None]
+        prompt = layout.longest
+        bias = self._bias_of_layout[..., : prompt + self._longest]
+        if not self._equal or window is not None:
+            # positions count from a prompt's first token
+            position = torch.arange(bias.shape[-1], device=bias.device).expand(len(lengths), -1)
+            hidden = position >= lengths + prompt
+            position = torch.where(
+                position < prompt, position, position - prompt + layout.prompt_lengths
+            )
+            if window is not None:  # the newest token sees `window` tokens, itself included
+                hidden |= position < layout.prompt_lengths + lengths - window
+            bias = bias.masked_fill(hidden[:, None, None], -torch.inf)
+        self._biases[window] = bias
+        return bias
 
 
 def attend_within(
@@ -230,18 +263,20 @@ def attend_within(
         query.new_ones(length, length, dtype=torch.bool).tril_().triu_(1 - window).logical_not_()
     )
     bias = torch.zeros(hidden.shape, device=query.device).masked_fill_(hidden, -torch.inf)
-    grouped = (query * scaling).unflatten(1, (heads, -1))
-    scores = grouped @ key[:, :, None].mT
-    weights = _softmax(scores, bias, softcap, s_aux).to(value.dtype)
+    scores = query.unflatten(1, (heads, -1)) @ key[:, :, None].mT
+    weights = _softmax(scores, scaling, bias, softcap, s_aux).to(value.dtype)
     return (weights @ value[:, :, None]).flatten(1, 2).transpose(1, 2)
 
 
-def _softmax(scores: Tensor, bias: Tensor, softcap: float | None, sinks: Tensor | None) -> Tensor:
+def _softmax(
+    scores: Tensor, scaling: float, bias: Tensor, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
     """Weights (..., heads, queries a head, ..., S) in float32 of scores of that shape."""
     scores = scores.float()
-    if softcap is not None:
-        scores = (scores / softcap).tanh_().mul_(softcap)
-    scores = scores.add_(bias)
+    if softcap is None:
+        scores = torch.add(bias, scores, alpha=scaling)
+    else:
+        scores = scores.mul_(scaling / softcap).tanh_().mul_(softcap).add_(bias)
     if sinks is None:
         return scores.softmax(-1)
     shape = (scores.shape[1], scores.shape[2], *[1] * (scores.ndim - 3))

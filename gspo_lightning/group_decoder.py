@@ -8,7 +8,9 @@ and new tokens are given to the model without padding, as one row of tokens whos
 
 from __future__ import annotations
 
+import logging
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,9 @@ from gspo_lightning.attention import open_attention
 from gspo_lightning.drawing import draw
 from gspo_lightning.group_attention import GroupAttention, Layout
 from gspo_lightning.logprobs import forward_arguments
+from gspo_lightning.step_graphs import Play, StepGraphs, rounded
+
+log = logging.getLogger(__name__)
 
 REFILL_BELOW = 7 / 8  # share of running rows under which rows that wait come in
 READ_AT_ONCE = 16_384  # prompt tokens of one forward pass, unless one prompt alone is longer
@@ -40,6 +45,8 @@ class Wanted:
         eos_ids: All ids that end a sequence.
         pad_id: Stands behind the end.
         num_rows: Rows that run at once.
+        record: Makes a recording of a decode step of fixed shape (``step_graphs``); ``None``
+            computes each step anew, with no more rows and tokens than there are.
     """
 
     prompts: list[Tensor]
@@ -49,6 +56,7 @@ class Wanted:
     eos_ids: list[int]
     pad_id: int
     num_rows: int
+    record: Callable[[Play], Play] | None = None
 
 
 def check_decodable(model: Any) -> None:
@@ -99,10 +107,12 @@ class GroupDecoder:
         self.running: list[int] = []  # row number in each slot, also on the device:
         self.rows = torch.zeros(slots, dtype=torch.long, device=device)
         self.tokens = torch.zeros_like(self.rows)  # the newest, not in the cache yet
-        self.lengths = torch.zeros_like(self.rows)  # tokens drawn
+        self.lengths = torch.ones_like(self.rows)  # tokens drawn; 1 in slots that are free
         self.admitted: list[int] = []  # the step at which each row came in
         self.step = 0
         self.layout: Layout | None = None
+        record = wanted.record
+        self.graphs = None if record is None else StepGraphs(self._compute, record)
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Decode all rows.
@@ -185,10 +195,26 @@ class GroupDecoder:
         self.step += 1
         if self.layout is None:
             self.layout = self._arrange()
-        lengths = self.lengths[: self.num]
-        self.cache.begin_step(self.layout, lengths, self.step - min(self.admitted))
-        positions = self.layout.prompt_lengths[:, 0] + lengths - 1
-        return self._call(self.tokens[: self.num], positions, self.cache.extend, 0)
+        first, last = min(self.admitted), max(self.admitted)
+        longest = self.step - first
+        if self.graphs is None:
+            return self._compute(self.layout, longest, equal=first == last)
+        try:
+            logits = self.graphs.play(self.layout, rounded(longest, self.cache.length))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            log.warning("decode steps are computed one by one, recording failed: %s", reason)
+            self.graphs, self.layout = None, self._arrange()
+            return self._compute(self.layout, longest, equal=first == last)
+        return logits[: self.num]
+
+    def _compute(self, layout: Layout, longest: int, equal: bool = False) -> Tensor:
+        """Logits of one step; reads nothing but the layout and tensors that stay where they are."""
+        count = len(layout.prompt_lengths)
+        lengths = self.lengths[:count]
+        self.cache.begin_step(layout, lengths, longest, equal)
+        positions = layout.prompt_lengths[:, 0] + lengths - 1
+        return self._call(self.tokens[:count], positions, self.cache.extend, 0)
 
     def _call(self, ids: Tensor, positions: Tensor, attend: Any, keep: Tensor | int) -> Tensor:
         output = self.model(
@@ -210,7 +236,7 @@ class GroupDecoder:
         self.tokens[start : self.num] = token
         place += 1
         ended = torch.isin(token, self.eos) | (place == self.ids.shape[1])
-        return (ended.nonzero()[:, 0] + start).tolist()
+        return [slot for slot, end in enumerate(ended.tolist(), start) if end]
 
     def _drop(self, ended: list[int]) -> None:
         """Free slots: the last rows that run move into them."""
@@ -221,12 +247,13 @@ class GroupDecoder:
         targets = [slot for slot in ended if slot < keep]
         sources = [slot for slot in range(keep, self.num) if slot not in gone]
         if sources:
-            self.cache.move_rows(sources, targets)
+            self.cache.move_rows(sources, targets, length=self.step - min(self.admitted))
             for tensor in (self.rows, self.tokens, self.lengths):
                 tensor[targets] = tensor[sources]
             for values in (self.running, self.admitted):
                 for source, target in zip(sources, targets, strict=True):
                     values[target] = values[source]
+        self.lengths[keep : self.num] = 1
         del self.running[keep:], self.admitted[keep:]
         self.num, self.layout = keep, None
         for group in finished:
@@ -240,27 +267,32 @@ class GroupDecoder:
 
     def _arrange(self) -> Layout:
         """Say which row attends to which prompt."""
+        size, prompts = self.wanted.group_size, self.wanted.prompts
         slot_of = {group: slot for slot, group in enumerate(self.groups)}
         members: list[list[int]] = [[] for _ in self.groups]
         for slot, row in enumerate(self.running):
-            members[slot_of[row // self.wanted.group_size]].append(slot)
+            members[slot_of[row // size]].append(slot)
+        lengths = [len(prompts[row // size]) for row in self.running]
+        longest = max(len(prompts[group]) for group in self.groups)
         places = max(map(len, members))
-        cells = {
-            slot: group * places + place
-            for group, slots in enumerate(members)
-            for place, slot in enumerate(slots)
-        }
-        source = cell = None
-        if cells != {slot: slot for slot in range(len(members) * places)}:
-            every = [slot for slots in members for slot in slots + [0] * (places - len(slots))]
-            source = self.ids.new_tensor(every)
-            cell = self.ids.new_tensor([cells[slot] for slot in range(self.num)])
-        lengths = [len(self.wanted.prompts[row // self.wanted.group_size]) for row in self.running]
+        if self.graphs is not None:
+            places = rounded(places, size)
+            longest = rounded(longest, self.cache.prompt_length)
+            more = rounded(len(members), self.cache.num_prompts) - len(members)
+            members += [[] for _ in range(more)]
+            lengths += [1] * (rounded(self.num, self.slots) - self.num)
+        source = [slot for slots in members for slot in slots + [0] * (places - len(slots))]
+        cell = [0] * len(lengths)  # rows that are added read what is there
+        for group, slots in enumerate(members):
+            for place, slot in enumerate(slots):
+                cell[slot] = group * places + place
+        plain = self.graphs is None and source == cell == list(range(self.num))
+        new = self.ids.new_tensor
         return Layout(
             len(members),
             places,
-            source,
-            cell,
-            prompt_lengths=self.ids.new_tensor(lengths)[:, None],
-            longest=max(len(self.wanted.prompts[group]) for group in self.groups),
+            source=None if plain else new(source),
+            cell=None if plain else new(cell),
+            prompt_lengths=new(lengths)[:, None],
+            longest=longest,
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from gspo_lightning.group_decoder import GroupDecoder, NotDecodable, Wanted
 from gspo_lightning.plain_decoder import decode_plainly
 from gspo_lightning.rollout import PromptBatch, Samples, completion_mask
+from gspo_lightning.step_graphs import record_cuda_graph
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,9 @@ class GroupSampler:
         max_new_tokens: Longest completion, in tokens, end of sequence included.
         temperature: Divides the logits; 0 takes the most likely token (evaluation only).
         batch_size: Completions decoded at once, which bounds the KV cache; ``None`` is all.
+        cuda_graphs: Record decode steps on a GPU and play them again, which saves launches where
+            the model is small; steps are then rounded up to few sizes. Off a GPU, or where a
+            recording fails, steps are computed one by one, and one line says so.
 
     Raises:
         ValueError: If a value is out of range.
@@ -63,6 +67,7 @@ class GroupSampler:
         max_new_tokens: int = 256,
         temperature: float = 1.0,
         batch_size: int | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         for name, value in {
             "group_size": group_size,
@@ -77,7 +82,8 @@ class GroupSampler:
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.batch_size = batch_size
-        self._told = False  # which engine decodes
+        self.cuda_graphs = cuda_graphs
+        self._told: set[str] = set()
 
     @torch.no_grad()
     def sample(self, policy: Any, batch: PromptBatch, *, seed: int) -> Samples:
@@ -129,27 +135,26 @@ class GroupSampler:
     def _decode(self, policy: Any, batch: PromptBatch, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids and log-probs, (B, T) each, by the engine that the model allows."""
         num_rows = min(self.batch_size or len(uniform), len(uniform))
+        record = record_cuda_graph if self.cuda_graphs else None
+        if record is not None and uniform.device.type != "cuda":
+            self._tell(f"sampler.cuda_graphs: the policy is on {uniform.device}, without a GPU")
+            record = None
+        prompts = zip(batch.prompt_ids, batch.prompt_mask, strict=True)
+        wanted = Wanted(
+            prompts=[ids[keep] for ids, keep in prompts],
+            group_size=self.group_size,
+            uniform=uniform,
+            temperature=self.temperature,
+            eos_ids=policy.eos_ids,
+            pad_id=policy.pad_id,
+            num_rows=num_rows,
+            record=record,
+        )
         try:
-            wanted = Wanted(
-                prompts=[
-                    ids[keep] for ids, keep in zip(batch.prompt_ids, batch.prompt_mask, strict=True)
-                ],
-                group_size=self.group_size,
-                uniform=uniform,
-                temperature=self.temperature,
-                eos_ids=policy.eos_ids,
-                pad_id=policy.pad_id,
-                num_rows=num_rows,
-            )
             return GroupDecoder(policy.model, wanted).run()
         except NotDecodable as reason:
-            if not self._told:
-                log.warning(
-                    "%s decodes with its own cache, which is slower: %s",
-                    type(policy.model).__name__,
-                    reason,
-                )
-                self._told = True
+            name = type(policy.model).__name__
+            self._tell(f"{name} decodes with a cache of its own, which is slower: {reason}")
         group = torch.arange(len(batch), device=uniform.device).repeat_interleave(self.group_size)
         parts = [
             decode_plainly(
@@ -159,3 +164,9 @@ class GroupSampler:
         ]
         ids, logprobs = zip(*parts, strict=True)
         return torch.cat(ids), torch.cat(logprobs)
+
+    def _tell(self, line: str) -> None:
+        """Say a line once."""
+        if line not in self._told:
+            self._told.add(line)
+            log.warning(line)
