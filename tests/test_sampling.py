@@ -20,6 +20,10 @@ def batch_of(prompts: list[list[int]]) -> PromptBatch:
     return PromptBatch(ids, mask, [{"i": i} for i in range(len(prompts))])
 
 
+EVERY = (
+    *("qwen3", "llama", "gpt2", "gemma2", "mistral", "qwen3_moe", "cohere", "granite", "gpt_oss"),
+    *("qwen3_next", "lfm2"),
+)
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 
 
@@ -28,7 +32,9 @@ def policy(request, make_model, tokenizer):
     return Policy(make_model(request.param), tokenizer)
 
 
-def test_greedy_completions_are_those_of_generate(policy):
+@pytest.mark.parametrize("architecture", EVERY)
+def test_greedy_completions_are_those_of_generate(make_model, tokenizer, architecture):
+    policy = Policy(make_model(architecture), tokenizer)
     batch = batch_of(PROMPTS)
     samples = GroupSampler(1, 12, temperature=0.0).sample(policy, batch, seed=0)
     expected = policy.model.generate(
