@@ -44,15 +44,17 @@ class Sampler(Protocol):
 class GroupSampler:
     """Sample in process, with the transformers model and its KV cache.
 
-    Each prompt is read once, its cache is repeated for the G completions of its group, and finished
-    rows leave the batch. Only temperature shapes the distribution: top-p, top-k and penalties would
-    sample from a distribution whose log-probs are not the ones that are trained.
+    Each prompt is read once, and the G completions of its group share its keys and values. Rows
+    that end leave the batch, and where ``batch_size`` bounds it, rows that wait come in. Only
+    temperature shapes the distribution: top-p, top-k and penalties would sample from a
+    distribution whose log-probs are not the ones that are trained.
 
     Args:
         group_size: G, completions per prompt.
         max_new_tokens: Longest completion, in tokens, end of sequence included.
         temperature: Divides the logits; 0 takes the most likely token (evaluation only).
-        batch_size: Completions decoded at once, which bounds the KV cache; ``None`` is all.
+        batch_size: Completions decoded at once, which bounds the KV cache; ``None`` is all. It
+            changes no completion, up to the rounding of the model's own matrix products.
         cuda_graphs: Record decode steps on a GPU and play them again, which saves launches where
             the model is small; steps are then rounded up to few sizes. Off a GPU, or where a
             recording fails, steps are computed one by one, and one line says so.
