@@ -8,7 +8,7 @@ scored, and every average.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -84,6 +84,8 @@ class Samples(_Movable):
         rows: The data row behind each completion, length B.
         texts: The decoded completions, length B.
         group_size: G. Rows g * G to g * G + G - 1 share a prompt; 1 promises nothing.
+        logprobs: Log-softmax(logits / temperature) of each token as the sampler's own forward pass
+            saw it, nats, (B, T) float32, 0 under a False mask; None where a sampler gives none.
 
     Raises:
         ValueError: If a shape or dtype does not fit; the message names the field.
@@ -97,6 +99,7 @@ class Samples(_Movable):
     rows: list[dict]
     texts: list[str]
     group_size: int
+    logprobs: Tensor | None = field(kw_only=True, default=None)
 
     def __post_init__(self) -> None:
         if self.completion_ids.ndim != 2:
@@ -109,6 +112,8 @@ class Samples(_Movable):
         _check("prompt_mask", self.prompt_mask, tuple(self.prompt_ids.shape), torch.bool)
         _check("mask", self.mask, (size, length), torch.bool)
         _check("finished", self.finished, (size,), torch.bool)
+        if self.logprobs is not None:
+            _check("logprobs", self.logprobs, (size, length), torch.float32)
         for name in ("rows", "texts"):
             if len(getattr(self, name)) != size:
                 raise ValueError(f"{name} must have length {size}, got {len(getattr(self, name))}")
@@ -228,7 +233,7 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
         parts: Samples of the same group size.
 
     Returns:
-        All rows in order. Added padding is 0 under a False mask.
+        All rows in order. Added padding is 0 under a False mask. ``logprobs`` only if all have it.
     """
     width = max(part.prompt_ids.shape[1] for part in parts)
     length = max(part.completion_ids.shape[1] for part in parts)
@@ -240,6 +245,7 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
             padded.append(pad(tensor, (missing, 0) if left else (0, missing)))
         return torch.cat(padded)
 
+    with_logprobs = all(part.logprobs is not None for part in parts)
     return Samples(
         prompt_ids=stack("prompt_ids", left=True),
         prompt_mask=stack("prompt_mask", left=True),
@@ -249,6 +255,7 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
         rows=[row for part in parts for row in part.rows],
         texts=[text for part in parts for text in part.texts],
         group_size=parts[0].group_size,
+        logprobs=stack("logprobs", left=False) if with_logprobs else None,
     )
 
 

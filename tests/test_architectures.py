@@ -172,11 +172,11 @@ def test_gradient_checkpointing_keeps_the_cache_in_rollouts(model, make_rollout,
     policy.train()
     seen = []
     model.register_forward_pre_hook(
-        lambda _, __, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        lambda _, __, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     again = GroupSampler(3, 9).sample(policy, batch, seed=0)
     assert torch.equal(plain.completion_ids, again.completion_ids)
-    assert set(seen[1:]) == {1}  # one new token a step: the rest was in the cache
+    assert max(seen[1:]) <= 6  # one new token a row and step: the rest was in the cache
 
 
 @pytest.mark.parametrize("architecture", TRAINED)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from gspo_lightning.rollout import PromptBatch, completion_mask, stream_seed
+from gspo_lightning.rollout import PromptBatch, completion_mask, join_samples, stream_seed
 
 PAD, EOS = 0, 1
 
@@ -96,6 +96,7 @@ def test_every_quantity_travels_with_its_row(make_rollout):
         rows=[{"row": row} for row in range(size)],
         old_logprobs=wide.float(),
         ref_logprobs=wide.float(),
+        logprobs=wide.float(),
         rewards=stamp.float(),
         reward_parts={"a": stamp.float(), "b": stamp.float()},
         advantages=wide.float(),
@@ -103,7 +104,8 @@ def test_every_quantity_travels_with_its_row(make_rollout):
     part = rollout.select(torch.tensor([4, 1, 3]))
     rows = torch.tensor([4, 1, 3])
     assert part.texts == ["4", "1", "3"] and [row["row"] for row in part.rows] == [4, 1, 3]
-    for field in ("prompt_ids", "completion_ids", "old_logprobs", "ref_logprobs", "advantages"):
+    wide_fields = ("old_logprobs", "ref_logprobs", "advantages", "logprobs")
+    for field in ("prompt_ids", "completion_ids", *wide_fields):
         assert (getattr(part, field) == rows[:, None]).all(), field
     for field in ("mask", "prompt_mask"):
         assert (getattr(part, field) == (rows > 2)[:, None]).all(), field
@@ -163,6 +165,8 @@ def test_no_micro_batch_size_is_one_piece(make_rollout):
         ("group_size", 4),
         ("old_logprobs", torch.zeros(5, 6)),
         ("ref_logprobs", torch.zeros(6)),
+        ("logprobs", torch.zeros(6, 4)),
+        ("logprobs", torch.zeros(6, 5, dtype=torch.float64)),
         ("rewards", torch.zeros(2, 3)),
         ("reward_parts", {"correct": torch.zeros(5)}),
         ("advantages", torch.zeros(6)),
@@ -181,6 +185,24 @@ def test_a_prompt_batch_checks_its_rows():
         PromptBatch(ids, ids, [{}, {}])
 
 
+def test_joined_samples_have_logprobs_where_all_parts_have_them(make_rollout):
+    plain = make_rollout()
+    short = dataclasses.replace(
+        plain,
+        completion_ids=plain.completion_ids[:, :2],
+        mask=plain.mask[:, :2],
+        old_logprobs=plain.old_logprobs[:, :2],
+        ref_logprobs=None,
+        advantages=plain.advantages[:, :2],
+        logprobs=torch.full((6, 2), -1.0),
+    )
+    full = dataclasses.replace(plain, logprobs=torch.full((6, 5), -2.0))
+    joined = join_samples([short, full]).logprobs
+    assert joined[:6].tolist() == [[-1.0, -1.0, 0.0, 0.0, 0.0]] * 6
+    assert (joined[6:] == -2).all()
+    assert join_samples([short, plain]).logprobs is None
+
+
 def test_a_rollout_cannot_be_assigned_into(make_rollout):
     with pytest.raises(dataclasses.FrozenInstanceError):
         make_rollout().rewards = torch.zeros(6)
@@ -188,7 +210,7 @@ def test_a_rollout_cannot_be_assigned_into(make_rollout):
 
 def test_to_moves_every_tensor(make_rollout):
     """The meta device stands in for another one."""
-    rollout = make_rollout()
+    rollout = dataclasses.replace(make_rollout(), logprobs=torch.zeros(6, 5))
     moved = rollout.to("meta", non_blocking=True)
     for field in dataclasses.fields(rollout):
         value = getattr(moved, field.name)
