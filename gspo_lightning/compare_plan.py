@@ -134,17 +134,15 @@ def arms(section: Section) -> Iterator[Arm]:
 def settings(plan: Plan, arm: Arm) -> dict[str, Any]:
     """What a comparison changes in an algorithm's overlay, as one more overlay.
 
-    The same number of updates, of completions and of held-out evaluations for all, the length
-    penalty's slope as a fifth of this task's limit, and a reference, without weight in the loss
-    where the algorithm has none, so that the KL divergence is measured for all.
+    The same number of updates, of completions and of held-out evaluations for all, and a reference,
+    without weight in the loss where the algorithm has none, so that the KL divergence is measured
+    for all.
     """
     known = merged([*plan.configs, *arm.configs, str(overlay(arm.algorithm))])
     model, data = known["model"]["init_args"], known["data"]["init_args"]
     sampler = model["sampler"]["init_args"]
     size = data["prompts_per_rollout"] * sampler["group_size"]
     own: dict[str, Any] = {"num_epochs": 1, "num_minibatches": arm.updates}
-    if model.get("overlong_ramp") is not None:
-        own["overlong_ramp"] = max(1, sampler["max_new_tokens"] // 5)
     if model.get("reference") is None:
         own["reference"] = {}
     callbacks: list[dict[str, Any]] = []

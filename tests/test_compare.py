@@ -174,8 +174,6 @@ def test_every_run_has_the_same_updates_completions_and_a_reference_to_measure_w
         assert (model["init_args"]["reference"] is None) == (
             "reference" in own["model"]["init_args"]
         )
-    ramp = settings(plan, Arm("dapo", 4, 0, (), False))
-    assert ramp["model"]["init_args"]["overlong_ramp"] == 40 // 5  # of this task's limit
 
 
 TINY = """
