@@ -1,9 +1,9 @@
-"""Build the models and prompts of the benchmarks: random weights whose completions have a set length.
+"""Build the models and prompts of the benchmarks: random weights, completions of a set length.
 
 python benchmarks/make_models.py --out runs/bench/assets --models S M --lengths full geo32 \
     --prompts 32 256
 
-Writes folders such as ``S-geo32`` (``from_pretrained`` loads them) and files such as ``S-256.jsonl``.
+Writes folders for ``from_pretrained`` such as ``S-geo32``, and files such as ``S-256.jsonl``.
 
 Decides how long completions are, by the weights alone: the first channel of the residual stream is
 a constant that no layer writes to, and the head reads it into the logit of the end of sequence.
@@ -109,7 +109,10 @@ def set_lengths(model: Qwen3ForCausalLM, mean: int | None, steps: int = 40) -> f
         return torch.softmax((states @ table.T).float(), -1)[:, EOS].mean().item()
 
     if mean is None:
-        return probability(-8.0)
+        weight = -8.0
+        while probability(weight) > 1e-9:
+            weight *= 2
+        return probability(weight)
     low, high = -2.0, 80.0
     for _ in range(steps):
         middle = (low + high) / 2

@@ -100,7 +100,7 @@ class Clock:
         setattr(cls, method, timed)
 
 
-def watch(clock: Clock, trainer_class: type) -> None:
+def watch(clock: Clock, trainer_class: type, group_size: int) -> None:
     """Put the clock around TRL's phases."""
     import torch
 
@@ -111,7 +111,7 @@ def watch(clock: Clock, trainer_class: type) -> None:
 
     def count(args: tuple[Any, ...], result: Any) -> None:
         clock.now["lengths"] = [len(ids) for ids in result[0]]
-        clock.now["prompt_lengths"] = [len(ids) for ids in args[0]]
+        clock.now["prompts"] = [len(ids) for ids in args[0]][::group_size]
 
     clock.around(trainer_class, "_generate_single_turn", "rollout", after=count)
     clock.around(trainer_class, "_generate_and_score_completions", "collect")
@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     num_steps = options.warmup + options.steps
     wanted = num_steps * options.prompts_per_rollout
     clock = Clock(options.device)
-    watch(clock, trl.GRPOTrainer)
+    watch(clock, trl.GRPOTrainer, options.group_size)
 
     class Steps(transformers.TrainerCallback):
         done = 0
@@ -241,8 +241,8 @@ def work(steps: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "tokens": sum(lengths) / len(steps),
         "mean_length": statistics.fmean(lengths),
-        "prompt_tokens": sum(sum(step["prompt_lengths"]) for step in steps) / len(steps),
-        "rl_steps": len(steps),
+        "prompt_tokens": sum(sum(step["prompts"]) for step in steps) / len(steps),
+        "rollouts": [{name: step[name] for name in ("prompts", "lengths")} for step in steps],
     }
 
 
