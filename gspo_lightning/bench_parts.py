@@ -179,7 +179,7 @@ class Writes(Callback):
         cpu = time.process_time()
         for _ in range(self.count):
             start = time.perf_counter()
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             self.seconds.append(time.perf_counter() - start)
         self.cpu = (time.process_time() - cpu) / self.count
         self.size = path.stat().st_size

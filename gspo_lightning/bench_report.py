@@ -202,12 +202,10 @@ def table(rows: list[list[str]]) -> str:
     """
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
     texts = [all(not row[i][:1].isdigit() for row in rows[1:]) for i in range(len(widths))]
-    lines = [
-        [
-            cell.ljust(w) if text else cell.rjust(w)
-            for cell, w, text in zip(row, widths, texts, strict=True)
-        ]
-        for row in rows
-    ]
+
+    def fit(cell: str, i: int) -> str:
+        return cell.ljust(widths[i]) if texts[i] else cell.rjust(widths[i])
+
+    lines = [[fit(cell, i) for i, cell in enumerate(row)] for row in rows]
     rule = ["-" * w if text else "-" * (w - 1) + ":" for w, text in zip(widths, texts, strict=True)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])

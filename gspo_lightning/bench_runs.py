@@ -1,7 +1,7 @@
 """Runs of a benchmark: the work, its models, and one process for each run.
 
 Decides what a case is and how an engine is started on it. Leaves out which runs are made
-(``bench``, ``bench_scaling``) and how they are timed (``bench_worker``, ``benchmarks/trl_gspo.py``).
+(``bench``, ``bench_scaling``) and how they are timed (``bench_worker``, the script for TRL).
 """
 
 from __future__ import annotations

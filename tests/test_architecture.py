@@ -101,16 +101,31 @@ MAY_IMPORT = {
     "guard_cost": {
         *("data", "faults", "module", "optim", "out_of_memory", "policy", "rewards", "sampling"),
     },
-    "bench": {"data", "module"},
     "compare_report": set(),
     "compare_plan": set(),
     "compare": {"compare_plan", "compare_report"},
     "experiment": {"logprobs", "rollout"},
+    "tracing": {"run_folder"},
+    "bench_limits": set(),
+    "bench_samplers": {"rollout"},
+    "bench_worker": {
+        *("bench_limits", "bench_samplers", "cli", "data", "frozen", "memory", "module", "optim"),
+        *("policy", "rewards", "rollout", "sampling"),
+    },
+    "bench_report": {"bench_limits"},
+    "bench_runs": set(),
+    "bench_parts": {
+        *("bench_report", "bench_runs", "bench_worker", "checkpoint", "cli", "data", "logprobs"),
+        *("memory", "module", "policy", "rewards", "sampling"),
+    },
+    "bench_scaling": {"bench_report", "bench_runs"},
+    "bench": {"bench_parts", "bench_report", "bench_runs", "bench_scaling", "bench_worker"},
 }
 # where Lightning is the shell; everything else runs without it
 SHELL = {
     *("data", "supervised", "module", "sft", "reward_model", "evaluation", "callbacks", "progress"),
-    *("checkpoint", "event_files", "run_folder", "health", "cli", "bench", "experiment"),
+    *("checkpoint", "event_files", "run_folder", "health", "cli", "experiment"),
+    *("bench_parts", "bench_worker", "tracing"),
     *("faults", "update", "replay", "guard_cost"),
     "doctor",
 }
