@@ -61,6 +61,7 @@ from gspo_lightning.start_checks import (
     check_trainer,
 )
 from gspo_lightning.terminal_log import TerminalLog
+from gspo_lightning.tracing import RolloutProfile
 
 # What a user's mistake raises: bad values, missing files, devices, packages.
 MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException)
@@ -102,6 +103,7 @@ class GSPOCLI(DoctorCLI):
         self.argv = argv
         self.checkpoint: Path | None = None
         self.root = Path()
+        self.profile: int | None = None
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -128,6 +130,17 @@ class GSPOCLI(DoctorCLI):
         four = {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
         return four | {"doctor": {"model", "datamodule"}}
 
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        """Options beside Lightning's own."""
+        parser.add_argument(
+            "--profile",
+            type=int | None,
+            nargs="?",
+            const=2,
+            help="fit: write a trace of this rollout, counted from the start of the command, into "
+            "the run folder (without a number: of the second)",
+        )
+
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse; Lightning's version warns when a program passes arguments, as tests do."""
         check_config_files(args)
@@ -142,6 +155,11 @@ class GSPOCLI(DoctorCLI):
         self.root = Path(config.trainer.default_root_dir)
         self.checkpoint = find_checkpoint(self.root, as_text(config.get("ckpt_path")))
         check_trainer(config.trainer)
+        self.profile, config.profile = config.profile, None  # of this command, not of the run
+        if self.profile is not None and self.subcommand != "fit":
+            raise ValueError(
+                f"profile: a trace is of a rollout in training; {self.subcommand} has none"
+            )
         if self.subcommand == "fit" and not config.trainer.fast_dev_run:
             check_folder(self.root, self.checkpoint)
         if self.subcommand in ("fit", "predict"):  # the others print
@@ -162,6 +180,8 @@ class GSPOCLI(DoctorCLI):
             check_checkpoint(self.checkpoint, self.model)
         callbacks = config.callbacks or []
         callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), self.watch]
+        if self.profile is not None:
+            callbacks.append(RolloutProfile(self.profile))
         if config.enable_progress_bar is not False:
             if not has(callbacks, ProgressBar):
                 callbacks.append(RolloutProgress())

@@ -16,6 +16,7 @@ from gspo_lightning.reward_model import RewardModelModule
 from gspo_lightning.rewards import RewardTerm
 from gspo_lightning.sampling import GroupSampler
 from gspo_lightning.sft import SFTModule
+from gspo_lightning.tracing import RolloutProfile
 
 __all__ = [
     "AdaptiveKL",
@@ -37,6 +38,7 @@ __all__ = [
     "RewardModelModule",
     "RewardTerm",
     "RolloutCheckpoint",
+    "RolloutProfile",
     "RolloutProgress",
     "RunSummary",
     "SFTData",

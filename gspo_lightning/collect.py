@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from gspo_lightning.advantages import Kind, flat_groups, group_advantages
 from gspo_lightning.critic import Critic
@@ -274,7 +275,8 @@ class CollectingModule(EvaluatedModule):
     @contextmanager
     def _timed(self, name: str, device: torch.device = CPU) -> Iterator[None]:
         start = time.perf_counter()
-        yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # or what comes next would pay for this
+        with record_function(name):  # the range of that name in a trace
+            yield
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # or what comes next would pay for this
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

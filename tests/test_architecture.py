@@ -186,7 +186,7 @@ def test_no_file_needs_a_peer(path):
 def test_train_leaves_the_algorithm_to_the_package():
     assert siblings(ROOT / "train.py") <= {
         *("callbacks", "checkpoint", "cli", "config_files", "plan", "progress", "rewards"),
-        *("out_of_memory", "replay", "run_folder", "start_checks", "terminal_log"),
+        *("out_of_memory", "replay", "run_folder", "start_checks", "terminal_log", "tracing"),
         "doctor",
     }
 
