@@ -61,7 +61,7 @@ from gspo_lightning.start_checks import (
     check_trainer,
 )
 from gspo_lightning.terminal_log import TerminalLog
-from gspo_lightning.tracing import RolloutProfile
+from gspo_lightning.tracing import add_profile_option, take_profile
 
 # What a user's mistake raises: bad values, missing files, devices, packages.
 MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException)
@@ -103,7 +103,7 @@ class GSPOCLI(DoctorCLI):
         self.argv = argv
         self.checkpoint: Path | None = None
         self.root = Path()
-        self.profile: int | None = None
+        self.traces: list[Callback] = []
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -132,14 +132,7 @@ class GSPOCLI(DoctorCLI):
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Options beside Lightning's own."""
-        parser.add_argument(
-            "--profile",
-            type=int | None,
-            nargs="?",
-            const=2,
-            help="fit: write a trace of this rollout, counted from the start of the command, into "
-            "the run folder (without a number: of the second)",
-        )
+        add_profile_option(parser)
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse; Lightning's version warns when a program passes arguments, as tests do."""
@@ -155,11 +148,7 @@ class GSPOCLI(DoctorCLI):
         self.root = Path(config.trainer.default_root_dir)
         self.checkpoint = find_checkpoint(self.root, as_text(config.get("ckpt_path")))
         check_trainer(config.trainer)
-        self.profile, config.profile = config.profile, None  # of this command, not of the run
-        if self.profile is not None and self.subcommand != "fit":
-            raise ValueError(
-                f"profile: a trace is of a rollout in training; {self.subcommand} has none"
-            )
+        self.traces = take_profile(config, self.subcommand)
         if self.subcommand == "fit" and not config.trainer.fast_dev_run:
             check_folder(self.root, self.checkpoint)
         if self.subcommand in ("fit", "predict"):  # the others print
@@ -180,8 +169,7 @@ class GSPOCLI(DoctorCLI):
             check_checkpoint(self.checkpoint, self.model)
         callbacks = config.callbacks or []
         callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), self.watch]
-        if self.profile is not None:
-            callbacks.append(RolloutProfile(self.profile))
+        callbacks += self.traces
         if config.enable_progress_bar is not False:
             if not has(callbacks, ProgressBar):
                 callbacks.append(RolloutProgress())

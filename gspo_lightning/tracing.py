@@ -76,3 +76,32 @@ class RolloutProfile(Callback):
         if self._profile is not None:  # or it would go on in this process
             self._profile.stop()
             self._profile = None
+
+
+def add_profile_option(parser: Any) -> None:
+    """Let a command take ``--profile [N]``."""
+    parser.add_argument(
+        "--profile",
+        type=int | None,
+        nargs="?",
+        const=2,
+        help="fit: write a trace of this rollout, counted from the start of the command, into the "
+        "run folder (without a number: of the second)",
+    )
+
+
+def take_profile(config: Any, subcommand: str) -> list[Callback]:
+    """The callback that ``--profile`` asks for, if it does.
+
+    The option leaves the config: it is of this command, not of the run, and a run that is
+    continued with its own config should not be traced again.
+
+    Raises:
+        ValueError: If the command is not ``fit``, or there is no such rollout.
+    """
+    rollout, config.profile = config.profile, None
+    if rollout is None:
+        return []
+    if subcommand != "fit":
+        raise ValueError(f"profile: a trace is of a rollout in training; {subcommand} has none")
+    return [RolloutProfile(rollout)]
