@@ -90,7 +90,7 @@ def add_profile_option(parser: Any) -> None:
     )
 
 
-def take_profile(config: Any, subcommand: str) -> list[Callback]:
+def take_profile(config: Any, subcommand: str | None) -> list[Callback]:
     """The callback that ``--profile`` asks for, if it does.
 
     The option leaves the config: it is of this command, not of the run, and a run that is
