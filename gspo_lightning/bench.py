@@ -19,7 +19,6 @@ which a busy machine does not stretch; on a GPU of seconds.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -37,6 +36,7 @@ from gspo_lightning.bench_runs import (
     say,
     write_line,
 )
+from gspo_lightning.bench_worker import json_object
 
 TABLES = {
     "main": ["S/32/geo/8", "S/256/geo/8", "S/32/128/8", "S/32/64/8/kl"],
@@ -65,8 +65,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     part = command("compare", compare, "engines in turn on the same work (the default)")
     work = part.add_mutually_exclusive_group()
-    work.add_argument("--table", choices=TABLES, default="main")
-    work.add_argument("--cases", nargs="+", type=Case.parse, metavar="CASE")
+    work.add_argument("--table", choices=TABLES, help="cases by name; without it main")
+    work.add_argument("--cases", nargs="+", type=as_case, metavar="CASE")
     work.add_argument("--quick", action="store_true", help="one tiny case, once")
     part.add_argument("--engines", nargs="+", choices=ENGINES, default=["gspo_lightning", "trl"])
     part.add_argument("--repeats", type=positive, default=2)
@@ -95,10 +95,21 @@ def add_run_arguments(part: argparse.ArgumentParser) -> None:
     part.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     part.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     part.add_argument(
-        "--settings", type=json.loads, default={}, help="further arguments of GSPOModule, as JSON"
+        "--settings",
+        type=json_object,
+        default={},
+        help="further arguments of GSPOModule, such as '{\"micro_batch_size\": 8}'",
     )
     part.add_argument("--assets", default="runs/bench/assets", help="models and prompts")
     part.add_argument("--out", type=Path, default=Path("runs/bench/runs.jsonl"))
+
+
+def as_case(text: str) -> Case:
+    """A case, or what argparse shows if it is none."""
+    try:
+        return Case.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive(text: str) -> int:
@@ -113,8 +124,8 @@ def compare(options: argparse.Namespace) -> int:
     """Run all engines on all cases, in turn, and print the tables."""
     if options.quick:
         vars(options).update(QUICK)
-    cases = options.cases or [Case.parse(text) for text in TABLES[options.table]]
-    check(options.engines, options.device)
+    cases = options.cases or [Case.parse(text) for text in TABLES[options.table or "main"]]
+    check(options, [(case, options.prompts_per_rollout) for case in cases])
     wanted = [(c, i, e) for c in cases for i in range(options.repeats) for e in options.engines]
     runs: list[dict[str, Any]] = []
     for done, (case, repeat, name) in enumerate(wanted, start=1):

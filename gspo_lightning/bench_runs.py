@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+MODELS = ("S", "M", "0.6B")  # sizes in benchmarks/make_models.py
 ENGINES = ("gspo_lightning", "trl", "one_by_one", "generate")
 
 
@@ -60,8 +61,11 @@ class Case:
         parts = text.split("/")
         kl = parts[4:] == ["kl"]
         sized = len(parts) == 4 + kl and parts[1].isdigit() and parts[3].isdigit()
-        if not sized or not (parts[2] == "geo" or parts[2].isdigit()):
-            raise ValueError(f"a case is MODEL/PROMPT/LENGTH/GROUP or that and /kl, got {text!r}")
+        if not sized or not (parts[2] == "geo" or parts[2].isdigit()) or parts[0] not in MODELS:
+            raise ValueError(
+                f"a case is MODEL/PROMPT/LENGTH/GROUP or that and /kl, with a model of "
+                f"{', '.join(MODELS)}, such as S/32/geo/8, got {text!r}"
+            )
         geometric = parts[2] == "geo"
         return cls(
             model=parts[0],
@@ -120,17 +124,29 @@ def assets(case: Case, options: argparse.Namespace) -> tuple[Path, Path]:
     return model, prompts
 
 
-def check(engines: list[str], device: str) -> None:
+def check(options: argparse.Namespace, cases: list[tuple[Case, int]]) -> None:
     """Refuse before the first run what would fail in the middle.
 
+    Args:
+        options: With the engines and the device.
+        cases: What is to be run, and with how many prompts per rollout.
+
     Raises:
-        BenchError: If the scripts of the benchmarks, an engine or a device is not there.
+        BenchError: If the scripts of the benchmarks, an engine or a device is not there, or a
+            rollout cannot be cut into as many parts as are asked for.
     """
+    for case, prompts in cases:
+        completions, parts = prompts * case.group, options.updates * options.micro_batches
+        if completions % parts:
+            raise BenchError(
+                f"{case}: {prompts} prompts x {case.group} completions cannot be cut into "
+                f"{options.updates} updates of {options.micro_batches} micro-batches"
+            )
     if not SCRIPTS.is_dir():
         raise BenchError(f"there is no folder {SCRIPTS}; run from a checkout of the repository")
-    if device == "cuda" and not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         raise BenchError("--device cuda: this machine has no CUDA device; leave it out")
-    if "trl" in engines and importlib.util.find_spec("trl") is None:
+    if "trl" in options.engines and importlib.util.find_spec("trl") is None:
         raise BenchError(
             "engine trl: the package trl is not installed; pip install 'gspo_lightning[peers]', or "
             "leave it out with --engines gspo_lightning"

@@ -33,7 +33,8 @@ def add_arguments(part: argparse.ArgumentParser) -> None:
 
 def scaling(options: argparse.Namespace) -> int:
     """Measure every point once and draw the picture."""
-    check(options.engines, options.device)
+    points = [point(f, v, options.prompts_per_rollout) for f in FACTORS for v in FACTORS[f]]
+    check(options, points)
     wanted = [(f, v, e) for f, values in FACTORS.items() for v in values for e in options.engines]
     done: dict[Any, dict[str, Any]] = {}
     runs = []

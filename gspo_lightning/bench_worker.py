@@ -72,8 +72,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="this project's; one `generate` call per completion; one per rollout",
     )
     parser.add_argument(
-        "--settings", type=json.loads, default={}, help="further arguments of GSPOModule, as JSON"
+        "--settings", type=json_object, default={}, help="further arguments of GSPOModule, as JSON"
     )
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object; anything else is a ValueError."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
 
 
 def print_run(options: argparse.Namespace) -> int:
