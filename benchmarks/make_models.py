@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
             model.float()
             tokenizer.save_pretrained(folder)
             parameters = sum(p.numel() for p in model.parameters())
-            print(f"{folder}: {parameters:,} parameters, P(end) {reached:.4f}")
+            print(f"{folder}: {parameters:,} parameters, P(end) {reached:.2g}")
 
 
 if __name__ == "__main__":

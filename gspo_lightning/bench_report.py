@@ -186,10 +186,10 @@ def spread(values: Sequence[float]) -> str:
 def number(seconds: float) -> str:
     """Three digits that matter.
 
-    >>> number(12.345), number(1.2345), number(0.012345), number(0)
-    ('12.3', '1.23', '0.0123', '0')
+    >>> number(1234.5), number(12.345), number(0.012345), number(0)
+    ('1,234', '12.3', '0.0123', '0')
     """
-    return "0" if seconds == 0 else f"{seconds:.3g}"
+    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}"
 
 
 def table(rows: list[list[str]]) -> str:

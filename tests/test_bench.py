@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -320,9 +321,8 @@ def test_utilisation_is_needed_flops_over_seconds_and_peak():
     assert optimise == pytest.approx(3 * forward / 1.0 / 1e3)
     assert step == pytest.approx(4 * forward / 2.0 / 1e3)
     with_kl = run | {"options": {"device": "cpu", "kl_coef": 0.1}}
-    assert bench_report.utilisation([with_kl], RUNS, "cpu_seconds")[2] == pytest.approx(
-        step * 5 / 4
-    )
+    shares = bench_report.utilisation([with_kl], RUNS, "cpu_seconds")
+    assert shares == pytest.approx((rollout, optimise, step * 5 / 4))
     assert bench_report.utilisation(RUNS[1:2], RUNS[1:2], "cpu_seconds") is None
 
 
@@ -372,7 +372,7 @@ def test_engines_run_in_turn_and_every_run_is_a_line(engines, tmp_path, capsys):
     assert [line["name"] for line in lines] == names * 2
     text = capsys.readouterr().out
     assert "python -m gspo_lightning.bench --cases S/32/64/8" in text
-    assert "| S/32/geo/4/kl | trl     | 3.00" in text
+    assert re.search(r"\| S/32/geo/4/kl \| trl +\| 3.00 \(3.00-3.00\) \|", text)
 
 
 def test_quick_is_one_tiny_case(engines, tmp_path):
@@ -391,7 +391,7 @@ def test_every_table_holds_cases_that_can_be_run():
         (["--cases", "S/32/8"], "a case is MODEL/PROMPT/LENGTH/GROUP or that and /kl"),
         (
             ["--cases", "XL/32/8/4"],
-            "with a model of S, M, 0.6B, such as S/32/geo/8, got 'XL/32/8/4'",
+            "model of S, M, 0.6B, such as S/32/geo/8, got 'XL/32/8/4'",
         ),
         (["--repeats", "0"], "argument --repeats: must be >= 1, got 0"),
         (["--settings", "[]"], "argument --settings: invalid json_object value: '[]'"),
@@ -416,9 +416,7 @@ def test_what_is_not_there_is_said_before_the_first_run(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "this machine has no CUDA device" in refusal(capsys, "--device=cuda")
     error = refusal(capsys, "--cases", "S/32/8/5", "--prompts-per-rollout", "2")
-    assert error == (
-        "error: S/32/8/5: 2 prompts x 5 completions cannot be cut into 4 updates of 1 micro-batches\n"
-    )
+    assert error.startswith("error: S/32/8/5: 2 prompts x 5 completions cannot be cut into 4")
 
 
 def test_both_engines_are_given_the_same_work(monkeypatch, tmp_path):
