@@ -30,7 +30,9 @@ def report(runs: list[Run]) -> str:
     parts += ["Tokens, utilisation and memory:", work_table(runs, unit)]
     if len({run["name"] for run in runs}) > 1:
         first = runs[0]["name"]
-        parts += [f"Times faster is {first}, median (range); memory as a share of theirs:"]
+        parts += [
+            f"How many times as fast {first} is, median (range); its memory as a share of theirs:"
+        ]
         parts += [ratio_table(runs, unit)]
     limited = limit_table(runs, unit)
     if limited:

@@ -18,7 +18,7 @@ from gspo_lightning.bench_runs import ENGINES, Case, check, one_run, say, write_
 BASE = Case.parse("S/32/64/8")
 FACTORS = {  # in the order of the panels; the batch is of prompts
     "group size": (4, 8, 16, 32),
-    "prompt tokens": (32, 64, 128, 256),
+    "longest prompt, tokens": (32, 64, 128, 256),
     "completion tokens": (16, 32, 64, 128),
     "prompts per rollout": (4, 8, 16, 32),
 }
@@ -64,7 +64,11 @@ def point(factor: str, value: int, prompts_per_rollout: int) -> tuple[Case, int]
     >>> point("prompts per rollout", 2, 8)[1]
     2
     """
-    field = {"group size": "group", "prompt tokens": "prompt", "completion tokens": "limit"}
+    field = {
+        "group size": "group",
+        "longest prompt, tokens": "prompt",
+        "completion tokens": "limit",
+    }
     if factor in field:
         change: dict[str, Any] = {field[factor]: value}
         return replace(BASE, **change), prompts_per_rollout

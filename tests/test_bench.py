@@ -487,6 +487,15 @@ def test_the_writing_of_checkpoints_is_timed(monkeypatch, tmp_path, model_dir, p
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]  # nothing stays
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_a_gpu_knows_its_memory_and_limits(model_dir, prompts):
+    result = bench_worker.run(options(model_dir, prompts, "--device=cuda", "--dtype=bfloat16"))
+    assert result["device_peak_mib"] > 0
+    assert {"rollout", "optimise", "measured_flops"} <= result["limits"].keys()
+    assert bench_report.report([result | {"case": "S/1/2/3", "name": "here", "repeat": 0}])
+
+
 @pytest.mark.slow  # imports TRL in a process of its own
 def test_trl_does_the_same_work(model_dir, prompts, plain):
     pytest.importorskip("trl")
