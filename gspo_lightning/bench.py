@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_lightning import bench_parts, bench_scaling, bench_worker
-from gspo_lightning.bench_report import report
+from gspo_lightning.bench_report import derived, report
 from gspo_lightning.bench_runs import (
     ENGINES,
     BenchError,
@@ -131,6 +131,7 @@ def compare(options: argparse.Namespace) -> int:
     for done, (case, repeat, name) in enumerate(wanted, start=1):
         result = {"case": str(case), "name": name, "repeat": repeat}
         result |= one_run(case, name, options)
+        result |= derived(result, runs)
         runs.append(result)
         write_line(options.out, result)
         spent = result["wall_seconds"]["total"]

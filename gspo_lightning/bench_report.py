@@ -30,10 +30,10 @@ def report(runs: list[Run]) -> str:
     parts += ["Tokens, utilisation and memory:", work_table(runs, unit)]
     if len({run["name"] for run in runs}) > 1:
         first = runs[0]["name"]
-        parts += [
+        title = (
             f"How many times as fast {first} is, median (range); its memory as a share of theirs:"
-        ]
-        parts += [ratio_table(runs, unit)]
+        )
+        parts += [title, ratio_table(runs, unit)]
     limited = limit_table(runs, unit)
     if limited:
         parts += ["Distance to the limit:", limited]
@@ -44,6 +44,23 @@ def unit_of(runs: list[Run]) -> str:
     """CPU seconds, which a busy machine does not stretch, but on a GPU the wall clock."""
     gpu = any(run["options"]["device"] == "cuda" for run in runs)
     return "wall_seconds" if gpu else "cpu_seconds"
+
+
+def derived(run: Run, before: list[Run]) -> dict[str, Any]:
+    """Tokens per second and utilisation of one run, for its line of JSON.
+
+    Args:
+        run: The run.
+        before: Earlier ones, which may know the model's sizes and the peak.
+    """
+    unit = unit_of([run])
+    shares = utilisation([run], [run, *before], unit)
+    names = ("rollout", "optimise", "step")
+    return {
+        "rollout_tokens_per_second": run["tokens"] / run[unit]["rollout"],
+        "step_tokens_per_second": run["tokens"] / run[unit]["total"],
+        "mfu": shares and dict(zip(names, shares, strict=True)),
+    }
 
 
 def seconds_table(runs: list[Run], unit: str) -> str:

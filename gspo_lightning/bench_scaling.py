@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gspo_lightning.bench_report import number, table, unit_of
+from gspo_lightning.bench_report import derived, number, table, unit_of
 from gspo_lightning.bench_runs import ENGINES, Case, check, one_run, say, write_line
 
 BASE = Case.parse("S/32/64/8")
@@ -45,7 +45,8 @@ def scaling(options: argparse.Namespace) -> int:
             changed.prompts_per_rollout = prompts
             done[case, prompts, name] = one_run(case, name, changed)
         run = {"factor": factor, "value": value, "case": str(case), "name": name}
-        runs.append(run | done[case, prompts, name])
+        run |= done[case, prompts, name]
+        runs.append(run | derived(run, runs))
         write_line(options.out, runs[-1])
         spent = runs[-1]["wall_seconds"]["total"]
         say(f"[{count}/{len(wanted)}] {factor} {value} {name}: {spent:.2f} s per RL step")
@@ -64,13 +65,9 @@ def point(factor: str, value: int, prompts_per_rollout: int) -> tuple[Case, int]
     >>> point("prompts per rollout", 2, 8)[1]
     2
     """
-    field = {
-        "group size": "group",
-        "longest prompt, tokens": "prompt",
-        "completion tokens": "limit",
-    }
-    if factor in field:
-        change: dict[str, Any] = {field[factor]: value}
+    names = dict(zip(FACTORS, ("group", "prompt", "limit"), strict=False))
+    if factor in names:
+        change: dict[str, Any] = {names[factor]: value}
         return replace(BASE, **change), prompts_per_rollout
     return BASE, value
 

@@ -371,6 +371,13 @@ def test_engines_run_in_turn_and_every_run_is_a_line(engines, tmp_path, capsys):
     assert engines == [(case, name, 8) for case, name in zip(cases, names * 2, strict=True)]
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["name"] for line in lines] == names * 2
+    # 11 tokens; a quarter of 64 and of 192 seconds is the rollout
+    speeds = [line["rollout_tokens_per_second"] for line in lines[:2]]
+    assert speeds == pytest.approx([11 / 16, 11 / 48])
+    flops = WORK.forward_flops(Shape(10, 7, 5, 3))
+    assert [line["mfu"]["optimise"] for line in lines[:2]] == pytest.approx(
+        [3 * flops / seconds / 1e3 for seconds in (32, 96)]
+    )
     text = capsys.readouterr().out
     assert "python -m gspo_lightning.bench --cases S/32/64/8" in text
     assert re.search(r"\| S/32/geo/4/kl \| trl +\| 3.00 \(3.00-3.00\) \|", text)
