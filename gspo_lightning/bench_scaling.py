@@ -37,7 +37,7 @@ def scaling(options: argparse.Namespace) -> int:
     check(options, points)
     wanted = [(f, v, e) for f, values in FACTORS.items() for v in values for e in options.engines]
     done: dict[Any, dict[str, Any]] = {}
-    runs = []
+    runs: list[dict[str, Any]] = []
     for count, (factor, value, name) in enumerate(wanted, start=1):
         case, prompts = point(factor, value, options.prompts_per_rollout)
         if (case, prompts, name) not in done:  # the base is on every curve, and measured once
