@@ -31,7 +31,7 @@ from gspo_lightning.bench_runs import (
     BenchError,
     Case,
     check,
-    machine,
+    heading,
     one_run,
     say,
     write_line,
@@ -136,10 +136,7 @@ def compare(options: argparse.Namespace) -> int:
         write_line(options.out, result)
         spent = result["wall_seconds"]["total"]
         say(f"[{done}/{len(wanted)}] {case} {name}: {spent:.2f} s per RL step")
-    print(f"    {options.typed}\n")
-    versions = {name: v for run in runs for name, v in run["versions"].items()}
-    print(f"{machine(options.device)}, {options.threads} thread(s), {options.dtype}; ", end="")
-    print(", ".join(f"{name} {version}" for name, version in versions.items()) + "\n")
+    print(heading(options, runs))
     print(report(runs))
     return 0
 

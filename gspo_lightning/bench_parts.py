@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gspo_lightning.bench_report import number, table
-from gspo_lightning.bench_runs import in_process, say
+from gspo_lightning.bench_runs import heading, in_process, say
 from gspo_lightning.bench_worker import letters_a_to_m, resident
 from gspo_lightning.checkpoint import AtomicCheckpointIO
 from gspo_lightning.cli import quiet
@@ -66,7 +66,8 @@ def loss(options: argparse.Namespace) -> int:
         middle = {name: median(result[name] for result in results) for name in results[0]}
         memory = (f"{middle[name]:,.0f}" for name in ("extra_mib", "gradients_mib"))
         rows.append([way, number(middle["cpu_seconds"]), *memory])
-    print(f"    {options.typed}\n\n{table(rows)}")
+    print(heading(options, []))
+    print(table(rows))
     return 0
 
 
@@ -134,10 +135,12 @@ def add_checkpoint_arguments(part: argparse.ArgumentParser) -> None:
     part.add_argument("--model", default=str(DEMO / "policy"))
     part.add_argument("--prompts", default=str(DEMO / "train.jsonl"))
     part.add_argument("--writes", type=int, default=20)
+    part.add_argument("--threads", type=int, default=1)
 
 
 def checkpoint(options: argparse.Namespace) -> int:
     """Seconds to write a checkpoint, optimizer state included, through to the disk."""
+    torch.set_num_threads(options.threads)
     seed_everything(0, verbose=False)
     module = GSPOModule(
         PolicyConfig(options.model),
@@ -161,7 +164,8 @@ def checkpoint(options: argparse.Namespace) -> int:
     rows = [["checkpoint MB", "median ms", "longest ms", "CPU ms"]]
     milliseconds = [1000 * seconds for seconds in writes.seconds]
     cells = [writes.size / 1e6, median(milliseconds), max(milliseconds), 1000 * writes.cpu]
-    print(f"    {options.typed}\n\n{table([*rows, [number(cell) for cell in cells]])}")
+    print(heading(options, []))
+    print(table([*rows, [number(cell) for cell in cells]]))
     return 0
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 MODELS = ("S", "M", "0.6B")  # sizes in benchmarks/make_models.py
@@ -158,6 +159,15 @@ def write_line(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(result) + "\n")
+
+
+def heading(options: argparse.Namespace, runs: list[dict[str, Any]]) -> str:
+    """What stands above every table: the command, the machine and the versions."""
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions |= {name: version for run in runs for name, version in run["versions"].items()}
+    parts = [machine(getattr(options, "device", "cpu")), f"{options.threads} thread(s)"]
+    parts += [f"{name} {version}" for name, version in versions.items()]
+    return f"    {options.typed}\n\n{', '.join(parts)}\n"
 
 
 def machine(device: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_lightning.bench_report import derived, number, table, unit_of
-from gspo_lightning.bench_runs import ENGINES, Case, check, one_run, say, write_line
+from gspo_lightning.bench_runs import ENGINES, Case, check, heading, one_run, say, write_line
 
 BASE = Case.parse("S/32/64/8")
 FACTORS = {  # in the order of the panels; the batch is of prompts
@@ -52,7 +52,8 @@ def scaling(options: argparse.Namespace) -> int:
         say(f"[{count}/{len(wanted)}] {factor} {value} {name}: {spent:.2f} s per RL step")
     options.picture.parent.mkdir(parents=True, exist_ok=True)
     draw(runs).savefig(options.picture)
-    print(f"    {options.typed}\n\n{scaling_table(runs)}")
+    print(heading(options, runs))
+    print(scaling_table(runs))
     say(f"drawn: {options.picture}")
     return 0
 

@@ -281,7 +281,7 @@ def a_run(case, name, repeat, seconds, **more):
         "base_mib": 100.0,
         "peak_mib": 150.0,
         "device_peak_mib": None,
-        "versions": {"torch": "2"},
+        "versions": {"torch": torch.__version__},
     }
     return run | more
 
@@ -379,6 +379,7 @@ def test_engines_run_in_turn_and_every_run_is_a_line(engines, tmp_path, capsys):
         [3 * flops / seconds / 1e3 for seconds in (32, 96)]
     )
     text = capsys.readouterr().out
+    assert f"1 thread(s), torch {torch.__version__}" in text
     assert "python -m gspo_lightning.bench --cases S/32/64/8" in text
     assert re.search(r"\| S/32/geo/4/kl \| trl +\| 3.00 \(3.00-3.00\) \|", text)
 
@@ -489,7 +490,7 @@ def test_the_writing_of_checkpoints_is_timed(monkeypatch, tmp_path, model_dir, p
     monkeypatch.chdir(tmp_path)
     command = ["checkpoint", f"--model={model_dir}", f"--prompts={prompts}", "--writes=3"]
     assert bench.main(command) == 0
-    size, middle, longest, cpu = (float(c) for c in cells(capsys.readouterr().out, 4))
+    size, middle, longest, cpu = (float(c) for c in cells(capsys.readouterr().out, 6))
     assert size > 0.02 and 0 < middle <= longest and cpu > 0
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]  # nothing stays
 
