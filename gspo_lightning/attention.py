@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-PREFIX = "gspo_"  # of the name under which an implementation is registered again
+from gspo_lightning.packed_attention import PREFIX
 
 
 class Attend(Protocol):

@@ -1,6 +1,6 @@
 """Collect a rollout: sample groups of completions, score them, compare them within the group.
 
-Decides what runs when, and in which batches the old log-probs are computed. Leaves out the update
+Decides what runs when, and where the old log-probs come from. Leaves out the update
 and all settings (``module``), how completions are drawn (``sampling``) and what rewards mean.
 """
 
@@ -25,6 +25,7 @@ from gspo_lightning.kl import kl_estimate
 from gspo_lightning.logprobs import LogProbs, completion_logprobs
 from gspo_lightning.masked import masked_mean
 from gspo_lightning.memory import peaks, reset_peaks
+from gspo_lightning.objectives import importance_log_ratio
 from gspo_lightning.out_of_memory import BatchSizes
 from gspo_lightning.overlap import Passes
 from gspo_lightning.rewards import overlong_penalty
@@ -33,6 +34,9 @@ from gspo_lightning.tally import RolloutTally
 
 CPU = torch.device("cpu")
 MICRO, SAMPLED, REFERRED = "micro_batch_size", "sampler.batch_size", "reference.batch_size"
+OldLogProbs = Literal["auto", "recompute", "sampler"]
+FEW = 4  # rows whose log-probs are computed to see the noise of the sampler's
+SMALL = 0.01  # of the clip range: below that noise does not matter
 
 
 class CollectingModule(EvaluatedModule):
@@ -47,7 +51,11 @@ class CollectingModule(EvaluatedModule):
     truncated: Literal["keep", "mask", "zero_reward"]
     overlong_ramp: int | None
     num_minibatches: int
+    num_epochs: int
     micro_batch_size: int | None
+    micro_batch_tokens: int | None
+    old_logprobs: OldLogProbs
+    clip_width: float
     drop_flat_groups: bool
     max_draws: int
     seconds: dict[str, float]
@@ -81,11 +89,10 @@ class CollectingModule(EvaluatedModule):
                 there = trained.to(self.frozen.devices["model.reference"])
                 apart = self.frozen.apart("model.reference")
                 reference = passes.begin(apart, self._ref_logprobs, self.reference, there)
-            old, entropy = self._old_logprobs(trained)
+            old = self._old_logprobs(trained)
             values = None if self.critic is None else self._old_values(self.critic, trained)
             rewards, parts = reward.result()
             ref = None if reference is None else reference.result().to(old.device)
-            self.tally.count_logprobs(old, entropy, ref, trained.mask)
             estimates = self._estimate(trained, rewards, values, old, ref)
             means = masked_mean(estimates["advantages"], trained.mask, dim=1).cpu()
             self.tally.count_rewards(samples, rewards, parts, means)
@@ -204,30 +211,76 @@ class CollectingModule(EvaluatedModule):
         chosen = {name: part[rows] for name, part in parts.items()}
         return samples.select(rows), rewards[rows], chosen
 
-    def _old_logprobs(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropy of the sampling policy, in batches that fit into memory."""
+    def _old_logprobs(self, samples: Samples) -> Tensor:
+        """Log-probs under the policy that sampled, in batches that fit into memory."""
         rows = len(samples) // self.num_minibatches
         what = f"{self._rollout}, old log-probs"
-        return self.sizes.fit(MICRO, rows, what, lambda: self._in_first_batches(samples))
+        return self.sizes.fit(MICRO, rows, what, lambda: self._least_old_logprobs(samples))
 
     @torch.no_grad()
-    def _in_first_batches(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropy, in the very batches of the first epoch.
+    def _least_old_logprobs(self, samples: Samples) -> Tensor:
+        """Log-probs under the policy that sampled, (B, T), at the least expense that is right.
+
+        The first optimizer step takes its own forward pass for them. The others may take the
+        sampler's, if these are as good as a recomputation.
+        """
+        with self._timed("old_logprobs", self.device):
+            minibatches = self._minibatch_rows(samples, epoch=0)
+            steps = self.num_epochs * self.num_minibatches
+            # a later epoch needs what the first step had, and so do rewards that hold a KL
+            spared = self.old_logprobs == "auto" and self.num_epochs == 1 and not self.kl_in_reward
+            if steps == 1 and spared:
+                return torch.zeros_like(samples.mask, dtype=torch.float32)
+            if self._sampler_will_do(samples, minibatches[-1]):
+                assert samples.logprobs is not None
+                return samples.logprobs.masked_fill(~samples.mask, 0)
+            return self._recompute(samples, minibatches[1:] if spared else minibatches)
+
+    def _sampler_will_do(self, samples: Samples, rows: Tensor) -> bool:
+        """Whether the sampler's log-probs are used, by their noise in a few rows of this rollout.
+
+        Args:
+            samples: The rollout.
+            rows: A mini-batch; the few rows are its first ones.
+        """
+        if self.old_logprobs == "recompute":
+            return False
+        if samples.logprobs is None:
+            if self.old_logprobs == "sampler":
+                raise ValueError(
+                    f"model.old_logprobs is sampler, but {type(self.sampler).__name__} returns no "
+                    "log-probs; use auto or recompute"
+                )
+            self.tally.update("policy/old_from_sampler", 0.0)
+            return False
+        few = samples.select(rows[:FEW])
+        again = self._logprobs(few, with_entropy=False).logprobs
+        difference = importance_log_ratio(again, few.logprobs, few.mask, "sequence")  # type: ignore[arg-type]
+        noise = difference[few.mask.any(1), 0].double()
+        # around 0, not around their mean: a shift of all ratios would do harm, too; of all ranks
+        squares = self._sum_over_ranks((noise**2).sum()).item()
+        count = self._sum_over_ranks(torch.tensor(float(len(noise)))).item()
+        deviation = math.sqrt(squares / count) if count else math.inf
+        chosen = self.old_logprobs == "sampler" or deviation < SMALL * self.clip_width
+        if math.isfinite(deviation):
+            self.tally.update("policy/sampler_noise", deviation)
+        self.tally.update("policy/old_from_sampler", float(chosen))
+        return chosen
+
+    def _recompute(self, samples: Samples, minibatches: list[Tensor]) -> Tensor:
+        """Log-probs in the very batches of the first epoch, 0 in rows of no mini-batch.
 
         The same rows in the same shapes through the same kernels: what differs from the update's
         forward pass by rounding would look like a ratio that moved.
         """
-        size = self.micro_batch_size
-        order, results = [], []
-        with self._timed("old_logprobs", self.device):
-            for minibatch in self._minibatch_rows(samples, epoch=0):
-                for rows in minibatch.split(size or len(minibatch)):
-                    order.append(rows)
-                    results.append(self._logprobs(samples.select(rows), with_entropy=True))
-        back = torch.cat(order).argsort().to(samples.mask.device)
-        logprobs = torch.cat([result.logprobs for result in results])
-        entropy = torch.cat([result.entropy for result in results])  # type: ignore[misc]
-        return logprobs[back], entropy[back]
+        old = torch.zeros_like(samples.mask, dtype=torch.float32)
+        for minibatch in minibatches:
+            chosen = samples.select(minibatch)
+            for rows in chosen.micro_batch_indices(self.micro_batch_size, self.micro_batch_tokens):
+                found = self._logprobs(chosen.select(rows), with_entropy=False).logprobs
+                old = old.to(found.dtype)
+                old[minibatch[rows].to(old.device)] = found
+        return old
 
     def _logprobs(self, samples: Samples, with_entropy: bool) -> LogProbs:
         return completion_logprobs(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from gspo_lightning.attention import open_attention
 from gspo_lightning.classifier import RewardModel, freeze
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.lora import adapters_off
@@ -122,6 +123,7 @@ class ReferencePolicy:
             dtype=getattr(torch, self.dtype or policy.dtype),
             **options,
         )
+        open_attention(model)
         self.model = freeze(model, device)
         self.fingerprint = fingerprint(self.model)
 

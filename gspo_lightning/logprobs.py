@@ -1,18 +1,28 @@
 """Log-probs and entropy of completions under a causal language model.
 
 Decides what "the log-prob of a token" is: log-softmax of the logits over the temperature, float32,
-position ids counted from the attention mask. Padding that a whole batch shares is cut off, the
-head runs on completion positions only, float32 copies of the logits live for one chunk at a time,
-and a group's prompt is computed once. Leaves out loading the model and the mode it is in (dropout
-must be off); any model with the forward of a Hugging Face causal language model will do.
+position ids counted in each text from its first real token. Decides also how the model is run:
+packed (``packing``) where its attention is open to us, otherwise padded, a group's prompt in a
+cache that its completions share. Leaves out loading the model and the mode it is in (dropout must
+be off); any model with the forward of a Hugging Face causal language model will do.
 """
 
-import inspect
+import logging
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from gspo_lightning.head import Head, find_head, token_logprobs
+from gspo_lightning.packed_attention import LAYERS, PREFIX
+from gspo_lightning.packing import Row, pack
+from gspo_lightning.padded import forward_arguments, run_padded, unwrapped
+
+__all__ = ["LogProbs", "States", "completion_logprobs", "forward_arguments", "predicting_states"]
+
+LOG = logging.getLogger(__name__)
+PROBE = (4, 3)  # tokens of prompt and completion that a model is tried on
 
 
 class LogProbs(NamedTuple):
@@ -27,6 +37,20 @@ class LogProbs(NamedTuple):
     entropy: Tensor | None
 
 
+class States(NamedTuple):
+    """What the wanted tokens are predicted from.
+
+    Attributes:
+        states: Hidden states (n, D), or logits (n, V) if there is no head.
+        target: Where the tokens stand in a flattened (B, T), (n,).
+        head: Makes logits of hidden states, or None.
+    """
+
+    states: Tensor
+    target: Tensor
+    head: Head | None
+
+
 def completion_logprobs(
     model: nn.Module,
     prompt_ids: Tensor,
@@ -36,7 +60,7 @@ def completion_logprobs(
     *,
     temperature: float = 1.0,
     group_size: int = 1,
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
     with_entropy: bool = False,
 ) -> LogProbs:
     """Compute the log-prob of each completion token, with a gradient where gradients are on.
@@ -48,10 +72,11 @@ def completion_logprobs(
         completion_ids: Right-padded, (B, T) int64.
         mask: Tokens whose log-prob is wanted, (B, T) bool.
         temperature: Sampling temperature the logits are divided by, > 0.
-        group_size: Rows g * G to g * G + G - 1 share a prompt, which is then computed once per
-            group. Ignored, at the same values, while the model checkpoints its activations
-            (Hugging Face models drop their cache then).
-        chunk_size: Token positions whose float32 logits exist at the same time.
+        group_size: Rows g * G to g * G + G - 1 share a prompt, for models that cannot be packed:
+            it is then computed once per group, unless the model checkpoints its activations
+            (Hugging Face models drop their cache then). Packed rows find out by themselves.
+        chunk_size: Token positions whose float32 logits exist at the same time; ``None`` is 256
+            on a CPU and 1024 elsewhere.
         with_entropy: Also return the exact entropy, with its gradient.
 
     Returns:
@@ -62,120 +87,163 @@ def completion_logprobs(
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
-    if group_size < 1 or len(mask) % group_size:
-        raise ValueError(f"group_size must divide the {len(mask)} rows, got {group_size}")
-    if not prompt_mask[:, -1].all():
-        raise ValueError("prompt_mask must end in True in every row: prompts are left-padded")
-
-    full_length = mask.shape[1]
-    start = int(prompt_mask.any(dim=0).int().argmax())  # padding that all prompts share
-    prompt_ids, prompt_mask = prompt_ids[:, start:], prompt_mask[:, start:]
-    # a token before a wanted one is context even if it does not count itself
-    context = mask.flip(1).cumsum(1).flip(1) > 0
-    length = max(1, int(context.any(dim=0).sum()))  # one column at least: the graph must exist
-    completion_ids, context, keep = (
-        completion_ids[:, :length],
-        context[:, :length],
-        mask[:, :length],
+    found = predicting_states(
+        model, prompt_ids, prompt_mask, completion_ids, mask, group_size=group_size
     )
-    # any id may stand in the padding, also one without an embedding
-    completion_ids = torch.where(context, completion_ids, 0)
-    prompt_ids = torch.where(prompt_mask, prompt_ids, 0)
-
-    logits = _completion_logits(model, prompt_ids, prompt_mask, completion_ids, context, group_size)
-    # split, not slices: the gradients of all chunks meet in one concatenation
-    pieces = zip(
-        logits.reshape(-1, logits.shape[-1]).split(chunk_size),
-        completion_ids.flatten().split(chunk_size),
-        keep.flatten().split(chunk_size),
-        strict=True,
+    if len(found.target) == 0:  # zeros, but of a graph with all parameters
+        logits = found.states if found.head is None else found.head.logits(found.states)
+        nothing = logits.sum().to(torch.promote_types(logits.dtype, torch.float32)) * 0
+        nothing = nothing.expand(mask.shape)
+        return LogProbs(nothing, nothing if with_entropy else None)
+    chosen, entropy = token_logprobs(
+        found.states,
+        completion_ids.flatten()[found.target],
+        found.head,
+        temperature=temperature,
+        with_entropy=with_entropy,
+        chunk_size=chunk_size,
     )
-    # recomputed in backward, so that no float32 (B, T, V) is kept
-    results = [
-        checkpoint(
-            _token_logprobs,
-            *piece,
-            temperature,
-            with_entropy,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for piece in pieces
-    ]
 
-    def gathered(parts: tuple[Tensor, ...]) -> Tensor:
-        return nn.functional.pad(torch.cat(parts).view_as(keep), (0, full_length - length))
+    def spread(values: Tensor) -> Tensor:
+        zeros = values.new_zeros(mask.numel())
+        return zeros.index_copy(0, found.target, values).view(mask.shape)
 
-    logprobs, entropy = zip(*results, strict=True)
-    return LogProbs(gathered(logprobs), gathered(entropy) if with_entropy else None)
+    return LogProbs(spread(chosen), None if entropy is None else spread(entropy))
 
 
-def _completion_logits(
+def predicting_states(
     model: nn.Module,
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     completion_ids: Tensor,
-    context: Tensor,
-    group_size: int,
-) -> Tensor:
-    """Return the logits that predict the completion tokens, (B, T, V), in the model's dtype."""
-    # the last prompt token predicts the first completion token; nothing follows the last one
-    ids = torch.cat([prompt_ids, completion_ids[:, :-1]], dim=1)
-    attention_mask = torch.cat([prompt_mask, context[:, :-1]], dim=1).long()
-    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    forward = forward_arguments(model)
-    head = prompt_ids.shape[1] - 1  # tokens whose logits nobody needs
+    mask: Tensor,
+    *,
+    group_size: int = 1,
+) -> States:
+    """Run the model, without its output embedding if that can be had apart.
 
-    def run(rows: slice, columns: slice, num_logits: int, **cache: Any) -> Any:
-        if "position_ids" in forward:  # some models count positions by themselves
-            cache["position_ids"] = position_ids[rows, columns]
-        if "logits_to_keep" in forward:
-            cache["logits_to_keep"] = num_logits
-        mask = attention_mask[rows, : columns.stop]  # also over what is already in the cache
-        return model(input_ids=ids[rows, columns], attention_mask=mask, **cache)
+    Arguments and errors are those of :func:`completion_logprobs`.
 
-    every, end, length = slice(None), ids.shape[1], completion_ids.shape[1]
-    checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
-    if group_size > 1 and head > 0 and not checkpointed:
-        prompt = run(slice(None, None, group_size), slice(0, head), 1, use_cache=True)
-        cache: Any = getattr(prompt, "past_key_values", None)
-        if _holds_attention_only(cache):
-            cache.batch_repeat_interleave(group_size)
-            behind = run(every, slice(head, end), length, use_cache=True, past_key_values=cache)
-            return behind.logits[:, -length:]
-    return run(every, slice(0, end), length, use_cache=False).logits[:, -length:]
-
-
-def _holds_attention_only(cache: Any) -> bool:
-    """Whether a cache is keys and values alone, full or windowed, so that rows can be repeated.
-
-    Recurrent layers (of hybrids such as Qwen3-Next, Jamba or LFM2) keep a state that is written in
-    place, through which no gradient passes; other classes of cache hold what is not known here.
+    Returns:
+        One state for each wanted token. With no wanted token at all ``target`` is empty and
+        ``states`` has one row, which keeps the graph.
     """
-    standard = type(cache).__name__ == "DynamicCache"
-    return standard and not any(hasattr(layer, "conv_states") for layer in cache.layers)
+    if group_size < 1 or len(mask) % group_size:
+        raise ValueError(f"group_size must divide the {len(mask)} rows, got {group_size}")
+    if not prompt_mask[:, -1].all():
+        raise ValueError("prompt_mask must end in True in every row: prompts are left-padded")
+    # a token before a wanted one is context even if it does not count itself
+    context = mask.flip(1).cumsum(1).flip(1) > 0
+    # any id may stand in the padding, also one without an embedding
+    completion_ids = torch.where(context, completion_ids, 0)
+    prompt_ids = torch.where(prompt_mask, prompt_ids, 0)
+
+    head = _head(model, prompt_ids.device)
+    catching: Any = nullcontext([]) if head is None else head.caught()
+    packed = _can_pack(model, prompt_ids.device)
+    with catching as caught:
+        if packed:
+            row = pack(prompt_ids, prompt_mask, completion_ids, context, mask)
+            output, source, target = run_packed(model, row), row.source, row.target
+            columns = row.ids.shape[1]
+        else:
+            output, source, target, columns = run_padded(
+                model, prompt_ids, prompt_mask, completion_ids, context, mask, group_size
+            )
+    states = caught[-1] if head is not None else output.logits
+    states = states[:, -columns:].flatten(0, 1)
+    if len(target) == 0:
+        source = source.new_zeros(1)
+    return States(states[source], target, head)
 
 
-def forward_arguments(model: Any) -> set[str]:
-    """The arguments that a model's forward names, also behind wrappers that take ``**kwargs``."""
-    model = getattr(model, "_orig_mod", model)  # torch.compile
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
-    return set(inspect.signature(model.forward).parameters)
-
-
-def _token_logprobs(
-    logits: Tensor, ids: Tensor, keep: Tensor, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return log-prob and entropy, (n,) each, of n positions with logits (n, V)."""
-    # before the softmax: NaN in a padded position must not reach the gradient either
-    logits = logits.masked_fill(~keep[:, None], 0)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    distribution = logits.log_softmax(dim=-1)
-    chosen = distribution.gather(-1, ids[:, None]).squeeze(-1)
-    entropy = -(distribution.exp() * distribution).sum(-1) if with_entropy else None
-    return (
-        chosen.masked_fill(~keep, 0),
-        None if entropy is None else entropy.masked_fill(~keep, 0),
+def run_packed(model: nn.Module, row: Row, **options: Any) -> Any:
+    """Run a model on a packed row; it must have an open attention."""
+    return model(
+        input_ids=row.ids,
+        # of four dimensions: passed on as it is, so that no mask is made, and unused
+        attention_mask=row.ids.new_ones(1, 1, 1, 1),
+        position_ids=row.position_ids,
+        use_cache=False,
+        attend=row.attend,
+        **options,
     )
+
+
+# --- what a model can do, tried once -------------------------------------------------------------
+
+
+def _head(model: Any, device: torch.device) -> Head | None:
+    """The model's head, if it can be had apart; where it cannot, that is said once."""
+    base = unwrapped(model)
+    if not hasattr(base, "get_input_embeddings"):
+        return None
+    found = find_head(base, _probe_ids(base, 1, sum(PROBE)).to(device))
+    if isinstance(found, Head):
+        return found
+    _say_once(base, f"the logits of all positions are in memory at once: {found}")
+    return None
+
+
+def _can_pack(model: Any, device: torch.device) -> bool:
+    """Whether a model can be run on packed rows; where it cannot, that is said once."""
+    base = unwrapped(model)
+    config = getattr(base, "config", None)
+    name = str(getattr(config, "_attn_implementation", None))
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if config is None:
+        return False
+    if not name.startswith(PREFIX):
+        reason = f"its attention ({name}) takes none of ours"
+    elif not kinds <= LAYERS:
+        reason = f"it has layers of {', '.join(sorted(kinds - LAYERS))}"
+    else:
+        if "_gspo_packs" not in base.__dict__:
+            base.__dict__["_gspo_packs"] = _packs(model, base, device)
+        if base.__dict__["_gspo_packs"] is True:
+            return True
+        reason = base.__dict__["_gspo_packs"]
+    _say_once(base, f"rows are padded, not packed: {reason}")
+    return False
+
+
+@torch.no_grad()
+def _packs(model: Any, base: Any, device: torch.device) -> bool | str:
+    """Run three short texts packed and one by one: True if that gives the same, else why not."""
+    ids = _probe_ids(base, 3, sum(PROBE)).to(device)
+    ids[1, : PROBE[0]] = ids[0, : PROBE[0]]  # two texts of one prompt, one of another
+    ids[2, :2] = 0
+    prompt_mask = torch.ones(3, PROBE[0], dtype=torch.bool, device=device)
+    prompt_mask[2, :2] = False
+    on = torch.ones(3, PROBE[1], dtype=torch.bool, device=device)
+    row = pack(ids[:, : PROBE[0]], prompt_mask, ids[:, PROBE[0] :], on, on)
+    try:
+        with torch.autocast(device.type, enabled=False):  # the weights' own precision
+            packed = run_packed(model, row, output_hidden_states=True).hidden_states[-1]
+            alone = [
+                model(input_ids=text[None], use_cache=False, output_hidden_states=True)
+                for text in (ids[0], ids[1], ids[2, 2:])
+            ]
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        return f"it cannot be run on packed rows ({error})"
+    expected = torch.cat([output.hidden_states[-1][0, -PROBE[1] - 1 : -1] for output in alone])
+    distance = (packed[0, row.source] - expected).float().norm() / expected.float().norm()
+    # an attention that reaches into other texts is wrong by far more than rounding
+    if distance < (1e-3 if torch.finfo(expected.dtype).bits >= 32 else 0.1):
+        return True
+    return f"packed rows give other values, by {distance:.1e} of theirs"
+
+
+def _probe_ids(base: Any, rows: int, columns: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    return torch.randint(vocabulary, (rows, columns), generator=generator)
+
+
+def _say_once(base: Any, message: str) -> None:
+    said = base.__dict__.setdefault("_gspo_said", set())
+    if message not in said:
+        said.add(message)
+        LOG.warning("%s: %s", type(base).__name__, message)

@@ -7,7 +7,7 @@ and minimum. Leaves out the logger.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -137,11 +137,6 @@ class RolloutMetrics(Metric):
         i = self.places[name]
         self.sums[i] += values.sum()
         self.counts[i] += values.numel() if count is None else count
-
-    def forget(self, names: Iterable[str]) -> None:
-        """Begin some means or totals anew."""
-        for name in names:
-            self.sums[self.places[name]] = self.counts[self.places[name]] = 0
 
     def compute(self) -> dict[str, float]:
         """Everything that was counted, by name. A name without a value is absent, never NaN."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from gspo_lightning.collect import MICRO, REFERRED, SAMPLED
+from gspo_lightning.collect import MICRO, REFERRED, SAMPLED, OldLogProbs
 from gspo_lightning.critic import Critic, CriticConfig, check_critic, fit_critic, load_critic
 from gspo_lightning.evaluation import Evaluation
 from gspo_lightning.faults import Faults
@@ -62,6 +62,14 @@ class GSPOModule(UpdatingModule):
         num_minibatches: Optimizer steps per pass; must divide the completions of a rollout.
         micro_batch_size: Completions per forward and backward pass: memory, never the gradient.
             ``None`` is a whole mini-batch.
+        micro_batch_tokens: Tokens per forward and backward pass, a shared prompt counted once and
+            padding not at all: fewer passes where completions are short. ``None`` is no limit;
+            with both limits, both hold. One completion is never cut.
+        old_logprobs: Where the log-probs of the sampling policy come from. The first optimizer step
+            of a rollout uses its own forward pass, whatever is set; the others with ``recompute`` a
+            pass before it, with ``sampler`` those of the sampler, and with ``auto`` the sampler's
+            if their noise in a few rows of the rollout is below 1 % of the clip range (float32
+            as a rule; bfloat16 never), else a pass over what the first step does not cover.
         advantages: What a reward is compared with: its group, see ``advantages.group_advantages``,
             or what the critic expected (``gae``).
         critic: PPO's value model, or ``None``; needs ``advantages`` of ``gae``, and with it a group
@@ -105,6 +113,8 @@ class GSPOModule(UpdatingModule):
         num_epochs: int = 1,
         num_minibatches: int = 4,
         micro_batch_size: int | None = None,
+        micro_batch_tokens: int | None = None,
+        old_logprobs: OldLogProbs = "auto",
         advantages: Literal[
             "normalized", "relative", "leave_one_out", "batch_normalized", "gae"
         ] = "normalized",
@@ -126,6 +136,7 @@ class GSPOModule(UpdatingModule):
             "num_epochs": num_epochs,
             "num_minibatches": num_minibatches,
             "micro_batch_size": micro_batch_size,
+            "micro_batch_tokens": micro_batch_tokens,
             "max_draws": max_draws,
         }.items():
             if value is not None and value < 1:
@@ -161,6 +172,8 @@ class GSPOModule(UpdatingModule):
         self.num_epochs = num_epochs
         self.num_minibatches = num_minibatches
         self.micro_batch_size = micro_batch_size
+        self.micro_batch_tokens = micro_batch_tokens
+        self.old_logprobs = old_logprobs
         self.advantage_kind = advantages
         self.critic_config = critic
         self.critic: Critic | None = None
@@ -183,6 +196,7 @@ class GSPOModule(UpdatingModule):
         self.health = Health(
             objective, num_epochs * num_minibatches, stop_when or (), sampler.max_new_tokens
         )
+        self.clip_width = self.health.width
         models = {
             f"model.rewards.{name}.fn": term.fn
             for name, term in rewards.items()

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-CHUNK = 1024  # tokens whose float32 logits exist at a time (``completion_logprobs``)
+CHUNK = 256  # tokens whose float32 logits exist at a time on a CPU (``head``)
 
 
 def plan_lines(trainer: Any, module: Any) -> list[str]:
@@ -91,7 +91,10 @@ def _updates(trainer: Any, module: Any) -> str:
     text = (
         f"{steps} optimizer steps per rollout ({epochs} x {module.num_minibatches} mini-batches of "
     )
-    text += f"{size}" + (f", {micro} at a time)" if micro < size else ")")
+    text += f"{size}" + (f", {micro} at a time" if micro < size else "")
+    if module.micro_batch_tokens is not None:
+        text += f", at most {module.micro_batch_tokens:,} tokens at a time"
+    text += ")"
     total = total_batches(trainer)
     return text + ("" if total is None else f", {steps * total:,} in all")
 
@@ -142,7 +145,9 @@ def policy_memory(trainer: Any, module: Any) -> dict[str, float] | None:
         prompt_tokens=data.longest_prompt,
         new_tokens=sampler.max_new_tokens,
         decoded=min(getattr(sampler, "batch_size", None) or sequences, sequences),
-        trained_at_once=min(module.micro_batch_size or minibatch, minibatch),
+        tokens_at_once=_tokens_at_once(
+            module, min(module.micro_batch_size or minibatch, minibatch), data.longest_prompt
+        ),
         half_precision="16" in str(trainer.precision),
         checkpointing=any(
             getattr(part, "gradient_checkpointing", False) for part in model.modules()
@@ -172,13 +177,26 @@ def _memory(trainer: Any, module: Any) -> str | None:
     return text
 
 
+def _tokens_at_once(module: Any, rows: int, prompt_tokens: int) -> int:
+    """Tokens of the largest micro-batch: packed rows share a prompt within their group."""
+    config = getattr(module.policy.model, "config", None)
+    packed = str(getattr(config, "_attn_implementation", "")).startswith("gspo_")
+    prompts = math.ceil(rows / module.sampler.group_size) if packed else rows
+    new_tokens = module.sampler.max_new_tokens
+    tokens = prompts * prompt_tokens + rows * new_tokens
+    if module.micro_batch_tokens is None:
+        return tokens
+    # a limit cannot cut a single completion
+    return min(tokens, max(module.micro_batch_tokens, prompt_tokens + new_tokens))
+
+
 def memory_parts(
     model: Any,
     *,
     prompt_tokens: int,
     new_tokens: int,
     decoded: int,
-    trained_at_once: int,
+    tokens_at_once: int,
     half_precision: bool = False,
     checkpointing: bool = False,
 ) -> dict[str, float] | None:
@@ -190,10 +208,11 @@ def memory_parts(
 
     - KV cache = decoded * S * K * 2 * (key-value heads) * (head size) * e
     - micro-batch = activations + logits, with
-      activations = rows * S * K * (12 D + 4 I) * e, what backward needs from a layer, or
-      rows * S * (K D + 12 D + 4 I) * e with checkpointing: each layer's input and one layer's
+      activations = tokens * K * (12 D + 4 I) * e, what backward needs from a layer, or
+      tokens * (K D + 12 D + 4 I) * e with checkpointing: each layer's input and one layer's
       activations (attention matrices are not counted: fused kernels keep none), and
-      logits = 2 * rows * (new tokens) * V * e (with their gradient) + 3 * 1024 * V * 4
+      logits = 256 * V * 4 (a chunk of them) + V * D * e (the gradient of their matrix, before it
+      is added to that of other micro-batches)
 
     12 D + 4 I is counted, not derived: Llama, Qwen3 and GPT-2 keep this to about a tenth.
 
@@ -202,7 +221,7 @@ def memory_parts(
         prompt_tokens: Longest prompt.
         new_tokens: Longest completion.
         decoded: Completions decoded at the same time.
-        trained_at_once: Completions of a micro-batch.
+        tokens_at_once: Tokens of a micro-batch.
         half_precision: Whether activations take two bytes whatever the weights take.
         checkpointing: Whether activations are recomputed.
 
@@ -225,13 +244,13 @@ def memory_parts(
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     layer = 12 * hidden + 4 * inner
     kept = layers * hidden + layer if checkpointing else layers * layer
-    logits = 2 * trained_at_once * new_tokens * vocabulary * width + 3 * CHUNK * vocabulary * 4
+    logits = CHUNK * vocabulary * 4 + vocabulary * hidden * parameters[0].element_size()
     return {
         "weights": sum(p.numel() * p.element_size() for p in parameters),
         "gradients": trained,
         "Adam": 2 * trained,
         "KV cache": decoded * length * layers * 2 * key_value_heads * head_size * width,
-        "micro-batch": trained_at_once * length * kept * width + logits,
+        "micro-batch": tokens_at_once * kept * width + logits,
     }
 
 

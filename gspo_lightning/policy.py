@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from gspo_lightning.attention import open_attention
 from gspo_lightning.lora import LoRAConfig, add_adapters, merged_weights
 from gspo_lightning.model_folder import (
     BROKEN,
@@ -225,6 +226,7 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
             **options,
         )
     check_cache(model)
+    open_attention(model)
     if config.lora is None:
         policy = Policy(model, tokenizer)
     else:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gspo_lightning.micro_batches import cut_rows
+
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None):
     """Raise a ValueError that names the field unless shape and dtype are as promised."""
@@ -172,17 +174,21 @@ class Samples(_Movable):
         rows = order[:, None] * self.group_size + torch.arange(self.group_size)
         return list(rows.flatten().chunk(count))
 
-    def micro_batches(self, size: int | None) -> list[Self]:
-        """Cut into consecutive pieces of at most ``size`` rows (None: one piece).
+    def micro_batch_indices(self, size: int | None, tokens: int | None = None) -> list[Tensor]:
+        """Cut the rows into pieces that one forward and backward pass takes.
 
-        Raises:
-            ValueError: If ``size`` is below 1.
+        Limits and errors are those of ``micro_batches.cut_rows``.
+
+        Returns:
+            Row numbers, int64; together every row exactly once.
         """
-        if size is not None and size < 1:
-            raise ValueError(f"micro_batch_size must be at least 1, got {size}")
-        if size is None or size >= len(self):
-            return [self]
-        return [self.select(index) for index in torch.arange(len(self)).split(size)]
+        prompts, lengths = self.prompt_mask.sum(1).tolist(), self.mask.sum(1).tolist()
+        pieces = cut_rows(prompts, lengths, self.group_size, size, tokens)
+        return [torch.tensor(piece) for piece in pieces]
+
+    def micro_batches(self, size: int | None, tokens: int | None = None) -> list[Self]:
+        """Return the pieces of ``micro_batch_indices``."""
+        return [self.select(rows) for rows in self.micro_batch_indices(size, tokens)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +198,8 @@ class Rollout(Samples):
     ``mask`` here selects the tokens that train: rows left out of the loss are False throughout.
 
     Attributes:
-        old_logprobs: Log-probs under the policy that sampled, nats, (B, T) float32.
+        old_logprobs: Log-probs under the policy that sampled, nats, (B, T) float32; 0 in rows
+            whose own first forward pass stands in for them.
         ref_logprobs: Log-probs under the frozen reference, nats, (B, T) float32, or None.
         rewards: Weighted sum of the reward terms, NaN where missing, (B,).
         reward_parts: Each term by name, unweighted, (B,) each.

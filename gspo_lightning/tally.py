@@ -36,6 +36,8 @@ MEANS = (
     "train/clip_fraction_tokens",
     "policy/entropy",
     "policy/grad_norm",
+    "policy/old_from_sampler",
+    "policy/sampler_noise",
     "rollout/truncated_fraction",
     "rollout/flat_best_fraction",
     "rollout/flat_worst_fraction",
@@ -120,17 +122,14 @@ class RolloutTally(RolloutMetrics):
     def count_logprobs(
         self, old: Tensor, entropy: Tensor, ref: Tensor | None, mask: Tensor
     ) -> None:
-        """Count entropy and KL of the sampling policy; each a mean per sequence, then over them.
-
-        A second call for the same rollout takes the place of the first.
+        """Count entropy and KL of a micro-batch; each a mean per sequence, then over them.
 
         Args:
             old: Log-probs of the policy that sampled, nats, (B, T).
-            entropy: Its entropy, nats, (B, T).
+            entropy: Entropy of the policy as it is updated, nats, (B, T).
             ref: Log-probs of the reference, nats, (B, T), or ``None``.
             mask: Tokens that count, (B, T) bool.
         """
-        self.forget(("policy/entropy", "train/kl_divergence", "policy/kl_clamped_tokens"))
         counted = mask.any(1)
         self._update_finite("policy/entropy", masked_mean(entropy, mask, dim=1)[counted])
         if ref is not None:

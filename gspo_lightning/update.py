@@ -35,6 +35,8 @@ from gspo_lightning.rollout import Rollout
 class StepLosses(NamedTuple):
     """The loss of a micro-batch: its parts, () each, and what they were computed from.
 
+    ``old`` are the log-probs that the ratio is taken to, and ``entropies`` those of the tokens, or
+    None where nobody asked, (b, T) each.
     ``total`` is attached to the graph. ``log_ratio`` is the length-normalised one, (b,), and
     ``token_log_ratio`` that of each token, (b, T); ``noise`` is what the first is by rounding
     alone, or None where the weights have moved, ``value`` the critic's loss, if there is one.
@@ -49,6 +51,8 @@ class StepLosses(NamedTuple):
     token_log_ratio: Tensor
     noise: Tensor | None
     value: ValueLoss | None
+    old: Tensor
+    entropies: Tensor | None
 
 
 class UpdatingModule(CollectingModule):
@@ -80,9 +84,7 @@ class UpdatingModule(CollectingModule):
         def smaller(rows: Tensor) -> Rollout:
             # in the batches of the update again, or rounding would look like a ratio that moved
             nonlocal rollout
-            old, entropy = self._old_logprobs(rollout)
-            self.tally.count_logprobs(old, entropy, rollout.ref_logprobs, rollout.mask)
-            rollout = replace(rollout, old_logprobs=old)
+            rollout = replace(rollout, old_logprobs=self._old_logprobs(rollout))
             return rollout.select(rows)
 
         for epoch in range(self.num_epochs):
@@ -138,12 +140,20 @@ class UpdatingModule(CollectingModule):
                 self.untoggle_optimizer(optimizer)  # which the error has left toggled
                 self.sizes.halve(MICRO, len(minibatch), f"{self._place}, an update")
                 minibatch = smaller()
+        pieces = self._pieces(minibatch)
+        for rows, part in zip(pieces, parts, strict=True):
+            if part.entropies is not None and self.steps <= self.num_minibatches:
+                ref = None if minibatch.ref_logprobs is None else minibatch.ref_logprobs[rows]
+                self.tally.count_logprobs(part.old, part.entropies, ref, minibatch.mask[rows])
         optimizer.step()  # changes nothing after a fault: there is no gradient then
         if self.faults.found:
             self._skip(minibatch, weights, on_policy)
             return torch.ones(len(minibatch))
         self.moved = True
-        for mask, part in zip(minibatch.mask.split(self._rows(minibatch)), parts, strict=True):
+        ratios = torch.ones(len(minibatch))
+        for rows, part in zip(pieces, parts, strict=True):
+            mask = minibatch.mask[rows]
+            ratios[rows] = part.log_ratio.exp().float().cpu()
             self.tally.count_losses(part.policy, part.entropy, part.kl, mask, 1 / len(parts))
             self.tally.count_log_ratios(part.token_log_ratio, part.log_ratio, mask)
             if part.noise is not None:
@@ -151,7 +161,7 @@ class UpdatingModule(CollectingModule):
             if part.value is not None:
                 self.tally.count_value_loss(part.value, mask, 1 / len(parts))
         self._count_step(skipped=False, fault=False)
-        return torch.cat([part.log_ratio.exp().float().cpu() for part in parts])
+        return ratios
 
     def _accumulate(self, minibatch: Rollout, weights: Tensor, on_policy: bool) -> list[StepLosses]:
         """Make the gradient of a mini-batch, one micro-batch after the other."""
@@ -159,14 +169,17 @@ class UpdatingModule(CollectingModule):
         optimizer.zero_grad()
         self.faults.begin(minibatch, with_reference=self.kl_coef > 0 and not self.kl_in_reward)
         self.synced = False
-        size = self._rows(minibatch)
         parts: list[StepLosses] = []
-        micro_batches = minibatch.micro_batches(size)
-        for micro, micro_weights in zip(micro_batches, weights.split(size), strict=True):
-            last = len(parts) == len(micro_batches) - 1
+        pieces = self._pieces(minibatch)
+        for rows in pieces:
+            last = len(parts) == len(pieces) - 1
+            micro, micro_weights = minibatch.select(rows), weights[rows.to(weights.device)]
             with optimizer.toggle_model(sync_grad=last):
                 parts.append(self._backward(micro, micro_weights, on_policy, last))
         return parts
+
+    def _pieces(self, minibatch: Rollout) -> list[Tensor]:
+        return minibatch.micro_batch_indices(self.micro_batch_size, self.micro_batch_tokens)
 
     def _rows(self, minibatch: Rollout) -> int:
         return self.micro_batch_size or len(minibatch)
@@ -196,15 +209,18 @@ class UpdatingModule(CollectingModule):
     def losses(self, micro: Rollout, weights: Tensor, on_policy: bool) -> StepLosses:
         """The forward pass of a micro-batch: its share of the loss of a mini-batch."""
         mask, old = micro.mask, micro.old_logprobs
-        logprobs, entropy = self._logprobs(micro, with_entropy=self.entropy_coef != 0)
+        # rows that are seen for the first time: their entropy is counted
+        wanted = self.entropy_coef != 0 or self.steps <= self.num_minibatches
+        logprobs, entropy = self._logprobs(micro, with_entropy=wanted)
         noise = None
         if on_policy:
-            counted = mask.any(1)
-            noise = importance_log_ratio(logprobs.detach(), old, mask, "sequence")[counted, 0]
+            if old.any():  # or they were not computed, as these here stand in for them
+                counted = mask.any(1)
+                noise = importance_log_ratio(logprobs.detach(), old, mask, "sequence")[counted, 0]
             old = logprobs.detach()
         policy = policy_loss(logprobs, old, micro.advantages, mask, weights, self.objective)
         entropy_loss = kl_loss = policy.loss.new_zeros(())
-        if entropy is not None:
+        if entropy is not None and self.entropy_coef != 0:
             entropy_loss = -self.entropy_coef * (weights * entropy).sum()
         if micro.ref_logprobs is not None and self.kl_coef > 0 and not self.kl_in_reward:
             kl = kl_estimate(logprobs, micro.ref_logprobs, self.kl_estimator)
@@ -216,7 +232,8 @@ class UpdatingModule(CollectingModule):
             value = self.critic.loss(self.policy.model, micro, weights)  # type: ignore[union-attr]
             total = total + value.loss
         return StepLosses(
-            *(total, policy, entropy_loss, kl_loss, logprobs, log_ratio, tokens, noise, value)
+            *(total, policy, entropy_loss, kl_loss, logprobs, log_ratio, tokens, noise, value),
+            *(old, entropy),
         )
 
     def _backward(self, micro: Rollout, weights: Tensor, on_policy: bool, last: bool) -> StepLosses:
@@ -237,6 +254,8 @@ class UpdatingModule(CollectingModule):
             part.token_log_ratio,
             part.noise,
             part.value and part.value._replace(loss=part.value.loss.detach()),
+            part.old,
+            None if part.entropies is None else part.entropies.detach(),
         )
 
     def _count_step(self, skipped: bool, fault: bool) -> None:

@@ -81,6 +81,7 @@ class RolloutDummy(DummyModule):
         self.num_epochs = 1
         self.num_minibatches = 2
         self.micro_batch_size = None
+        self.micro_batch_tokens = None
 
     def training_step(self, batch, batch_idx: int):
         index = self.trainer.fit_loop.total_batch_idx

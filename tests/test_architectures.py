@@ -9,7 +9,7 @@ import copy
 import pytest
 import torch
 from lightning.pytorch import Callback
-from test_logprobs import inputs, loop
+from test_logprobs import inputs, loop, tokens_of_passes
 from tiny_run import make_module, make_trainer, run
 from transformers import AutoModelForCausalLM
 
@@ -118,12 +118,7 @@ def test_a_prompt_is_shared_unless_the_model_is_recurrent(
     make_model, make_rollout, architecture, passes
 ):
     model, rollout = make_model(architecture), make_rollout()
-    count = []
-    model.register_forward_pre_hook(
-        lambda _, __, kwargs: count.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
-    completion_logprobs(model, *inputs(rollout), group_size=3)
-    assert count == passes
+    assert tokens_of_passes(model, rollout, group_size=3) == passes
 
 
 def test_while_activations_are_checkpointed_the_prompt_is_not_read_in_vain(
@@ -132,12 +127,7 @@ def test_while_activations_are_checkpointed_the_prompt_is_not_read_in_vain(
     """Models drop their cache then, so there is nothing to share."""
     model, rollout = make_model("qwen3").train(), make_rollout()
     checkpoint_activations(model)
-    count = []
-    model.register_forward_pre_hook(
-        lambda _, __, kwargs: count.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
-    completion_logprobs(model, *inputs(rollout), group_size=3)
-    assert count == [6 * 8]
+    assert tokens_of_passes(model, rollout, group_size=3) == [6 * 8]
 
 
 # --- rollouts ------------------------------------------------------------------------------------
@@ -195,6 +185,7 @@ def test_ratios_are_one_before_the_first_step(
         policy=PolicyConfig(str(path), gradient_checkpointing=gradient_checkpointing),
         num_minibatches=1,
         micro_batch_size=4,
+        old_logprobs="recompute",
     )
     (outputs,) = keep.all
     assert torch.equal(outputs["ratios"], torch.ones(16))
@@ -247,8 +238,9 @@ def test_padding_that_is_no_token_of_its_own_changes_no_rollout(
     (tmp_path / "b").mkdir()
     usual = save(make_model("qwen3"), tokenizer, tmp_path / "usual")
     other = save(make_model("qwen3"), changed, tmp_path / "other")
-    _, expected = rollout_of(tmp_path / "a", usual)
-    module, found = rollout_of(tmp_path / "b", other)
+    passes = {"old_logprobs": "recompute"}
+    _, expected = rollout_of(tmp_path / "a", usual, **passes)
+    module, found = rollout_of(tmp_path / "b", other, **passes)
     assert module.policy.pad_id == 1
     assert found["rollout"].texts == expected["rollout"].texts
     assert torch.equal(found["rollout"].mask, expected["rollout"].mask)

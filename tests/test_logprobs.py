@@ -133,18 +133,24 @@ def test_a_shared_prompt_may_be_longer_than_the_sliding_window(make_model, make_
     torch.testing.assert_close(shared_grads, grads, atol=1e-5, rtol=1e-4)
 
 
-def test_a_shared_prompt_is_computed_once(make_model, make_rollout):
-    """Tokens that pass through the model: 2 * 3 + 6 * 5 instead of 6 * (4 + 4)."""
-    model, rollout = make_model("qwen3"), make_rollout()
+def tokens_of_passes(model, rollout, **options):
+    """Token ids that each forward pass is given, padding included."""
+    arguments = (model, *inputs(rollout))
+    completion_logprobs(*arguments, **options)  # the first pass of all tries the model out
     count = []
-    model.register_forward_pre_hook(
+    hook = model.register_forward_pre_hook(
         lambda _, __, kwargs: count.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    completion_logprobs(model, *inputs(rollout), group_size=3)
-    assert count == [6, 30]
-    count.clear()
-    completion_logprobs(model, *inputs(rollout))
-    assert count == [48]
+    completion_logprobs(*arguments, **options)
+    hook.remove()
+    return count
+
+
+def test_a_shared_prompt_is_computed_once(make_model, make_rollout):
+    """Padded rows: 2 * 3 + 6 * 5 tokens instead of 6 * (4 + 4)."""
+    model, rollout = make_model("qwen3"), make_rollout()
+    assert tokens_of_passes(model, rollout, group_size=3) == [6, 30]
+    assert tokens_of_passes(model, rollout) == [48]
 
 
 def test_a_shared_prompt_of_one_token_works(make_model, make_rollout):

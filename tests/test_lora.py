@@ -12,6 +12,7 @@ from test_logprobs import inputs
 from tiny_run import run
 from transformers import AutoModelForCausalLM
 
+from gspo_lightning.attention import open_attention
 from gspo_lightning.callbacks import AdaptiveKL
 from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel
 from gspo_lightning.logprobs import completion_logprobs
@@ -65,6 +66,7 @@ def folder(tmp_path, make_model, tokenizer):
 
 
 def logprobs(model, rollout, **options):
+    open_attention(model)  # as a policy is: or its bits could not be compared
     return completion_logprobs(model, *inputs(rollout), **options).logprobs
 
 
@@ -151,7 +153,8 @@ def test_one_rollout_trains_the_adapters_alone(tmp_path, model_dir):
 def test_ratio_is_one_and_noise_zero_before_the_first_step(tmp_path, model_dir):
     # fact 18
     keep = Outputs()
-    run(tmp_path, model_dir, 2, [keep], policy=config(model_dir), micro_batch_size=3)
+    options = {"micro_batch_size": 3, "old_logprobs": "recompute"}
+    run(tmp_path, model_dir, 2, [keep], policy=config(model_dir), **options)
     for outputs in keep.all:
         assert (outputs["ratios"] == 1).sum() >= 8  # the first of two mini-batches
         assert outputs["metrics"]["policy/ratio_noise"] == 0.0
@@ -159,7 +162,8 @@ def test_ratio_is_one_and_noise_zero_before_the_first_step(tmp_path, model_dir):
 
 def test_adapters_of_a_bfloat16_policy_are_float32_and_ratios_exact(tmp_path, model_dir):
     keep = Outputs()
-    module = run(tmp_path, model_dir, 1, [keep], policy=config(model_dir, dtype="bfloat16"))
+    options = {"policy": config(model_dir, dtype="bfloat16"), "old_logprobs": "recompute"}
+    module = run(tmp_path, model_dir, 1, [keep], **options)
     types = {n in module.policy.adapter_names: p.dtype for n, p in module.policy.named_parameters()}
     assert types == {True: torch.float32, False: torch.bfloat16}
     assert keep.all[0]["metrics"]["policy/ratio_noise"] == 0.0
@@ -182,7 +186,8 @@ def test_gradient_checkpointing_gives_the_same_gradient(folder, make_rollout, ar
 def test_rollouts_are_the_same_under_gradient_checkpointing(tmp_path, model_dir):
     def rollout(**options):
         keep = Outputs()
-        run(tmp_path, model_dir, 1, [keep], policy=config(model_dir, **options))
+        policy = config(model_dir, **options)
+        run(tmp_path, model_dir, 1, [keep], policy=policy, old_logprobs="recompute")
         return keep.all[0]["rollout"]
 
     plain, saved = rollout(), rollout(gradient_checkpointing=True)

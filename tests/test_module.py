@@ -62,7 +62,8 @@ def test_ratio_is_exactly_one_and_nothing_is_clipped_before_the_first_step(tmp_p
 
 def test_old_logprobs_are_the_bits_of_the_first_forward_pass(tmp_path, model_dir):
     # fact 18: recomputed with the same kernels and shapes, so float32 noise is exactly 0
-    (outputs,) = outputs_of(tmp_path, model_dir, num_minibatches=2, micro_batch_size=4)
+    options = {"num_minibatches": 2, "micro_batch_size": 4, "old_logprobs": "recompute"}
+    (outputs,) = outputs_of(tmp_path, model_dir, **options)
     assert outputs["metrics"]["policy/ratio_noise"] == 0.0
 
 
@@ -115,17 +116,19 @@ def test_gradient_is_the_same_for_every_micro_batch_size_to_the_last_bits_in_flo
     rollout = keep.all[0]["rollout"]
     assert steps.gradients[0].dtype == torch.float64
     found = {}
-    for size in (1, 3, 5, 16):
-        module = make_module(model_dir, num_minibatches=1, entropy_coef=0.1, micro_batch_size=size)
+    limits = [(1, None), (3, None), (5, None), (None, 9), (3, 20), (None, 40), (None, None)]
+    for size, tokens in limits:
+        options = {"micro_batch_size": size, "micro_batch_tokens": tokens}
+        module = make_module(model_dir, num_minibatches=1, entropy_coef=0.1, **options)
         module.collect = lambda batch: rollout
         module._lengths = torch.ones(16)
         steps = Steps()
         data = PromptData(str(tmp_path / "p.jsonl"), prompts_per_rollout=4, num_rollouts=1)
         module._report = lambda index: {}
         make_trainer(tmp_path, callbacks=[Double(), steps]).fit(module, data)
-        found[size] = steps.gradients[0]
-    for size in (1, 3, 5):
-        torch.testing.assert_close(found[size], found[16], atol=1e-12, rtol=1e-12)
+        found[size, tokens] = steps.gradients[0]
+    for gradient in found.values():
+        torch.testing.assert_close(gradient, found[None, None], atol=1e-12, rtol=1e-12)
 
 
 def test_num_epochs_and_minibatches_count_the_optimizer_steps(tmp_path, model_dir):
@@ -204,6 +207,7 @@ def test_old_logprobs_use_the_sampling_temperature(tmp_path, model_dir):
     # fact 16, against a plain forward pass of one row
     sampler = GroupSampler(group_size=4, max_new_tokens=6, temperature=0.5)
     options = {"sampler": sampler, "optimizer": OptimizerConfig(learning_rate=1e-12)}
+    options["old_logprobs"] = "recompute"
     keep = Outputs()
     module = run(tmp_path, model_dir, 1, [keep], **options)
     row = keep.all[0]["rollout"].select(torch.tensor([5]))
@@ -442,6 +446,7 @@ def test_dropout_is_off_in_train_mode(tmp_path, make_model, tokenizer):
         ({"num_epochs": 0}, "model.num_epochs must be >= 1, got 0"),
         ({"num_minibatches": 0}, "model.num_minibatches must be >= 1"),
         ({"micro_batch_size": 0}, "model.micro_batch_size must be >= 1"),
+        ({"micro_batch_tokens": 0}, "model.micro_batch_tokens must be >= 1"),
         ({"sampler": GroupSampler(group_size=1)}, "sampler.group_size must be >= 2, got 1"),
         ({"sampler": GroupSampler(temperature=0.0)}, "temperature must be above 0 in training"),
         ({"rewards": {}}, "model.rewards is empty"),

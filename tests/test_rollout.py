@@ -143,7 +143,8 @@ def test_micro_batches_are_consecutive_rows(make_rollout):
 
 def test_no_micro_batch_size_is_one_piece(make_rollout):
     rollout = make_rollout()
-    assert rollout.micro_batches(None) == [rollout]
+    (piece,) = rollout.micro_batches(None)
+    assert torch.equal(piece.completion_ids, rollout.completion_ids)
     with pytest.raises(ValueError, match="micro_batch_size must be at least 1, got 0"):
         rollout.micro_batches(0)
 

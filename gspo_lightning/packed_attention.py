@@ -1,0 +1,292 @@
+"""Attention within a row of packed sequences.
+
+Decides what each token attends to: its own sequence and, for a completion, the prompt in front of
+its group. Sequences of similar length are padded to one another here, and only here. Leaves out the
+order of the row (``packing``) and whether a model's attention can be had (``attention``).
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None  # type: ignore[assignment]
+
+PREFIX = "gspo_"  # of the attention implementations that take an attention of ours
+SIMILAR = 0.5  # sequences at least this long, relative to the longest, share a padded block
+LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers whose masks are known here
+
+
+class Sequence(NamedTuple):
+    """Tokens ``start`` to ``start + length`` of the row, behind the prompt they go on from.
+
+    A prompt, or a text with one completion, goes on from nothing: ``prompt_length`` is 0.
+    """
+
+    start: int
+    length: int
+    prompt_start: int = 0
+    prompt_length: int = 0
+
+
+class Block(NamedTuple):
+    """Sequences that attention computes together: ``num`` rows padded to ``length`` on the right.
+
+    Padding behind a text is never attended to by the text, as attention is causal.
+    """
+
+    num: int
+    length: int
+    prompt_start: int
+    prompt_length: int
+
+
+@dataclass(eq=False)
+class PackedAttention:
+    """Attention within a packed row; called by every layer, recomputed ones included.
+
+    Args:
+        sequences: What lies in the row, in order and without gaps.
+        size: N, tokens of the row.
+        device: Where the row is.
+    """
+
+    sequences: list[Sequence]
+    size: int
+    device: torch.device
+    blocks: list[Block] = field(default_factory=list, init=False)
+    masks: dict[Any, Tensor | None] = field(default_factory=dict, init=False)
+    joined: tuple[Tensor, Tensor, Tensor, int, int] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        slots, fill, starts = [], [], []
+        offset = 0
+        for members in _similar(self.sequences):
+            longest, head = members[0].length, members[0]
+            self.blocks.append(Block(len(members), longest, head.prompt_start, head.prompt_length))
+            for sequence in members:
+                steps = torch.arange(longest)
+                real = steps < sequence.length
+                slots.append(torch.where(real, steps + sequence.start, 0))
+                fill.append(~real)
+                starts.append((sequence.start, sequence.length, offset))
+                offset += longest
+        self.slots = torch.cat(slots).to(self.device)  # the token behind each slot of the blocks
+        self.filling = torch.cat(fill).nonzero()[:, 0].to(self.device)  # slots of padding
+        home = [torch.arange(length) + at for _, length, at in sorted(starts)]
+        self.home = torch.cat(home).to(self.device)  # the slot of each token
+        # where the row is cut so that each prompt is a piece of its own
+        prompts = sorted(
+            {(b.prompt_start, b.prompt_length) for b in self.blocks if b.prompt_length}
+        )
+        self.cuts: list[int] = []
+        self.pieces: dict[int, int] = {}
+        at = 0
+        for start, length in prompts:
+            self.pieces[start] = len(self.cuts) + 1
+            self.cuts += [start - at, length]
+            at = start + length
+        self.cuts.append(self.size - at)
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Tensor:
+        """Attend; see ``attention.Attend``."""
+        if options.get("position_bias") is not None:
+            raise ValueError("a position bias cannot be packed")
+        scale = options.get("scaling")
+        window = sliding_window(module, options)
+        softcap, sinks = options.get("softcap"), options.get("s_aux")
+        if softcap is None and sinks is None and _has_varlen(query):
+            return self._varlen(query, key, value, scale, window)
+
+        queries = self._blocks(query)
+        keys, values = self._blocks(key), self._blocks(value)
+        prompt_keys, prompt_values = key.split(self.cuts, 2), value.split(self.cuts, 2)
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            q, k, v = queries[i], keys[i], values[i]
+            if block.prompt_length:
+                piece, shape = self.pieces[block.prompt_start], (block.num, -1, -1, -1)
+                k = torch.cat([prompt_keys[piece].expand(shape), k], 2)
+                v = torch.cat([prompt_values[piece].expand(shape), v], 2)
+            mask = self._mask(i, window, q.dtype, softcap is not None or sinks is not None)
+            if softcap is None and sinks is None:
+                grouped = q.shape[1] != k.shape[1]
+                if grouped and q.is_cuda:  # its fast kernels take no mask beside grouped heads
+                    repeats = q.shape[1] // k.shape[1]
+                    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+                    grouped = False
+                output = scaled_dot_product_attention(
+                    q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+                )
+            else:
+                assert mask is not None
+                output = attend_explicitly(q, k, v, mask, scale, softcap, sinks)
+            outputs.append(output.transpose(1, 2).flatten(0, 1))
+        together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return _Move.apply(together, self.home, self.slots, self.filling).unsqueeze(0)
+
+    def _blocks(self, x: Tensor) -> list[Tensor]:
+        """Cut (1, heads, N, d) into the blocks, (num, heads, length, d) each."""
+        padded = _Move.apply(x[0].transpose(0, 1), self.slots, self.home, None)
+        parts = padded.split([block.num * block.length for block in self.blocks])
+        return [
+            part.view(block.num, block.length, *part.shape[1:]).transpose(1, 2)
+            for part, block in zip(parts, self.blocks, strict=True)
+        ]
+
+    def _mask(self, i: int, window: int | None, dtype: torch.dtype, always: bool) -> Tensor | None:
+        """What is added to the scores of a block: (length, prompt + length), or plain causal."""
+        block = self.blocks[i]
+        columns = block.prompt_length + block.length
+        if window is not None and window >= columns:
+            window = None
+        name = (i, window, dtype, always)
+        if name not in self.masks:
+            mask = None
+            if block.prompt_length or window is not None or always:
+                query = torch.arange(block.prompt_length, columns, device=self.device)[:, None]
+                key = torch.arange(columns, device=self.device)
+                seen = key <= query
+                if window is not None:
+                    seen &= query - key < window
+                mask = torch.zeros(seen.shape, dtype=dtype, device=self.device)
+                mask.masked_fill_(~seen, -torch.inf)
+            self.masks[name] = mask
+        return self.masks[name]
+
+    def _varlen(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        """All sequences in one kernel for unequal lengths; keys are the prompt's and their own."""
+        if self.joined is None:
+            index, ends_q, ends_k = [], [0], [0]
+            for start, length, prompt_start, prompt_length in self.sequences:
+                index += [*range(prompt_start, prompt_start + prompt_length)]
+                index += [*range(start, start + length)]
+                ends_q.append(length)
+                ends_k.append(prompt_length + length)
+
+            def ends(lengths: list[int]) -> Tensor:
+                return torch.tensor([*accumulate(lengths)], dtype=torch.int32, device=self.device)
+
+            keys = torch.tensor(index, device=self.device)
+            self.joined = (keys, ends(ends_q), ends(ends_k), max(ends_q), max(ends_k))
+        index_k, cu_q, cu_k, max_q, max_k = self.joined
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        k, v = k[index_k], v[index_k]
+        if q.shape[1] != k.shape[1]:
+            repeats = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        left = -1 if window is None else window - 1
+        output: Any = varlen_attn(
+            q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(left, 0)
+        )
+        return output.unsqueeze(0)
+
+
+def _similar(sequences: list[Sequence]) -> list[list[Sequence]]:
+    """Sort into lists of the same prompt and similar length, the longest of each list first."""
+    by_prompt: dict[tuple[int, int], list[Sequence]] = {}
+    for sequence in sequences:
+        by_prompt.setdefault((sequence.prompt_start, sequence.prompt_length), []).append(sequence)
+    lists: list[list[Sequence]] = []
+    for members in by_prompt.values():
+        members.sort(key=lambda sequence: -sequence.length)
+        lists.append([])
+        for sequence in members:
+            if lists[-1] and sequence.length < SIMILAR * lists[-1][0].length:
+                lists.append([])
+            lists[-1].append(sequence)
+    return lists
+
+
+def sliding_window(module: Any, options: dict[str, Any]) -> int | None:
+    """The window of a layer in tokens, from the call or else from the model's configuration."""
+    if options.get("sliding_window") is not None:
+        return options["sliding_window"]
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[module.layer_idx] == "sliding_attention":
+        return config.sliding_window  # type: ignore[union-attr]
+    return None
+
+
+def attend_explicitly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention written out, for scores that are capped or share their weight with a sink.
+
+    Args:
+        query: (n, heads, Q, d).
+        key: (n, key-value heads, K, d); ``value`` likewise.
+        mask: Added to the scores, (Q, K).
+        scale: Multiplies the scores; ``None`` is d ** -0.5.
+        softcap: Scores become softcap * tanh(score / softcap).
+        sinks: One more score for each head, which takes weight and adds nothing, (heads,).
+
+    Returns:
+        (n, heads, Q, d).
+    """
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + mask
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], -1)
+    # in float32 at least, as the models themselves do it
+    weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return weights.to(value.dtype) @ value
+
+
+class _Move(torch.autograd.Function):
+    """Rows of x, picked by an index whose way back is known: backward picks, too, and adds nothing.
+
+    ``unpicked`` are the rows of x that no index names; they have no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, index: Tensor, back: Tensor, unpicked: Tensor | None
+    ) -> Tensor:
+        ctx.back, ctx.unpicked = back, unpicked
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad = grads[0].index_select(0, ctx.back)
+        if ctx.unpicked is not None:
+            grad = grad.index_fill_(0, ctx.unpicked, 0)
+        return grad, None, None, None
+
+
+def _has_varlen(query: Tensor) -> bool:
+    """Whether torch has a kernel for unequal lengths for this; it is one of half precision."""
+    return (
+        varlen_attn is not None
+        and query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] <= 256
+        and "window_size" in inspect.signature(varlen_attn).parameters
+    )

@@ -1,0 +1,84 @@
+"""Run a causal language model on padded rows, a group's prompt in a cache that its rows share.
+
+The way for models whose attention cannot be had from outside, so that tokens cannot be packed.
+Decides what is cut off and what is computed once. Leaves out what the states are used for.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def run_padded(
+    model: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    context: Tensor,
+    mask: Tensor,
+    group_size: int,
+) -> tuple[Any, Tensor, Tensor, int]:
+    """Run a model on padded rows, cut to what any row needs.
+
+    Returns:
+        The model's output; which states of its last columns, flattened, predict wanted tokens;
+        where these stand in a flattened (B, T); and the number of these last columns.
+    """
+    forward = forward_arguments(model)
+    start = int(prompt_mask.any(dim=0).int().argmax())  # padding that all prompts share
+    columns = max(1, int(context.any(dim=0).sum()))
+    # the last prompt token predicts the first completion token; nothing follows the last one
+    ids = torch.cat([prompt_ids[:, start:], completion_ids[:, : columns - 1]], dim=1)
+    attention_mask = torch.cat([prompt_mask[:, start:], context[:, : columns - 1]], dim=1).long()
+    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    head = prompt_ids.shape[1] - start - 1  # tokens whose logits nobody needs
+
+    def run(rows: slice, columns: slice, num_logits: int, **cache: Any) -> Any:
+        if "position_ids" in forward:  # some models count positions by themselves
+            cache["position_ids"] = position_ids[rows, columns]
+        if "logits_to_keep" in forward:
+            cache["logits_to_keep"] = num_logits
+        mask = attention_mask[rows, : columns.stop]  # also over what is already in the cache
+        return model(input_ids=ids[rows, columns], attention_mask=mask, **cache)
+
+    every, end = slice(None), ids.shape[1]
+    output = None
+    if group_size > 1 and head > 0 and not checkpoints(model):
+        prompt = run(slice(None, None, group_size), slice(0, head), 1, use_cache=True)
+        cache: Any = getattr(prompt, "past_key_values", None)
+        if _holds_attention_only(cache):
+            cache.batch_repeat_interleave(group_size)
+            output = run(every, slice(head, end), columns, use_cache=True, past_key_values=cache)
+    if output is None:
+        output = run(every, slice(0, end), columns, use_cache=False)
+    kept = mask[:, :columns]
+    row, column = kept.nonzero().unbind(1)
+    return output, row * columns + column, row * mask.shape[1] + column, columns
+
+
+def checkpoints(model: nn.Module) -> bool:
+    """Whether a model recomputes its activations in the backward pass."""
+    return any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+
+
+def _holds_attention_only(cache: Any) -> bool:
+    """Whether a cache is keys and values alone, full or windowed, so that rows can be repeated.
+
+    Recurrent layers (of hybrids such as Qwen3-Next, Jamba or LFM2) keep a state that is written in
+    place, through which no gradient passes; other classes of cache hold what is not known here.
+    """
+    standard = type(cache).__name__ == "DynamicCache"
+    return standard and not any(hasattr(layer, "conv_states") for layer in cache.layers)
+
+
+def forward_arguments(model: Any) -> set[str]:
+    """The arguments that a model's forward names, also behind wrappers that take ``**kwargs``."""
+    return set(inspect.signature(unwrapped(model).forward).parameters)
+
+
+def unwrapped(model: Any) -> Any:
+    """The causal language model within ``torch.compile`` and peft."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
