@@ -64,7 +64,8 @@ def memory(monkeypatch):
 
 def ended(tmp_path, model_dir, **options):
     state, keep = State(), Outputs()
-    module = run(tmp_path, model_dir, 2, [state, keep], entropy_coef=0.1, **options)
+    options = {"entropy_coef": 0.1, "old_logprobs": "recompute"} | options
+    module = run(tmp_path, model_dir, 2, [state, keep], **options)
     return state, keep.all, module
 
 
