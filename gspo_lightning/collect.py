@@ -282,7 +282,7 @@ class CollectingModule(EvaluatedModule):
                 old[minibatch[rows].to(old.device)] = found
         return old
 
-    def _logprobs(self, samples: Samples, with_entropy: bool) -> LogProbs:
+    def _logprobs(self, samples: Samples, with_entropy: bool, packed: bool = True) -> LogProbs:
         return completion_logprobs(
             self.policy.model,  # type: ignore[union-attr]
             samples.prompt_ids,
@@ -292,6 +292,7 @@ class CollectingModule(EvaluatedModule):
             temperature=self.sampler.temperature,
             group_size=samples.group_size,
             with_entropy=with_entropy,
+            packed=packed,
         )
 
     def _minibatch_rows(self, samples: Samples, epoch: int) -> list[Tensor]:

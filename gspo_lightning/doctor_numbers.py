@@ -211,7 +211,9 @@ def noise(module: Any, data: Any, samples: Samples) -> Finding:
         graph = module._logprobs(part, with_entropy=False).logprobs.detach()
         with torch.no_grad():
             again = module._logprobs(part, with_entropy=True).logprobs
-            apart = module._logprobs(with_longer_prompt(part), with_entropy=False).logprobs[:-1]
+            longer = with_longer_prompt(part)
+            # padded: packed rows have the same bits whatever else is in the batch
+            apart = module._logprobs(longer, with_entropy=False, packed=False).logprobs[:-1]
         for values, moved in ((same, again), (other, apart)):
             log_ratio = importance_log_ratio(graph, moved, part.mask, level)
             whole = level.startswith("sequence")  # then every column holds the same

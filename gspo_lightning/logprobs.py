@@ -62,6 +62,7 @@ def completion_logprobs(
     group_size: int = 1,
     chunk_size: int | None = None,
     with_entropy: bool = False,
+    packed: bool = True,
 ) -> LogProbs:
     """Compute the log-prob of each completion token, with a gradient where gradients are on.
 
@@ -78,6 +79,8 @@ def completion_logprobs(
         chunk_size: Token positions whose float32 logits exist at the same time; ``None`` is 256
             on a CPU and 1024 elsewhere.
         with_entropy: Also return the exact entropy, with its gradient.
+        packed: Pack rows if the model can be packed. False pads them: the same numbers with other
+            rounding.
 
     Returns:
         (B, T) results in float32 (float64 for a float64 model).
@@ -90,7 +93,13 @@ def completion_logprobs(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
     found = predicting_states(
-        model, prompt_ids, prompt_mask, completion_ids, mask, group_size=group_size
+        model,
+        prompt_ids,
+        prompt_mask,
+        completion_ids,
+        mask,
+        group_size=group_size,
+        packed=packed,
     )
     if len(found.target) == 0:  # zeros, but of a graph with all parameters
         logits = found.states if found.head is None else found.head.logits(found.states)
@@ -121,6 +130,7 @@ def predicting_states(
     mask: Tensor,
     *,
     group_size: int = 1,
+    packed: bool = True,
 ) -> States:
     """Run the model, without its output embedding if that can be had apart.
 
@@ -142,7 +152,7 @@ def predicting_states(
 
     head = _head(model, prompt_ids.device)
     catching: Any = nullcontext([]) if head is None else head.caught()
-    packed = _can_pack(model, prompt_ids.device)
+    packed = packed and _can_pack(model, prompt_ids.device)
     with catching as caught:
         if packed:
             row = pack(prompt_ids, prompt_mask, completion_ids, context, mask)

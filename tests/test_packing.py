@@ -287,3 +287,9 @@ def test_policies_and_references_are_run_packed(model_dir, make_rollout):
     reference = ReferencePolicy(device="cpu")
     reference.load(config, torch.device("cpu"))
     assert tokens_of_passes(reference.model, rollout) == [20]
+
+
+def test_a_call_may_ask_for_padded_rows(make_model, make_rollout):
+    """The same numbers with other rounding, to see what rounding does."""
+    model, rollout = opened(make_model("qwen3")), make_rollout()
+    assert tokens_of_passes(model, rollout, group_size=3, packed=False) == [6, 30]
