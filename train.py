@@ -185,8 +185,8 @@ class GSPOCLI(DoctorCLI):
         if self.checkpoint is not None:
             check_checkpoint(self.checkpoint, self.model)
         callbacks = config.callbacks or []
-        callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks])]
-        callbacks += [self.watch, self.watch.signals, *self.traces]
+        callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), self.watch]
+        callbacks = [self.watch.signals, *callbacks, *self.traces]  # first: before others can wait
         if config.enable_progress_bar is not False:
             if not has(callbacks, ProgressBar):
                 callbacks.append(RolloutProgress())

@@ -125,7 +125,9 @@ def test_before_training_one_signal_stops_at_once(capfd, number, hook):
     rollout = 0 if hook == "setup" else -1
     assert fit("run", *send(hook, number, rollout)) == 128 + number
     assert names("run") == []
-    (line,) = capfd.readouterr().err.splitlines()
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    (line,) = lines
     assert line in ("interrupted", "terminated")
 
 
