@@ -9,7 +9,9 @@ python train.py replay runs/arithmetic/faults/DUMP       which tensor of a skipp
 Later --config files and command-line options win over earlier ones. Every option has a default or
 stands in the config; `python train.py fit --help` lists them, `--print_config` shows what a run
 would use. --ckpt_path is `last` (newest checkpoint of the run folder trainer.default_root_dir),
-`auto` (the same, or a fresh start) or a file. GSPO_TRACEBACK=1 shows where an error came from.
+`auto` (the same, or a fresh start), `best` (by what RolloutCheckpoint monitors) or a file.
+SIGTERM and Ctrl-C finish the rollout and save; once more stops at once. GSPO_TRACEBACK=1 shows
+where an error came from.
 """
 
 import sys
@@ -19,6 +21,12 @@ if __name__ == "__main__" and sys.argv[1:] in (["--help"], ["-h"]):
     sys.exit(0)
 
 import os
+import signal
+
+if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT):  # until `main` has handlers of its own
+        signal.signal(number, lambda number, _: os._exit(128 + number))
+
 import traceback
 from pathlib import Path
 from typing import Any
@@ -28,16 +36,12 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from gspo_lightning.callbacks import PredictionWriter
-from gspo_lightning.checkpoint import (
-    AtomicCheckpointIO,
-    RolloutCheckpoint,
-    find_checkpoint,
-    list_checkpoints,
-)
+from gspo_lightning.checkpoint import RolloutCheckpoint
+from gspo_lightning.checkpoint_files import find_checkpoint, list_checkpoints
+from gspo_lightning.checkpoint_io import AtomicCheckpointIO, damage, disk_fault
 from gspo_lightning.cli import LONGEST, OneLineParser, condense, printable, quiet
 from gspo_lightning.config_files import check_config_files
 from gspo_lightning.doctor import DoctorCLI, DoctorTrainer
@@ -54,6 +58,7 @@ from gspo_lightning.run_folder import (
     remove_traces,
     say,
 )
+from gspo_lightning.signals import StopSignals, forbid_requeueing
 from gspo_lightning.start_checks import (
     check_checkpoint,
     check_interval,
@@ -76,6 +81,7 @@ class Watch(Callback):
         self.root: Path | None = None  # the run folder, once training has begun
         self.refuse = lambda: None  # takes back what was written before the run began
         self.terminal = TerminalLog()
+        self.signals = StopSignals()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -134,6 +140,17 @@ class GSPOCLI(DoctorCLI):
         """Options beside Lightning's own."""
         add_profile_option(parser)
 
+    def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> Any:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--accept_changes",
+                type=bool,
+                default=False,
+                help="Continue although settings, data or models are not those of the checkpoint.",
+            )
+        return parser
+
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse; Lightning's version warns when a program passes arguments, as tests do."""
         check_config_files(args)
@@ -169,7 +186,7 @@ class GSPOCLI(DoctorCLI):
             check_checkpoint(self.checkpoint, self.model)
         callbacks = config.callbacks or []
         callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), self.watch]
-        callbacks += self.traces
+        callbacks = [self.watch.signals, *callbacks, *self.traces]  # first: before others can wait
         if config.enable_progress_bar is not False:
             if not has(callbacks, ProgressBar):
                 callbacks.append(RolloutProgress())
@@ -179,13 +196,14 @@ class GSPOCLI(DoctorCLI):
             callbacks.append(PredictionWriter())
         if config.enable_checkpointing is not False and not has(callbacks, Checkpoint):
             callbacks.append(RolloutCheckpoint())
+        for callback in callbacks:
+            if isinstance(callback, RolloutCheckpoint):
+                callback.accept_changes = bool(self._get(self.config, "accept_changes", False))
         plugins = config.plugins or []
         plugins = [*plugins] if isinstance(plugins, list) else [plugins]
         if not has(plugins, CheckpointIO):
             plugins.append(AtomicCheckpointIO())
-        if SLURMEnvironment.detect() and not has(plugins, SLURMEnvironment):
-            # Its requeueing saves in the middle of a rollout, inside the signal handler.
-            plugins.append(SLURMEnvironment(auto_requeue=False))
+        forbid_requeueing(plugins)
         logger = config.logger
         if self.subcommand != "fit" and logger is None:
             logger = False  # the figures are printed; in the curves they would have no place
@@ -236,7 +254,7 @@ def where_to_go_on(argv: list[str], root: Path | None) -> str:
     """What is left of a training that ended early and how to continue it; empty if none began."""
     if root is None:
         return ""
-    found = list_checkpoints(root)
+    found = [path for path in list_checkpoints(root) if damage(path) is None]
     if not found:
         return "there is no checkpoint yet; the same command starts again"
     go_on = resume_command(["train.py", *argv], {}, this_python())
@@ -257,14 +275,20 @@ def main(argv: list[str] | None = None) -> int:
     watch = Watch()
     umask = os.umask(0o022)  # what is written here, no group and no stranger may change
     os.umask(umask | 0o022)
+    watch.signals.install()
     try:
         with quiet():
             if argv[:1] == ["replay"]:
                 return replay(argv[1:])
-            return GSPOCLI(argv, watch).code
+            code = GSPOCLI(argv, watch).code
+        if watch.signals.number is not None:
+            name = signal.Signals(watch.signals.number).name
+            say(f"{name}: stopped; {where_to_go_on(argv, watch.root)}")
+        return watch.signals.exit_code or code
     except BaseException as error:
         return report(error, watch, where_to_go_on(argv, watch.root))
     finally:
+        watch.signals.restore()
         watch.terminal.close()
         os.umask(umask)
 
@@ -283,6 +307,8 @@ def report(error: BaseException, watch: Watch, go_on: str) -> int:
     # a reward function is the user's, numbers and memory are the run's: all name what it was
     known = isinstance(error, RewardError | FloatingPointError) or is_out_of_memory(error)
     text = mistake(error) if known or not watch.begun else None
+    full = disk_fault(error)
+    text = full or text
     if text is None or os.environ.get("GSPO_TRACEBACK") == "1":
         trace = "".join(traceback.format_exception(error))
         sys.stderr.write("\n".join(printable(line) for line in trace.split("\n")))
@@ -293,7 +319,7 @@ def report(error: BaseException, watch: Watch, go_on: str) -> int:
     if go_on:
         say(go_on)
     ran = isinstance(error, FloatingPointError) or is_out_of_memory(error)
-    return 1 if text is None or ran else 2
+    return 1 if text is None or full or ran else 2
 
 
 def mistake(error: BaseException) -> str | None:

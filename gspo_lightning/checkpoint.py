@@ -1,132 +1,29 @@
-"""Checkpoints at rollout boundaries: when to write, how to write, which one to continue from.
+"""Checkpoints at rollout boundaries: when to write, what to keep, and how to go on from there.
 
-Decides the file names (`rollout=000040.ckpt`: the number of rollouts completed), the moment of
-saving (after a rollout and after the validation that belongs to it) and the way onto the disk
-(atomic). Leaves out what a checkpoint holds: each module, callback and loader has its own
+Decides the moment of saving (after a rollout and after the validation that belongs to it) and which
+files stay. Leaves out names and choice of files (`checkpoint_files`), the way onto the disk
+(`checkpoint_io`) and what a checkpoint holds: each module, callback and loader has its own
 `state_dict`, and random streams are functions of the rollout index, so none is stored.
 """
 
+import math
 import os
 import re
-import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from lightning.fabric.plugins import CheckpointIO
+import yaml
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from gspo_lightning.checkpoint_files import BEST, FOLDER, checkpoint_number, list_checkpoints
+from gspo_lightning.checkpoint_io import AtomicCheckpointIO
 from gspo_lightning.event_files import cut_event_files, event_file_sizes
+from gspo_lightning.fingerprints import collect, differences, refuse_changes
+from gspo_lightning.signals import StopSignals
 
-FOLDER = "checkpoints"  # inside the run folder
-_NAME = re.compile(r"rollout=(\d+)\.ckpt")
-_TEMPORARY = re.compile(r"\..+\.ckpt\.\d+\.tmp")
-
-
-def checkpoint_number(path: str | Path) -> int | None:
-    """Rollouts completed according to a checkpoint's name, None for a foreign name.
-
-    >>> checkpoint_number("runs/a/checkpoints/rollout=000040.ckpt")
-    40
-    >>> checkpoint_number("last.ckpt") is None
-    True
-    """
-    match = _NAME.fullmatch(Path(path).name)
-    return int(match[1]) if match else None
-
-
-def list_checkpoints(folder: str | Path) -> list[Path]:
-    """Complete checkpoints of a run folder, oldest first; other and half-copied files are skipped.
-
-    Args:
-        folder: The run folder, the one that holds `checkpoints/`.
-
-    Returns:
-        Paths sorted by the number of rollouts completed.
-    """
-    numbered = [(checkpoint_number(path), path) for path in Path(folder, FOLDER).glob("*.ckpt")]
-    # A file that was cut while somebody copied it has lost the index at its end: not a zip file.
-    return [
-        path
-        for number, path in sorted((n, p) for n, p in numbered if n is not None)
-        if zipfile.is_zipfile(path)
-    ]
-
-
-def find_checkpoint(folder: str | Path, choice: str | None) -> Path | None:
-    """Turn the word given as `--ckpt_path` into a file.
-
-    Args:
-        folder: The run folder, the one that holds `checkpoints/`.
-        choice: `last` (the newest), `auto` (the newest, or none), a path, or None.
-
-    Returns:
-        The checkpoint to load, None for a fresh start.
-
-    Raises:
-        ValueError: If there is no such checkpoint, with the way out.
-    """
-    if choice is None:
-        return None
-    if choice in ("best", "hpc", "registry"):
-        raise ValueError(f"ckpt_path `{choice}` does not exist here: use last, auto or a path")
-    if choice in ("last", "auto"):
-        found = list_checkpoints(folder)
-        if not found and choice == "last":
-            raise ValueError(
-                f"ckpt_path: no checkpoint in {Path(folder, FOLDER)}; leave --ckpt_path out for a "
-                "fresh start, or name the run with --trainer.default_root_dir"
-            )
-        return found[-1] if found else None
-    path = Path(choice)
-    if not path.is_file():
-        raise ValueError(f"ckpt_path: no file {choice}; use last, auto or an existing path")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"ckpt_path: {choice} is not a complete checkpoint")
-    return path
-
-
-class AtomicCheckpointIO(CheckpointIO):
-    """Write checkpoints so that a kill at any instant leaves the old file or the new one.
-
-    Lightning's own writer goes through `$TMPDIR`, which may lie on another file system, where the
-    final move is a copy and a kill truncates a good file; it does not fsync either.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
-        """Write to a temporary file beside `path`, force it to disk, rename it."""
-        if storage_options is not None:
-            raise TypeError("storage_options are for remote file systems: not supported")
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)  # still there only when something above raised
-        # The rename lives in the folder: without this a power cut may bring the old entry back.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read plain values and tensors onto the CPU; a file that holds code is refused."""
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete one checkpoint, if it is still there."""
-        Path(path).unlink(missing_ok=True)
+_TEMPORARY = re.compile(r"\..+\.(?:ckpt|yaml)\.\d+\.tmp")
 
 
 class RolloutCheckpoint(Checkpoint):
@@ -134,29 +31,66 @@ class RolloutCheckpoint(Checkpoint):
 
     A boundary is reached when a rollout's updates are done, every other callback has seen it, and
     the validation that is due after it is finished. One Lightning batch is one rollout; for
-    modules that step on every batch (`SFTModule`) the unit is the batch.
+    modules that step on every batch (`SFTModule`) the unit is the batch. A run that a signal stops
+    saves, whatever the period.
 
     Args:
         every_n_rollouts: Save when the number of completed rollouts is a multiple of this.
         keep_last: Newest files to keep, at least 1.
         save_at_end: Also save after the last rollout of an epoch and when training is stopped.
+        monitor: A validation figure, such as `val/accuracy_sampled`: the checkpoints with the best
+            ones are kept, too, and a new best one is saved whether or not a period ends;
+            `--ckpt_path best` finds the best of them. None keeps no best one. The evaluation
+            before training does not count.
+        mode: Whether the largest (`max`) or the smallest (`min`) figure is the best.
+        keep_best: Best files to keep, at least 1.
+
+    Attributes:
+        accept_changes: Continue although settings, data or models are not those of the checkpoint.
 
     Raises:
-        ValueError: If `every_n_rollouts` or `keep_last` is below 1.
+        ValueError: If `every_n_rollouts`, `keep_last` or `keep_best` is below 1, `mode` is no
+            mode, or the validation has no such figure.
     """
 
     def __init__(
-        self, every_n_rollouts: int = 10, keep_last: int = 3, save_at_end: bool = True
+        self,
+        every_n_rollouts: int = 10,
+        keep_last: int = 3,
+        save_at_end: bool = True,
+        monitor: str | None = None,
+        mode: Literal["max", "min"] = "max",
+        keep_best: int = 1,
     ) -> None:
-        for name, value in (("every_n_rollouts", every_n_rollouts), ("keep_last", keep_last)):
+        for name, value in {
+            "every_n_rollouts": every_n_rollouts,
+            "keep_last": keep_last,
+            "keep_best": keep_best,
+        }.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode must be max or min, got {mode!r}")
         self.every_n_rollouts = every_n_rollouts
         self.keep_last = keep_last
         self.save_at_end = save_at_end
+        self.monitor = monitor
+        self.mode = mode
+        self.keep_best = keep_best
+        self.accept_changes = False
+        self._best: list[tuple[float, int]] = []  # figure, rollouts; the best one first
+        self._marks: dict[str, Any] = {}
+        self._validates = False  # as a run that is not stopped would
         self._awaits_validation = False
         self._saving = False
         self._resumed = False
+        self._over = False  # by `max_steps`, which the checkpoint has reached
+        self._max_steps: int | None = None  # while it is lifted
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See to it that files are written whole, also in a program that says nothing of it."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     # ---- saving ---------------------------------------------------------------------------------
 
@@ -164,16 +98,25 @@ class RolloutCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save now, or leave it to the validation that is about to run."""
-        if not self._is_due(trainer):
-            return
-        self._awaits_validation = _validation_follows(trainer)
-        if not self._awaits_validation:
+        due, self._validates = self._is_due(trainer), _validation_follows(trainer)
+        self._awaits_validation = due and self._validates
+        if due and not self._validates:
             self._save(trainer)
+        if _stopped_by_signal(trainer) and not self._validates:
+            # Lightning validates once more before a stop; who sends signals does not wait for that.
+            trainer.fit_loop.epoch_loop._skip_next_val = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the boundary whose validation has just been completed."""
-        if self._awaits_validation:
-            self._awaits_validation = False
+        if trainer.state.fn != "fit":
+            return
+        figure = self._figure(trainer)
+        due, self._awaits_validation = self._awaits_validation, False
+        validates, self._validates = self._validates, False
+        if not validates or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return  # before training, or brought about by a stop: an unstopped run has it not
+        best = self._enters_best(figure, trainer.fit_loop.total_batch_idx + 1)
+        if due or best or _stopped_by_signal(trainer):
             self._save(trainer)
 
     def on_save_checkpoint(
@@ -193,10 +136,25 @@ class RolloutCheckpoint(Checkpoint):
             progress[scope]["completed"] = progress[scope]["ready"] - 1
         checkpoint["rollouts"] = progress["total"]["ready"]
         checkpoint["event_files"] = event_file_sizes(trainer)
+        self._marks = self._marks or collect(trainer, pl_module)
+        checkpoint["fingerprints"] = self._marks
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best figures, if there are any to keep."""
+        if self.monitor is None:
+            return {}
+        return {"monitor": self.monitor, "mode": self.mode, "best": [list(b) for b in self._best]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best figures back, unless they are of another figure."""
+        if (state_dict.get("monitor"), state_dict.get("mode")) == (self.monitor, self.mode):
+            self._best = [(value, number) for value, number in state_dict["best"]]
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a rehearsal leaves no files
             return False
+        if _stopped_by_signal(trainer):
+            return True
         if self.save_at_end and (
             trainer.is_last_batch
             or trainer.should_stop
@@ -205,33 +163,82 @@ class RolloutCheckpoint(Checkpoint):
             return True
         return (trainer.fit_loop.total_batch_idx + 1) % self.every_n_rollouts == 0
 
+    def _figure(self, trainer: Trainer) -> float:
+        """The monitored figure of the validation that has just ended, NaN without one."""
+        if self.monitor is None:
+            return math.nan
+        metrics = trainer.callback_metrics
+        if self.monitor not in metrics:
+            there = sorted(name for name in metrics if name.startswith("val/"))
+            raise ValueError(
+                f"RolloutCheckpoint.monitor {self.monitor!r} is no figure of the validation; it "
+                f"has {there}"
+            )
+        return float(metrics[self.monitor])
+
+    def _enters_best(self, value: float, number: int) -> bool:
+        """Note a figure if it is among the best, and say whether it is."""
+        if math.isnan(value):
+            return False
+        sign = -1 if self.mode == "max" else 1
+        ranked = sorted([*self._best, (value, number)], key=lambda b: (sign * b[0], b[1]))
+        self._best = ranked[: self.keep_best]
+        return (value, number) in self._best
+
     def _save(self, trainer: Trainer) -> None:
         number = trainer.fit_loop.total_batch_idx + 1
-        path = Path(trainer.default_root_dir, FOLDER, f"rollout={number:06d}.ckpt")
+        path = Path(trainer.default_root_dir, FOLDER, _file_name(number))
         self._saving = True
         try:
             trainer.save_checkpoint(path, weights_only=False)  # False: optimizer state goes in, too
         finally:
             self._saving = False
         if trainer.is_global_zero:
-            for old in list_checkpoints(trainer.default_root_dir)[: -self.keep_last]:
-                old.unlink(missing_ok=True)
+            self._write_best(path.parent)
+            # Later ones are no older: a run that goes on from before a damaged file has some.
+            found = [p for p in list_checkpoints(trainer.default_root_dir) if _at(p) <= number]
+            best = {number for _, number in self._best}
+            for old in found[: -self.keep_last]:
+                if _at(old) not in best:
+                    old.unlink(missing_ok=True)
+
+    def _write_best(self, folder: Path) -> None:
+        if self.monitor is None or not self._best:
+            return
+        kept = [{"file": _file_name(n), self.monitor: value} for value, n in self._best]
+        temporary = folder / f".{BEST}.{os.getpid()}.tmp"
+        temporary.write_text(yaml.safe_dump({"mode": self.mode, "kept": kept}, sort_keys=False))
+        os.replace(temporary, folder / BEST)
 
     # ---- continuing -----------------------------------------------------------------------------
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Forget whether the saved rollout was the last: the run may have been made longer."""
+        """Forget whether the saved rollout was the last: the run may have been made longer.
+
+        Raises:
+            ValueError: If the run would not be the same one, saying what has changed.
+        """
         if "rollouts" not in checkpoint or not trainer.training:
             return  # written by another callback, or loaded for its weights
+        self._marks = collect(trainer, pl_module)
+        if not self.accept_changes:
+            file = _file_name(checkpoint["rollouts"])
+            refuse_changes(file, differences(checkpoint["fingerprints"], self._marks))
         self._resumed = True
+        self._over = 0 <= trainer.max_steps <= checkpoint["global_step"]
         checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
         if trainer.is_global_zero:
             cut_event_files(trainer, checkpoint["event_files"], checkpoint["rollouts"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove what a kill in the middle of a save left behind."""
+        if self._over:
+            # Lightning would leave out the end of training, too, with what callbacks do there; the
+            # run may have been killed just before. Lifted until training begins.
+            self._max_steps, self._over = trainer.max_steps, False
+            trainer.fit_loop.epoch_loop.max_steps = -1
         folder = Path(trainer.default_root_dir, FOLDER)
         if trainer.is_global_zero and folder.is_dir():
             for path in folder.iterdir():
@@ -243,6 +250,13 @@ class RolloutCheckpoint(Checkpoint):
         if not self._resumed:
             return
         self._resumed = False
+        if self._max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
+        folder = Path(trainer.default_root_dir, FOLDER)
+        # a run that goes on in another folder has left its best ones behind
+        self._best = [best for best in self._best if (folder / _file_name(best[1])).exists()]
+        if trainer.is_global_zero:
+            self._write_best(folder)
         fit_loop = trainer.fit_loop
         progress = fit_loop.epoch_loop.batch_progress
         if progress.current.ready >= trainer.num_training_batches:
@@ -252,6 +266,19 @@ class RolloutCheckpoint(Checkpoint):
             fit_loop.epoch_progress.increment_completed()
             # Without this the next epoch counts as the rest of this one.
             fit_loop.reset_restart_stage()
+
+
+def _file_name(number: int) -> str:
+    return f"rollout={number:06d}.ckpt"
+
+
+def _at(path: Path) -> int:
+    return checkpoint_number(path) or 0
+
+
+def _stopped_by_signal(trainer: Trainer) -> bool:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(c, StopSignals) and c.stopping for c in callbacks)
 
 
 def _validation_follows(trainer: Trainer) -> bool:

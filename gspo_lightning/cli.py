@@ -9,12 +9,15 @@ import logging
 import os
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils import logging as transformers_logging
+
+from gspo_lightning.checkpoint_io import disk_fault
 
 LONGEST = 400  # characters of an error line; beyond come dumps of whole configs
 
@@ -213,6 +216,11 @@ def quiet() -> Iterator[None]:
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         sys.stderr.write(f"warning: {printable(' '.join(str(message).split()))}\n")
 
+    def end(arguments: threading.ExceptHookArgs) -> None:
+        # TensorBoard writes in a thread; what stopped it is raised again where it is waited for
+        if arguments.exc_value is None or disk_fault(arguments.exc_value) is None:
+            threading.__excepthook__(arguments)
+
     loggers = [
         logging.getLogger(f"lightning.{part}")
         for part in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero")
@@ -225,11 +233,12 @@ def quiet() -> Iterator[None]:
         for pattern in _HARMLESS:
             warnings.filterwarnings("ignore", message=pattern)
         previous, warnings.showwarning = warnings.showwarning, show
+        hook, threading.excepthook = threading.excepthook, end
         for logger in loggers:
             logger.addFilter(keep)
         try:
             yield
         finally:
-            warnings.showwarning = previous
+            warnings.showwarning, threading.excepthook = previous, hook
             for logger in loggers:
                 logger.removeFilter(keep)

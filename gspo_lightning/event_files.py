@@ -3,6 +3,7 @@
 Decides which logged points survive a kill. Leaves out what is logged, and all other files of a run.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -39,14 +40,7 @@ def cut_event_files(trainer: Trainer, sizes: dict[str, int], rollouts: int) -> N
         current = Path(writer.event_writer._file_name).name  # just opened, by this process
         for path in Path(logger.log_dir).glob("events.out.tfevents.*"):
             if path.name in sizes:
-                with path.open("r+b") as file:
-                    file.seek(min(sizes[path.name], path.stat().st_size))
-                    end = file.tell()
-                    # Lightning logs what a step gave to `self.log` just after the checkpoint.
-                    kept = [raw for raw, step in _records(file) if step < rollouts]
-                    file.seek(end)
-                    file.write(b"".join(kept))
-                    file.truncate()
+                _cut(path, sizes[path.name], rollouts)
             elif path.name != current:
                 path.unlink()
         # A TensorBoard that is running has read the points already: tell it to drop what it can.
@@ -54,13 +48,32 @@ def cut_event_files(trainer: Trainer, sizes: dict[str, int], rollouts: int) -> N
         writer.add_event(Event(step=rollouts + 1, session_log=start))
 
 
+def _cut(path: Path, size: int, rollouts: int) -> None:
+    """Keep the first bytes and, of what follows, the points of rollouts that are done."""
+    # A kill leaves the old file or the new one; and TensorBoard must not take both for curves.
+    partial = path.with_name("." + path.name.replace("tfevents", "partial"))
+    try:
+        with path.open("rb") as old, partial.open("wb") as new:
+            while size > 0 and (data := old.read(min(size, 2**20))):
+                new.write(data)
+                size -= len(data)
+            # Lightning logs what a step gave to `self.log` just after the checkpoint.
+            new.writelines(raw for raw, step in _records(old) if step < rollouts)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _records(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Each remaining record of an event file with its step; a torn one at the end is left out."""
+    """Each remaining record of an event file with its step, up to a torn or spoilt one."""
     from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import masked_crc32c
 
     while len(header := file.read(12)) == 12:  # length of the event, checksum of the length
-        size = int.from_bytes(header[:8], "little")
-        body = file.read(size + 4)  # the event, its checksum
-        if len(body) < size + 4:
+        if masked_crc32c(header[:8]) != int.from_bytes(header[8:], "little"):
             return
-        yield header + body, Event.FromString(body[:size]).step
+        size = int.from_bytes(header[:8], "little")
+        body, checksum = file.read(size), file.read(4)
+        if len(checksum) < 4 or masked_crc32c(body) != int.from_bytes(checksum, "little"):
+            return
+        yield header + body + checksum, Event.FromString(body).step

@@ -251,16 +251,3 @@ class FrozenModels:
         if self.reference is not None:
             models["model.reference"] = self.reference
         return {key: model.fingerprint for key, model in models.items() if model.model is not None}
-
-    def check(self, saved: dict[str, str]) -> None:
-        """Refuse models that are not the ones whose fingerprints were saved.
-
-        Raises:
-            ValueError: Naming the setting whose model has changed.
-        """
-        for key, mark in self.fingerprints().items():
-            if saved.get(key, mark) != mark:
-                raise ValueError(
-                    f"{key}: the weights are not those that the checkpoint was made with; restore "
-                    "them, or start a new run"
-                )

@@ -254,10 +254,8 @@ class GSPOModule(UpdatingModule):
                 term.fn.release()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note seed, fingerprints of the frozen models, and what whitening has seen."""
+        """Note what whitening has seen, faults in a row, sizes and what health has seen."""
         checkpoint["gspo"] = {
-            "seed": self.seed,
-            "frozen": self.frozen.fingerprints(),
             "whitening": whitening_state(self.rewards),
             "faults_in_a_row": self.faults.in_a_row,
             "sizes": self.sizes.state(self._sizes_of_ranks()),
@@ -265,10 +263,10 @@ class GSPOModule(UpdatingModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to continue a run with another seed or other frozen models.
+        """Take back what whitening has seen.
 
         Raises:
-            ValueError: If something differs, saying what.
+            ValueError: If the checkpoint is of another kind of module.
         """
         saved = checkpoint.get("gspo")
         if saved is None:
@@ -276,17 +274,15 @@ class GSPOModule(UpdatingModule):
         load_whitening_state(self.rewards, saved.get("whitening", {}))
         fit_critic(checkpoint.get("state_dict", {}), self.critic_config, self.trainer.training)
         if not self.trainer.training:
-            return  # evaluation may use other seeds and rewards
-        if saved["seed"] != self.seed:
-            raise ValueError(
-                f"the checkpoint was made with seed_everything {saved['seed']}, this run has "
-                f"{self.seed}; the run would not continue but mix two"
-            )
-        self.frozen.check(saved["frozen"])
+            return
         self.health.load_state_dict(saved.get("health", {}))
         self.faults.in_a_row = saved.get("faults_in_a_row", 0)
         if "sizes" in saved:
             self.sizes.load(saved["sizes"], self.global_rank)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Marks of the models that are in no checkpoint; other ones would make it another run."""
+        return self.frozen.fingerprints()
 
     def _sizes_of_ranks(self) -> list[list[int]]:
         """What is computed at once by each rank, which halves its own where memory is short."""

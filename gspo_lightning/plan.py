@@ -293,9 +293,11 @@ def resume_command(argv: list[str], longer: Mapping[str, int], python: str = "py
 
     >>> resume_command(["train.py", "fit", "--config", "a b.yaml", "--ckpt_path=auto"], {})
     "python train.py fit --config 'a b.yaml' --ckpt_path last"
+    >>> resume_command(["train.py", "fit", "--accept_changes", "true", "--config", "a.yaml"], {})
+    'python train.py fit --config a.yaml --ckpt_path last'
     """
     nested = [name.replace("--data.", "--data.init_args.") for name in longer]
-    replaced = ["--ckpt_path", *longer, *nested]
+    replaced = ["--ckpt_path", "--accept_changes", *longer, *nested]  # accepted once is enough
     arguments, skip = [], False
     for argument in argv[1:]:
         if not skip and argument.partition("=")[0] not in replaced:

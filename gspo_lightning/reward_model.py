@@ -34,6 +34,7 @@ from gspo_lightning.policy import (
     disable_dropout,
     load_tokenizer,
 )
+from gspo_lightning.step_log import log_step
 
 
 class PairLoss(NamedTuple):
@@ -160,10 +161,9 @@ class RewardModelModule(LightningModule):
             num_optimizer_steps(self.trainer),
         )
         found = self.loss(batch)
-        pairs = len(batch.ids) // 2
-        for name, value in found._asdict().items():
-            self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=pairs)
-        self.log("train/learning_rate", rate, batch_size=pairs)
+        metrics = {f"train/{name}": value.detach() for name, value in found._asdict().items()}
+        metrics["train/learning_rate"] = rate
+        log_step(self, metrics, batch_size=len(batch.ids) // 2)
         return found.loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

@@ -4,6 +4,7 @@ Decides when a folder is refused and what is written beside the checkpoints. Lea
 checkpoints themselves (`checkpoint`) and what callbacks write.
 """
 
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,7 +16,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
-from gspo_lightning.checkpoint import checkpoint_number, list_checkpoints
+from gspo_lightning.checkpoint_files import checkpoint_number, list_checkpoints, numbered_files
+from gspo_lightning.checkpoint_io import damage
+from gspo_lightning.fingerprints import settings
 from gspo_lightning.provenance import write_provenance
 from gspo_lightning.terminal_log import TerminalLog
 
@@ -73,7 +76,7 @@ class RunConfig(SaveConfigCallback):
             path = folder / f"config.{mark}.yaml"
         if write_provenance(folder, mark) and mark:
             say(f"the code or a version changed since {first}: see {folder}/versions.{mark}.yaml")
-        self.parser.save(self.config, path, skip_unset=False, overwrite=True, multifile=False)
+        self._write(path)
         if path != first:
             old, new = (flat(yaml.safe_load(file.read_text())) for file in (first, path))
             for key in sorted(old.keys() | new.keys()):
@@ -82,23 +85,36 @@ class RunConfig(SaveConfigCallback):
                     shown = change if len(change) <= LONGEST_CHANGE else f"{key}, see {path}"
                     say(f"changed since {first}: {shown}")
 
+    def fingerprints(self) -> dict[str, Any]:
+        """The settings that make this run the one it is."""
+        return settings(flat(yaml.safe_load(self.parser.dump(self.config, skip_unset=False))))
+
+    def _write(self, path: Path) -> None:
+        config = self.config.clone()
+        config.pop("accept_changes", None)  # was said once; a file would say it for ever
+        partial = path.with_name(f".{path.name}.partial")  # half a config would hinder the next run
+        self.parser.save(config, partial, skip_unset=False, overwrite=True, multifile=False)
+        os.replace(partial, path)
+
 
 def check_folder(root: Path, checkpoint: Path | None) -> None:
     """Raise ValueError where a run would mix with another one in the same folder."""
     found = list_checkpoints(root)
     elsewhere = "start in another folder with --trainer.default_root_dir NEW"
-    if checkpoint is None and found:
+    started = numbered_files(root)  # a damaged one, too, is of a run
+    if checkpoint is None and started:
         raise ValueError(
-            f"{root} already holds a run (up to {found[-1].name}); continue it with --ckpt_path "
+            f"{root} already holds a run (up to {started[-1].name}); continue it with --ckpt_path "
             f"last, or {elsewhere}"
         )
-    if checkpoint is not None and found and checkpoint.resolve() != found[-1].resolve():
-        number = checkpoint_number(checkpoint)
-        if number is None or number < (checkpoint_number(found[-1]) or 0):
-            raise ValueError(
-                f"{root} holds later checkpoints than {checkpoint} (up to {found[-1].name}); "
-                f"continue with --ckpt_path last, or {elsewhere}"
-            )
+    number = None if checkpoint is None else checkpoint_number(checkpoint)
+    later = [path for path in found if number is None or (checkpoint_number(path) or 0) > number]
+    whole = [path for path in later if damage(path) is None]  # damaged ones will be written again
+    if checkpoint is not None and whole and checkpoint.resolve() != whole[-1].resolve():
+        raise ValueError(
+            f"{root} holds later checkpoints than {checkpoint} (up to {whole[-1].name}); "
+            f"continue with --ckpt_path last, or {elsewhere}"
+        )
     file = root / CONFIG
     if file.exists() and not file.read_bytes().startswith(b"# lightning.pytorch=="):
         raise ValueError(f"{file} was not written by a run and would be lost; {elsewhere}")

@@ -24,6 +24,7 @@ from gspo_lightning.optim import (
     set_learning_rate,
 )
 from gspo_lightning.policy import Policy, PolicyConfig, load_policy, load_tokenizer
+from gspo_lightning.step_log import log_step
 
 
 class SFTModule(LightningModule):
@@ -87,8 +88,8 @@ class SFTModule(LightningModule):
             num_optimizer_steps(self.trainer),
         )
         loss = self.loss(batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.mask))
-        self.log("train/learning_rate", rate, batch_size=len(batch.mask))
+        metrics = {"train/loss": loss.detach(), "train/learning_rate": rate}
+        log_step(self, metrics, batch_size=len(batch.mask))
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

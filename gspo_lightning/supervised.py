@@ -16,6 +16,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from gspo_lightning.fingerprints import digest
 from gspo_lightning.start_checks import check_kind_of_data
 from gspo_lightning.stream import ResumableStream, pad
 from gspo_lightning.tables import check_file, read_rows, text_column
@@ -73,6 +74,11 @@ class TokenizedData(LightningDataModule):
             world_size=trainer.world_size,
             **kw,
         )
+
+    def fingerprints(self) -> dict[str, str]:
+        """A mark of the training examples in their order, with all their columns."""
+        assert self.stream is not None
+        return {"data.path": digest(map(repr, self.stream.examples))}
 
     def train_dataloader(self) -> ResumableStream:
         assert self.stream is not None

@@ -8,6 +8,12 @@ import torch
 from bad_input_cases import WEIGHTS, Case, key, scorer, yaml, zipped
 from safetensors.torch import load_file, save_file
 
+from gspo_lightning.checkpoint_io import AtomicCheckpointIO
+
+
+def saved(content):
+    return lambda path: AtomicCheckpointIO().save_checkpoint(content, path)
+
 
 def changed(**values):
     """Change a JSON file; a value of None takes the key out."""
@@ -62,7 +68,7 @@ def no_end(path):
 def checkpoint(state, **more):
     """Write a checkpoint as Lightning does, as far as it is looked at."""
     common = {"state_dict": state, "loops": {}, "epoch": 0, "global_step": 0}
-    return lambda path: torch.save(common | more, path)
+    return saved(common | more)
 
 
 MODELS = [
@@ -230,7 +236,11 @@ CHECKPOINTS = [
         ("ckpt_path", "a.ckpt"),
         "--ckpt_path a.ckpt",
         command="validate",
-        files={"a.ckpt": lambda path: torch.save({"state_dict": {"x": Bomb()}}, path)},
+        files={
+            "a.ckpt": lambda path: AtomicCheckpointIO().save_checkpoint(
+                {"state_dict": {"x": Bomb()}}, path
+            )
+        },
     ),
     Case(
         "a pickle",
@@ -257,6 +267,8 @@ CHECKPOINTS = [
         ("ckpt_path", "a.ckpt"),
         "--ckpt_path a.ckpt",
         command="validate",
-        files={"a.ckpt": lambda path: torch.save({"w": torch.ones(1)}, path)},
+        files={
+            "a.ckpt": lambda path: AtomicCheckpointIO().save_checkpoint({"w": torch.ones(1)}, path)
+        },
     ),
 ]

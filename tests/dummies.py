@@ -176,6 +176,46 @@ class Stopper(Callback):
             trainer.should_stop = True
 
 
+class Signaller(Callback):
+    """Sends signals to this process at one moment of the run.
+
+    Args:
+        at: Name of the hook.
+        number: The signal.
+        rollout: Number of the rollout at that moment, from 1; -1 before training.
+        times: How often.
+        rank: The rank that it is sent to.
+    """
+
+    def __init__(self, at: str, number: int, rollout: int = 2, times: int = 1, rank: int = 0):
+        self.rank = rank
+        self.sent, self.number, self.rollout, self.times = 0, number, rollout, times
+        setattr(self, at, self._send)
+
+    def _send(self, trainer, *_, **__):
+        done = -1 if trainer.sanity_checking else trainer.fit_loop.total_batch_idx + 1
+        while trainer.global_rank == self.rank and done == self.rollout and self.sent < self.times:
+            self.sent += 1
+            os.kill(os.getpid(), self.number)
+
+
+class Refused(Callback):
+    """Writes a file that the system refuses, in a hook from the third rollout on."""
+
+    at = "on_train_end"
+    error: Exception = OSError()
+
+    def on_train_batch_end(self, trainer, *_):
+        self._write("on_train_batch_end", trainer)
+
+    def on_train_end(self, trainer, *_):
+        self._write("on_train_end", trainer)
+
+    def _write(self, hook, trainer):
+        if hook == self.at and trainer.fit_loop.total_batch_idx >= 2:
+            raise self.error
+
+
 class SavesHyperparameters(DummyModule):
     def __init__(self, learning_rate: float = 0.01):
         super().__init__(learning_rate)

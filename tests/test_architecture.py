@@ -36,17 +36,25 @@ MAY_IMPORT = {
     "start_checks": {"model_folder"},
     "tables": set(),
     "plan": set(),
-    "cli": set(),
     "config_files": set(),
     "text_scores": set(),
     "event_files": set(),
-    "checkpoint": {"event_files"},
+    "fingerprints": set(),
+    "signals": set(),
+    "checkpoint_io": set(),
+    "cli": {"checkpoint_io"},
+    "checkpoint_files": {"checkpoint_io"},
+    "checkpoint": {
+        *("checkpoint_files", "checkpoint_io", "event_files", "fingerprints", "signals"),
+    },
     "provenance": set(),
     "overlap": set(),
     "memory": set(),
     "out_of_memory": set(),
     "terminal_log": set(),
-    "run_folder": {"checkpoint", "provenance", "terminal_log"},
+    "run_folder": {
+        *("checkpoint_files", "checkpoint_io", "fingerprints", "provenance", "terminal_log"),
+    },
     "shaping": set(),
     "reward_calls": set(),
     "rewards": {"reward_calls", "shaping"},
@@ -55,7 +63,7 @@ MAY_IMPORT = {
     "time_limit": set(),
     "metrics": {"masked"},
     "stream": {"rollout"},
-    "supervised": {"start_checks", "stream", "tables"},
+    "supervised": {"fingerprints", "start_checks", "stream", "tables"},
     "data": {"rollout", "start_checks", "stream", "supervised", "tables"},
     "drawing": set(),
     "group_attention": set(),
@@ -86,8 +94,9 @@ MAY_IMPORT = {
         *("cli", "findings", "plan", "rewards", "rollout"),
     },
     "evaluation": {"metrics", "policy", "rewards", "rollout", "sampling"},
-    "sft": {"logprobs", "masked", "optim", "policy"},
-    "reward_model": {"model_folder", "optim", "policy"},
+    "step_log": set(),
+    "sft": {"step_log", "logprobs", "masked", "optim", "policy"},
+    "reward_model": {"step_log", "model_folder", "optim", "policy"},
     "collect": {
         *("advantages", "critic", "evaluation", "frozen", "kl", "logprobs", "masked", "memory"),
         *("objectives", "out_of_memory", "overlap", "rewards", "rollout", "tally"),
@@ -135,7 +144,8 @@ MAY_IMPORT = {
 # where Lightning is the shell; everything else runs without it
 SHELL = {
     *("data", "supervised", "module", "sft", "reward_model", "evaluation", "callbacks", "progress"),
-    *("checkpoint", "event_files", "run_folder", "health", "cli", "experiment"),
+    *("checkpoint", "checkpoint_files", "checkpoint_io", "signals"),
+    *("event_files", "run_folder", "health", "cli", "experiment"),
     *("bench_parts", "bench_worker", "tracing"),
     *("faults", "update", "replay", "guard_cost"),
     "doctor",
@@ -196,9 +206,9 @@ def test_no_file_needs_a_peer(path):
 
 def test_train_leaves_the_algorithm_to_the_package():
     assert siblings(ROOT / "train.py") <= {
-        *("callbacks", "checkpoint", "cli", "config_files", "plan", "progress", "rewards"),
-        *("out_of_memory", "replay", "run_folder", "start_checks", "terminal_log", "tracing"),
-        "doctor",
+        *("callbacks", "checkpoint", "checkpoint_files", "checkpoint_io", "cli", "config_files"),
+        *("plan", "progress", "rewards", "run_folder", "signals", "start_checks", "terminal_log"),
+        *("doctor", "out_of_memory", "replay", "tracing"),
     }
 
 

@@ -1,8 +1,6 @@
-import os
-import signal
-import subprocess
-import sys
+import math
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,13 +8,9 @@ from dummies import Coefficient, DummyData, DummyModule, Stopper
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from gspo_lightning.checkpoint import (
-    AtomicCheckpointIO,
-    RolloutCheckpoint,
-    checkpoint_number,
-    find_checkpoint,
-    list_checkpoints,
-)
+from gspo_lightning.checkpoint import RolloutCheckpoint
+from gspo_lightning.checkpoint_files import checkpoint_number, find_checkpoint, list_checkpoints
+from gspo_lightning.checkpoint_io import AtomicCheckpointIO
 
 
 def fit(folder, *, num_rollouts=6, ckpt=None, with_val=True, callbacks=(), module=None, **trainer):
@@ -101,6 +95,11 @@ def test_a_checkpoint_is_named_by_the_rollouts_completed(tmp_path):
         "rollout=000004.ckpt",
         "rollout=000005.ckpt",  # the end
     ]
+
+
+def test_a_program_that_names_no_plugin_gets_sealed_files_all_the_same(tmp_path):
+    fit(tmp_path, num_rollouts=2, plugins=None)
+    assert names(tmp_path) == ["rollout=000002.ckpt"]
 
 
 def test_save_at_end_can_be_switched_off(tmp_path):
@@ -226,29 +225,6 @@ def test_a_rehearsal_leaves_no_checkpoint(tmp_path):
     assert names(tmp_path) == []
 
 
-KILLED = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from dummies import DummyModule
-from test_checkpoint import fit
-fit(sys.argv[2], module=DummyModule(kill_at=int(sys.argv[3])), ckpt="auto")
-"""
-
-
-@pytest.mark.slow
-def test_a_run_killed_between_checkpoints_is_bit_identical_with_the_same_curves(straight, tmp_path):
-    # Killed after the first of four optimizer steps of rollout 4 (checkpoint at 2, validation at 3)
-    # and again in rollout 6, so points of rollouts 3, 4 and 5 are written twice.
-    for kill_at, returncode in ((3, -signal.SIGKILL), (5, -signal.SIGKILL), (99, 0)):
-        command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), tmp_path, str(kill_at)]
-        done = subprocess.run(command, capture_output=True, timeout=300, check=False)
-        assert done.returncode == returncode, done.stderr.decode()
-        if kill_at == 5:
-            assert names(tmp_path) == ["rollout=000002.ckpt", "rollout=000004.ckpt"]
-    assert_same(state(tmp_path, 6), state(straight, 6))
-    assert scalars(tmp_path) == scalars(straight)
-
-
 def test_points_written_twice_show_once(straight, tmp_path):
     fit(tmp_path, callbacks=[RolloutCheckpoint(2, save_at_end=False), Stopper(3)])
     fit(tmp_path, ckpt="last")
@@ -266,7 +242,19 @@ def test_points_of_a_continuation_that_saved_nothing_show_once(straight, tmp_pat
     assert scalars(tmp_path) == scalars(straight)
 
 
-# ---- files -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("tail", [bytes(64), b"\x10\0\0\0\0\0\0\0" + b"?" * 40, b"\x10\0\0"])
+def test_a_spoilt_end_of_the_curves_is_cut_off(straight, tmp_path, tail):
+    """Zeros are what a power cut leaves; behind them TensorBoard would read no further."""
+    fit(tmp_path, callbacks=[Stopper(3)])
+    [file] = tmp_path.glob("events.out.tfevents.*")
+    with file.open("ab") as stream:
+        stream.write(tail)
+    fit(tmp_path, ckpt="last")
+    data = file.read_bytes()
+    assert not data.endswith(tail) and scalars(tmp_path) == scalars(straight)
+
+
+# ---- choosing ------------------------------------------------------------------------------------
 
 
 def test_numbers_come_from_the_name_alone():
@@ -281,15 +269,34 @@ def make(folder, *numbers):
         AtomicCheckpointIO().save_checkpoint({"rollouts": number}, path)
 
 
-def test_last_is_the_newest_complete_checkpoint_by_number(tmp_path):
+def test_last_is_the_newest_checkpoint_by_number(tmp_path):
     make(tmp_path, 90, 100, 20)
     folder = tmp_path / "checkpoints"
     whole = (folder / "rollout=000100.ckpt").read_bytes()
-    (folder / "rollout=000200.ckpt").write_bytes(whole[:-30])  # cut while it was copied
     (folder / "mine.ckpt").write_bytes(whole)
     (folder / ".rollout=000300.ckpt.1.tmp").write_bytes(whole)
     assert find_checkpoint(tmp_path, "last").name == "rollout=000100.ckpt"
     assert find_checkpoint(tmp_path, "auto").name == "rollout=000100.ckpt"
+
+
+@pytest.mark.parametrize("choice", ["auto", "last"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_path, choice):
+    make(tmp_path, 90, 100)
+    newest = tmp_path / "checkpoints" / "rollout=000100.ckpt"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    with pytest.warns(UserWarning, match=r"rollout=000100.ckpt is damaged.*the one before it"):
+        assert find_checkpoint(tmp_path, choice).name == "rollout=000090.ckpt"
+
+
+@pytest.mark.parametrize("choice", ["auto", "last"])
+def test_when_every_checkpoint_is_damaged_nothing_starts_afresh(tmp_path, choice):
+    make(tmp_path, 90)
+    newest = tmp_path / "checkpoints" / "rollout=000090.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"rollout=000090.ckpt is cut off.*no other is whole"):
+        find_checkpoint(tmp_path, choice)
 
 
 def test_without_a_checkpoint_auto_starts_fresh_and_last_is_an_error(tmp_path):
@@ -299,37 +306,12 @@ def test_without_a_checkpoint_auto_starts_fresh_and_last_is_an_error(tmp_path):
         find_checkpoint(tmp_path, "last")
 
 
-@pytest.mark.parametrize("choice", ["best", "nowhere/rollout=000001.ckpt", "torn.ckpt"])
+@pytest.mark.parametrize("choice", ["best", "hpc", "nowhere/rollout=000001.ckpt", "torn.ckpt"])
 def test_a_path_that_cannot_be_loaded_is_an_error(tmp_path, monkeypatch, choice):
     monkeypatch.chdir(tmp_path)
     Path("torn.ckpt").write_bytes(b"PK\x03\x04")
     with pytest.raises(ValueError, match="ckpt_path"):
         find_checkpoint(tmp_path, choice)
-
-
-def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    make(tmp_path, 1)
-    path = tmp_path / "checkpoints" / "rollout=000001.ckpt"
-    before = path.read_bytes()
-
-    def half(checkpoint, file):
-        file.write(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="no space"):
-        AtomicCheckpointIO().save_checkpoint({}, path)
-    assert path.read_bytes() == before
-    assert os.listdir(path.parent) == [path.name]
-
-
-def test_the_temporary_file_lies_in_the_same_folder(tmp_path, monkeypatch):
-    moves = []
-    replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (moves.append((a, b)), replace(a, b)))
-    make(tmp_path, 1)
-    [(source, target)] = moves
-    assert Path(source).parent == Path(target).parent == tmp_path / "checkpoints"
 
 
 def test_temporary_files_of_a_killed_save_are_removed(tmp_path):
@@ -340,13 +322,128 @@ def test_temporary_files_of_a_killed_save_are_removed(tmp_path):
     assert not torn.exists()
 
 
-def test_a_checkpoint_that_holds_code_is_refused(tmp_path):
-    torch.save({"path": Path("x")}, tmp_path / "x.ckpt")
-    with pytest.raises(Exception, match=r"[Ww]eights.only"):
-        AtomicCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")
-
-
-@pytest.mark.parametrize("name", ["every_n_rollouts", "keep_last"])
+@pytest.mark.parametrize("name", ["every_n_rollouts", "keep_last", "keep_best"])
 def test_a_period_below_one_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         RolloutCheckpoint(**{name: 0})
+
+
+# ---- the best ------------------------------------------------------------------------------------
+
+
+class Graded(DummyModule):
+    """A validation figure that goes up and down with the rollouts completed."""
+
+    figures: ClassVar = {1: 0.3, 2: 0.9, 3: 0.5, 4: 0.7, 5: math.nan, 6: 0.4}
+
+    def on_validation_epoch_end(self):
+        super().on_validation_epoch_end()
+        done = self.trainer.fit_loop.total_batch_idx + 1
+        self.log("val/grade", self.figures.get(done, 5.0))  # before training: does not count
+
+
+def graded(folder, every=99, keep_last=1, ckpt=None, callbacks=(), **options):
+    saver = RolloutCheckpoint(every, keep_last, monitor="val/grade", **options)
+    callbacks = [saver, *callbacks]
+    return fit(folder, callbacks=callbacks, module=Graded(), ckpt=ckpt, val_check_interval=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, [2, 6]),
+        ({"keep_best": 2}, [2, 4, 6]),
+        ({"mode": "min"}, [1, 6]),
+        ({"mode": "min", "keep_best": 2}, [1, 6]),
+        ({"keep_last": 3, "every": 1}, [2, 4, 5, 6]),
+    ],
+)
+def test_the_best_checkpoints_stay_beside_the_newest(tmp_path, options, kept):
+    graded(tmp_path, **options)
+    assert names(tmp_path) == [f"rollout={n:06d}.ckpt" for n in kept]
+    assert find_checkpoint(tmp_path, "last").name == "rollout=000006.ckpt"
+    best = find_checkpoint(tmp_path, "best").name
+    assert best == f"rollout={1 if options.get('mode') == 'min' else 2:06d}.ckpt"
+
+
+def test_a_stopped_run_remembers_its_best_bit_for_bit(tmp_path):
+    graded(tmp_path / "straight", keep_best=2)
+    for stop in (1, 3, 4):
+        graded(tmp_path / "stopped", ckpt="auto", callbacks=[Stopper(stop)], keep_best=2)
+    graded(tmp_path / "stopped", ckpt="last", keep_best=2)
+    assert names(tmp_path / "stopped") == names(tmp_path / "straight")
+    assert_same(state(tmp_path / "stopped", 6), state(tmp_path / "straight", 6))
+
+
+def test_a_validation_that_only_a_stop_brought_about_makes_no_best_one(tmp_path):
+    def graded_by_three(ckpt=None, callbacks=()):
+        saver = RolloutCheckpoint(2, monitor="val/grade")
+        fit(tmp_path, callbacks=[saver, *callbacks], module=Graded(), ckpt=ckpt)
+
+    graded_by_three(callbacks=[Stopper(2)])  # Lightning validates there: 0.9, the best of all
+    graded_by_three(ckpt="last")
+    assert find_checkpoint(tmp_path, "best").name == "rollout=000003.ckpt"
+
+
+def test_a_branch_in_another_folder_has_best_ones_of_its_own(tmp_path):
+    graded(tmp_path / "first", callbacks=[Stopper(3)])
+    branch = tmp_path / "branch"
+    fit(
+        branch,
+        callbacks=[RolloutCheckpoint(99, 1, monitor="val/grade")],
+        module=Graded(),
+        ckpt=tmp_path / "first" / "checkpoints" / "rollout=000003.ckpt",
+        val_check_interval=1,
+    )
+    assert names(branch) == ["rollout=000004.ckpt", "rollout=000006.ckpt"]
+    assert find_checkpoint(branch, "best").name == "rollout=000004.ckpt"
+
+
+def test_a_figure_that_the_validation_has_not_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"monitor 'val/grad' is no figure .*'val/size'"):
+        fit(tmp_path, callbacks=[RolloutCheckpoint(monitor="val/grad")])
+    assert names(tmp_path) == []
+
+
+def test_pruning_spares_what_was_written_before_a_damaged_newest(tmp_path):
+    """Files later than the one just written are no reason to delete it or those before it."""
+    fit(tmp_path, callbacks=[RolloutCheckpoint(2, 9)])
+    newest = tmp_path / "checkpoints" / "rollout=000006.ckpt"
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:2000] + b"?" + whole[2001:])
+    with pytest.warns(UserWarning, match="the one before it is used"):
+        fit(tmp_path, ckpt="auto", callbacks=[RolloutCheckpoint(5, 1), Stopper(5)])
+    assert names(tmp_path) == ["rollout=000005.ckpt", "rollout=000006.ckpt"]
+    with pytest.warns(UserWarning, match="the one before it is used"):
+        assert find_checkpoint(tmp_path, "auto").name == "rollout=000005.ckpt"
+
+
+# ---- ends ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_a_run_bounded_by_max_steps_continues_exactly(tmp_path, stop):
+    settings = {"max_steps": 16, "val_check_interval": 2}  # four rollouts of four steps
+    fit(tmp_path / "straight", **settings)
+    fit(tmp_path / "stopped", **settings | {"max_steps": 4 * stop})
+    fit(tmp_path / "stopped", ckpt="last", **settings)
+    assert_same(state(tmp_path / "stopped", 4), state(tmp_path / "straight", 4))
+    assert scalars(tmp_path / "stopped") == scalars(tmp_path / "straight")
+
+
+def test_the_end_of_training_is_made_up_for_when_max_steps_was_reached(tmp_path):
+    """A run killed between its last checkpoint and its export has that export still to do."""
+
+    class Ends(Callback):
+        ends = 0
+
+        def on_train_end(self, trainer, pl_module):
+            self.ends += 1
+
+    fit(tmp_path, max_steps=12)
+    before = state(tmp_path, 3)
+    again = Ends()
+    trainer, module = fit(tmp_path, max_steps=12, ckpt="last", callbacks=[again])
+    assert again.ends == 1 and trainer.max_steps == 12
+    assert_same(dict(module.state_dict()), dict(before["state_dict"]))
+    assert_same(state(tmp_path, 3), before)

@@ -8,7 +8,8 @@ from dummies import Stopper
 from test_module import outputs_of, run
 from tiny_run import digits, make_module, make_trainer, write_prompts
 
-from gspo_lightning.checkpoint import AtomicCheckpointIO, RolloutCheckpoint, list_checkpoints
+from gspo_lightning.checkpoint import RolloutCheckpoint, list_checkpoints
+from gspo_lightning.checkpoint_io import AtomicCheckpointIO
 from gspo_lightning.data import PromptData
 from gspo_lightning.rewards import RewardTerm, score
 from gspo_lightning.shaping import RunningStatistics

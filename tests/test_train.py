@@ -1,11 +1,14 @@
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import dummies
 import pytest
 import torch
 import yaml
+from test_checkpoint import assert_same, scalars, state
 from tiny_run import write_prompts
 
 from gspo_lightning.out_of_memory import OutOfMemory
@@ -200,7 +203,8 @@ def test_a_wrong_key_in_an_overlay_is_one_line_that_names_the_right_one(capsys, 
         ("fit DUMMY --ckpt_path last", "ckpt_path: no checkpoint in runs/default/checkpoints"),
         ("validate DUMMY --ckpt_path last", "ckpt_path: no checkpoint in"),
         ("predict DUMMY --ckpt_path nowhere.ckpt", "ckpt_path: no file nowhere.ckpt"),
-        ("fit DUMMY --ckpt_path best", "ckpt_path `best` does not exist here"),
+        ("fit DUMMY --ckpt_path hpc", "ckpt_path `hpc` does not exist here"),
+        ("fit DUMMY --ckpt_path best", "ckpt_path: best needs runs/default/checkpoints/best.yaml"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(capsys, command, line):
@@ -233,13 +237,7 @@ def test_a_crash_in_training_shows_where_and_how_to_go_on(capsys):
 
 
 def test_an_interrupt_is_one_line_that_says_how_to_go_on(capsys):
-    import signal
-
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        code, _, err = run(capsys, "fit --config dummy.yaml --model.interrupt_at 2")
-    finally:
-        signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
+    code, _, err = run(capsys, "fit --config dummy.yaml --model.interrupt_at 2")
     assert code == 130
     assert err == (
         "interrupted; last checkpoint runs/default/checkpoints/rollout=000002.ckpt; continue with: "
@@ -291,7 +289,7 @@ def test_a_run_leaves_its_code_and_its_log(capsys):
     log = Path("runs/default/log.txt").read_text()
     assert log.startswith("# ") and "train.py fit --config dummy.yaml --model.fail_at 3\n" in log
     assert "RuntimeError: the reward function broke" in log
-    run(capsys, "fit --config dummy.yaml --ckpt_path last")
+    run(capsys, "fit --config dummy.yaml --ckpt_path last --accept_changes true")
     assert Path("runs/default/versions.yaml").read_bytes() == versions
     grown = Path("runs/default/log.txt").read_text()
     assert grown.startswith(log) and grown.count("# ") == 2
@@ -300,7 +298,7 @@ def test_a_run_leaves_its_code_and_its_log(capsys):
 def test_a_continuation_with_other_code_is_noted_beside_the_start(capsys):
     run(capsys, "fit --config dummy.yaml --model.fail_at 3")
     Path("runs/default/versions.yaml").write_text("torch: 1.0\n")
-    _, _, err = run(capsys, "fit --config dummy.yaml --ckpt_path last")
+    _, _, err = run(capsys, "fit --config dummy.yaml --ckpt_path last --accept_changes true")
     assert Path("runs/default/versions.yaml").read_text() == "torch: 1.0\n"
     assert "torch: " in Path("runs/default/versions.resume-000002.yaml").read_text()
     assert "see runs/default/versions.resume-000002.yaml\n" in err
@@ -520,6 +518,52 @@ def test_broken_weights_end_a_run_in_one_line_because_nothing_can_be_drawn(
     assert error.startswith("error: rollout 1: the policy's logits are not finite")
     assert error.endswith("no completion can be drawn")
     assert go_on.startswith("last checkpoint run/checkpoints/rollout=000001.ckpt; continue with: ")
+
+
+LATE = ("train/late", "epoch")
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/default/samples.jsonl")
+WRAPPED = RuntimeError(
+    'while serializing: IoError(Os { code: 28, kind: StorageFull, message: "" })'
+)
+
+
+def full_disk(monkeypatch, where):
+    """The disk is full for one kind of file, from rollout 3 on; returns the options that use it."""
+    if where == "curves":
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        write, written = RecordWriter.write, []
+
+        def refuse(self, data):
+            written.append(data)
+            if len(written) > 10:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write(self, data)
+
+        monkeypatch.setattr(RecordWriter, "write", refuse)
+        return ""
+    hook = "on_train_batch_end" if where == "samples" else "on_train_end"
+    monkeypatch.setattr(dummies.Refused, "at", hook)
+    monkeypatch.setattr(dummies.Refused, "error", FULL if where == "samples" else WRAPPED)
+    return "--trainer.callbacks+=dummies.Refused"
+
+
+@pytest.mark.parametrize("where", ["curves", "samples", "export"])
+def test_a_full_disk_is_one_line_whichever_file_meets_it(capsys, monkeypatch, where):
+    with monkeypatch.context() as patch:
+        option = full_disk(patch, where)
+        code, _, err = run(capsys, f"fit --config dummy.yaml {option}")
+    assert code == 1 and "Traceback" not in err
+    error, go_on = err.splitlines()
+    assert error.startswith("error: no space left on device") and error.endswith("are intact")
+    assert go_on.startswith("last checkpoint runs/default/checkpoints/rollout=00000")
+    assert run(capsys, "fit --config dummy.yaml --ckpt_path last")[0] == 0
+    run(capsys, "fit --config dummy.yaml --trainer.default_root_dir runs/straight")
+    left, right = (Path("runs", name) for name in ("default", "straight"))
+    assert_same(state(left, 6), state(right, 6))
+    # `self.log`, which only the dummy's late curve goes through, comes behind the checkpoint
+    kept, full = ({k: v for k, v in scalars(p).items() if k not in LATE} for p in (left, right))
+    assert kept == full
 
 
 def test_a_run_that_is_refused_leaves_no_trace(capsys):

@@ -1,0 +1,238 @@
+"""Checkpoint files: written whole or not at all, sealed with a checksum, loaded without code.
+
+Decides the way onto the disk and back, and what counts as damage. Leaves out when a checkpoint is
+written and which one is chosen (`checkpoint`), and what it holds.
+
+A file is what `torch.save` writes, a zip archive, with a seal in the archive's comment: the CRC-32
+of every byte before it. `torch.load` and `unzip -t` take it as it is. Zip's own checksums cover the
+records but not the index, and torch's reader does not look at them.
+"""
+
+import errno
+import functools
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+
+_SEAL = re.compile(rb"gspo_lightning crc32 ([0-9a-f]{8})")
+_SEAL_BYTES = 29
+_CHUNK = 2**22  # bytes read at a time
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written; the message says which, why and what is left."""
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Write checkpoints so that a kill at any instant leaves the old file or the new one.
+
+    Lightning's own writer goes through `$TMPDIR`, which may lie on another file system, where the
+    final move is a copy and a kill truncates a good file; it does not fsync, and it builds the
+    whole file in memory first.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write to a temporary file beside `path`, force it to disk, rename it.
+
+        Raises:
+            CheckpointError: If the disk is full or refuses; what was there before is untouched.
+        """
+        if storage_options is not None:
+            raise TypeError("storage_options are for remote file systems: not supported")
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            new_folder = not path.parent.exists()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with temporary.open("wb", buffering=2**20) as file:
+                    _write(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)  # still there only when something above raised
+            # The rename lives in the folder: without this a power cut may bring the old entry back.
+            _sync_folder(path.parent)
+            if new_folder:
+                _sync_folder(path.parent.parent)
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint {path} was not written: {describe(error, path)}; those written before "
+                "it are intact"
+            ) from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read plain values and tensors onto the CPU; a file that holds code is refused.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        reason = damage(path)
+        if reason is not None:
+            raise ValueError(f"ckpt_path: {path} {reason}")
+        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete one checkpoint, if it is still there."""
+        Path(path).unlink(missing_ok=True)
+
+
+def is_sealed(path: str | Path) -> bool:
+    """Whether a file ends as a checkpoint does: the cheap half of :func:`damage`."""
+    path = Path(path)
+    if not path.is_file() or path.stat().st_size < _SEAL_BYTES:
+        return False
+    with path.open("rb") as file:
+        file.seek(-_SEAL_BYTES, os.SEEK_END)
+        return _SEAL.fullmatch(file.read()) is not None
+
+
+def damage(path: str | Path) -> str | None:
+    """What is wrong with a checkpoint file, as the rest of a sentence; None if it is whole.
+
+    Reads the whole file, once for as long as it does not change.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return "is not a file"
+    if not is_sealed(path):
+        return "is cut off or no checkpoint of this trainer: it has no checksum at its end"
+    facts = path.stat()
+    return _damage(path, facts.st_size, facts.st_mtime_ns, facts.st_ino)
+
+
+@functools.lru_cache(maxsize=64)  # the file that was chosen is looked at again when it is loaded
+def _damage(path: Path, size: int, changed: int, inode: int) -> str | None:
+    crc, rest = 0, size - _SEAL_BYTES
+    with path.open("rb") as file:
+        while rest:
+            chunk = file.read(min(_CHUNK, rest))
+            if not chunk:
+                return "shrank while it was read"
+            crc = zlib.crc32(chunk, crc)
+            rest -= len(chunk)
+        seal = _SEAL.fullmatch(file.read())
+    if seal is None or int(seal[1], 16) != crc:
+        return "is damaged: its bytes do not give the checksum at its end"
+    return None
+
+
+def _write(checkpoint: dict[str, Any], file: BinaryIO) -> None:
+    sealed = _Sealed(file)
+    try:
+        torch.save(checkpoint, sealed)  # type: ignore[arg-type]  # it needs to be written to, no more
+    except BaseException:
+        # torch closes its archive on the way out, which fails in turn and would hide the reason
+        if sealed.error is not None:
+            raise sealed.error from None
+        raise
+    sealed.finish()
+
+
+class _Sealed:
+    """What `torch.save` writes into: passes bytes on as they come and sums them up."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.crc = 0
+        self.held = b""  # the archive's last two bytes are the length of its comment
+        self.error: BaseException | None = None
+
+    def write(self, data: Any) -> int:
+        """Pass bytes on; a tensor arrives as a view of its memory, not as a copy."""
+        view = memoryview(data).cast("B")
+        try:
+            if len(view) >= 2:
+                self._pass(self.held)
+                self._pass(view[:-2])
+                self.held = bytes(view[-2:])
+            else:
+                self.held += bytes(view)
+                self._pass(self.held[:-2])
+                self.held = self.held[-2:]
+        except BaseException as error:
+            self.error = error
+            raise
+        return len(view)
+
+    def flush(self) -> None:
+        """Part of what torch asks of a file."""
+
+    def finish(self) -> None:
+        """Replace the empty comment by the seal."""
+        assert self.held == b"\0\0", "torch.save no longer ends with an empty zip comment"
+        self._pass(_SEAL_BYTES.to_bytes(2, "little"))
+        self.file.write(b"gspo_lightning crc32 %08x" % self.crc)
+
+    def _pass(self, data: bytes | memoryview) -> None:
+        self.crc = zlib.crc32(data, self.crc)
+        self.file.write(data)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+# ---- full disks ----------------------------------------------------------------------------------
+
+
+def describe(error: OSError, path: Path) -> str:
+    """Why the system refused, with the room that is left where that is the reason."""
+    text = (error.strerror or str(error)).lower()
+    if error.errno not in _NO_ROOM:
+        return text
+    try:
+        usage = shutil.disk_usage(path.parent)
+    except OSError:
+        return text
+    return f"{text} ({usage.free / 2**30:.1f} of {usage.total / 2**30:.1f} GiB free)"
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """The line for an error that comes of a full or broken disk, None for any other.
+
+    Libraries wrap what the system said, each in its own way, so causes are looked through.
+
+    >>> disk_fault(OSError(errno.ENOSPC, "No space left on device", "runs/a/samples.jsonl"))
+    'no space left on device: runs/a/samples.jsonl; the checkpoints written before are intact'
+    >>> disk_fault(OSError(errno.ENOENT, "No such file or directory")) is None
+    True
+    """
+    intact = "the checkpoints written before are intact"
+    for cause in _causes(error):
+        if isinstance(cause, CheckpointError):
+            return str(cause)
+        if isinstance(cause, OSError) and cause.errno in (*_NO_ROOM, errno.EIO, errno.EROFS):
+            where = f": {cause.filename}" if cause.filename else ""
+            return f"{(cause.strerror or str(cause)).lower()}{where}; {intact}"
+        # safetensors, tokenizers: "... Os { code: 28, kind: StorageFull, message: ..."
+        if match := re.search(r"\b(?:code: |os error )(\d+)\b", str(cause)):
+            number = int(match[1])
+            if number in (*_NO_ROOM, errno.EIO, errno.EROFS):
+                return f"{os.strerror(number).lower()}; {intact}"
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

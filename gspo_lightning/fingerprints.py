@@ -1,0 +1,124 @@
+"""What a continued run must have in common with its beginning, or it would be another run.
+
+Decides which settings count and how a difference is told. Leaves out how models and data make
+their own marks: whoever has something that must not change has a method `fingerprints`.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# Settings that may change at will. Paths: what they lead to has a fingerprint of its own, or comes
+# from the checkpoint. Devices: so that a run can move. Length, learning rate, evaluation: the point
+# of continuing with another config.
+_FREE = re.compile(
+    r"(?:data\.init_args\.(?:num_rollouts|num_steps|path|val_path|test_path|predict_path"
+    r"|val_batch_size)"
+    r"|model\.init_args\.(?:optimizer|evaluation)\..*"
+    r"|model\.init_args\.(?:learning_rate|frozen_device|policy\.path|policy\.revision"
+    r"|reference\.path|reference\.device|rewards\..*\.device))"
+)
+_COMPARED = ("model.", "data.", "trainer.precision")
+LONGEST_VALUE = 60  # characters
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a flat config that must not change.
+
+    >>> settings({"model.init_args.kl_coef": 0.1, "data.init_args.num_rollouts": 9,
+    ...           "trainer.max_epochs": 1, "trainer.precision": "32-true"})
+    {'model.init_args.kl_coef': 0.1, 'trainer.precision': '32-true'}
+    """
+    return {
+        key: value
+        for key, value in config.items()
+        if key.startswith(_COMPARED) and not _FREE.fullmatch(key)
+    }
+
+
+def collect(trainer: Any, module: Any) -> dict[str, Any]:
+    """All marks of a run: of the module, its tokenizer, the data and the callbacks.
+
+    Returns:
+        Plain values by what they are of.
+    """
+    marks: dict[str, Any] = {
+        "seed_everything": int(os.environ.get("PL_GLOBAL_SEED", 0)),
+        "number of ranks": trainer.world_size,
+    }
+    if getattr(module, "tokenizer", None) is not None:
+        marks["tokenizer"] = tokenizer_fingerprint(module.tokenizer)
+    for owner in (module, trainer.datamodule, *trainer.callbacks):
+        make = getattr(owner, "fingerprints", None)
+        if callable(make):
+            marks |= make()
+    return marks
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What is not as it was, one text each; an entry that is absent counts as null.
+
+    >>> differences({"tokenizer": "a1", "data.path": "b2", "kl": 0.1},
+    ...             {"tokenizer": "a1", "data.path": "c3", "kl": 0.2})
+    ['data.path has other content', 'kl 0.1 -> 0.2']
+    """
+    keys = [key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key)]
+    return [_difference(key, saved.get(key), now.get(key)) for key in keys]
+
+
+def _difference(key: str, old: Any, new: Any) -> str:
+    if key == "data.path":
+        return f"{key} has other content"
+    if key == "tokenizer":
+        return f"{key} is another"
+    if key.startswith("model.") and isinstance(old, str) and _MARK.fullmatch(old):
+        return f"{key} has other weights" if new is not None else f"{key} is gone"
+    return f"{key} {_short(old)} -> {_short(new)}"
+
+
+_MARK = re.compile(r"[0-9a-f]{16}")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+
+
+def refuse_changes(path: Any, changes: list[str]) -> None:
+    """Raise ValueError if something has changed, saying what and how to go on all the same."""
+    if changes:
+        # the way out first: a long list is cut off at its end
+        raise ValueError(
+            "this would not continue the same run; add --accept_changes true to go on all the "
+            f"same, or restore what has changed since {path}: {'; '.join(changes)}"
+        )
+
+
+def digest(items: Iterable[str]) -> str:
+    """A short hash of texts in their order.
+
+    >>> digest(["a", "b"]) == digest(["ab"])
+    False
+    """
+    total = hashlib.sha256()
+    for item in items:
+        data = item.encode("utf-8", "surrogatepass")
+        total.update(len(data).to_bytes(8, "little") + data)
+    return total.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A short hash of all that decides which ids a text has, and of the chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        state: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        state = json.loads(backend.to_str())
+        for passing in ("truncation", "padding"):  # of the last call, not of the tokenizer
+            state.pop(passing, None)
+    template = getattr(tokenizer, "chat_template", None)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return digest(json.dumps(part, sort_keys=True) for part in (state, special, template))

@@ -1,0 +1,161 @@
+"""Signals: the first one ends a run at the next rollout's end, a second one at once.
+
+Decides what SIGTERM, SIGINT and, under SLURM, SIGUSR1 do, and the exit codes (128 plus the number).
+Leaves out what is saved when a run ends (`checkpoint`) and what is printed last (`train.py`).
+
+Lightning's own handlers will not do: after SIGTERM its exit code is 0, with several ranks it hangs
+in a collective inside the handler, and its requeueing saves in the middle of a rollout.
+"""
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+
+class StopSignals(Callback):
+    """Finish the rollout on the first signal, stop at once on a second one.
+
+    Put it before the callbacks that save. All ranks stop together, whichever of them got the
+    signal. Outside training nothing is worth finishing, so the first signal stops at once.
+
+    Attributes:
+        number: The signal that ended the run, on every rank; None if none did.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._received: list[int] = []
+        self._training = False
+        self._trainer: Trainer | None = None
+        self._before: dict[int, Any] = {}
+
+    # ---- handlers -------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Take the signals over, in the main thread; again after someone else took them."""
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python allows handlers nowhere else
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if SLURMEnvironment.detect():
+            numbers.append(signal.SIGUSR1)  # sbatch --signal=USR1@300; alone it would kill
+        for number in numbers:
+            current = signal.getsignal(number)
+            if current != self._handle:
+                self._before.setdefault(number, current)
+                signal.signal(number, self._handle)
+
+    def restore(self) -> None:
+        """Give the signals back to who had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before.clear()
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 128 plus the number of the signal that ended the run."""
+        return 0 if self.number is None else 128 + self.number
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run is ending because of a signal, on every rank alike."""
+        return self.number is not None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._received.append(number)
+        count = len(self._received)
+        if self._training and count == 1:
+            name = signal.Signals(number).name
+            # no print: a signal may come while the very stream is being written to
+            os.write(
+                sys.__stderr__.fileno() if sys.__stderr__ else 2,
+                f"{name}: finishing this rollout, then saving; once more stops at once\n".encode(),
+            )
+            return
+        self.number = number
+        self._kill_other_ranks()
+        if count > 2:  # something swallowed the exception
+            os._exit(128 + number)
+        raise KeyboardInterrupt if number == signal.SIGINT else SIGTERMException
+
+    def _kill_other_ranks(self) -> None:
+        launcher = self._trainer and self._trainer.strategy.launcher
+        if launcher is not None and hasattr(launcher, "kill"):
+            launcher.kill(signal.SIGKILL)  # they would wait for this rank for ever
+
+    # ---- training -------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remember whose ranks there are."""
+        self._trainer = trainer
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take back what Lightning has taken just before."""
+        self.install()
+
+    on_validation_start = on_test_start = on_predict_start = on_sanity_check_start
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on there is something to finish."""
+        self._training = True
+        self.install()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Stop here if a signal has come, on any rank."""
+        self._stop_if_asked(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop here rather than after one more rollout."""
+        if self._training and not trainer.sanity_checking:
+            self._stop_if_asked(trainer)
+
+    def on_exception(self, *_: Any) -> None:
+        """Nothing is left to finish."""
+        self._training = False
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The run is over."""
+        self._stop_late()
+        self._training, self._trainer = False, None
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        if self.number is None:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                # every rank asks for each in this order, or they would answer different questions
+                if trainer.strategy.reduce_boolean_decision(number in self._received, all=False):
+                    self.number = number
+                    break
+        if self.number is not None:
+            trainer.should_stop = True
+            trainer.fit_loop.min_epochs = 0  # what asks to stop now does not ask for a minimum
+            trainer.fit_loop.epoch_loop.min_steps = None
+
+    def _stop_late(self) -> None:
+        """A signal after the last rollout: all is done, but who sent it wants to hear of it."""
+        if self.number is None and self._received:
+            self.number = self._received[0]
+
+
+def forbid_requeueing(plugins: list[Any]) -> None:
+    """Take care that Lightning does not save in the middle of a rollout, in its signal handler.
+
+    Args:
+        plugins: Those of the Trainer; under SLURM one is added.
+
+    Raises:
+        ValueError: If one of them asks for it.
+    """
+    ours = [plugin for plugin in plugins if isinstance(plugin, SLURMEnvironment)]
+    if SLURMEnvironment.detect() and not ours:
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    if any(plugin.auto_requeue for plugin in ours):
+        raise ValueError(
+            "trainer.plugins: SLURMEnvironment with auto_requeue saves in the middle of a rollout; "
+            "set its init_args.auto_requeue to false"
+        )
