@@ -88,7 +88,7 @@ def measure_loss(options: argparse.Namespace) -> dict[str, float]:
         pad_token_id=0,
         eos_token_id=1,
     )
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     parameters = list(model.parameters())
     prompt = torch.randint(2, options.vocabulary, (1, 8)).expand(options.sequences, -1)
 

@@ -104,7 +104,7 @@ def sampling(
     """
     sampler = copy.copy(module.sampler)  # not deep: an engine behind it stays the same one
     sampler.max_new_tokens = cap
-    batch = trainer.datamodule.draw(num_prompts).to(module.device)
+    batch = trainer.datamodule.draw([num_prompts] * trainer.world_size).to(module.device)
     start = time.perf_counter()
     parts = [
         sampler.sample(

@@ -123,8 +123,9 @@ def flat_share(successes: Tensor, drawn: Tensor, group_size: int) -> float:
         Mean over the prompts with n >= G, in [0, 1]; NaN if there are none.
 
     >>> import torch
-    >>> flat_share(torch.tensor([1, 2]), torch.tensor([4, 4]), group_size=2)  # (3/6 + 2/6) / 2
-    0.4166666666666667
+    >>> share = flat_share(torch.tensor([1, 2]), torch.tensor([4, 4]), group_size=2)
+    >>> round(share, 4)  # (3/6 + 2/6) / 2
+    0.4167
     """
     shares = []
     for c, n in zip(successes.tolist(), drawn.tolist(), strict=True):
