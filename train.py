@@ -27,7 +27,6 @@ if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGINT):  # until `main` has handlers of its own
         signal.signal(number, lambda number, _: os._exit(128 + number))
 
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +35,18 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from gspo_lightning.callbacks import PredictionWriter
 from gspo_lightning.checkpoint import RolloutCheckpoint
 from gspo_lightning.checkpoint_files import find_checkpoint, list_checkpoints
-from gspo_lightning.checkpoint_io import AtomicCheckpointIO, damage, disk_fault
-from gspo_lightning.cli import LONGEST, OneLineParser, condense, printable, quiet
+from gspo_lightning.checkpoint_io import AtomicCheckpointIO, damage
+from gspo_lightning.cli import OneLineParser, quiet
 from gspo_lightning.config_files import check_config_files
 from gspo_lightning.doctor import DoctorCLI, DoctorTrainer
-from gspo_lightning.out_of_memory import OutOfMemory, is_out_of_memory
+from gspo_lightning.ending import report
 from gspo_lightning.plan import resume_command, this_python
+from gspo_lightning.predictions import PredictionWriter
 from gspo_lightning.progress import RolloutProgress, RunSummary
 from gspo_lightning.replay import main as replay
-from gspo_lightning.rewards import RewardError
 from gspo_lightning.run_folder import (
     RunConfig,
     check_folder,
@@ -67,9 +64,6 @@ from gspo_lightning.start_checks import (
 )
 from gspo_lightning.terminal_log import TerminalLog
 from gspo_lightning.tracing import add_profile_option, take_profile
-
-# What a user's mistake raises: bad values, missing files, devices, packages.
-MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException)
 
 
 class Watch(Callback):
@@ -291,50 +285,6 @@ def main(argv: list[str] | None = None) -> int:
         watch.signals.restore()
         watch.terminal.close()
         os.umask(umask)
-
-
-def report(error: BaseException, watch: Watch, go_on: str) -> int:
-    """Say what ended the command and how to go on; returns the exit code."""
-    cause = error.__context__ if isinstance(error, SystemExit) else error
-    if isinstance(cause, KeyboardInterrupt):  # Lightning turns it into exit(1)
-        say("interrupted" + (f"; {go_on}" if go_on else ""))
-        return 130
-    if isinstance(error, SIGTERMException):  # its own exit code is 0, as if all had been done
-        say("terminated" + (f"; {go_on}" if go_on else ""))
-        return 143
-    if isinstance(error, SystemExit):  # the parser has said why, or printed help
-        return error.code if isinstance(error.code, int) else 0
-    # a reward function is the user's, numbers and memory are the run's: all name what it was
-    known = isinstance(error, RewardError | FloatingPointError) or is_out_of_memory(error)
-    text = mistake(error) if known or not watch.begun else None
-    full = disk_fault(error)
-    text = full or text
-    if text is None or os.environ.get("GSPO_TRACEBACK") == "1":
-        trace = "".join(traceback.format_exception(error))
-        sys.stderr.write("\n".join(printable(line) for line in trace.split("\n")))
-    if text is not None:
-        sys.stderr.write(f"error: {printable(text)}\n")
-        if not watch.begun:
-            watch.refuse()
-    if go_on:
-        say(go_on)
-    ran = isinstance(error, FloatingPointError) or is_out_of_memory(error)
-    return 1 if text is None or full or ran else 2
-
-
-def mistake(error: BaseException) -> str | None:
-    """The line for an error that a user can mend, None for one that is ours."""
-    text = str(error)
-    if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in text:
-        lines = [" ".join(line.split()) for line in text.splitlines()]
-        text = f"ckpt_path: the checkpoint is of another model: {' '.join(lines[1:2])}"
-        return f"{text[:LONGEST]}; set model.init_args.policy to what it was made with"
-    if "Accelerator` can not run on your system" in text:
-        return f"trainer.accelerator: {text.partition(' The following')[0]} Use cpu, or auto"
-    if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
-        first = text.strip().partition("\n")[0][:200]
-        return f"out of memory: {first or type(error).__name__}; smaller batches need less"
-    return condense(text) if isinstance(error, (*MISTAKES, OutOfMemory)) and text else None
 
 
 if __name__ == "__main__":

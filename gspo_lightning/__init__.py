@@ -1,6 +1,6 @@
 """GSPO, Group Sequence Policy Optimization (arXiv:2507.18071), for PyTorch Lightning."""
 
-from gspo_lightning.callbacks import AdaptiveKL, CurvePlot, HFExport, PredictionWriter, SampleTable
+from gspo_lightning.callbacks import AdaptiveKL, CurvePlot, HFExport, SampleTable
 from gspo_lightning.checkpoint import RolloutCheckpoint
 from gspo_lightning.critic import CriticConfig
 from gspo_lightning.data import PreferenceData, PromptData, SFTData
@@ -11,6 +11,7 @@ from gspo_lightning.module import GSPOModule
 from gspo_lightning.objectives import Objective
 from gspo_lightning.optim import OptimizerConfig
 from gspo_lightning.policy import PolicyConfig
+from gspo_lightning.predictions import PredictionWriter
 from gspo_lightning.progress import RolloutProgress, RunSummary
 from gspo_lightning.reward_model import RewardModelModule
 from gspo_lightning.rewards import RewardTerm

@@ -8,14 +8,12 @@ and pictures to the callbacks.
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from gspo_lightning.collect import MICRO, REFERRED, SAMPLED, OldLogProbs
 from gspo_lightning.critic import Critic, CriticConfig, check_critic, fit_critic, load_critic
 from gspo_lightning.evaluation import Evaluation
 from gspo_lightning.faults import Faults
@@ -23,6 +21,7 @@ from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel
 from gspo_lightning.health import Health
 from gspo_lightning.kl import check_loss_kind
 from gspo_lightning.objectives import Objective
+from gspo_lightning.old_logprobs import MICRO, REFERRED, SAMPLED, OldLogProbs
 from gspo_lightning.optim import (
     OptimizerConfig,
     build_optimizer,
@@ -40,6 +39,7 @@ from gspo_lightning.rewards import (
 )
 from gspo_lightning.rollout import PromptBatch
 from gspo_lightning.sampling import GroupSampler, Sampler
+from gspo_lightning.settings import check_settings
 from gspo_lightning.tally import RolloutTally
 from gspo_lightning.time_limit import TimeLimit
 from gspo_lightning.update import UpdatingModule
@@ -132,36 +132,21 @@ class GSPOModule(UpdatingModule):
     ) -> None:
         sampler = sampler or GroupSampler()
         super().__init__(rewards, sampler, evaluation)
-        for name, value in {
-            "num_epochs": num_epochs,
-            "num_minibatches": num_minibatches,
-            "micro_batch_size": micro_batch_size,
-            "micro_batch_tokens": micro_batch_tokens,
-            "max_draws": max_draws,
-        }.items():
-            if value is not None and value < 1:
-                raise ValueError(f"model.{name} must be >= 1, got {value}")
+        check_settings(
+            {
+                "num_epochs": num_epochs,
+                "num_minibatches": num_minibatches,
+                "micro_batch_size": micro_batch_size,
+                "micro_batch_tokens": micro_batch_tokens,
+                "max_draws": max_draws,
+            },
+            rewards,
+            sampler,
+            coefficients=(kl_coef, entropy_coef, max_grad_norm),
+            has_reference=reference is not None,
+            truncated=truncated,
+        )
         check_critic(critic, advantages, sampler.group_size, drop_flat_groups)
-        if not sampler.temperature > 0:
-            raise ValueError(
-                f"sampler.temperature must be above 0 in training, got {sampler.temperature}"
-            )
-        if not rewards:
-            raise ValueError("model.rewards is empty; name at least one reward term")
-        if not 0 <= kl_coef < math.inf or not math.isfinite(entropy_coef):
-            raise ValueError(
-                f"kl_coef {kl_coef} must be >= 0 and entropy_coef {entropy_coef} finite"
-            )
-        if kl_coef > 0 and reference is None:
-            raise ValueError(f"kl_coef is {kl_coef} but there is no reference; set model.reference")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be above 0 or null, got {max_grad_norm}")
-        whitened = [name for name, term in rewards.items() if term.whiten]
-        if truncated == "zero_reward" and whitened:
-            raise ValueError(
-                f"truncated: zero_reward gives 0, which is an average reward where {whitened[0]!r} "
-                "is whitened; use keep or mask"
-            )
         check_loss_kind(kl_estimator)
         self.automatic_optimization = False
         self.policy_config = policy
@@ -197,11 +182,8 @@ class GSPOModule(UpdatingModule):
             objective, num_epochs * num_minibatches, stop_when or (), sampler.max_new_tokens
         )
         self.clip_width = self.health.width
-        models = {
-            f"model.rewards.{name}.fn": term.fn
-            for name, term in rewards.items()
-            if isinstance(term.fn, RewardModel)
-        }
+        terms = {f"model.rewards.{name}.fn": term.fn for name, term in rewards.items()}
+        models = {key: fn for key, fn in terms.items() if isinstance(fn, RewardModel)}
         # no module: Lightning must not see it
         self.frozen = FrozenModels(reference, models, frozen_device)
         self.seconds: dict[str, float] = {}

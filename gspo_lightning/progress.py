@@ -18,7 +18,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from gspo_lightning.callbacks import CurvePlot, HFExport, PredictionWriter, SampleTable
+from gspo_lightning.callbacks import CurvePlot, HFExport, SampleTable
 from gspo_lightning.plan import (
     longer_run,
     plan_lines,
@@ -26,6 +26,7 @@ from gspo_lightning.plan import (
     this_python,
     total_batches,
 )
+from gspo_lightning.predictions import PredictionWriter
 from gspo_lightning.report import figures, figures_line, rollout_line
 
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from gspo_lightning.collect import MICRO, CollectingModule
+from gspo_lightning.collect import CollectingModule
 from gspo_lightning.faults import FOLDER, Faults, prompt_texts, settings_of, write_dump
 from gspo_lightning.gae import ValueLoss
 from gspo_lightning.kl import kl_estimate
@@ -27,6 +27,7 @@ from gspo_lightning.objectives import (
     policy_loss,
     token_weights,
 )
+from gspo_lightning.old_logprobs import MICRO
 from gspo_lightning.out_of_memory import OutOfMemory, is_out_of_memory
 from gspo_lightning.policy import PolicyConfig
 from gspo_lightning.rollout import Rollout

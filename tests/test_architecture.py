@@ -83,7 +83,8 @@ MAY_IMPORT = {
     "faults": {"checkpoint", "rollout"},
     "tally": {"advantages", "gae", "kl", "masked", "metrics", "objectives", "rollout"},
     "callbacks": {"kl", "metrics", "policy", "report", "rollout"},
-    "progress": {"callbacks", "kl", "metrics", "plan", "policy", "report", "rollout"},
+    "predictions": {"callbacks"},
+    "progress": {"callbacks", "kl", "metrics", "plan", "predictions", "report"},
     "findings": set(),
     "doctor_memory": {"findings", "plan"},
     "doctor_text": {"findings"},
@@ -97,12 +98,17 @@ MAY_IMPORT = {
     "step_log": set(),
     "sft": {"step_log", "logprobs", "masked", "optim", "policy"},
     "reward_model": {"step_log", "model_folder", "optim", "policy"},
+    "old_logprobs": {
+        *("evaluation", "frozen", "logprobs", "memory", "objectives", "out_of_memory", "rollout"),
+        "tally",
+    },
     "collect": {
-        *("advantages", "critic", "evaluation", "frozen", "kl", "logprobs", "masked", "memory"),
-        *("objectives", "out_of_memory", "overlap", "rewards", "rollout", "tally"),
+        *("advantages", "critic", "frozen", "kl", "masked", "old_logprobs", "overlap", "rewards"),
+        *("rollout", "time_limit"),
     },
     "update": {
         "collect",
+        "old_logprobs",
         "faults",
         "gae",
         "kl",
@@ -111,8 +117,9 @@ MAY_IMPORT = {
         "policy",
         "rollout",
     },
+    "settings": {"rewards", "sampling"},
     "module": {
-        *("collect", "critic", "faults", "out_of_memory", "update"),
+        *("critic", "faults", "old_logprobs", "out_of_memory", "settings", "update"),
         *("advantages", "kl", "logprobs", "masked", "objectives", "rollout"),
         *("evaluation", "frozen", "health", "metrics", "optim", "policy", "rewards", "sampling"),
         *("memory", "overlap", "tally", "time_limit"),
@@ -126,6 +133,7 @@ MAY_IMPORT = {
     "compare": {"compare_plan", "compare_report"},
     "experiment": {"logprobs", "rollout"},
     "tracing": {"run_folder"},
+    "ending": {"checkpoint_io", "cli", "out_of_memory", "rewards", "run_folder"},
     "bench_limits": set(),
     "bench_samplers": {"rollout"},
     "bench_worker": {
@@ -144,6 +152,7 @@ MAY_IMPORT = {
 # where Lightning is the shell; everything else runs without it
 SHELL = {
     *("data", "supervised", "module", "sft", "reward_model", "evaluation", "callbacks", "progress"),
+    *("ending", "predictions"),
     *("checkpoint", "checkpoint_files", "checkpoint_io", "signals"),
     *("event_files", "run_folder", "health", "cli", "experiment"),
     *("bench_parts", "bench_worker", "tracing"),
@@ -208,7 +217,7 @@ def test_train_leaves_the_algorithm_to_the_package():
     assert siblings(ROOT / "train.py") <= {
         *("callbacks", "checkpoint", "checkpoint_files", "checkpoint_io", "cli", "config_files"),
         *("plan", "progress", "rewards", "run_folder", "signals", "start_checks", "terminal_log"),
-        *("doctor", "out_of_memory", "replay", "tracing"),
+        *("doctor", "ending", "predictions", "replay", "tracing"),
     }
 
 

@@ -11,9 +11,10 @@ from lightning.pytorch import Callback
 from PIL import Image
 from rollout_dummies import RolloutData, RolloutDummy, events, fit, make_outputs, make_trainer
 
-from gspo_lightning.callbacks import AdaptiveKL, CurvePlot, HFExport, PredictionWriter, SampleTable
+from gspo_lightning.callbacks import AdaptiveKL, CurvePlot, HFExport, SampleTable
 from gspo_lightning.kl import MultiplicativeKL, ProportionalKL
 from gspo_lightning.metrics import CURVES
+from gspo_lightning.predictions import PredictionWriter
 from gspo_lightning.report import PANELS, draw_curves, escape, markdown_table, running_mean
 
 

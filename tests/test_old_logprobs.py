@@ -71,7 +71,7 @@ def passes(monkeypatch):
         seen[torch.is_grad_enabled()].append(len(arguments[0]))
         return completion_logprobs(model, *arguments, **options)
 
-    monkeypatch.setattr("gspo_lightning.collect.completion_logprobs", spy)
+    monkeypatch.setattr("gspo_lightning.old_logprobs.completion_logprobs", spy)
     return seen
 
 

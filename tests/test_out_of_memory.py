@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from test_module import Outputs
 from tiny_run import make_module, make_trainer, run, write_prompts
 
-from gspo_lightning import collect, out_of_memory
+from gspo_lightning import old_logprobs, out_of_memory
 from gspo_lightning.checkpoint import RolloutCheckpoint
 from gspo_lightning.checkpoint_files import find_checkpoint
 from gspo_lightning.data import PromptData
@@ -48,7 +48,7 @@ def memory(monkeypatch):
     """Makes a pass of the policy fail above some rows: with a gradient, without one, or both."""
 
     def limit(rows, where=(True, False), error=CUDA, times=99):
-        forward = collect.completion_logprobs
+        forward = old_logprobs.completion_logprobs
         failed = []
 
         def tight(model, prompt_ids, *args, **options):
@@ -57,7 +57,7 @@ def memory(monkeypatch):
                 raise error
             return forward(model, prompt_ids, *args, **options)
 
-        monkeypatch.setattr(collect, "completion_logprobs", tight)
+        monkeypatch.setattr(old_logprobs, "completion_logprobs", tight)
         return failed
 
     return limit
@@ -109,7 +109,7 @@ def test_halving_is_one_line_that_names_place_setting_and_sizes(tmp_path, model_
 @pytest.mark.filterwarnings(SHORT)
 def test_the_second_micro_batch_may_fail_as_well_as_the_first(tmp_path, model_dir, monkeypatch):
     expected, _, _ = ended(tmp_path, model_dir, micro_batch_size=2)
-    forward, calls = collect.completion_logprobs, []
+    forward, calls = old_logprobs.completion_logprobs, []
 
     def second_fails(*args, **options):
         calls.append(torch.is_grad_enabled())
@@ -117,7 +117,7 @@ def test_the_second_micro_batch_may_fail_as_well_as_the_first(tmp_path, model_di
             raise CUDA
         return forward(*args, **options)
 
-    monkeypatch.setattr(collect, "completion_logprobs", second_fails)
+    monkeypatch.setattr(old_logprobs, "completion_logprobs", second_fails)
     found, _, module = ended(tmp_path, model_dir, micro_batch_size=4)
     assert module.micro_batch_size == 2 and same(found.tensors, expected.tensors)
 
@@ -130,7 +130,7 @@ def test_one_row_at_once_is_the_end(tmp_path, model_dir, memory):
 
 
 def test_behind_the_first_step_of_a_rollout_the_run_stops(tmp_path, model_dir, monkeypatch):
-    forward, calls = collect.completion_logprobs, []
+    forward, calls = old_logprobs.completion_logprobs, []
 
     def third_fails(*args, **options):
         calls.append(torch.is_grad_enabled())
@@ -138,7 +138,7 @@ def test_behind_the_first_step_of_a_rollout_the_run_stops(tmp_path, model_dir, m
             raise CUDA
         return forward(*args, **options)
 
-    monkeypatch.setattr(collect, "completion_logprobs", third_fails)
+    monkeypatch.setattr(old_logprobs, "completion_logprobs", third_fails)
     with pytest.raises(OutOfMemory, match=r"rollout 1, optimizer step 2 .*after the first step"):
         ended(tmp_path, model_dir)
 

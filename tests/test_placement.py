@@ -1,6 +1,7 @@
 """Frozen models at work beside the policy: at the same time, with the same result."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from gspo_lightning.frozen import FrozenModels, ReferencePolicy
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.overlap import Passes
 from gspo_lightning.rewards import RewardError, RewardTerm
+from gspo_lightning.time_limit import TimeLimit
 
 DEADLINE = 30  # seconds for all passes to meet; those that wait for one another never would
 
@@ -124,6 +126,42 @@ def test_a_pass_takes_autocast_along():
             there, thread = passes.begin(True, product).result()
             assert there == passes.begin(False, product).result()[0] == dtype
             assert thread is not threading.current_thread()
+
+
+def test_rewards_of_another_process_are_made_beside_the_policys_pass(
+    monkeypatch, tmp_path, model_dir
+):
+    """Each waits until the other has begun, which on one thread would never come."""
+    barrier, threads = threading.Barrier(2), {}
+    options = {"rewards": {"slow": RewardTerm(TimeLimit(digits, seconds=20))}}
+    plain = train(tmp_path / "one", model_dir, **options)
+
+    def wait(name, method):
+        own = getattr(GSPOModule, method)
+
+        def pass_(*args):
+            threads[name] = threading.current_thread()
+            barrier.wait(DEADLINE)
+            return own(*args)
+
+        monkeypatch.setattr(GSPOModule, method, pass_)
+
+    wait("old", "_old_logprobs")
+    wait("reward", "_score")
+    beside = train(tmp_path / "two", model_dir, **options)
+    assert threads["old"] is threading.main_thread() is not threads["reward"]
+    for a, b in zip(plain.parameters(), beside.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("ranks", "whiten", "apart"), [(1, True, True), (2, True, False)])
+def test_sums_over_ranks_stay_in_one_thread(ranks, whiten, apart):
+    module = SimpleNamespace(
+        trainer=SimpleNamespace(world_size=ranks),
+        rewards={"slow": RewardTerm(TimeLimit(digits, seconds=20), whiten=whiten)},
+        frozen=FrozenModels(None, {}),
+    )
+    assert GSPOModule._rewards_apart(module) is apart
 
 
 def test_a_frozen_model_is_apart_if_its_device_is_not_the_policys():

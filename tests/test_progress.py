@@ -9,9 +9,10 @@ from rollout_dummies import RolloutData, RolloutDummy, fit, make_trainer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gspo_lightning import plan, progress
-from gspo_lightning.callbacks import CurvePlot, HFExport, PredictionWriter, SampleTable
+from gspo_lightning.callbacks import CurvePlot, HFExport, SampleTable
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.plan import memory_parts, plan_lines, resume_command, total_batches
+from gspo_lightning.predictions import PredictionWriter
 from gspo_lightning.progress import RolloutProgress, RunSummary
 
 

@@ -1,0 +1,73 @@
+"""How a command ends that did not end by itself: one line, and an exit code.
+
+Decides which errors a user can mend and how they are worded. Leaves out where they come from.
+"""
+
+import os
+import sys
+import traceback
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from gspo_lightning.checkpoint_io import disk_fault
+from gspo_lightning.cli import LONGEST, condense, printable
+from gspo_lightning.out_of_memory import OutOfMemory, is_out_of_memory
+from gspo_lightning.rewards import RewardError
+from gspo_lightning.run_folder import say
+
+# What a user's mistake raises: bad values, missing files, devices, packages.
+MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException)
+
+
+def report(error: BaseException, watch: Any, go_on: str) -> int:
+    """Say what ended the command and how to go on.
+
+    Args:
+        error: What ended it.
+        watch: Knows whether work had ``begun``; ``refuse`` takes back what was written before.
+        go_on: How to continue, or nothing.
+
+    Returns:
+        The exit code.
+    """
+    cause = error.__context__ if isinstance(error, SystemExit) else error
+    if isinstance(cause, KeyboardInterrupt):  # Lightning turns it into exit(1)
+        say("interrupted" + (f"; {go_on}" if go_on else ""))
+        return 130
+    if isinstance(error, SIGTERMException):  # its own exit code is 0, as if all had been done
+        say("terminated" + (f"; {go_on}" if go_on else ""))
+        return 143
+    if isinstance(error, SystemExit):  # the parser has said why, or printed help
+        return error.code if isinstance(error.code, int) else 0
+    # a reward function is the user's, numbers and memory are the run's: all name what it was
+    known = isinstance(error, RewardError | FloatingPointError) or is_out_of_memory(error)
+    text = mistake(error) if known or not watch.begun else None
+    full = disk_fault(error)
+    text = full or text
+    if text is None or os.environ.get("GSPO_TRACEBACK") == "1":
+        trace = "".join(traceback.format_exception(error))
+        sys.stderr.write("\n".join(printable(line) for line in trace.split("\n")))
+    if text is not None:
+        sys.stderr.write(f"error: {printable(text)}\n")
+        if not watch.begun:
+            watch.refuse()
+    if go_on:
+        say(go_on)
+    ran = isinstance(error, FloatingPointError) or is_out_of_memory(error)
+    return 1 if text is None or full or ran else 2
+
+
+def mistake(error: BaseException) -> str | None:
+    """The line for an error that a user can mend, None for one that is ours."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in text:
+        lines = [" ".join(line.split()) for line in text.splitlines()]
+        text = f"ckpt_path: the checkpoint is of another model: {' '.join(lines[1:2])}"
+        return f"{text[:LONGEST]}; set model.init_args.policy to what it was made with"
+    if "Accelerator` can not run on your system" in text:
+        return f"trainer.accelerator: {text.partition(' The following')[0]} Use cpu, or auto"
+    if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
+        first = text.strip().partition("\n")[0][:200]
+        return f"out of memory: {first or type(error).__name__}; smaller batches need less"
+    return condense(text) if isinstance(error, (*MISTAKES, OutOfMemory)) and text else None
