@@ -44,6 +44,7 @@ class CollectingModule(PolicyPasses):
         Args:
             batch: P prompts on the policy's device.
         """
+        self._from_sampler = None
         samples = self._sample(batch, draw=0)
         scores: tuple[Tensor, dict[str, Tensor]] | None = None
         if self.drop_flat_groups:  # the rewards say which prompts stay, so nothing can go beside
@@ -156,7 +157,11 @@ class CollectingModule(PolicyPasses):
         if self.trainer.world_size > 1 and any(term.whiten for term in self.rewards.values()):
             return False
         processes = any(isinstance(term.fn, TimeLimit) for term in self.rewards.values())
-        return processes or self.frozen.apart("model.rewards")
+        places = [d for key, d in self.frozen.devices.items() if key.startswith("model.rewards")]
+        # a reward model on the policy's device would want its memory at the same time
+        return self.frozen.apart("model.rewards") or (
+            processes and self.frozen.policy_device not in places
+        )
 
     def _ref_logprobs(self, reference: ReferencePolicy, samples: Samples) -> Tensor:
         def work() -> Tensor:

@@ -26,7 +26,15 @@ from typing import Any
 
 import yaml
 
-from gspo_lightning.compare_plan import Arm, Plan, arms, overlay, read_plan, settings
+from gspo_lightning.compare_plan import (
+    Arm,
+    Plan,
+    arms,
+    merged,
+    overlay,
+    read_plan,
+    settings,
+)
 from gspo_lightning.compare_report import Run, write_report
 
 RECORD = "record.json"  # of experiment.RunRecord; importing that would take seconds
@@ -75,7 +83,8 @@ def run(plan: Plan, arm: Arm, root: Path) -> dict[str, Any]:
         RuntimeError: If the run fails; the message has its last line and its log.
     """
     folder = root / arm.name
-    mark = json.dumps([asdict(arm), settings(plan, arm)], sort_keys=True)
+    files = [*plan.configs, *arm.configs, str(overlay(arm.algorithm))]
+    mark = json.dumps([asdict(arm), settings(plan, arm), merged(files)], sort_keys=True)
     stamp = folder.with_suffix(".arm.json")
     if stamp.exists() and stamp.read_text() != mark:
         raise RuntimeError(

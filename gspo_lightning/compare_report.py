@@ -113,36 +113,41 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def differences(runs: Sequence[Run], baseline: str, key: str) -> list[tuple[str, int, list[float]]]:
-    """Differences to the baseline at the same updates and seed: (algorithm, updates, per seed)."""
+def differences(runs: Sequence[Run], baseline: str, key: str) -> list[tuple[str, list[float]]]:
+    """Differences to the baseline at the same updates and seed, by what is compared.
+
+    A run without the figure is in no pair.
+    """
     final = {(r.algorithm, r.updates, r.seed): r.final(key) for r in runs}
-    found: dict[tuple[str, int], list[float]] = {}
+    found: dict[str, list[float]] = {}
     for (algorithm, updates, seed), value in final.items():
-        if algorithm != baseline and (baseline, updates, seed) in final:
-            pair = found.setdefault((algorithm, updates), [])
-            pair.append(value - final[baseline, updates, seed])
-    return [(algorithm, updates, values) for (algorithm, updates), values in found.items()]
+        other = final.get((baseline, updates, seed), math.nan)
+        if algorithm != baseline and not math.isnan(value - other):
+            name = f"{algorithm} at {updates} update{'s' * (updates > 1)}"
+            found.setdefault(name, []).append(value - other)
+    return list(found.items())
 
 
 def statements(runs: Sequence[Run], baseline: str) -> list[str]:
     """Which differences to the baseline exceed the noise, and which do not, in words."""
+    pairs = [
+        (f"{name}, {what}", values)
+        for key, what in (("val/accuracy_sampled", "sampled"), ("val/accuracy_greedy", "greedy"))
+        for name, values in differences(runs, baseline, key)
+        if len(values) > 1
+    ]
+    corrected = holm([t_test(values) for _, values in pairs])
+    clear: list[str] = []
+    unclear: list[str] = []
+    for (name, values), p in zip(pairs, corrected, strict=True):
+        (clear if p < LEVEL else unclear).append(f"{name} {mean(values):+.3f} (p {p:.3f})")
     lines = []
-    for key, what in (("val/accuracy_sampled", "sampled"), ("val/accuracy_greedy", "greedy")):
-        pairs = [pair for pair in differences(runs, baseline, key) if len(pair[2]) > 1]
-        corrected = holm([t_test(values) for _, _, values in pairs])
-        clear: list[str] = []
-        unclear: list[str] = []
-        for (algorithm, updates, values), p in zip(pairs, corrected, strict=True):
-            text = f"{algorithm} at {updates} update{'s' * (updates > 1)} {mean(values):+.3f}"
-            (clear if p < LEVEL else unclear).append(f"{text} (p {p:.3f})")
-        if clear:
-            lines.append(f"**{what} accuracy, differs from {baseline}**: " + ", ".join(clear) + ".")
-        if unclear:
-            lines.append(
-                f"**{what} accuracy, no difference from {baseline} that exceeds the noise**: "
-                + ", ".join(unclear)
-                + "."
-            )
+    if clear:
+        lines.append(f"**Differs from {baseline}**: " + "; ".join(clear) + ".")
+    if unclear:
+        lines.append(
+            f"**No difference from {baseline} that exceeds the noise**: " + "; ".join(unclear) + "."
+        )
     return lines
 
 

@@ -218,7 +218,7 @@ def noise(module: Any, data: Any, samples: Samples) -> Finding:
             log_ratio = importance_log_ratio(graph, moved, part.mask, level)
             whole = level.startswith("sequence")  # then every column holds the same
             values.append(log_ratio[:, 0] if whole else log_ratio[part.mask])
-    width = min(module.objective.clip_low, module.objective.clip_high)
+    width = module.objective.clip_width
     here, there = (torch.cat(v).square().mean().sqrt().item() for v in (same, other))
     value = {"same_batches": here, "other_batches": there, "clip_range": width}
     text = (

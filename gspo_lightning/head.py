@@ -124,6 +124,8 @@ def _find(base: Any, ids: Tensor) -> Head | str:
             works = head.works()
         return head if works else "its logits come from more than its output embedding"
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        if "memory" in str(error):  # of a full device, not of this model
+            raise
         return f"its output embedding cannot be had apart ({error})"
 
 

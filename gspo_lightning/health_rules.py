@@ -57,7 +57,7 @@ class History:
 
     @property
     def width(self) -> float:
-        return min(self.objective.clip_low, self.objective.clip_high)
+        return self.objective.clip_width
 
     def add(self, figures: Mapping[str, float]) -> None:
         """Take the figures of a rollout in."""

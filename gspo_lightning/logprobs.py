@@ -237,6 +237,8 @@ def _packs(model: Any, base: Any, device: torch.device) -> bool | str:
                 for text in (ids[0], ids[1], ids[2, 2:])
             ]
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        if "memory" in str(error):  # of a full device, not of this model
+            raise
         return f"it cannot be run on packed rows ({error})"
     expected = torch.cat([output.hidden_states[-1][0, -PROBE[1] - 1 : -1] for output in alone])
     distance = (packed[0, row.source] - expected).float().norm() / expected.float().norm()

@@ -36,9 +36,9 @@ def cut_rows(
         ValueError: If a limit is below 1.
 
     >>> cut_rows([9, 9, 2, 2], [1, 1, 5, 7], group_size=2, size=None, tokens=15)
-    [[2, 3], [0, 1]]
+    [[0, 1], [2, 3]]
     >>> cut_rows([9, 9, 2, 2], [1, 1, 5, 7], group_size=2, size=None, tokens=11)
-    [[3], [2], [0, 1]]
+    [[0, 1], [3], [2]]
     """
     for name, limit in {"size": size, "tokens": tokens}.items():
         if limit is not None and limit < 1:

@@ -181,7 +181,6 @@ class GSPOModule(UpdatingModule):
         self.health = Health(
             objective, num_epochs * num_minibatches, stop_when or (), sampler.max_new_tokens
         )
-        self.clip_width = self.health.width
         terms = {f"model.rewards.{name}.fn": term.fn for name, term in rewards.items()}
         models = {key: fn for key, fn in terms.items() if isinstance(fn, RewardModel)}
         # no module: Lightning must not see it

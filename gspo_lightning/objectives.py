@@ -68,6 +68,11 @@ class Objective:
                 "dominate; use sequence_mean, or ratio token"
             )
 
+    @property
+    def clip_width(self) -> float:
+        """Narrower side of the clip range; CISPO caps the ratio, and has an upper side only."""
+        return self.clip_high if self.surrogate == "cispo" else min(self.clip_low, self.clip_high)
+
 
 class PolicyLoss(NamedTuple):
     """What ``policy_loss`` returns.

@@ -21,7 +21,7 @@ from gspo_lightning.evaluation import EvaluatedModule
 from gspo_lightning.frozen import FrozenModels
 from gspo_lightning.logprobs import LogProbs, completion_logprobs
 from gspo_lightning.memory import peaks, reset_peaks
-from gspo_lightning.objectives import importance_log_ratio
+from gspo_lightning.objectives import Objective, importance_log_ratio
 from gspo_lightning.out_of_memory import BatchSizes
 from gspo_lightning.rollout import Samples, stream_seed
 from gspo_lightning.tally import RolloutTally
@@ -44,10 +44,11 @@ class PolicyPasses(EvaluatedModule):
     micro_batch_tokens: int | None
     old_logprobs: OldLogProbs
     kl_in_reward: bool
-    clip_width: float
+    objective: Objective
     seconds: dict[str, float]
     peak_memory: dict[str, float]  # GiB
     sizes: BatchSizes
+    _from_sampler: bool | None = None  # of this rollout, once it is known
 
     def _old_logprobs(self, samples: Samples) -> Tensor:
         """Log-probs under the policy that sampled, in batches that fit into memory."""
@@ -65,11 +66,15 @@ class PolicyPasses(EvaluatedModule):
         with self._timed("old_logprobs", self.device):
             minibatches = self._minibatch_rows(samples, epoch=0)
             steps = self.num_epochs * self.num_minibatches
-            # a later epoch needs what the first step had, and so do rewards that hold a KL
+            # a later epoch needs what the first step had, so do rewards that hold a KL, and in half
+            # precision the noise meter
             spared = self.old_logprobs == "auto" and self.num_epochs == 1 and not self.kl_in_reward
+            spared = spared and not self._in_half_precision()
             if steps == 1 and spared:
                 return torch.zeros_like(samples.mask, dtype=torch.float32)
-            if self._sampler_will_do(samples, minibatches[-1]):
+            if self._from_sampler is None:
+                self._from_sampler = self._sampler_will_do(samples, minibatches[-1])
+            if self._from_sampler:
                 assert samples.logprobs is not None
                 return samples.logprobs.masked_fill(~samples.mask, 0)
             return self._recompute(samples, minibatches[1:] if spared else minibatches)
@@ -77,9 +82,12 @@ class PolicyPasses(EvaluatedModule):
     def _sampler_will_do(self, samples: Samples, rows: Tensor) -> bool:
         """Whether the sampler's log-probs are used, by their noise in a few rows of this rollout.
 
+        Asked once a rollout: the answer is that of all ranks, and one that repeats its pass for
+        want of memory must not wait for the others.
+
         Args:
             samples: The rollout.
-            rows: A mini-batch; the few rows are its first ones.
+            rows: A mini-batch, of which a few rows are looked at.
         """
         if self.old_logprobs == "recompute":
             return False
@@ -91,19 +99,28 @@ class PolicyPasses(EvaluatedModule):
                 )
             self.tally.update("policy/old_from_sampler", 0.0)
             return False
-        few = samples.select(rows[:FEW])
+        few = samples.select(rows[:: max(1, len(rows) // FEW)][:FEW])
         again = self._logprobs(few, with_entropy=False).logprobs
-        difference = importance_log_ratio(again, few.logprobs, few.mask, "sequence")  # type: ignore[arg-type]
-        noise = difference[few.mask.any(1), 0].double()
+        level = self.objective.ratio
+        difference = importance_log_ratio(again, few.logprobs, few.mask, level)  # type: ignore[arg-type]
+        # a sequence's ratio stands in each of its columns
+        noise = difference[few.mask] if level == "token" else difference[few.mask.any(1), 0]
         # around 0, not around their mean: a shift of all ratios would do harm, too; of all ranks
-        squares = self._sum_over_ranks((noise**2).sum()).item()
+        squares = self._sum_over_ranks((noise.double() ** 2).sum()).item()
         count = self._sum_over_ranks(torch.tensor(float(len(noise)))).item()
         deviation = math.sqrt(squares / count) if count else math.inf
-        chosen = self.old_logprobs == "sampler" or deviation < SMALL * self.clip_width
+        # a mean over many tokens may look small where each token's noise does not
+        small = deviation < SMALL * self.objective.clip_width and not self._in_half_precision()
+        chosen = self.old_logprobs == "sampler" or small
         if math.isfinite(deviation):
             self.tally.update("policy/sampler_noise", deviation)
         self.tally.update("policy/old_from_sampler", float(chosen))
         return chosen
+
+    def _in_half_precision(self) -> bool:
+        """Whether rounding is as large as what a step does to the ratio."""
+        parameter = next(self.policy.model.parameters())  # type: ignore[union-attr]
+        return torch.is_autocast_enabled(self.device.type) or parameter.dtype.itemsize < 4
 
     def _recompute(self, samples: Samples, minibatches: list[Tensor]) -> Tensor:
         """Log-probs in the very batches of the first epoch, 0 in rows of no mini-batch.

@@ -89,10 +89,9 @@ class UpdatingModule(CollectingModule):
             return rollout.select(rows)
 
         for epoch in range(self.num_epochs):
-            for step, rows in enumerate(self._minibatch_rows(rollout, epoch)):
-                on_policy = epoch == step == 0  # no step has moved the weights yet
+            for rows in self._minibatch_rows(rollout, epoch):
                 again = partial(smaller, rows)
-                ratios[rows] = self.update(rollout.select(rows), on_policy, again)
+                ratios[rows] = self.update(rollout.select(rows), not self.moved, again)
         return rollout, ratios
 
     def update(

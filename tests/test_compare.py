@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,8 +86,9 @@ def test_differences_pair_the_same_seed_and_the_same_number_of_updates():
         Run("grpo", 4, 0, record(0.5)),
         Run("grpo", 16, 0, record(0.1)),  # nothing to compare it with
     ]
-    [(algorithm, updates, values)] = differences(runs, "gspo", "val/accuracy_sampled")
-    assert (algorithm, updates) == ("grpo", 4)
+    runs.append(Run("dapo", 4, 0, record(math.nan)))  # a validation without the figure
+    [(name, values)] = differences(runs, "gspo", "val/accuracy_sampled")
+    assert name == "grpo at 4 updates"
     assert values == pytest.approx([0.2, -0.1])
 
 
@@ -102,8 +104,21 @@ def test_statements_tell_differences_from_noise():
         ],
         "gspo",
     )
-    assert "differs from gspo**: better at 4 updates +0.200" in said[0]
-    assert "no difference from gspo that exceeds the noise**: alike at 4 updates +0.007" in said[1]
+    assert "Differs from gspo**: better at 4 updates, sampled +0.200" in said[0]
+    unclear = "No difference from gspo that exceeds the noise**: alike at 4 updates, sampled +0.007"
+    assert unclear in said[1]
+
+
+def test_the_correction_is_for_all_comparisons_of_a_table():
+    """P = 0.03 alone is below the level, and not beside three others."""
+    pairs = [0.10, 0.24, 0.30]  # t = 3.61, two degrees of freedom: p = 0.069
+    gspo = [Run("gspo", 4, seed, record(0.0, greedy=0.0)) for seed in range(3)]
+    close = [1.0, 1.1, 1.25]  # t = 15.4: p = 0.0042
+    a = [Run("a", 4, seed, record(close[seed], greedy=close[seed])) for seed in range(3)]
+    b = [Run("b", 4, seed, record(pairs[seed], greedy=pairs[seed])) for seed in range(3)]
+    said = statements([*gspo, *a, *b], "gspo")
+    assert t_test(close) == pytest.approx(0.0042, abs=1e-4)
+    assert said[0].count(f"(p {4 * t_test(close):.3f})") == 2  # the two smallest, times four
 
 
 def test_a_missing_figure_is_a_dash_not_a_number():
@@ -126,7 +141,7 @@ def test_a_report_has_a_table_a_figure_and_a_statement(tmp_path):
     text = (tmp_path / "out.md").read_text()
     assert "| a | 4 | 0.500 ± 0.000 | 0.550 ± 0.050 |" in text
     assert "| a | 4 | 3.25 | 0.40 | 10 | 1 | 4 | 24 | 3.0 |" in text
-    assert "differs from gspo**: a at 4 updates +0.250" in text
+    assert "Differs from gspo**: a at 4 updates, sampled +0.250" in text
     assert (tmp_path / "out_two.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -218,6 +233,20 @@ def test_a_comparison_gives_the_same_csv_again_and_runs_nothing_twice(tmp_path, 
     make("a")
     assert first.with_suffix(".csv").read_bytes() == content
     assert {p: os.stat(p).st_mtime_ns for p in runs.glob("*/record.json")} == stamps
+
+
+def test_the_mark_of_a_run_changes_with_what_it_is_configured_by(tmp_path, monkeypatch):
+    plan = read_plan(PLAN)
+    arm = next(arms(plan.sections["algorithms"]))
+    monkeypatch.setattr(compare.subprocess, "call", lambda *_, **__: 1)
+    for name, rate in (("a", 1.0), ("b", 2.0)):
+        (tmp_path / "task.yaml").write_text(f"model: {{init_args: {{entropy_coef: {rate}}}}}")
+        changed = replace(plan, configs=[*plan.configs, str(tmp_path / "task.yaml")])
+        (tmp_path / name).mkdir()
+        with pytest.raises(RuntimeError, match="failed"):
+            compare.run(changed, arm, tmp_path / name)
+    first, second = (tmp_path / n / f"{arm.name}.arm.json" for n in "ab")
+    assert first.read_text() != second.read_text()
 
 
 def test_a_folder_of_another_plan_is_refused(tmp_path, monkeypatch):

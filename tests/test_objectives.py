@@ -451,3 +451,10 @@ def test_a_wrong_shape_is_named(name):
     arguments[name] = arguments[name][:1]  # would broadcast
     with pytest.raises(ValueError, match=f"{name} must have"):
         policy_loss(values, **arguments, objective=Objective())
+
+
+def test_the_clip_width_is_the_narrower_side_or_the_only_one():
+    assert Objective().clip_width == 3e-4
+    assert Objective("token", clip_low=0.2, clip_high=0.1).clip_width == 0.1
+    cispo = Objective("token", "cispo", "token_mean", clip_low=0.0, clip_high=4.0)
+    assert cispo.clip_width == 4.0

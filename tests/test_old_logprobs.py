@@ -112,6 +112,72 @@ def test_float32_takes_the_sampler_and_bfloat16_does_not(tmp_path, model_dir, mo
     assert noise < 1e-6 if dtype == "float32" else noise > 1e-4
 
 
+@pytest.mark.parametrize("objective", [Objective(), Objective("token", clip_low=9e-1, clip_high=9)])
+def test_bfloat16_never_takes_the_sampler_of_itself(tmp_path, model_dir, objective):
+    """Not even where the noise of a few rows is below 1 % of a wide range."""
+    policy = PolicyConfig(str(model_dir), dtype="bfloat16")
+    (outputs,) = rollouts(tmp_path, model_dir, policy=policy, objective=objective)
+    assert outputs["metrics"]["policy/old_from_sampler"] == 0.0
+    assert "policy/ratio_noise" in outputs["metrics"]  # the pass covers the first mini-batch, too
+
+
+def test_cispo_has_an_upper_bound_only_and_takes_the_sampler(tmp_path, model_dir):
+    objective = Objective("token", "cispo", "token_mean", clip_low=0.0, clip_high=4.0)
+    (outputs,) = rollouts(tmp_path, model_dir, objective=objective)
+    assert outputs["metrics"]["policy/old_from_sampler"] == 1.0
+
+
+def test_noise_is_that_of_the_ratio_in_use(tmp_path, model_dir):
+    """The same error in all n tokens of a row: n times as much in their sum."""
+    objective = Objective("sequence_sum", clip_low=0.2, clip_high=0.2)
+    (of_sum,) = rollouts(tmp_path, model_dir, 1e-3, objective=objective)
+    (of_mean,) = rollouts(tmp_path, model_dir, 1e-3)
+    mean, total = (o["metrics"]["policy/sampler_noise"] for o in (of_mean, of_sum))
+    assert 2 * mean < total <= 6 * mean * 1.001  # completions of at most 6 tokens
+
+
+def test_a_skipped_first_step_leaves_the_next_one_on_policy(tmp_path, model_dir, monkeypatch):
+    """Its weights have not moved either, so its ratios are exactly 1."""
+    from gspo_lightning.module import GSPOModule
+
+    update, seen = GSPOModule.update, []
+
+    def first_skipped(self, minibatch, on_policy=False, smaller=None):
+        seen.append(on_policy)
+        if len(seen) == 1:
+            return torch.ones(len(minibatch))
+        return update(self, minibatch, on_policy, smaller)
+
+    monkeypatch.setattr(GSPOModule, "update", first_skipped)
+    (outputs,) = rollouts(tmp_path, model_dir, 0.1, old_logprobs="sampler")
+    assert seen == [True, True]
+    assert torch.equal(outputs["ratios"], torch.ones(16))
+
+
+def test_the_decision_is_made_once_a_rollout(tmp_path, model_dir, monkeypatch):
+    """A rank that repeats its pass for want of memory must not wait for sums with the others."""
+    from gspo_lightning.module import GSPOModule
+
+    sums, plain, twice = [], GSPOModule._sum_over_ranks, []
+    old = GSPOModule._old_logprobs
+
+    def counted(self, x):
+        sums.append(True)
+        return plain(self, x)
+
+    def again(self, samples):
+        first = old(self, samples)
+        before = len(sums)
+        assert torch.equal(old(self, samples), first)
+        twice.append(len(sums) - before)
+        return first
+
+    monkeypatch.setattr(GSPOModule, "_sum_over_ranks", counted)
+    monkeypatch.setattr(GSPOModule, "_old_logprobs", again)
+    rollouts(tmp_path, model_dir, count=2)
+    assert twice == [0, 0]
+
+
 def test_the_samplers_log_probs_are_what_the_ratios_are_of(tmp_path, model_dir):
     """A shift by 0.5 shows in the ratios as a factor exp(-0.5), but in the first step."""
 

@@ -36,7 +36,8 @@ def test_random_weights_follow_the_config_and_the_global_seed(model_dir):
 
 def test_attention_implementation_is_passed_on(model_dir):
     policy = load_policy(PolicyConfig(str(model_dir), attention="eager"))
-    assert policy.model.config._attn_implementation == "eager"
+    name = policy.model.config._attn_implementation
+    assert name == "gspo_eager"  # opened for an attention of ours, "eager" without
 
 
 def test_every_end_of_sequence_id_of_the_generation_config_counts(make_model, tokenizer):
