@@ -30,7 +30,8 @@ LOOKED_AT = (
 )
 FOLDER = "faults"  # inside the run folder
 KEPT = 3  # newest dumps; each holds the policy's weights
-ATTRIBUTES = ("kl_coef", "kl_estimator", "entropy_coef")  # settings of the module as they are now
+# settings of the module as they are now
+ATTRIBUTES = ("kl_coef", "kl_in_reward", "kl_estimator", "entropy_coef")
 
 
 class Faults:
@@ -125,6 +126,8 @@ def settings_of(module: Any, micro_batch_size: int) -> dict[str, Any]:
         "max_new_tokens": module.sampler.max_new_tokens,
         "temperature": module.sampler.temperature,
         "micro_batch_size": micro_batch_size,
+        "micro_batch_tokens": module.micro_batch_tokens,
+        "critic": module.critic is not None,
         "attributes": {name: getattr(module, name) for name in ATTRIBUTES},
         "precision": str(module.trainer.precision),
         "device": module.device.type,

@@ -97,3 +97,18 @@ def pack(
         target=wanted[counts],
         attend=PackedAttention(sequences, end, device),
     )
+
+
+def rows_of(row: Row, length: int) -> Tensor:
+    """The row of the batch that each token of a packed row belongs to, (N,) int64.
+
+    A prompt that rows share is the first of theirs.
+
+    Args:
+        row: From :func:`pack`, with every token of the texts wanted.
+        length: T, the columns of its completions.
+    """
+    # a token belongs to the first one of its text, from it on, that a token is predicted from
+    order = row.source.argsort(stable=True)
+    source, owners = row.source[order], row.target[order] // length
+    return owners[torch.searchsorted(source, torch.arange(row.ids.shape[1], device=source.device))]

@@ -3,7 +3,7 @@
 ``python train.py replay DUMP`` loads the weights and the tensors of the dump, runs the code of the
 update, and looks at everything in the order in which it is computed: weights, what the loss is
 computed from, the output of each part of the model, log-probs, ratio, losses, gradients. Leaves out
-the optimizer, which a fault does not reach.
+the optimizer, which a fault does not reach, and a critic, whose weights are in no dump.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.lora import LoRAConfig
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.objectives import Objective
+from gspo_lightning.packing import pack, rows_of
 from gspo_lightning.policy import PolicyConfig
 from gspo_lightning.rewards import RewardTerm
-from gspo_lightning.rollout import Rollout
+from gspo_lightning.rollout import Rollout, Samples
 from gspo_lightning.sampling import GroupSampler
 
 FOUND, ALL_FINITE = 0, 1  # exit codes
@@ -82,11 +84,11 @@ def load_dump(path: Path) -> dict[str, Any]:
 def build_module(dump: dict[str, Any], device: torch.device) -> GSPOModule:
     """The module of the run as far as the loss depends on it, with the weights of the dump."""
     settings = dump["settings"]
-    policy = dict(settings["policy"])
-    if policy["lora"] is not None:
-        policy["lora"] = LoRAConfig(**policy["lora"])
+    config = dict(settings["policy"])
+    if config["lora"] is not None:
+        config["lora"] = LoRAConfig(**config["lora"])
     module = GSPOModule(
-        PolicyConfig(**policy),
+        PolicyConfig(**config),
         {"none": RewardTerm(lambda rows, completions: [None] * len(completions))},
         GroupSampler(2, settings["max_new_tokens"], settings["temperature"]),
         Objective(**settings["objective"]),
@@ -96,8 +98,13 @@ def build_module(dump: dict[str, Any], device: torch.device) -> GSPOModule:
     module.configure_model()
     if settings["precision"] == "64-true":
         module.double()
-    module.policy.load_state_dict(dump["policy"])  # type: ignore[union-attr]
-    return module.to(device)
+    module.to(device)
+    policy: Any = module.policy
+    one = torch.ones(1, 1, dtype=torch.long, device=device)
+    with torch.no_grad():  # on sound weights, as in the run, it shows how the model can be run
+        completion_logprobs(policy.model, one, one.bool(), one, one.bool())
+    policy.load_state_dict(dump["policy"])
+    return module
 
 
 def replay(dump: dict[str, Any], device: torch.device) -> Looks:
@@ -112,21 +119,24 @@ def replay(dump: dict[str, Any], device: torch.device) -> Looks:
         looks.at(f"weight: {name}", parameter)
     for name in ("advantages", "old_logprobs", "ref_logprobs"):
         tensor = getattr(minibatch, name)
-        if tensor is not None and (module.kl_coef > 0 or name != "ref_logprobs"):
+        counts = module.kl_coef > 0 and not module.kl_in_reward
+        if tensor is not None and (counts or name != "ref_logprobs"):
             looks.at(name, tensor.masked_fill(~minibatch.mask, 0), lambda row: row)
-    size, done = dump["settings"]["micro_batch_size"], 0
+    settings = dump["settings"]
     trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     total = {name: torch.zeros_like(p) for name, p in trained.items()}
-    mixed = dump["settings"]["precision"] == "bf16-mixed"
-    for micro, part in zip(minibatch.micro_batches(size), weights.split(size), strict=True):
+    mixed = settings["precision"] == "bf16-mixed"
+    tokens = settings.get("micro_batch_tokens")
+    for index in minibatch.micro_batch_indices(settings["micro_batch_size"], tokens):
+        micro, part = minibatch.select(index), weights[index.to(device)]
+        own: list[int] = index.tolist()
         with (
-            watched(policy.model, looks, len(micro), done),
+            watched(policy.model, looks, micro, own),
             torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False),
         ):
             losses = module.losses(micro, part, dump["on_policy"])
-        own = lambda row, done=done: done + row  # noqa: E731 - a def here would be longer
-        looks.at("logprobs", losses.logprobs, own)
-        looks.at("ratio", losses.log_ratio.exp(), own)
+        looks.at("logprobs", losses.logprobs, own.__getitem__)
+        looks.at("ratio", losses.log_ratio.exp(), own.__getitem__)
         parts = {"policy": losses.policy.loss, "KL": losses.kl, "entropy": losses.entropy}
         for name, loss in parts.items():
             looks.at(f"{name} loss", loss)
@@ -134,7 +144,6 @@ def replay(dump: dict[str, Any], device: torch.device) -> Looks:
         for name, gradient in gradients(losses.total, trained):
             total[name] += gradient
             looks.at(f"gradient: {name}", total[name])
-        done += len(micro)
     looks.at("norm of the gradient", nn.utils.get_total_norm(list(total.values())))
     return looks
 
@@ -152,7 +161,7 @@ def gradients(loss: Tensor, parameters: dict[str, nn.Parameter]) -> list[tuple[s
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module, looks: Looks, rows: int, done: int) -> Iterator[None]:
+def watched(model: nn.Module, looks: Looks, micro: Samples, rows: list[int]) -> Iterator[None]:
     """Look at the output of every part of a model.
 
     Padding is looked at, too: attention reads it with weight 0, and 0 times NaN is NaN.
@@ -160,18 +169,24 @@ def watched(model: nn.Module, looks: Looks, rows: int, done: int) -> Iterator[No
     Args:
         model: A causal language model.
         looks: Where looks go.
-        rows: Sequences of this micro-batch.
-        done: Sequences before it.
+        micro: The sequences that it is run on.
+        rows: Their numbers in the mini-batch.
     """
+    packed = packed_rows(micro)
 
     def look(name: str, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.ndim:
             return
-        # a group's prompt is computed once, so that there may be fewer rows than sequences
-        group, rest = divmod(rows, len(tensor)) if len(tensor) else (0, 0)
-        row = None if rest or not group else lambda place: done + place * group
-        looks.at(f"output: {name}", tensor, row)
+        own: Callable[[int], int] | None = None
+        if tensor.shape[:2] == (1, len(packed)):  # all tokens one after the other
+            tensor, own = tensor[0], lambda place: rows[packed[place]]
+        elif tensor.ndim > 2 and len(tensor) == len(micro):
+            own = rows.__getitem__
+        elif tensor.ndim > 2 and len(tensor) * micro.group_size == len(micro):
+            # the prompts of groups, each computed once
+            own = lambda place: rows[place * micro.group_size]  # noqa: E731
+        looks.at(f"output: {name}", tensor, own)
 
     hooks = [
         part.register_forward_hook(lambda _, __, out, n=name: look(n, out))
@@ -184,9 +199,19 @@ def watched(model: nn.Module, looks: Looks, rows: int, done: int) -> Iterator[No
             hook.remove()
 
 
+def packed_rows(micro: Samples) -> list[int]:
+    """The row of each token where a micro-batch is packed, as ``logprobs`` packs it."""
+    context = micro.mask.flip(1).cumsum(1).flip(1) > 0
+    prompts = torch.where(micro.prompt_mask, micro.prompt_ids, 0)
+    packed = pack(prompts, micro.prompt_mask, micro.completion_ids, context, context)
+    return rows_of(packed, context.shape[1]).tolist() if context.any() else []
+
+
 def report(dump: dict[str, Any], looks: Looks) -> list[str]:
     """What was found, in a few lines."""
     lines = [f"recorded: {', '.join(dump['found'])} not finite"]
+    if dump["settings"].get("critic"):
+        lines.append("the run had a critic: its values, loss and gradient are not computed here")
     kinds: dict[str, list[Look]] = {}
     for look in looks.all:
         kinds.setdefault(look.name.partition(": ")[0], []).append(look)

@@ -124,7 +124,10 @@ MAY_IMPORT = {
         *("evaluation", "frozen", "health", "metrics", "optim", "policy", "rewards", "sampling"),
         *("memory", "overlap", "tally", "time_limit"),
     },
-    "replay": {"lora", "module", "objectives", "policy", "rewards", "rollout", "sampling"},
+    "replay": {
+        *("logprobs", "lora", "module", "objectives", "packing", "policy", "rewards", "rollout"),
+        "sampling",
+    },
     "guard_cost": {
         *("data", "faults", "module", "optim", "out_of_memory", "policy", "rewards", "sampling"),
     },

@@ -11,12 +11,14 @@ from fault_injection import INF, NAN, Inject, every
 from lightning.pytorch import Callback
 from tiny_run import make_trainer, run
 
+from gspo_lightning import replay as replay_file
+from gspo_lightning.critic import CriticConfig
 from gspo_lightning.frozen import ReferencePolicy
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.lora import LoRAConfig
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy import PolicyConfig
-from gspo_lightning.replay import Looks, load_dump, replay, watched
+from gspo_lightning.replay import Looks, load_dump, packed_rows, replay, watched
 from gspo_lightning.rewards import RewardTerm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -64,7 +66,7 @@ def found(lines):
 
 
 def test_an_overflow_in_the_model_is_named_with_its_layer_row_and_prompt(
-    tmp_path, model_dir, capsys
+    tmp_path, model_dir, capsys, caplog
 ):
     def overflow(model, _):
         mlp = model.model.layers[1].mlp
@@ -79,6 +81,7 @@ def test_an_overflow_in_the_model_is_named_with_its_layer_row_and_prompt(
     assert "row 0, prompt '" in row and "completion '" in row
     assert any(line.split()[:2] == ["weight", "finite"] for line in lines)
     assert any(line.split()[0] == "gradient" and "not finite" in line for line in lines)
+    assert not [r for r in caplog.records if "padded" in r.message]  # packed, as in the run
 
 
 def test_a_broken_weight_comes_before_what_it_does(tmp_path, model_dir, capsys):
@@ -188,6 +191,98 @@ def test_a_file_that_is_no_dump_is_one_line(tmp_path, capsys, content, message):
     assert err.startswith("error: " + message.replace("DUMP", str(path))) and err.count("\n") == 1
 
 
+def places(kwargs, ids):
+    """Where some tokens stand one after the other in a packed row."""
+    (row,) = kwargs["input_ids"].tolist()
+    return [start for start in range(len(row)) if row[start : start + len(ids)] == ids]
+
+
+@pytest.mark.parametrize("tokens", [None, 20])
+def test_a_token_of_a_packed_row_is_named_with_its_own_row(
+    tmp_path, model_dir, capsys, monkeypatch, tokens
+):
+    path = dump_of(tmp_path, model_dir, every([(0, 2)], "gradient"), micro_batch_tokens=tokens)
+    batch = load_dump(path)["minibatch"]
+    pairs = zip(batch["completion_ids"], batch["mask"], strict=True)
+    texts = [ids[keep].tolist() for ids, keep in pairs]
+    row = next(i for i in (3, 2, 5, 6) if len(texts[i]) == 6 and texts.count(texts[i]) == 1)
+    build, hits, passes = replay_file.build_module, [], []
+
+    def broken(dump, device):
+        module, found = build(dump, device), []
+
+        def begin(_, args, kwargs):
+            found[:] = [start + 2 for start in places(kwargs, texts[row][:-1])]
+            passes.append(len(kwargs["input_ids"][0]))
+            hits.extend(found)
+
+        def spoil(_, __, output):
+            for place in found:  # the third token of the completion
+                output[0, place, 1] = NAN
+
+        module.policy.model.register_forward_pre_hook(begin, with_kwargs=True)
+        module.policy.model.model.layers[0].mlp.down_proj.register_forward_hook(spoil)
+        return module
+
+    monkeypatch.setattr(replay_file, "build_module", broken)
+    code, lines = replayed(capsys, path)
+    assert code == 0 and len(hits) == 1 and hits[0] > 2
+    assert len(passes) == 1 if tokens is None else max(passes) <= tokens and len(passes) > 2
+    first, named = found(lines)
+    assert first.startswith(
+        "first that is not finite: output: model.layers.0.mlp.down_proj (NaN, 1 "
+    )
+    assert named.startswith(f"  row {row}, prompt ")
+
+
+def test_a_prompt_in_a_packed_row_is_named_with_the_first_row_of_its_group(make_rollout):
+    rollout = make_rollout()
+    owners = packed_rows(rollout)
+    lengths, prompts = rollout.mask.sum(1).tolist(), rollout.prompt_mask.sum(1).tolist()
+    expected = []
+    for first in (0, 3):
+        expected += [first] * prompts[first]
+        for row in range(first, first + 3):
+            expected += [row] * (lengths[row] - 1)  # nothing is predicted from the last token
+    assert owners == expected
+
+
+def test_a_budget_of_tokens_is_replayed_in_the_passes_of_the_run(tmp_path, model_dir, monkeypatch):
+    seen = []
+
+    def see(losses):
+        def watched(*args):
+            found = losses(*args)
+            seen.append((len(found.logprobs), found.total.item()))
+            return found
+
+        return watched
+
+    class See(Callback):
+        def on_train_start(self, trainer, module):
+            module.losses = see(module.losses)
+
+    inject = every([(0, 2)], "gradient")
+    path = dump_of(tmp_path, model_dir, inject, See(), micro_batch_tokens=20)
+    monkeypatch.setattr(GSPOModule, "losses", see(GSPOModule.losses))
+    run_saw = list(seen)
+    seen.clear()
+    assert replay(load_dump(path), torch.device("cpu")).first is None
+    assert len(seen) > 2 and seen == run_saw[-len(seen) :]
+
+
+@pytest.mark.parametrize("in_reward", [True, False])
+def test_a_critic_is_said_to_be_absent_and_its_kl_stays_out_of_the_loss(
+    tmp_path, model_dir, capsys, in_reward
+):
+    config = CriticConfig(kl_in_reward=in_reward)
+    options = {"critic": config, "advantages": "gae", "kl_coef": 1e39}  # the term is infinite
+    path = dump_of(tmp_path, model_dir, every([(0, 2)], "gradient"), **options)
+    _, lines = replayed(capsys, path)
+    assert lines[1] == ("the run had a critic: its values, loss and gradient are not computed here")
+    assert any(line.split()[:3] == ["KL", "loss", "finite"] for line in lines) == in_reward
+
+
 # --- where in a model ----------------------------------------------------------------------------
 
 
@@ -202,7 +297,7 @@ def first_output(make_model, make_rollout, shape, place):
         return output
 
     model.model.layers[0].mlp.register_forward_hook(broken)
-    with watched(model, looks, rows=6, done=4):
+    with watched(model, looks, rollout, rows=[4, 5, 6, 9, 7, 8]):
         completion_logprobs(
             model,
             rollout.prompt_ids,
@@ -215,9 +310,9 @@ def first_output(make_model, make_rollout, shape, place):
 
 
 def test_a_row_is_counted_over_the_whole_mini_batch(make_model, make_rollout):
-    # 6 rows behind 4 others; 5 positions: the last prompt token and four of the completion
+    # the fourth is row 9; 5 positions: the last prompt token and four of the completion
     first = first_output(make_model, make_rollout, (6, 5), (3, 1, 2))
-    assert first.name == "output: model.layers.0.mlp" and first.row == 4 + 3
+    assert first.name == "output: model.layers.0.mlp" and first.row == 9
     assert first.remark == "NaN, 1 of 480 values"
 
 
@@ -225,7 +320,7 @@ def test_in_a_prompt_that_a_group_shares_the_first_row_of_the_group_is_named(
     make_model, make_rollout
 ):
     first = first_output(make_model, make_rollout, (2, 3), (1, 2, 0))
-    assert first.name == "output: model.layers.0.mlp" and first.row == 4 + 3
+    assert first.name == "output: model.layers.0.mlp" and first.row == 9
 
 
 @pytest.mark.parametrize(("shape", "place"), [((2, 3), (1, 0)), ((6, 5), (2, 3))])
@@ -235,8 +330,9 @@ def test_padding_is_looked_at_because_attention_reads_it(make_model, make_rollou
     assert first.name == "output: model.layers.0.mlp"
 
 
-def test_an_output_whose_first_axis_is_no_batch_names_no_row():
+@pytest.mark.parametrize("shape", [(4, 2), (6, 2), (1, 99, 2)])
+def test_an_output_whose_first_axis_is_no_batch_names_no_row(make_rollout, shape):
     looks, router = Looks(), torch.nn.Linear(2, 2)
-    with watched(torch.nn.Sequential(router), looks, rows=6, done=0):
-        router(torch.full((4, 2), NAN))  # 4 positions
+    with watched(torch.nn.Sequential(router), looks, make_rollout(), rows=list(range(6))):
+        router(torch.full(shape, NAN))  # positions, or a row of them
     assert looks.first.name == "output: 0" and looks.first.row is None
