@@ -56,6 +56,7 @@ class CollectingModule(PolicyPasses):
         trained = samples
         if self.truncated == "mask":
             trained = replace(samples, mask=samples.mask & samples.finished[:, None])
+        self.sizes.cut = trained.micro_batch_indices  # what the policy's passes are cut from
         with self._phase("score"), Passes() as passes:
             # on other devices, and in other processes, rewards are made while the policy works
             apart = scores is None and self._rewards_apart()
@@ -89,8 +90,8 @@ class CollectingModule(PolicyPasses):
 
         def work() -> Tensor:
             with self._timed("values", self.device):
-                size = self.micro_batch_size or rows
-                return critic.old_values(self.policy.model, samples, size)  # type: ignore[union-attr]
+                limits = self.micro_batch_size or rows, self.micro_batch_tokens
+                return critic.old_values(self.policy.model, samples, *limits)  # type: ignore[union-attr]
 
         return self.sizes.fit(MICRO, rows, f"{self._rollout}, old values", work)
 

@@ -184,9 +184,13 @@ class Critic(nn.Module):
         return nn.functional.pad(values[..., 0], (0, samples.mask.shape[1] - length))
 
     @torch.no_grad()
-    def old_values(self, policy: Any, samples: Samples, size: int | None) -> Tensor:
-        """The values of a rollout before its updates, ``size`` completions at a time, (B, T)."""
-        return torch.cat([self(policy, part) for part in samples.micro_batches(size)])
+    def old_values(
+        self, policy: Any, samples: Samples, size: int | None, tokens: int | None = None
+    ) -> Tensor:
+        """The values of a rollout before its updates, (B, T), in pieces of limited size."""
+        pieces = samples.micro_batch_indices(size, tokens)
+        found = torch.cat([self(policy, samples.select(rows)) for rows in pieces])
+        return found[torch.cat(pieces).argsort().to(found.device)]
 
     def estimate(
         self,

@@ -28,7 +28,7 @@ from gspo_lightning.optim import (
     learning_rate_factor,
     set_learning_rate,
 )
-from gspo_lightning.out_of_memory import BatchSizes
+from gspo_lightning.out_of_memory import TOKENS, BatchSizes
 from gspo_lightning.policy import PolicyConfig, load_policy, load_tokenizer
 from gspo_lightning.rewards import (
     RewardTerm,
@@ -173,9 +173,10 @@ class GSPOModule(UpdatingModule):
         self.drop_flat_groups = drop_flat_groups
         self.max_draws = max_draws
         self.faults = Faults(max_faults)
-        owners = {MICRO: self, SAMPLED: sampler, REFERRED: reference}
+        # in this order: a checkpoint has the sizes without their names
+        owners = {MICRO: self, SAMPLED: sampler, REFERRED: reference, TOKENS: self}
         self.sizes = BatchSizes(
-            {k: o for k, o in owners.items() if hasattr(o, k.rpartition(".")[2])}
+            {k: o for k, o in owners.items() if hasattr(o, k.rpartition(".")[2])}, {MICRO: TOKENS}
         )
         self.tally = RolloutTally(rewards, count_names(rewards))
         self.health = Health(

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any, TypeVar
 
 import torch
 
+TOKENS = "micro_batch_tokens"
 Result = TypeVar("Result")
 
 
@@ -33,11 +34,18 @@ class BatchSizes:
 
     Args:
         owners: Which object has each setting; the last part of the name is its attribute there. A
-            value of None stands for all rows.
+            value of None stands for all rows, or for no limit on tokens.
+        tokens: By a setting that limits the rows of a pass, the one that limits its tokens.
+
+    Attributes:
+        cut: Cuts what is passed at present into pieces of limited rows and tokens, as
+            ``Samples.micro_batch_indices``; None where no limit on tokens is to be halved.
     """
 
-    def __init__(self, owners: Mapping[str, Any]) -> None:
+    def __init__(self, owners: Mapping[str, Any], tokens: Mapping[str, str] | None = None) -> None:
         self.owners = dict(owners)
+        self.tokens = dict(tokens or {})
+        self.cut: Callable[[int | None, int | None], Sequence[Sized]] | None = None
         self.start = self.now()
 
     def now(self) -> dict[str, int]:
@@ -72,7 +80,7 @@ class BatchSizes:
             self.halve(key, rows, what)
 
     def halve(self, key: str, rows: int, what: str) -> None:
-        """Give memory back, halve a size and say so.
+        """Give memory back, halve a size, or the limit on tokens if that decides, and say so.
 
         Raises:
             OutOfMemory: As ``fit``.
@@ -83,13 +91,28 @@ class BatchSizes:
         if key not in self.owners:
             raise OutOfMemory(f"out of memory in {what}, and there is no {key} to make smaller")
         size = min(self.now()[key] or rows, rows)
+        budget = self.tokens.get(key, "")
+        tokens = self.now().get(budget, 0)
+        if tokens and self.cut is not None:
+            pieces = self.cut(size, tokens)
+            if tokens == 1 or max(map(len, pieces)) <= 1:
+                raise OutOfMemory(
+                    f"out of memory in {what}, with one row at once ({key} {size}, {budget} "
+                    f"{tokens})"
+                )
+            if len(pieces) > len(self.cut(size, None)):  # it is tokens that bound the pass
+                less = tokens // 2
+                while less > 1 and len(self.cut(size, less)) <= len(pieces):  # all would stay
+                    less //= 2
+                return self._change(budget, tokens, less, what)
         if size <= 1:
             raise OutOfMemory(f"out of memory in {what}, with one row at once ({key} 1)")
-        self.set(key, size // 2)
-        warnings.warn(
-            f"out of memory in {what}: {key} {size} -> {size // 2} for the rest of the run",
-            stacklevel=2,
-        )
+        self._change(key, size, size // 2, what)
+
+    def _change(self, key: str, old: int, new: int, what: str) -> None:
+        self.set(key, new)
+        line = f"out of memory in {what}: {key} {old} -> {new} for the rest of the run"
+        warnings.warn(line, stacklevel=3)
 
     def state(self, now: Any) -> dict[str, Any]:
         """Plain values for a checkpoint; ``now`` has the sizes of each rank, in order."""

@@ -28,7 +28,7 @@ from gspo_lightning.objectives import (
     token_weights,
 )
 from gspo_lightning.old_logprobs import MICRO
-from gspo_lightning.out_of_memory import OutOfMemory, is_out_of_memory
+from gspo_lightning.out_of_memory import TOKENS, OutOfMemory, is_out_of_memory
 from gspo_lightning.policy import PolicyConfig
 from gspo_lightning.rollout import Rollout
 
@@ -192,18 +192,19 @@ class UpdatingModule(CollectingModule):
         """Raise an error again unless memory was short and the step can be done from its start."""
         if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
             raise error
-        size = self.micro_batch_size
+        key = MICRO if self.micro_batch_tokens is None else TOKENS
+        size = getattr(self, key)
         if self.moved:
             raise OutOfMemory(
-                f"out of memory in {self._place} (micro_batch_size {size}), after the first step "
-                "of the rollout, which cannot be repeated; continue from the last checkpoint with "
-                "a smaller model.init_args.micro_batch_size"
+                f"out of memory in {self._place} ({key} {size}), after the first step of the "
+                "rollout, which cannot be repeated; continue from the last checkpoint with a "
+                f"smaller model.init_args.{key}"
             ) from error
         if smaller is None or (self.synced and self.trainer.world_size > 1):
             # other ranks may have the half of a gradient that this one was sending
             raise OutOfMemory(
-                f"out of memory in {self._place} (micro_batch_size {size}), in a pass that other "
-                "ranks share; continue with a smaller model.init_args.micro_batch_size"
+                f"out of memory in {self._place} ({key} {size}), in a pass that other ranks "
+                f"share; continue with a smaller model.init_args.{key}"
             ) from error
 
     def losses(self, micro: Rollout, weights: Tensor, on_policy: bool) -> StepLosses:

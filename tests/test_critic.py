@@ -168,6 +168,42 @@ def test_advantages_are_per_token_and_whitened_over_the_rollout(tmp_path, model_
     assert (rollout.advantages[:, 0] != rollout.advantages[:, 1]).any()
 
 
+def test_old_values_are_made_within_a_budget_of_tokens(tmp_path, model_dir, monkeypatch):
+    forward, passes = Critic.forward, []
+
+    def see(self, policy, samples):
+        if not torch.is_grad_enabled():
+            passes.append(int((samples.mask.sum(1) + samples.prompt_mask.sum(1)).sum()))
+        return forward(self, policy, samples)
+
+    monkeypatch.setattr(Critic, "forward", see)
+    options = ppo(num_minibatches=1, sampler=GroupSampler(4, 6), micro_batch_tokens=20)
+    module, outputs = outputs_of(tmp_path, model_dir, 2, **options)
+    assert len(passes) > 8
+    rollout = outputs[-1]["rollout"]
+    passes.clear()
+    once = module.critic.old_values(module.policy.model, rollout, None)
+    cut = module.critic.old_values(module.policy.model, rollout, None, 20)
+    torch.testing.assert_close(cut[rollout.mask], once[rollout.mask], rtol=1e-4, atol=1e-5)
+    assert len({v.item() for v in once[rollout.mask]}) > len(rollout)  # rows can be told apart
+    # a shared prompt is counted once: at most 7 tokens of it, four times
+    assert len(passes) > 5 and max(passes[1:]) <= 20 + 3 * 7
+
+
+@pytest.mark.filterwarnings("ignore:out of memory in rollout 0, old values")
+def test_old_values_without_memory_halve_the_budget_of_tokens(tmp_path, model_dir, monkeypatch):
+    forward = Critic.forward
+
+    def tight(self, policy, samples):
+        if not torch.is_grad_enabled() and samples.mask.sum() > 12:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, policy, samples)
+
+    monkeypatch.setattr(Critic, "forward", tight)
+    module, _ = outputs_of(tmp_path, model_dir, 1, **ppo(num_minibatches=1, micro_batch_tokens=26))
+    assert module.micro_batch_tokens == 13 and module.micro_batch_size is None
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -1,6 +1,8 @@
 """Short memory: less at once, for the same gradient, or a stop in one line."""
 
 import weakref
+from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +16,7 @@ from gspo_lightning.checkpoint import RolloutCheckpoint
 from gspo_lightning.checkpoint_files import find_checkpoint
 from gspo_lightning.data import PromptData
 from gspo_lightning.frozen import ReferencePolicy
+from gspo_lightning.micro_batches import cut_rows
 from gspo_lightning.out_of_memory import BatchSizes, OutOfMemory, is_out_of_memory
 from gspo_lightning.sampling import GroupSampler
 
@@ -120,6 +123,76 @@ def test_the_second_micro_batch_may_fail_as_well_as_the_first(tmp_path, model_di
     monkeypatch.setattr(old_logprobs, "completion_logprobs", second_fails)
     found, _, module = ended(tmp_path, model_dir, micro_batch_size=4)
     assert module.micro_batch_size == 2 and same(found.tensors, expected.tensors)
+
+
+@pytest.fixture
+def tight_tokens(monkeypatch):
+    """Makes a pass of the policy fail above some completion tokens; lists the rows of each try."""
+
+    def limit(tokens):
+        forward, tries = old_logprobs.completion_logprobs, []
+
+        def tight(model, prompt_ids, prompt_mask, completion_ids, mask, **options):
+            fails = int(mask.sum()) > tokens
+            tries.append((mask.sum(1).tolist(), fails))
+            if fails:
+                raise CUDA
+            return forward(model, prompt_ids, prompt_mask, completion_ids, mask, **options)
+
+        monkeypatch.setattr(old_logprobs, "completion_logprobs", tight)
+        return tries
+
+    return limit
+
+
+@pytest.mark.filterwarnings(SHORT)
+def test_a_budget_of_tokens_is_halved_where_it_decides(tmp_path, model_dir, tight_tokens):
+    tries = tight_tokens(15)
+    found, _, module = ended(tmp_path, model_dir, micro_batch_tokens=40)
+    tokens = module.micro_batch_tokens
+    assert tokens in (20, 10) and module.micro_batch_size is None
+    assert 1 <= sum(fails for _, fails in tries) <= 2
+    expected, _, _ = ended(tmp_path, model_dir, micro_batch_tokens=tokens)
+    assert same(found.tensors, expected.tensors)
+
+
+@pytest.mark.filterwarnings(SHORT)
+@pytest.mark.parametrize("tokens", [48, 10_000])
+def test_no_retry_is_the_pass_that_failed(tmp_path, model_dir, tight_tokens, tokens):
+    # both limits are wide: what is halved must be what bounds the pass
+    tries = tight_tokens(7)
+    ended(tmp_path, model_dir, micro_batch_tokens=tokens, micro_batch_size=8)
+    failed = [rows for rows, fails in tries if fails]
+    assert len(failed) >= 2
+    assert all(len(a) > len(b) for a, b in pairwise(failed))
+
+
+def test_rows_are_halved_where_the_budget_of_tokens_does_not_decide(
+    tmp_path, model_dir, tight_tokens
+):
+    tight_tokens(30)
+    with pytest.warns(UserWarning, match=r"micro_batch_size 8 -> 4 for the rest"):
+        _, _, module = ended(tmp_path, model_dir, micro_batch_tokens=10_000)
+    assert module.micro_batch_tokens == 10_000 and module.micro_batch_size == 4
+
+
+def test_one_row_at_once_under_a_budget_is_the_end(tmp_path, model_dir, tight_tokens):
+    tries = tight_tokens(0)
+    message = r"with one row at once \(micro_batch_size 8, micro_batch_tokens 1\)"
+    with pytest.raises(OutOfMemory, match=message):
+        ended(tmp_path, model_dir, micro_batch_tokens=1)
+    assert len(tries) == 1
+
+
+def test_a_budget_that_changes_nothing_at_half_is_halved_until_it_does():
+    owner = SimpleNamespace(rows=None, tokens=64)
+    sizes = BatchSizes({"rows": owner, "tokens": owner}, {"rows": "tokens"})
+    sizes.cut = partial(cut_rows, [1] * 4, [59, 59, 9, 9], 1)
+    # rows of 60, 60 and twice 10 tokens: so they are cut at 64, and at 32, too
+    with pytest.warns(UserWarning, match="a test: tokens 64 -> 16 for the rest of the run"):
+        sizes.halve("rows", 4, "a test")
+    with pytest.raises(OutOfMemory, match=r"one row at once \(rows 4, tokens 16\)"):
+        sizes.halve("rows", 4, "a test")
 
 
 @pytest.mark.filterwarnings(SHORT)
