@@ -16,7 +16,7 @@ from torch import Tensor
 from gspo_lightning.group_decoder import GroupDecoder, NotDecodable, Wanted
 from gspo_lightning.plain_decoder import decode_plainly
 from gspo_lightning.rollout import PromptBatch, Samples, completion_mask
-from gspo_lightning.step_graphs import record_cuda_graph
+from gspo_lightning.step_graphs import cuda_graph_recorder
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,10 @@ class GroupSampler:
         batch_size: Completions decoded at once, which bounds the KV cache; ``None`` is all. It
             changes no completion, up to the rounding of the model's own matrix products.
         cuda_graphs: Record decode steps on a GPU and play them again, which saves launches where
-            the model is small; steps are then rounded up to few sizes. Off a GPU, or where a
-            recording fails, steps are computed one by one, and one line says so.
+            the model is small; steps are then rounded up to few sizes. Every rollout records anew,
+            two steps for each size that it meets, and keeps the logits of each until it ends. Off a
+            GPU, or where a recording fails, steps are computed one by one, and one line says so.
+            Not yet run on a GPU.
 
     Raises:
         ValueError: If a value is out of range.
@@ -137,10 +139,11 @@ class GroupSampler:
     def _decode(self, policy: Any, batch: PromptBatch, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids and log-probs, (B, T) each, by the engine that the model allows."""
         num_rows = min(self.batch_size or len(uniform), len(uniform))
-        record = record_cuda_graph if self.cuda_graphs else None
-        if record is not None and uniform.device.type != "cuda":
+        record = None
+        if self.cuda_graphs and uniform.device.type == "cuda":
+            record = cuda_graph_recorder()
+        elif self.cuda_graphs:
             self._tell(f"sampler.cuda_graphs: the policy is on {uniform.device}, without a GPU")
-            record = None
         prompts = zip(batch.prompt_ids, batch.prompt_mask, strict=True)
         wanted = Wanted(
             prompts=[ids[keep] for ids, keep in prompts],

@@ -29,22 +29,31 @@ def rounded(size: int, most: int) -> int:
     return min(-(-size // unit) * unit, most)
 
 
-def record_cuda_graph(step: Play) -> Play:
-    """Record a step on the current GPU; see ``torch.cuda.graph`` for what it may not do."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):  # what kernels set up on first use cannot be recorded
-        step()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = step()
+def cuda_graph_recorder() -> Callable[[Play], Play]:
+    """Makes recordings on the current GPU; see ``torch.cuda.graph`` for what they may not do.
 
-    def play() -> Tensor:
-        graph.replay()
-        return output
+    They share one pool of memory: only one plays at a time, each computes again whatever it reads
+    that is not kept outside, and its output is read before another plays.
+    """
+    pool = torch.cuda.graph_pool_handle()
 
-    return play
+    def record(step: Play) -> Play:
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):  # what kernels set up on first use cannot be recorded
+            step()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            output = step()
+
+        def play() -> Tensor:
+            graph.replay()
+            return output
+
+        return play
+
+    return record
 
 
 class StepGraphs:

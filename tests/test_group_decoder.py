@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from contextlib import nullcontext
 
 import peft
 import pytest
@@ -15,6 +16,7 @@ from gspo_lightning.group_attention import GroupAttention
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.policy import Policy
 from gspo_lightning.sampling import GroupSampler
+from gspo_lightning.step_graphs import cuda_graph_recorder
 
 ATTENTION = (
     *("qwen3", "llama", "gpt2", "gemma2", "mistral"),
@@ -358,6 +360,31 @@ def test_off_a_gpu_one_line_says_that_nothing_is_recorded(policy, caplog):
         assert_same(sampler.sample(policy, batch_of(PROMPTS), seed=7), expected)
     (line,) = (entry.message for entry in caplog.records)
     assert line == "sampler.cuda_graphs: the policy is on cpu, without a GPU"
+
+
+def test_all_graphs_of_a_rollout_share_one_pool_of_memory(monkeypatch):
+    pools, handles = [], iter(range(7, 99))
+
+    class Graph(nullcontext):
+        def replay(self):
+            played.append(self)
+
+    def begin(graph, pool=None):
+        pools.append(pool)
+        return graph
+
+    class Stream:
+        def wait_stream(self, _):
+            pass
+
+    fakes = {"graph_pool_handle": lambda: next(handles), "CUDAGraph": Graph, "graph": begin}
+    fakes |= {"Stream": Stream, "current_stream": Stream, "stream": nullcontext}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    record, played, steps = cuda_graph_recorder(), [], []
+    plays = [record(lambda: steps.append(0) or torch.ones(1)) for _ in range(3)]
+    assert pools == [7, 7, 7] and len(steps) == 6  # each is tried once before it is recorded
+    assert plays[1]() == 1 and len(played) == 1 and len(steps) == 6
 
 
 @pytest.mark.gpu
