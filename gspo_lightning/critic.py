@@ -1,7 +1,8 @@
 """The critic of PPO: a language model that says what reward to expect, one value per token.
 
 Decides what the critic is made of, where its values stand and which settings it needs. Trained with
-the policy, saved in checkpoints, never exported. Leaves out the maths (``gae``).
+the policy, saved in checkpoints, never exported. Leaves out the maths (``gae``) and how layers are
+run (``logprobs``: a group's prompt is read once, and rows are packed where that can be done).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from gspo_lightning.attention import open_attention
 from gspo_lightning.gae import (
     ValueLoss,
     check_unit_interval,
@@ -23,7 +25,7 @@ from gspo_lightning.gae import (
     value_loss,
     whiten,
 )
-from gspo_lightning.logprobs import forward_arguments
+from gspo_lightning.logprobs import layer_states
 from gspo_lightning.model_folder import check_model_folder, check_model_path, load_weights
 from gspo_lightning.policy import DTYPES, PolicyConfig, checkpoint_activations, disable_dropout
 from gspo_lightning.rollout import Rollout, Samples
@@ -155,33 +157,28 @@ class Critic(nn.Module):
             samples: B completions on the critic's device.
 
         Returns:
-            (B, T), float32 at least.
+            (B, T), float32 at least; 0 behind the last token that counts.
         """
         backbone = decoder(policy) if self.backbone is None else self.backbone
-        # a token before a selected one is context even if it does not count itself
-        context = samples.mask.flip(1).cumsum(1).flip(1) > 0
-        start = int(samples.prompt_mask.any(dim=0).int().argmax())  # padding that all rows share
-        length = max(1, int(context.any(dim=0).sum()))
-        seen = torch.cat([samples.prompt_mask[:, start:], context[:, : length - 1]], dim=1)
-        ids = torch.cat([samples.prompt_ids[:, start:], samples.completion_ids[:, : length - 1]], 1)
-        arguments: dict[str, Any] = {}
-        if "position_ids" in forward_arguments(backbone):
-            arguments["position_ids"] = (seen.long().cumsum(1) - 1).clamp(min=0)
-        states = backbone(
-            # any id may stand in the padding, also one without an embedding
-            input_ids=torch.where(seen, ids, 0),
-            attention_mask=seen.long(),
-            use_cache=False,
-            **arguments,
-        ).last_hidden_state[:, -length:]
+        states, target, _ = layer_states(
+            backbone,
+            samples.prompt_ids,
+            samples.prompt_mask,
+            samples.completion_ids,
+            samples.mask,
+            group_size=samples.group_size,
+        )
         # a value is compared with rewards of 1 to a few per cent: bfloat16 would round it away
         with torch.autocast(states.device.type, enabled=False):
             dtype = torch.promote_types(self.head.weight.dtype, torch.float32)
             head = self.head
             values = nn.functional.linear(
                 states.to(dtype), head.weight.to(dtype), head.bias.to(dtype)
-            )
-        return nn.functional.pad(values[..., 0], (0, samples.mask.shape[1] - length))
+            )[:, 0]
+        if len(target) == 0:  # zeros, but of a graph with all parameters
+            return (values.sum() * 0).expand(samples.mask.shape)
+        zeros = values.new_zeros(samples.mask.numel())
+        return zeros.index_copy(0, target, values).view(samples.mask.shape)
 
     @torch.no_grad()
     def old_values(
@@ -310,6 +307,7 @@ def load_critic(config: CriticConfig, policy_config: PolicyConfig, policy: Any) 
             "policy's tokens, so it must be a model with the same vocabulary"
         )
     disable_dropout(backbone)
+    open_attention(backbone)  # so that its rows are packed
     if policy_config.gradient_checkpointing:
         checkpoint_activations(backbone)
     backbone.train()  # dropout is off in either mode; checkpointing works in this one alone

@@ -19,7 +19,14 @@ from gspo_lightning.packed_attention import LAYERS, PREFIX
 from gspo_lightning.packing import Row, pack
 from gspo_lightning.padded import forward_arguments, run_padded, unwrapped
 
-__all__ = ["LogProbs", "States", "completion_logprobs", "forward_arguments", "predicting_states"]
+__all__ = [
+    "LogProbs",
+    "States",
+    "completion_logprobs",
+    "forward_arguments",
+    "layer_states",
+    "predicting_states",
+]
 
 LOG = logging.getLogger(__name__)
 PROBE = (4, 3)  # tokens of prompt and completion that a model is tried on
@@ -140,33 +147,78 @@ def predicting_states(
         One state for each wanted token. With no wanted token at all ``target`` is empty and
         ``states`` has one row, which keeps the graph.
     """
-    if group_size < 1 or len(mask) % group_size:
-        raise ValueError(f"group_size must divide the {len(mask)} rows, got {group_size}")
-    if not prompt_mask[:, -1].all():
-        raise ValueError("prompt_mask must end in True in every row: prompts are left-padded")
-    # a token before a wanted one is context even if it does not count itself
-    context = mask.flip(1).cumsum(1).flip(1) > 0
-    # any id may stand in the padding, also one without an embedding
-    completion_ids = torch.where(context, completion_ids, 0)
-    prompt_ids = torch.where(prompt_mask, prompt_ids, 0)
-
+    _check_batch(prompt_mask, mask, group_size)
+    context = _context(mask)
     head = _head(model, prompt_ids.device)
     catching: Any = nullcontext([]) if head is None else head.caught()
     packed = packed and _can_pack(model, prompt_ids.device)
+    batch = prompt_ids, prompt_mask, completion_ids, context, mask
     with catching as caught:
-        if packed:
-            row = pack(prompt_ids, prompt_mask, completion_ids, context, mask)
-            output, source, target = run_packed(model, row), row.source, row.target
-            columns = row.ids.shape[1]
-        else:
-            output, source, target, columns = run_padded(
-                model, prompt_ids, prompt_mask, completion_ids, context, mask, group_size
-            )
+        output, source, target, columns = _run(model, *batch, group_size, packed)
     states = caught[-1] if head is not None else output.logits
     states = states[:, -columns:].flatten(0, 1)
     if len(target) == 0:
         source = source.new_zeros(1)
     return States(states[source], target, head)
+
+
+def layer_states(
+    layers: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    mask: Tensor,
+    *,
+    group_size: int = 1,
+) -> States:
+    """Run layers without an output embedding, ``layers(...)`` returns ``.last_hidden_state``.
+
+    Arguments and errors are otherwise those of :func:`completion_logprobs`.
+
+    Returns:
+        As :func:`predicting_states`, but a state for each token up to the last wanted one of its
+        row, also for those that are not wanted themselves.
+    """
+    _check_batch(prompt_mask, mask, group_size)
+    context = _context(mask)
+    packed = _can_pack(layers, prompt_ids.device)
+    batch = prompt_ids, prompt_mask, completion_ids, context, context
+    output, source, target, columns = _run(layers, *batch, group_size, packed)
+    states = output.last_hidden_state[:, -columns:].flatten(0, 1)
+    return States(states[source if len(target) else source.new_zeros(1)], target, None)
+
+
+def _check_batch(prompt_mask: Tensor, mask: Tensor, group_size: int) -> None:
+    if group_size < 1 or len(mask) % group_size:
+        raise ValueError(f"group_size must divide the {len(mask)} rows, got {group_size}")
+    if not prompt_mask[:, -1].all():
+        raise ValueError("prompt_mask must end in True in every row: prompts are left-padded")
+
+
+def _context(mask: Tensor) -> Tensor:
+    # a token before a wanted one is context even if it does not count itself
+    return mask.flip(1).cumsum(1).flip(1) > 0
+
+
+def _run(
+    model: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    context: Tensor,
+    keep: Tensor,
+    group_size: int,
+    packed: bool,
+) -> tuple[Any, Tensor, Tensor, int]:
+    """What ``run_padded`` returns, or the same of a packed row."""
+    # any id may stand in the padding, also one without an embedding
+    completion_ids = torch.where(context, completion_ids, 0)
+    prompt_ids = torch.where(prompt_mask, prompt_ids, 0)
+    batch = prompt_ids, prompt_mask, completion_ids, context, keep
+    if not packed:
+        return run_padded(model, *batch, group_size)
+    row = pack(*batch)
+    return run_packed(model, row), row.source, row.target, row.ids.shape[1]
 
 
 def run_packed(model: nn.Module, row: Row, **options: Any) -> Any:

@@ -73,7 +73,7 @@ MAY_IMPORT = {
     "sampling": {"group_decoder", "plain_decoder", "rollout", "step_graphs"},
     "vllm_sampler": {"sampling", "rollout"},
     "classifier": {"policy"},
-    "critic": {"gae", "logprobs", "model_folder", "policy", "rollout"},
+    "critic": {"attention", "gae", "logprobs", "model_folder", "policy", "rollout"},
     "frozen": {
         *("attention", "classifier", "logprobs", "lora", "model_folder", "policy", "rollout"),
     },

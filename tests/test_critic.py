@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from test_module import Outputs, Steps
 from tiny_run import digits, make_module, make_trainer, run, write_prompts
 
+from gspo_lightning import logprobs
 from gspo_lightning.critic import Critic, CriticConfig, decoder, load_critic
 from gspo_lightning.data import PromptData
 from gspo_lightning.frozen import ReferencePolicy
@@ -63,8 +64,16 @@ def double_critic(path, backbone):
     return policy, critic
 
 
+@pytest.fixture(params=["packed", "padded"])
+def way(request, monkeypatch):
+    """Both ways in which layers are run."""
+    if request.param == "padded":
+        monkeypatch.setattr(logprobs, "_can_pack", lambda model, device: False)
+    return request.param
+
+
 @pytest.mark.parametrize("backbone", ["own", "policy"])
-def test_a_value_is_what_the_tokens_before_it_promise(gpt2_dir, make_rollout, backbone):
+def test_a_value_is_what_the_tokens_before_it_promise(gpt2_dir, make_rollout, backbone, way):
     """Against the bare hidden states of one unpadded row: V_t stands before token t."""
     policy, critic = double_critic(gpt2_dir, backbone)
     rollout = make_rollout()
@@ -80,7 +89,7 @@ def test_a_value_is_what_the_tokens_before_it_promise(gpt2_dir, make_rollout, ba
 
 @pytest.mark.parametrize("backbone", ["own", "policy"])
 def test_value_loss_and_gradient_are_the_same_for_every_padding_order_and_micro_batch(
-    gpt2_dir, make_rollout, backbone
+    gpt2_dir, make_rollout, backbone, way
 ):
     policy, critic = double_critic(gpt2_dir, backbone)
     rollout = make_rollout()
@@ -106,6 +115,33 @@ def test_value_loss_and_gradient_are_the_same_for_every_padding_order_and_micro_
     }
     for name, other in found.items():
         torch.testing.assert_close(other, whole, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("backbone", ["own", "policy"])
+def test_the_critic_reads_a_groups_prompt_once_and_no_padding(
+    model_dir, make_rollout, backbone, caplog
+):
+    policy, critic = double_critic(model_dir, backbone)
+    rollout, counts = make_rollout(), []
+    critic(policy.model, rollout)  # what its layers can do is tried once
+    layers = critic.backbone if backbone == "own" else policy.model.base_model
+    layers.register_forward_pre_hook(
+        lambda _, __, kwargs: counts.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    critic(policy.model, rollout)
+    prompts, lengths = rollout.prompt_mask.sum(1), rollout.mask.sum(1)
+    # nothing follows the last token of a completion
+    assert counts == [int(prompts[::3].sum() + (lengths - 1).sum())]
+    assert not [line for line in caplog.records if line.name.startswith("gspo_lightning")]
+
+
+def test_a_batch_without_a_token_has_no_values_but_a_graph(model_dir, make_rollout, way):
+    policy, critic = double_critic(model_dir, "own")
+    rollout = make_rollout()
+    values = critic(policy.model, replace(rollout, mask=torch.zeros_like(rollout.mask)))
+    assert values.shape == rollout.mask.shape and not values.any()
+    gradients = torch.autograd.grad(values.sum(), list(critic.parameters()))
+    assert len(gradients) > 10 and not any(g.any() for g in gradients)
 
 
 def padded(rollout):
