@@ -157,7 +157,7 @@ class Critic(nn.Module):
             samples: B completions on the critic's device.
 
         Returns:
-            (B, T), float32 at least; 0 behind the last token that counts.
+            (B, T), float32 at least, 0 under a False mask.
         """
         backbone = decoder(policy) if self.backbone is None else self.backbone
         states, target, _ = layer_states(

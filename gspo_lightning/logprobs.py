@@ -176,13 +176,12 @@ def layer_states(
     Arguments and errors are otherwise those of :func:`completion_logprobs`.
 
     Returns:
-        As :func:`predicting_states`, but a state for each token up to the last wanted one of its
-        row, also for those that are not wanted themselves.
+        As :func:`predicting_states`.
     """
     _check_batch(prompt_mask, mask, group_size)
     context = _context(mask)
     packed = _can_pack(layers, prompt_ids.device)
-    batch = prompt_ids, prompt_mask, completion_ids, context, context
+    batch = prompt_ids, prompt_mask, completion_ids, context, mask
     output, source, target, columns = _run(layers, *batch, group_size, packed)
     states = output.last_hidden_state[:, -columns:].flatten(0, 1)
     return States(states[source if len(target) else source.new_zeros(1)], target, None)
