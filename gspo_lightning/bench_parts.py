@@ -45,6 +45,7 @@ def add_loss_arguments(part: argparse.ArgumentParser) -> None:
     part.add_argument("--repeats", type=int, default=2)
     part.add_argument("--threads", type=int, default=1)
     part.add_argument("--way", choices=WAYS, help="measure this one here, JSON on the last line")
+    part.add_argument("--frozen", action="store_true", help="with it: the embedding is not trained")
 
 
 def loss(options: argparse.Namespace) -> int:
@@ -54,18 +55,21 @@ def loss(options: argparse.Namespace) -> int:
         return 0
     names = ("vocabulary", "hidden", "sequences", "tokens", "threads")
     arguments = [f"--{name}={getattr(options, name)}" for name in names]
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    kinds = [(way, frozen) for frozen in (True, False) for way in WAYS]
+    found: dict[tuple[str, bool], list[dict[str, float]]] = {kind: [] for kind in kinds}
     for repeat in range(options.repeats):
-        for way in WAYS:
+        for way, frozen in kinds:
             command = ["-m", "gspo_lightning.bench", "loss", f"--way={way}", *arguments]
-            found[way].append(in_process(command, options.threads))
-            seconds = found[way][-1]["cpu_seconds"]
-            say(f"[{repeat + 1}/{options.repeats}] {way}: {seconds:.2f} CPU s")
-    rows = [["log-probs", "CPU seconds", "peak MiB above start", "of which gradients"]]
-    for way, results in found.items():
+            command += ["--frozen"] if frozen else []
+            result = in_process(command, options.threads)
+            found[way, frozen].append(result)
+            say(f"[{repeat + 1}/{options.repeats}] {way}: {result['cpu_seconds']:.2f} CPU s")
+    rows = [["embedding", "log-probs", "CPU seconds", "peak MiB above start", "of which gradients"]]
+    for (way, frozen), results in found.items():
         middle = {name: median(result[name] for result in results) for name in results[0]}
         memory = (f"{middle[name]:,.0f}" for name in ("extra_mib", "gradients_mib"))
-        rows.append([way, number(middle["cpu_seconds"]), *memory])
+        kind = "frozen" if frozen else "trained"
+        rows.append([kind, way, number(middle["cpu_seconds"]), *memory])
     print(heading(options, []))
     print(table(rows))
     return 0
@@ -89,7 +93,8 @@ def measure_loss(options: argparse.Namespace) -> dict[str, float]:
         eos_token_id=1,
     )
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    parameters = list(model.parameters())
+    model.get_input_embeddings().weight.requires_grad_(not options.frozen)  # the head's, too
+    parameters = [p for p in model.parameters() if p.requires_grad]
     prompt = torch.randint(2, options.vocabulary, (1, 8)).expand(options.sequences, -1)
 
     def step(length: int) -> None:

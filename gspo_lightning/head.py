@@ -21,6 +21,7 @@ from gspo_lightning.linear_logprobs import LinearLogprobs, Logits
 
 CHUNK = 256  # tokens whose float32 logits exist at the same time; on a CPU more are no faster
 CHUNK_ELSEWHERE = 1024  # a GPU is only busy with larger products
+CHUNK_BYTES = 2**27  # of a chunk's logits on a CPU at most: large vocabularies take fewer tokens
 
 
 class Head:
@@ -160,12 +161,14 @@ def token_logprobs(
         temperature: Divides the logits.
         with_entropy: Whether to return the entropy.
         chunk_size: Tokens whose float32 logits exist at the same time; ``None`` is 256 on a CPU
-            and 1024 elsewhere.
+            (fewer where they take more than 128 MiB) and 1024 elsewhere.
 
     Returns:
         (n,) and (n,) or None, nats, float32 (float64 for a float64 model).
     """
-    size = chunk_size or (CHUNK if states.device.type == "cpu" else CHUNK_ELSEWHERE)
+    vocabulary = states.shape[-1] if head is None else head.embedding.weight.shape[0]  # type: ignore[union-attr, index]
+    here = max(1, min(CHUNK, CHUNK_BYTES // (4 * int(vocabulary))))
+    size = chunk_size or (here if states.device.type == "cpu" else CHUNK_ELSEWHERE)
     if head is not None and _is_plain(head.embedding):
         weight, bias = head.embedding.weight, head.embedding.bias
         logprobs, entropy = LinearLogprobs.apply(
