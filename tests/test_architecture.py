@@ -80,7 +80,7 @@ MAY_IMPORT = {
     "health_rules": {"objectives"},
     "health": {"health_rules", "objectives"},
     "report": {"metrics"},
-    "faults": {"checkpoint", "rollout"},
+    "faults": {"checkpoint_io", "rollout"},
     "tally": {"advantages", "gae", "kl", "masked", "metrics", "objectives", "rollout"},
     "callbacks": {"kl", "metrics", "policy", "report", "rollout"},
     "predictions": {"callbacks"},

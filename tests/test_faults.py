@@ -145,15 +145,28 @@ def test_the_newest_dumps_are_kept(tmp_path, model_dir):
     assert names == [f"rollout=00000{i}-step=001-rank0.pt" for i in (2, 3, 4)]
 
 
-def test_a_full_disk_costs_the_dump_and_not_the_run(tmp_path, model_dir, monkeypatch):
-    def full(*_):
+def full_disk(tmp_path, monkeypatch):
+    def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gspo_lightning.faults.AtomicCheckpointIO.save_checkpoint", full)
+    monkeypatch.setattr(os, "fsync", full)
+
+
+def file_in_the_way(tmp_path, monkeypatch):
+    (tmp_path / "faults").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("disk", "reason"), [(full_disk, "No space left"), (file_in_the_way, "File exists")]
+)
+def test_a_disk_that_refuses_costs_the_dump_and_not_the_run(
+    tmp_path, model_dir, monkeypatch, disk, reason
+):
+    disk(tmp_path, monkeypatch)
     with pytest.warns(UserWarning) as said:
         final_state(tmp_path, model_dir, every([(0, 1)], "loss"))
     lines = messages(said)
-    assert "could not be written" in lines[0] and "No space left" in lines[0]
+    assert "could not be written" in lines[0] and reason in lines[0]
     assert len(lines) == 2 and "replay" not in lines[1]
 
 
