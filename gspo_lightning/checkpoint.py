@@ -7,7 +7,6 @@ files stay. Leaves out names and choice of files (`checkpoint_files`), the way o
 """
 
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from gspo_lightning.checkpoint_files import BEST, FOLDER, checkpoint_number, list_checkpoints
-from gspo_lightning.checkpoint_io import AtomicCheckpointIO
+from gspo_lightning.checkpoint_io import AtomicCheckpointIO, write_text
 from gspo_lightning.event_files import cut_event_files, event_file_sizes
 from gspo_lightning.fingerprints import collect, differences, refuse_changes
 from gspo_lightning.signals import StopSignals
@@ -206,9 +205,8 @@ class RolloutCheckpoint(Checkpoint):
         if self.monitor is None or not self._best:
             return
         kept = [{"file": _file_name(n), self.monitor: value} for value, n in self._best]
-        temporary = folder / f".{BEST}.{os.getpid()}.tmp"
-        temporary.write_text(yaml.safe_dump({"mode": self.mode, "kept": kept}, sort_keys=False))
-        os.replace(temporary, folder / BEST)
+        text = yaml.safe_dump({"mode": self.mode, "kept": kept}, sort_keys=False)
+        write_text(folder / BEST, text)
 
     # ---- continuing -----------------------------------------------------------------------------
 
