@@ -2,7 +2,7 @@
 
 Decides what an error of a reward function is (it raises, or gives another number of values than
 there are completions, something that is no number, or an infinite number; ``None`` and NaN are
-answers) and what becomes of it. Leaves out sums and shaping (``rewards``) and time limits
+answers, and a device without memory is no error of the function's) and what becomes of it. Leaves out sums and shaping (``rewards``) and time limits
 (``time_limit``).
 """
 
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from gspo_lightning.out_of_memory import OutOfMemory, is_out_of_memory
 
 RewardFn = Callable[[list[dict], list[str]], Sequence[float | None]]
 
@@ -111,7 +113,11 @@ def call(
 
 
 def _attempt(name: str, fn: RewardFn, rows: list[dict], completions: list[str]) -> Called:
-    """Call once; values are NaN where they are of no use, and all lost if there is no list."""
+    """Call once; values are NaN where they are of no use, and all lost if there is no list.
+
+    Raises:
+        OutOfMemory: If a device has no memory left, whatever the policy: no completion is to blame.
+    """
     size = len(completions)
     try:
         given: Any = fn(rows, completions)
@@ -119,6 +125,12 @@ def _attempt(name: str, fn: RewardFn, rows: list[dict], completions: list[str]) 
             raise TypeError(f"gave {type(given).__name__} instead of a list of numbers")
         values = list(given)
     except Exception as error:
+        # a MemoryError of Python comes of the text, such as a number too long, not of the machine
+        if is_out_of_memory(error) and not isinstance(error, MemoryError):
+            if isinstance(error, OutOfMemory):
+                raise
+            first = str(error).strip().partition("\n")[0][:160]
+            raise OutOfMemory(f"out of memory in reward {name!r}: {first}") from error
         frame = traceback.extract_tb(error.__traceback__)[-1]
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         text = " ".join(str(error).split())[:160]

@@ -56,7 +56,7 @@ MAY_IMPORT = {
         *("checkpoint_files", "checkpoint_io", "fingerprints", "provenance", "terminal_log"),
     },
     "shaping": set(),
-    "reward_calls": set(),
+    "reward_calls": {"out_of_memory"},
     "rewards": {"reward_calls", "shaping"},
     "text_rewards": {"rewards"},
     "verifiers": set(),
@@ -72,7 +72,7 @@ MAY_IMPORT = {
     "plain_decoder": {"drawing", "logprobs"},
     "sampling": {"group_decoder", "plain_decoder", "rollout", "step_graphs"},
     "vllm_sampler": {"sampling", "rollout"},
-    "classifier": {"policy"},
+    "classifier": {"out_of_memory", "policy"},
     "critic": {"attention", "gae", "logprobs", "model_folder", "policy", "rollout"},
     "frozen": {
         *("attention", "classifier", "logprobs", "lora", "model_folder", "policy", "rollout"),
