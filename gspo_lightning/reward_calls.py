@@ -1,9 +1,9 @@
 """Call a reward function: check what it gives, call it again, or leave out what it cannot score.
 
-Decides what an error of a reward function is (it raises, or gives another number of values than
-there are completions, something that is no number, or an infinite number; ``None`` and NaN are
-answers, and a device without memory is no error of the function's) and what becomes of it. Leaves out sums and shaping (``rewards``) and time limits
-(``time_limit``).
+Decides what an error of a reward function is (it raises, gives another number of values than there
+are completions, something that is no number, an infinite number, or an exception in a number's
+place; ``None`` and NaN are answers, and a device without memory is nobody's fault) and what becomes
+of it. Leaves out sums and shaping (``rewards``) and time limits (``time_limit``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from gspo_lightning.out_of_memory import OutOfMemory, is_out_of_memory
 
-RewardFn = Callable[[list[dict], list[str]], Sequence[float | None]]
+RewardFn = Callable[[list[dict], list[str]], Sequence[float | Exception | None]]
 
 PAUSE_SECONDS = 1.0  # before the first further call; twice as long before each one after it
 LARGEST = torch.finfo(torch.float32).max  # rewards become float32
@@ -155,6 +155,11 @@ def _attempt(name: str, fn: RewardFn, rows: list[dict], completions: list[str]) 
 
 def _number(name: str, value: Any, completion: str, row: int) -> float | RewardError | None:
     """A value as a number, or what is wrong with it."""
+    if isinstance(value, Exception):  # what happened to this completion alone
+        text = f"reward {name!r} failed: {value}; for the completion {completion[:80]!r}"
+        problem = RewardError(text, name, row)
+        problem.__cause__ = value
+        return problem
     try:
         number = None if value is None else float(value)
     except Exception as error:  # float() of tensors and arrays raises many kinds

@@ -288,9 +288,8 @@ def test_the_halving_of_a_reward_model_is_one_line(tmp_path, model_dir, taste):
     with pytest.warns(UserWarning, match="out of memory") as said:
         ended(tmp_path, model_dir, rewards={"taste": RewardTerm(model)})
     lines = [str(w.message) for w in said if "LeafSpec" not in str(w.message)]
-    assert lines == [
-        f"out of memory in the reward model {model.path}: batch_size 16 -> 8 for the rest of the run"
-    ]
+    change = "batch_size 16 -> 8 for the rest of the run"
+    assert lines == [f"out of memory in the reward model {model.path}: {change}"]
 
 
 @pytest.mark.filterwarnings("ignore:out of memory in the reward model")
