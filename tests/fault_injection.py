@@ -97,6 +97,28 @@ class Later(Callback):
             next(module.policy.parameters()).grad.fill_(NAN)
 
 
+class BrokenReward:
+    """A reward function whose value for one row is another in chosen rollouts.
+
+    Args:
+        fn: The function; called once a rollout.
+        at: What is put there, by (rollout, row).
+    """
+
+    def __init__(self, fn, at):
+        self.fn, self.at = fn, at
+        self.rollouts = self.tried = 0
+
+    def __call__(self, rows, completions):
+        values = self.fn(rows, completions)
+        for (rollout, row), value in self.at.items():
+            if rollout == self.rollouts:
+                values[row] = value
+                self.tried += 1
+        self.rollouts += 1
+        return values
+
+
 def every(steps, kind, value=NAN):
     """The same fault at several steps."""
     return Inject(dict.fromkeys(steps, (kind, value)))
@@ -112,3 +134,5 @@ PLACES = {
     "loss": (NAN, INF),
     "gradient": (NAN, INF),
 }
+# no step is lost by these, but a row, or by `on_error: stop` the run; see `BrokenReward`
+REWARDS = (NAN, INF, -INF)

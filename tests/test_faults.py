@@ -1,17 +1,19 @@
 """NaN and infinities in an optimizer step: skipped, counted, written down, and where a run ends."""
 
+import math
 import os
 import warnings
 
 import pytest
 import torch
-from fault_injection import INF, NAN, PLACES, Inject, every
+from fault_injection import INF, NAN, PLACES, REWARDS, BrokenReward, Inject, every
 from lightning.pytorch import Callback
 from test_module import Outputs
-from tiny_run import make_module, run
+from tiny_run import digits, make_module, run
 
 from gspo_lightning.faults import Faults
 from gspo_lightning.frozen import ReferencePolicy
+from gspo_lightning.rewards import RewardError, RewardTerm
 from gspo_lightning.tally import RolloutTally
 
 FAULT = r"ignore:rollout \d+, optimizer step \d+. .* not finite"
@@ -54,6 +56,33 @@ def test_every_place_of_a_nan_costs_one_step_and_no_bit_of_the_others(tmp_path, 
     figures = {"tried": inject.tried, "survived": len(rollouts), "lost": sum(lost)}
     assert figures == {"tried": 16, "survived": 16, "lost": 16}  # of 32 steps
     assert lost == [1] * 16 and same(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:1 of 16 completions get no reward")
+def test_a_reward_that_is_not_finite_costs_its_row_and_no_step(tmp_path, model_dir):
+    broken = BrokenReward(digits, {(2 * i, 5): value for i, value in enumerate(REWARDS)})
+    rewards = {"digits": RewardTerm(broken, on_error="skip")}
+    found, rollouts = final_state(tmp_path, model_dir, Inject({}), 6, rewards=rewards)
+    metrics = [r["metrics"] for r in rollouts]
+    lost = {name: [m[name] for m in metrics] for name in ("optim/faults", "optim/skipped_steps")}
+    figures = {"tried": broken.tried, "survived": len(rollouts), "lost": lost}
+    assert figures == {"tried": 3, "survived": 6, "lost": dict.fromkeys(lost, [0.0] * 6)}
+    assert [m["reward/missing"] for m in metrics] == [1, 0, 1, 0, 1, 0]
+    assert [m["reward/digits_errors"] for m in metrics] == [0, 0, 1, 0, 1, 0]  # NaN is an answer
+    for r in rollouts[::2]:
+        advantages = r["rollout"].advantages[:, 0]
+        assert advantages[5] == 0 and advantages[4:8].sum().abs() < 1e-5  # the others' own mean
+    assert all(torch.isfinite(tensor).all() for tensor in found)
+    assert all(math.isfinite(value) for m in metrics for value in m.values())
+
+
+@pytest.mark.parametrize("value", REWARDS[1:])
+def test_an_infinite_reward_ends_a_run_that_is_to_stop_before_a_step(tmp_path, model_dir, value):
+    broken, keep = BrokenReward(digits, {(1, 5): value}), Outputs()
+    rewards = {"digits": RewardTerm(broken)}
+    with pytest.raises(RewardError, match=f"reward 'digits' gave {value} for the completion"):
+        run(tmp_path, model_dir, 3, [keep], rewards=rewards)
+    assert broken.tried == 1 and len(keep.all) == 1
 
 
 @pytest.mark.filterwarnings(FAULT)
