@@ -129,8 +129,8 @@ def _attempt(name: str, fn: RewardFn, rows: list[dict], completions: list[str]) 
         if is_out_of_memory(error) and not isinstance(error, MemoryError):
             if isinstance(error, OutOfMemory):
                 raise
-            first = str(error).strip().partition("\n")[0][:160]
-            raise OutOfMemory(f"out of memory in reward {name!r}: {first}") from error
+            line = str(error).strip().partition("\n")[0][:160]
+            raise OutOfMemory(f"out of memory in reward {name!r}: {line}") from error
         frame = traceback.extract_tb(error.__traceback__)[-1]
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         text = " ".join(str(error).split())[:160]

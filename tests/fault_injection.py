@@ -81,7 +81,7 @@ class Later(Callback):
 
     Args:
         first: The first rollout that is broken.
-        kind: "gradient", or "weights".
+        kind: "gradient", "weights" before the rollout, or "moved" weights after its steps.
     """
 
     def __init__(self, first: int, kind: str):
@@ -91,6 +91,11 @@ class Later(Callback):
         if self.kind == "weights" and batch_idx == self.first:
             with torch.no_grad():
                 next(module.policy.parameters()).fill_(NAN)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if self.kind == "moved" and batch_idx == self.first:
+            with torch.no_grad():
+                next(module.policy.parameters())[-1, -1] = INF
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         if self.kind == "gradient" and trainer.fit_loop.total_batch_idx >= self.first:
