@@ -148,7 +148,8 @@ MAY_IMPORT = {
     "bench_report": {"bench_limits"},
     "bench_runs": set(),
     "bench_parts": {
-        *("bench_report", "bench_runs", "bench_worker", "checkpoint", "cli", "data", "logprobs"),
+        *("bench_report", "bench_runs", "bench_worker", "cli", "data", "logprobs"),
+        *("checkpoint", "checkpoint_files", "checkpoint_io"),
         *("memory", "module", "policy", "rewards", "sampling"),
     },
     "bench_scaling": {"bench_report", "bench_runs"},
