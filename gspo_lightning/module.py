@@ -175,7 +175,6 @@ class GSPOModule(UpdatingModule):
         self.faults = Faults(max_faults)
         terms = {f"model.rewards.{name}.fn": term.fn for name, term in rewards.items()}
         models = {key: fn for key, fn in terms.items() if isinstance(fn, RewardModel)}
-        # in this order: a checkpoint has the sizes without their names
         owners = {MICRO: self, SAMPLED: sampler, REFERRED: reference, TOKENS: self}
         owners |= {f"{key}.batch_size": model for key, model in models.items()}
         self.sizes = BatchSizes(

@@ -408,6 +408,15 @@ def test_a_continued_run_keeps_the_size_of_a_reward_model(tmp_path, model_dir, t
     assert model.batch_size == 4
 
 
+def test_sizes_of_a_checkpoint_find_their_owners_where_one_is_gone():
+    one, gone, other = (SimpleNamespace(size=size) for size in (None, 32, 16))
+    sizes = BatchSizes({"one.size": one, "gone.size": gone, "other.size": other})
+    state = sizes.state([[8, 4, 2]])
+    one, new, other = (SimpleNamespace(size=size) for size in (None, 64, 16))
+    BatchSizes({"one.size": one, "other.size": other, "new.size": new}).load(state, 0)
+    assert (one.size, other.size, new.size) == (8, 2, 64)
+
+
 def test_a_new_setting_wins_over_the_size_of_a_checkpoint():
     before = SimpleNamespace(size=None)
     sizes = BatchSizes({"size": before})
