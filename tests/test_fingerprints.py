@@ -163,9 +163,11 @@ def test_another_rule_of_the_kl_coefficient_makes_it_another_run(copied, capsys)
     assert train.main(command) == 0
     last = [*command, "--ckpt_path=last", "--data.num_rollouts=2"]
     for change, line in [
-        ({"target": 5.0}, "AdaptiveKL.rule.target 0.12 -> 5.0"),
-        ({"warmup": 0}, "AdaptiveKL.warmup 5 -> 0"),
-        ({"initial": 0.3}, "AdaptiveKL.initial 0.2 -> 0.3"),
+        (
+            {"target": 5.0, "warmup": 0, "initial": 0.3},
+            "AdaptiveKL.initial 0.2 -> 0.3; AdaptiveKL.rule.target 0.12 -> 5.0; AdaptiveKL.warmup "
+            "5 -> 0",
+        ),
         ({"rule": "ProportionalKL"}, 'AdaptiveKL.rule "MultiplicativeKL" -> "ProportionalKL"'),
     ]:
         adaptive(**change)
