@@ -5,7 +5,7 @@ python -m gspo_lightning.bench --table groups         another table; or --cases 
 python -m gspo_lightning.bench --quick                does it run at all? half a minute
 python -m gspo_lightning.bench scaling                curves over group, prompt, completion, batch
 python -m gspo_lightning.bench loss                   log-probs against full logits
-python -m gspo_lightning.bench checkpoint             seconds to write a checkpoint of the demo
+python -m gspo_lightning.bench checkpoint             seconds to write a checkpoint and to go on
 
 A case is MODEL/PROMPT/LENGTH/GROUP, `/kl` behind it for a reference policy: the model's size (S, M,
 0.6B), the longest prompt in tokens (the shortest is 5/8 of it), `geo` for completions whose lengths
@@ -76,7 +76,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_run_arguments(part)
     part = command("loss", bench_parts.loss, "log-probs and their gradient against full logits")
     bench_parts.add_loss_arguments(part)
-    part = command("checkpoint", bench_parts.checkpoint, "seconds to write a checkpoint")
+    part = command("checkpoint", bench_parts.checkpoint, "seconds to write one, to go on from it")
     bench_parts.add_checkpoint_arguments(part)
     part = command("worker", bench_worker.print_run, "one run, JSON on the last line")
     bench_worker.add_arguments(part)

@@ -1,4 +1,4 @@
-"""Parts measured by themselves: log-probs under a large vocabulary, writing a checkpoint.
+"""Parts measured by themselves: log-probs under a large vocabulary, checkpoints and continuing.
 
 Decides what they are compared with: log-probs with the plain way, a log-softmax over the logits of
 all positions. Leaves out whole RL steps (``bench_worker``).
@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -22,7 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gspo_lightning.bench_report import number, table
 from gspo_lightning.bench_runs import heading, in_process, say
 from gspo_lightning.bench_worker import letters_a_to_m, resident
-from gspo_lightning.checkpoint import AtomicCheckpointIO
+from gspo_lightning.checkpoint import RolloutCheckpoint
+from gspo_lightning.checkpoint_files import find_checkpoint
+from gspo_lightning.checkpoint_io import AtomicCheckpointIO
 from gspo_lightning.cli import quiet
 from gspo_lightning.data import PromptData
 from gspo_lightning.logprobs import completion_logprobs
@@ -140,38 +142,84 @@ def add_checkpoint_arguments(part: argparse.ArgumentParser) -> None:
     part.add_argument("--model", default=str(DEMO / "policy"))
     part.add_argument("--prompts", default=str(DEMO / "train.jsonl"))
     part.add_argument("--writes", type=int, default=20)
+    part.add_argument("--starts", type=int, default=5, help="fresh and continued, in turn")
     part.add_argument("--threads", type=int, default=1)
 
 
 def checkpoint(options: argparse.Namespace) -> int:
-    """Seconds to write a checkpoint, optimizer state included, through to the disk."""
+    """Seconds to write a checkpoint, through to the disk, and to start with one or without."""
     torch.set_num_threads(options.threads)
+    writes = Writes(options.writes)
+    pairs: list[tuple[Clocks, Clocks]] = []
+    with tempfile.TemporaryDirectory(dir=".") as folder, quiet():  # not /tmp, often memory
+        short_run(options, Path(folder), [writes])
+        for turn in range(options.starts):
+            own = Path(folder, str(turn))
+            fresh = short_run(options, own, [RolloutCheckpoint(1)])
+            pairs.append((fresh, short_run(options, own, [RolloutCheckpoint(1)], "last")))
+    milliseconds = [1000 * seconds for seconds in writes.seconds]
+    cells = [writes.size / 1e6, median(milliseconds), max(milliseconds), 1000 * writes.cpu]
+    rows = [["checkpoint MB", "median ms", "longest ms", "CPU ms"], [number(c) for c in cells]]
+    print(heading(options, []))
+    print(table(rows))
+    if pairs:
+        print("\n" + table(starts(pairs)))
+    return 0
+
+
+def starts(pairs: list[tuple[Clocks, Clocks]]) -> list[list[str]]:
+    """Rows of a table: fresh and continued starts, medians, and the median of their ratios."""
+    fresh, continued = zip(*pairs, strict=True)
+    ratios = [[b / a for a, b in zip(*pair, strict=True)] for pair in pairs]
+    rows = [["from nothing to the first rollout", "seconds", "CPU seconds"]]
+    for name, found in {"fresh": fresh, "continued": continued, "ratio": ratios}.items():
+        rows.append([name, *(number(median(clock)) for clock in zip(*found, strict=True))])
+    return rows
+
+
+def short_run(
+    options: argparse.Namespace, folder: Path, callbacks: list[Callback], ckpt: str | None = None
+) -> Clocks:
+    """One rollout of a run, the first or the next one; how long it took until it began."""
+    start, begun = Clocks(time.perf_counter(), time.process_time()), Begun()
     seed_everything(0, verbose=False)
     module = GSPOModule(
         PolicyConfig(options.model),
         rewards={"letters": RewardTerm(letters_a_to_m)},
         sampler=GroupSampler(group_size=4, max_new_tokens=8),
     )
-    writes = Writes(options.writes)
-    with tempfile.TemporaryDirectory(dir=".") as folder, quiet():  # not /tmp, often memory
-        trainer = Trainer(
-            default_root_dir=folder,
-            accelerator="cpu",
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            plugins=[AtomicCheckpointIO()],
-            callbacks=[writes],
-        )
-        trainer.fit(module, PromptData(options.prompts, prompts_per_rollout=4, num_rollouts=1))
-    rows = [["checkpoint MB", "median ms", "longest ms", "CPU ms"]]
-    milliseconds = [1000 * seconds for seconds in writes.seconds]
-    cells = [writes.size / 1e6, median(milliseconds), max(milliseconds), 1000 * writes.cpu]
-    print(heading(options, []))
-    print(table([*rows, [number(cell) for cell in cells]]))
-    return 0
+    trainer = Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=any(isinstance(c, RolloutCheckpoint) for c in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[begun, *callbacks],
+    )
+    rollouts = 1 if ckpt is None else 2
+    data = PromptData(options.prompts, prompts_per_rollout=4, num_rollouts=rollouts)
+    path = find_checkpoint(folder, ckpt)
+    trainer.fit(module, data, ckpt_path=path, weights_only=True if path else None)
+    assert begun.rollout == rollouts
+    return Clocks(begun.at.wall - start.wall, begun.at.cpu - start.cpu)
+
+
+class Clocks(NamedTuple):
+    """Seconds."""
+
+    wall: float
+    cpu: float
+
+
+class Begun(Callback):
+    """Reads the clocks when the first rollout of a run begins, and says which one that was."""
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        self.at = Clocks(time.perf_counter(), time.process_time())
+        self.rollout = trainer.fit_loop.total_batch_idx + 1
 
 
 class Writes(Callback):

@@ -78,9 +78,8 @@ class AdaptiveKL(Callback):
         if not (initial > 0 and math.isfinite(initial)):
             raise ValueError(f"initial must be finite and > 0, got {initial}")
         check_at_least(0, warmup=warmup)
-        self.rule = rule
-        self.warmup = warmup
-        self.coef = float(initial)
+        self.rule, self.initial, self.warmup = rule, float(initial), warmup
+        self.coef = self.initial
         self.rollouts_seen = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -101,8 +100,7 @@ class AdaptiveKL(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         pl_module.kl_coef = self.coef
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        pl_module.kl_coef = self.coef  # sharded strategies load the checkpoint after on_fit_start
+    on_train_start = on_fit_start  # sharded strategies load the checkpoint between the two
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
         # absent where no token of the rollout trains (all of them truncated): nothing to learn from
@@ -115,12 +113,16 @@ class AdaptiveKL(Callback):
         self.rollouts_seen += 1
         pl_module.kl_coef = self.coef
 
+    def fingerprints(self) -> dict[str, Any]:
+        """The rule, which is part of the mathematics: another one would make it another run."""
+        marks = {**self.rule.marks(), "initial": self.initial, "warmup": self.warmup}
+        return {f"AdaptiveKL.{name}": value for name, value in marks.items()}
+
     def state_dict(self) -> dict[str, Any]:
         return {"coef": self.coef, "rollouts_seen": self.rollouts_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.coef = state_dict["coef"]
-        self.rollouts_seen = state_dict["rollouts_seen"]
+        self.coef, self.rollouts_seen = state_dict["coef"], state_dict["rollouts_seen"]
 
 
 class CurvePlot(Callback):
@@ -281,9 +283,7 @@ class HFExport(Callback):
             raise ValueError(f"mode must be max or min, got {mode!r}")
         self.path = path
         self.every_n_rollouts = every_n_rollouts
-        self.monitor = monitor
-        self.mode = mode
-        self.best_path = best_path
+        self.monitor, self.mode, self.best_path = monitor, mode, best_path
         self.best: float | None = None
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:

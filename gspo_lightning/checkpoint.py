@@ -7,7 +7,6 @@ files stay. Leaves out names and choice of files (`checkpoint_files`), the way o
 """
 
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +17,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from gspo_lightning.checkpoint_files import BEST, FOLDER, checkpoint_number, list_checkpoints
-from gspo_lightning.checkpoint_io import AtomicCheckpointIO
+from gspo_lightning.checkpoint_io import AtomicCheckpointIO, write_text
 from gspo_lightning.event_files import cut_event_files, event_file_sizes
 from gspo_lightning.fingerprints import collect, differences, refuse_changes
+from gspo_lightning.finite import broken_weights
 from gspo_lightning.signals import StopSignals
 
 _TEMPORARY = re.compile(r"\..+\.(?:ckpt|yaml)\.\d+\.tmp")
@@ -188,6 +188,7 @@ class RolloutCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         number = trainer.fit_loop.total_batch_idx + 1
         path = Path(trainer.default_root_dir, FOLDER, _file_name(number))
+        _refuse_broken_weights(trainer, number)
         self._saving = True
         try:
             trainer.save_checkpoint(path, weights_only=False)  # False: optimizer state goes in, too
@@ -206,9 +207,8 @@ class RolloutCheckpoint(Checkpoint):
         if self.monitor is None or not self._best:
             return
         kept = [{"file": _file_name(n), self.monitor: value} for value, n in self._best]
-        temporary = folder / f".{BEST}.{os.getpid()}.tmp"
-        temporary.write_text(yaml.safe_dump({"mode": self.mode, "kept": kept}, sort_keys=False))
-        os.replace(temporary, folder / BEST)
+        text = yaml.safe_dump({"mode": self.mode, "kept": kept}, sort_keys=False)
+        write_text(folder / BEST, text)
 
     # ---- continuing -----------------------------------------------------------------------------
 
@@ -270,6 +270,26 @@ class RolloutCheckpoint(Checkpoint):
 
 def _file_name(number: int) -> str:
     return f"rollout={number:06d}.ckpt"
+
+
+def _refuse_broken_weights(trainer: Trainer, number: int) -> None:
+    """End the run before weights that nothing can be made of become its newest checkpoint.
+
+    A finite gradient may still end in a NaN: by a learning rate too large for the type, or by an
+    optimizer's own state.
+
+    Raises:
+        FloatingPointError: On every rank, if the weights are not finite on any.
+    """
+    broken = broken_weights(trainer.lightning_module.named_parameters())
+    if trainer.strategy.reduce_boolean_decision(not broken, all=True):
+        return
+    written = list_checkpoints(trainer.default_root_dir)
+    last = f"the last one is {written[-1]}" if written else "there is no earlier one"
+    raise FloatingPointError(
+        f"after {number} rollouts the weights are not finite ({', '.join(broken[:1])}), so no "
+        f"checkpoint is written; {last}"
+    )
 
 
 def _at(path: Path) -> int:

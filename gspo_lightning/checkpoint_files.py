@@ -112,4 +112,10 @@ def _best(folder: str | Path) -> Path:
             f"ckpt_path: best needs {file}, which a RolloutCheckpoint with `monitor` writes at the "
             "first validation; use last, or a path"
         )
-    return file.with_name(yaml.safe_load(file.read_text())["kept"][0]["file"])
+    try:
+        return file.with_name(yaml.safe_load(file.read_text(encoding="utf-8"))["kept"][0]["file"])
+    except (ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"ckpt_path: {file} does not say which checkpoint is the best: it is empty or damaged; "
+            "use last, or a path"
+        ) from error

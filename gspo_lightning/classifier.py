@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from gspo_lightning.out_of_memory import BatchSizes
 from gspo_lightning.policy import fingerprint
 
 
@@ -33,7 +34,8 @@ class RewardModel:
         path: Folder or hub name of a model that ``AutoModelForSequenceClassification`` loads.
         device: ``cuda:1``, ``cuda:+1``, ``policy`` or ``cpu``.
         dtype: Type of the weights.
-        batch_size: Sequences per forward pass.
+        batch_size: Sequences per forward pass; halved for the rest of the run where memory is
+            short.
         label: Which output is the score; needed if the model has more than one.
         separator: Text between prompt and completion, without a chat template.
         prompt_column: Column of the data with the prompt: a text, or a list of chat messages, which
@@ -129,9 +131,16 @@ class RewardModel:
 
         Raises:
             ValueError: If a row has no prompt of the right kind, or a text is too long.
+            OutOfMemory: If memory does not suffice for one text at once.
         """
         self.counts = {"truncated": 0}
         encoded = [self._encode(*pair) for pair in zip(rows, completions, strict=True)]
+        sizes = BatchSizes({"batch_size": self})
+        what = f"the reward model {self.path}"
+        return sizes.fit("batch_size", len(encoded), what, lambda: self._score_all(encoded))
+
+    def _score_all(self, encoded: list[list[int]]) -> list[float]:
+        """Score all texts, ``batch_size`` at once."""
         # Sorted by length: little padding. Without a pad token a batch holds one length only.
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         scores = [0.0] * len(encoded)

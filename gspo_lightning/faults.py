@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gspo_lightning.checkpoint import AtomicCheckpointIO
+from gspo_lightning.checkpoint_io import AtomicCheckpointIO, CheckpointError
 from gspo_lightning.rollout import Rollout
 
 # in the order in which they are computed
@@ -159,8 +159,8 @@ def write_dump(path: Path, minibatch: Rollout, policy: Any, **rest: Any) -> Path
     content = {"version": 1, "minibatch": on_cpu(batch), "policy": state, **on_cpu(rest)}
     try:
         AtomicCheckpointIO().save_checkpoint(content, path)
-    except OSError as error:
-        warnings.warn(f"{path} could not be written: {error}", stacklevel=2)
+    except CheckpointError as error:
+        warnings.warn(f"{path} could not be written: {error.__cause__}", stacklevel=2)
         return None
     own = path.parent.glob(f"rollout=*-{path.stem.rpartition('-')[2]}.pt")  # of this rank
     # by time: a run that was continued counts its rollouts from an earlier one on

@@ -7,13 +7,14 @@ coefficient (``callbacks.AdaptiveKL``).
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 Estimator = Literal["k1", "k2", "k3"]
 
+_PLAIN = bool | int | float | str | None
 MAX_EXPONENT = 20.0  # nats; exp(20) = 4.9e8 is still exact enough to add to
 
 
@@ -96,6 +97,15 @@ class KLRule:
     def next_coef(self, coef: float, observed: float, sequences: int) -> float:
         """Return the coefficient for the next rollout."""
         raise NotImplementedError
+
+    def marks(self) -> dict[str, Any]:
+        """What makes this rule another one: its name and its values, as plain values.
+
+        >>> MultiplicativeKL(target=0.02).marks()["rule.target"]
+        0.02
+        """
+        values = {name: value for name, value in vars(self).items() if isinstance(value, _PLAIN)}
+        return {"rule": type(self).__name__, **{f"rule.{k}": v for k, v in values.items()}}
 
 
 @dataclass(frozen=True)

@@ -173,8 +173,10 @@ class GSPOModule(UpdatingModule):
         self.drop_flat_groups = drop_flat_groups
         self.max_draws = max_draws
         self.faults = Faults(max_faults)
-        # in this order: a checkpoint has the sizes without their names
+        terms = {f"model.rewards.{name}.fn": term.fn for name, term in rewards.items()}
+        models = {key: fn for key, fn in terms.items() if isinstance(fn, RewardModel)}
         owners = {MICRO: self, SAMPLED: sampler, REFERRED: reference, TOKENS: self}
+        owners |= {f"{key}.batch_size": model for key, model in models.items()}
         self.sizes = BatchSizes(
             {k: o for k, o in owners.items() if hasattr(o, k.rpartition(".")[2])}, {MICRO: TOKENS}
         )
@@ -182,8 +184,6 @@ class GSPOModule(UpdatingModule):
         self.health = Health(
             objective, num_epochs * num_minibatches, stop_when or (), sampler.max_new_tokens
         )
-        terms = {f"model.rewards.{name}.fn": term.fn for name, term in rewards.items()}
-        models = {key: fn for key, fn in terms.items() if isinstance(fn, RewardModel)}
         # no module: Lightning must not see it
         self.frozen = FrozenModels(reference, models, frozen_device)
         self.seconds: dict[str, float] = {}

@@ -121,6 +121,7 @@ class BatchSizes:
     def load(self, state: Mapping[str, Any], rank: int) -> None:
         """Continue with the sizes that a run ended with, where its settings were those of now."""
         now = state["now"][rank] if rank < len(state["now"]) else []
-        for (key, size), saved in zip(self.start.items(), now, strict=False):
-            if state["start"].get(key) == size:
-                self.set(key, saved)
+        saved = dict(zip(state["start"], now, strict=False))
+        for key, size in self.start.items():
+            if key in saved and state["start"][key] == size:
+                self.set(key, saved[key])

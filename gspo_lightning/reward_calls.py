@@ -1,9 +1,9 @@
 """Call a reward function: check what it gives, call it again, or leave out what it cannot score.
 
-Decides what an error of a reward function is (it raises, or gives another number of values than
-there are completions, something that is no number, or an infinite number; ``None`` and NaN are
-answers) and what becomes of it. Leaves out sums and shaping (``rewards``) and time limits
-(``time_limit``).
+Decides what an error of a reward function is (it raises, gives another number of values than there
+are completions, something that is no number, an infinite number, or an exception in a number's
+place; ``None`` and NaN are answers, and a device without memory is nobody's fault) and what becomes
+of it. Leaves out sums and shaping (``rewards``) and time limits (``time_limit``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-RewardFn = Callable[[list[dict], list[str]], Sequence[float | None]]
+from gspo_lightning.out_of_memory import OutOfMemory, is_out_of_memory
+
+RewardFn = Callable[[list[dict], list[str]], Sequence[float | Exception | None]]
 
 PAUSE_SECONDS = 1.0  # before the first further call; twice as long before each one after it
 LARGEST = torch.finfo(torch.float32).max  # rewards become float32
@@ -111,7 +113,11 @@ def call(
 
 
 def _attempt(name: str, fn: RewardFn, rows: list[dict], completions: list[str]) -> Called:
-    """Call once; values are NaN where they are of no use, and all lost if there is no list."""
+    """Call once; values are NaN where they are of no use, and all lost if there is no list.
+
+    Raises:
+        OutOfMemory: If a device has no memory left, whatever the policy: no completion is to blame.
+    """
     size = len(completions)
     try:
         given: Any = fn(rows, completions)
@@ -119,6 +125,12 @@ def _attempt(name: str, fn: RewardFn, rows: list[dict], completions: list[str]) 
             raise TypeError(f"gave {type(given).__name__} instead of a list of numbers")
         values = list(given)
     except Exception as error:
+        # a MemoryError of Python comes of the text, such as a number too long, not of the machine
+        if is_out_of_memory(error) and not isinstance(error, MemoryError):
+            if isinstance(error, OutOfMemory):
+                raise
+            line = str(error).strip().partition("\n")[0][:160]
+            raise OutOfMemory(f"out of memory in reward {name!r}: {line}") from error
         frame = traceback.extract_tb(error.__traceback__)[-1]
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         text = " ".join(str(error).split())[:160]
@@ -143,6 +155,11 @@ def _attempt(name: str, fn: RewardFn, rows: list[dict], completions: list[str]) 
 
 def _number(name: str, value: Any, completion: str, row: int) -> float | RewardError | None:
     """A value as a number, or what is wrong with it."""
+    if isinstance(value, Exception):  # what happened to this completion alone
+        text = f"reward {name!r} failed: {value}; for the completion {completion[:80]!r}"
+        problem = RewardError(text, name, row)
+        problem.__cause__ = value
+        return problem
     try:
         number = None if value is None else float(value)
     except Exception as error:  # float() of tensors and arrays raises many kinds

@@ -36,7 +36,8 @@ class RewardTerm:
 
     Args:
         fn: Called with the rows of the data and the completions, both of length B; gives one number
-            a completion, or ``None`` where the term does not apply. An attribute ``column`` names a
+            a completion, ``None`` where the term does not apply, or an exception in the place of a
+            number for a completion that alone is at fault. An attribute ``column`` names a
             column that every row must have, which is checked before training; an attribute
             ``counts``, a dict of numbers by name, is logged as ``reward/<term>_<name>`` after each
             rollout.
@@ -47,11 +48,12 @@ class RewardTerm:
         scale: Factor before ``clip``.
         clip: Bounds (low, high) of the scaled value.
         on_error: What happens when ``fn`` raises, gives another number of values than there are
-            completions, something that is no number, or an infinite number. ``stop`` ends the run.
-            ``skip`` leaves completions that it cannot score without a reward, whatever the other
-            terms say: they teach nothing, and are counted as ``reward/missing`` and
-            ``reward/<term>_errors``; after an exception ``fn`` is called with one completion at a
-            time to find them. ``retry N`` calls again up to N times, after 1, 2, 4, ... seconds
+            completions, something that is no number, or an infinite number, or takes longer than
+            its ``TimeLimit`` (without an ``on_timeout``). ``stop`` ends the run. ``skip`` leaves
+            completions that it cannot score without a reward, whatever the other terms say: they
+            teach nothing, and are counted as ``reward/missing`` and ``reward/<term>_errors``;
+            after an exception ``fn`` is called with one completion at a time to find them.
+            ``retry N`` calls again up to N times, after 1, 2, 4, ... seconds
             (``reward/<term>_retries``), and then stops; ``retry N, then skip`` then skips.
 
     Attributes:

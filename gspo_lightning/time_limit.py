@@ -38,15 +38,16 @@ class TimeLimit:
     memory, no CUDA context and no locks with the run; it is reused between calls, starts at the
     first one, and ends with the run. Each rank has its own.
 
-    How many completions hit the limit is logged as ``reward/<term>_timeouts``, and the first time
-    is a warning.
+    How many completions hit the limit is logged as ``reward/<term>_timeouts``.
 
     Args:
         fn: A reward function that another process can import: a function of a module, or an object
             of a class of a module.
         seconds: Longest time for one completion, > 0.
-        on_timeout: Reward of a completion that hit the limit; ``None``: it has none, whatever other
-            terms say, and counts as ``reward/missing``.
+        on_timeout: Reward of a completion that hit the limit, said in a warning the first time;
+            ``None`` makes it an error of that completion, and ``on_error`` of the term decides: to
+            stop the run, to leave the completion without a reward, or to call again, which waits
+            for the limit again.
 
     Attributes:
         counts: ``timeouts`` of the last call, and what the function itself counts.
@@ -88,8 +89,14 @@ class TimeLimit:
         self.worker: Worker | None = None
         self.warned = False
 
-    def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
+    def __call__(
+        self, rows: list[dict], completions: list[str]
+    ) -> list[float | TimeoutError | None]:
         """Score B completions, one after the other.
+
+        Returns:
+            What the function gives; where it hit the limit ``on_timeout``, or without that the
+            error.
 
         Raises:
             ValueError: If the function raises, gives another number of values than one, or ends its
@@ -103,13 +110,12 @@ class TimeLimit:
         except BaseException:
             self.release()  # after Ctrl-C an answer may be on its way, to no question
             raise
-        if self.counts["timeouts"] and not self.warned:
+        if self.counts["timeouts"] and self.on_timeout is not None and not self.warned:
             self.warned = True
             warnings.warn(
                 f"{self.counts['timeouts']} of {len(completions)} completions took a reward "
-                f"function longer than {self.seconds:g} s and get "
-                f"{'no reward' if self.on_timeout is None else self.on_timeout}; further ones are "
-                "only counted (reward/<term>_timeouts)",
+                f"function longer than {self.seconds:g} s and get {self.on_timeout}; further ones "
+                "are only counted (reward/<term>_timeouts)",
                 stacklevel=2,
             )
         return values
@@ -120,15 +126,17 @@ class TimeLimit:
             self.worker.end()
             self.worker = None
 
-    def _score(self, row: dict, completion: str) -> float | None:
+    def _score(self, row: dict, completion: str) -> float | TimeoutError | None:
         if self.worker is None:
             self.worker = Worker(self.pickled, self.package)
         answer = self.worker.ask((row, completion), self.seconds)
         if answer is None:
             self.release()
             self.counts["timeouts"] += 1
-            # not None, which would say that the term does not apply
-            return math.nan if self.on_timeout is None else self.on_timeout
+            if self.on_timeout is None:
+                limit = f"{self.seconds:g} s, which on_timeout or on_error can allow"
+                return TimeoutError(f"took longer than {limit}")
+            return self.on_timeout
         kind, value, counts = answer
         if kind == "error":
             if self.worker.process.poll() is not None:

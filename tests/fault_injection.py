@@ -81,7 +81,7 @@ class Later(Callback):
 
     Args:
         first: The first rollout that is broken.
-        kind: "gradient", or "weights".
+        kind: "gradient", "weights" before the rollout, or "moved" weights after its steps.
     """
 
     def __init__(self, first: int, kind: str):
@@ -92,9 +92,36 @@ class Later(Callback):
             with torch.no_grad():
                 next(module.policy.parameters()).fill_(NAN)
 
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if self.kind == "moved" and batch_idx == self.first:
+            with torch.no_grad():
+                next(module.policy.parameters())[-1, -1] = INF
+
     def on_before_optimizer_step(self, trainer, module, optimizer):
         if self.kind == "gradient" and trainer.fit_loop.total_batch_idx >= self.first:
             next(module.policy.parameters()).grad.fill_(NAN)
+
+
+class BrokenReward:
+    """A reward function whose value for one row is another in chosen rollouts.
+
+    Args:
+        fn: The function; called once a rollout.
+        at: What is put there, by (rollout, row).
+    """
+
+    def __init__(self, fn, at):
+        self.fn, self.at = fn, at
+        self.rollouts = self.tried = 0
+
+    def __call__(self, rows, completions):
+        values = self.fn(rows, completions)
+        for (rollout, row), value in self.at.items():
+            if rollout == self.rollouts:
+                values[row] = value
+                self.tried += 1
+        self.rollouts += 1
+        return values
 
 
 def every(steps, kind, value=NAN):
@@ -112,3 +139,5 @@ PLACES = {
     "loss": (NAN, INF),
     "gradient": (NAN, INF),
 }
+# no step is lost by these, but a row, or by `on_error: stop` the run; see `BrokenReward`
+REWARDS = (NAN, INF, -INF)

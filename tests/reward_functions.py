@@ -66,3 +66,16 @@ class Counting:
     def __call__(self, rows, completions):
         self.counts = {"letters": sum(text.count("a") for text in completions)}
         return [0.0] * len(completions)
+
+
+class SlowAtFirst:
+    """Never returns the first time; a file remembers that."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
+        if not os.path.exists(self.file):
+            open(self.file, "w").close()
+            time.sleep(60)
+        return [float(len(text)) for text in completions]

@@ -490,12 +490,18 @@ def test_the_log_probs_are_timed_and_weighed():
     assert found["gradients_mib"] > 80_000 * 32 * 4 / 2**20
 
 
-def test_the_writing_of_checkpoints_is_timed(monkeypatch, tmp_path, model_dir, prompts, capsys):
+def test_writing_and_continuing_from_checkpoints_is_timed(
+    monkeypatch, tmp_path, model_dir, prompts, capsys
+):
     monkeypatch.chdir(tmp_path)
     command = ["checkpoint", f"--model={model_dir}", f"--prompts={prompts}", "--writes=3"]
-    assert bench.main(command) == 0
-    size, middle, longest, cpu = (float(c) for c in cells(capsys.readouterr().out, 6))
+    assert bench.main([*command, "--starts=1"]) == 0
+    out = capsys.readouterr().out
+    size, middle, longest, cpu = (float(c) for c in cells(out, 6))
     assert size > 0.02 and 0 < middle <= longest and cpu > 0
+    fresh, continued, ratio = ([float(c) for c in cells(out, row)[1:]] for row in (10, 11, 12))
+    assert min(fresh + continued) > 0
+    assert ratio == pytest.approx([b / a for a, b in zip(fresh, continued, strict=True)], rel=0.1)
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]  # nothing stays
 
 

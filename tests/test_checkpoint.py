@@ -1,4 +1,5 @@
 import math
+import os
 from pathlib import Path
 from typing import ClassVar
 
@@ -364,6 +365,43 @@ def test_the_best_checkpoints_stay_beside_the_newest(tmp_path, options, kept):
     assert find_checkpoint(tmp_path, "last").name == "rollout=000006.ckpt"
     best = find_checkpoint(tmp_path, "best").name
     assert best == f"rollout={1 if options.get('mode') == 'min' else 2:06d}.ckpt"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"kept: []", b"kept", b"{", b"kept: [{file: 3}]", b"\xff\xfe", b"kept: [{}]"]
+)
+def test_a_broken_list_of_the_best_is_named_with_the_way_out(tmp_path, content):
+    (tmp_path / "checkpoints").mkdir()
+    file = tmp_path / "checkpoints" / "best.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"best.yaml does not say .*; use last, or a path"):
+        find_checkpoint(tmp_path, "best")
+
+
+def test_the_list_of_the_best_is_forced_to_the_disk_before_it_takes_the_old_ones_place(
+    tmp_path, monkeypatch
+):
+    calls = []
+    synced, replaced = os.fsync, os.replace
+
+    def fsync(number):
+        calls.append(("fsync", Path(os.readlink(f"/proc/self/fd/{number}")).name))
+        synced(number)
+
+    def replace(source, target):
+        calls.append(("replace", Path(target).name))
+        replaced(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    graded(tmp_path)
+    last = len(calls) - 1 - calls[::-1].index(("replace", "best.yaml"))
+    temporary = f".best.yaml.{os.getpid()}.tmp"
+    assert calls[last - 1 : last + 2] == [
+        ("fsync", temporary),
+        ("replace", "best.yaml"),
+        ("fsync", "checkpoints"),
+    ]
 
 
 def test_a_stopped_run_remembers_its_best_bit_for_bit(tmp_path):

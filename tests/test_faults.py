@@ -1,17 +1,19 @@
 """NaN and infinities in an optimizer step: skipped, counted, written down, and where a run ends."""
 
+import math
 import os
 import warnings
 
 import pytest
 import torch
-from fault_injection import INF, NAN, PLACES, Inject, every
+from fault_injection import INF, NAN, PLACES, REWARDS, BrokenReward, Inject, every
 from lightning.pytorch import Callback
 from test_module import Outputs
-from tiny_run import make_module, run
+from tiny_run import digits, make_module, run
 
 from gspo_lightning.faults import Faults
 from gspo_lightning.frozen import ReferencePolicy
+from gspo_lightning.rewards import RewardError, RewardTerm
 from gspo_lightning.tally import RolloutTally
 
 FAULT = r"ignore:rollout \d+, optimizer step \d+. .* not finite"
@@ -54,6 +56,33 @@ def test_every_place_of_a_nan_costs_one_step_and_no_bit_of_the_others(tmp_path, 
     figures = {"tried": inject.tried, "survived": len(rollouts), "lost": sum(lost)}
     assert figures == {"tried": 16, "survived": 16, "lost": 16}  # of 32 steps
     assert lost == [1] * 16 and same(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:1 of 16 completions get no reward")
+def test_a_reward_that_is_not_finite_costs_its_row_and_no_step(tmp_path, model_dir):
+    broken = BrokenReward(digits, {(2 * i, 5): value for i, value in enumerate(REWARDS)})
+    rewards = {"digits": RewardTerm(broken, on_error="skip")}
+    found, rollouts = final_state(tmp_path, model_dir, Inject({}), 6, rewards=rewards)
+    metrics = [r["metrics"] for r in rollouts]
+    lost = {name: [m[name] for m in metrics] for name in ("optim/faults", "optim/skipped_steps")}
+    figures = {"tried": broken.tried, "survived": len(rollouts), "lost": lost}
+    assert figures == {"tried": 3, "survived": 6, "lost": dict.fromkeys(lost, [0.0] * 6)}
+    assert [m["reward/missing"] for m in metrics] == [1, 0, 1, 0, 1, 0]
+    assert [m["reward/digits_errors"] for m in metrics] == [0, 0, 1, 0, 1, 0]  # NaN is an answer
+    for r in rollouts[::2]:
+        advantages = r["rollout"].advantages[:, 0]
+        assert advantages[5] == 0 and advantages[4:8].sum().abs() < 1e-5  # the others' own mean
+    assert all(torch.isfinite(tensor).all() for tensor in found)
+    assert all(math.isfinite(value) for m in metrics for value in m.values())
+
+
+@pytest.mark.parametrize("value", REWARDS[1:])
+def test_an_infinite_reward_ends_a_run_that_is_to_stop_before_a_step(tmp_path, model_dir, value):
+    broken, keep = BrokenReward(digits, {(1, 5): value}), Outputs()
+    rewards = {"digits": RewardTerm(broken)}
+    with pytest.raises(RewardError, match=f"reward 'digits' gave {value} for the completion"):
+        run(tmp_path, model_dir, 3, [keep], rewards=rewards)
+    assert broken.tried == 1 and len(keep.all) == 1
 
 
 @pytest.mark.filterwarnings(FAULT)
@@ -145,15 +174,28 @@ def test_the_newest_dumps_are_kept(tmp_path, model_dir):
     assert names == [f"rollout=00000{i}-step=001-rank0.pt" for i in (2, 3, 4)]
 
 
-def test_a_full_disk_costs_the_dump_and_not_the_run(tmp_path, model_dir, monkeypatch):
-    def full(*_):
+def full_disk(tmp_path, monkeypatch):
+    def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gspo_lightning.faults.AtomicCheckpointIO.save_checkpoint", full)
+    monkeypatch.setattr(os, "fsync", full)
+
+
+def file_in_the_way(tmp_path, monkeypatch):
+    (tmp_path / "faults").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("disk", "reason"), [(full_disk, "No space left"), (file_in_the_way, "File exists")]
+)
+def test_a_disk_that_refuses_costs_the_dump_and_not_the_run(
+    tmp_path, model_dir, monkeypatch, disk, reason
+):
+    disk(tmp_path, monkeypatch)
     with pytest.warns(UserWarning) as said:
         final_state(tmp_path, model_dir, every([(0, 1)], "loss"))
     lines = messages(said)
-    assert "could not be written" in lines[0] and "No space left" in lines[0]
+    assert "could not be written" in lines[0] and reason in lines[0]
     assert len(lines) == 2 and "replay" not in lines[1]
 
 

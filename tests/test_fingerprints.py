@@ -136,6 +136,51 @@ def test_a_change_that_makes_it_another_run_is_refused_in_one_line_until_it_is_a
     assert "accept_changes" not in Path("run", "config.resume-000001.yaml").read_text()
 
 
+ADAPTIVE = """
+trainer:
+  callbacks:
+    - {class_path: gspo_lightning.RolloutCheckpoint, init_args: {every_n_rollouts: 1}}
+    - class_path: gspo_lightning.AdaptiveKL
+      init_args:
+        initial: INITIAL
+        warmup: WARMUP
+        rule: {class_path: gspo_lightning.kl.RULE, init_args: {target: TARGET}}
+"""
+
+
+def adaptive(rule="MultiplicativeKL", target=0.12, initial=0.2, warmup=5):
+    values = {"RULE": rule, "TARGET": target, "INITIAL": initial, "WARMUP": warmup}
+    text = ADAPTIVE
+    for name, value in values.items():
+        text = text.replace(name, str(value))
+    Path("adaptive.yaml").write_text(text)
+    return "--config=adaptive.yaml"
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_another_rule_of_the_kl_coefficient_makes_it_another_run(copied, capsys):
+    command = ["fit", "--config=run.yaml", adaptive(), "--trainer.default_root_dir=kl"]
+    assert train.main(command) == 0
+    last = [*command, "--ckpt_path=last", "--data.num_rollouts=2"]
+    for change, line in [
+        (
+            {"target": 5.0, "warmup": 0, "initial": 0.3},
+            "AdaptiveKL.initial 0.2 -> 0.3; AdaptiveKL.rule.target 0.12 -> 5.0; AdaptiveKL.warmup "
+            "5 -> 0",
+        ),
+        ({"rule": "ProportionalKL"}, 'AdaptiveKL.rule "MultiplicativeKL" -> "ProportionalKL"'),
+    ]:
+        adaptive(**change)
+        capsys.readouterr()
+        assert train.main(last) == 2
+        assert line in capsys.readouterr().err
+    Path("adaptive.yaml").write_text("trainer: {}")  # no AdaptiveKL at all
+    assert train.main(last) == 2
+    assert 'AdaptiveKL.rule "MultiplicativeKL" -> null' in capsys.readouterr().err
+    adaptive(target=5.0)
+    assert train.main([*last, "--accept_changes=true"]) == 0
+
+
 def test_what_was_accepted_once_is_the_run_from_then_on(copied):
     assert go_on("--model.kl_coef=0.2", "--accept_changes=true") == 0
     assert go_on("--model.kl_coef=0.2", "--data.num_rollouts=3") == 0
@@ -154,9 +199,14 @@ def test_what_was_accepted_once_is_the_run_from_then_on(copied):
         ["--trainer.val_check_interval=2", "--trainer.max_epochs=2"],
         ["--trainer.callbacks+=gspo_lightning.SampleTable"],
         ["--model.reference.device=policy", "--model.frozen_device=cpu"],
+        [  # what is advised where memory is short
+            *("--model.micro_batch_size=1", "--model.micro_batch_tokens=64"),
+            *("--model.reference.batch_size=4", "--model.sampler.init_args.batch_size=8"),
+        ],
+        ["--model.max_faults=9", "--model.stop_when=[]"],
     ],
 )
-def test_length_learning_rate_evaluation_devices_and_callbacks_may_change_at_will(copied, options):
+def test_what_changes_no_number_of_a_rollout_but_by_rounding_may_change_at_will(copied, options):
     assert go_on(*options) == 0
     assert names("run")[-1] != "rollout=000001.ckpt"
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback
+from test_frozen import save_reward_model
 from test_module import Outputs
 from tiny_run import make_module, make_trainer, run, write_prompts
 
@@ -15,9 +16,10 @@ from gspo_lightning import old_logprobs, out_of_memory
 from gspo_lightning.checkpoint import RolloutCheckpoint
 from gspo_lightning.checkpoint_files import find_checkpoint
 from gspo_lightning.data import PromptData
-from gspo_lightning.frozen import ReferencePolicy
+from gspo_lightning.frozen import ReferencePolicy, RewardModel
 from gspo_lightning.micro_batches import cut_rows
 from gspo_lightning.out_of_memory import BatchSizes, OutOfMemory, is_out_of_memory
+from gspo_lightning.rewards import RewardTerm, score
 from gspo_lightning.sampling import GroupSampler
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -249,6 +251,75 @@ def test_the_reference_halves_its_own_batches(tmp_path, model_dir, monkeypatch):
     assert reference.batch_size == 4  # from 16 rows
 
 
+@pytest.fixture
+def taste(tmp_path, tokenizer, monkeypatch):
+    """Makes reward models whose passes fail above some rows."""
+    folder = save_reward_model(tmp_path / "reward", tokenizer, num_labels=1)
+    score = RewardModel._score
+    allowed = {"rows": 99}
+
+    def tight(self, encoded):
+        if len(encoded) > allowed["rows"]:
+            raise CUDA
+        return score(self, encoded)
+
+    def make(rows, **options):
+        allowed["rows"] = rows
+        return RewardModel(folder, device="cpu", **options)
+
+    monkeypatch.setattr(RewardModel, "_score", tight)
+    return make
+
+
+@pytest.mark.filterwarnings("ignore:out of memory in the reward model")
+def test_a_reward_model_halves_what_it_scores_and_gives_the_same(tmp_path, model_dir, taste):
+    expected, rollouts, _ = ended(tmp_path, model_dir, rewards={"taste": RewardTerm(taste(99))})
+    model = taste(5)
+    found, others, _ = ended(tmp_path, model_dir, rewards={"taste": RewardTerm(model)})
+    assert model.batch_size == 4  # from 16
+    for one, other in zip(rollouts, others, strict=True):
+        torch.testing.assert_close(one["rollout"].rewards, other["rollout"].rewards)
+    for one, other in zip(expected.tensors, found.tensors, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)  # shapes round differently
+
+
+def test_the_halving_of_a_reward_model_is_one_line(tmp_path, model_dir, taste):
+    model = taste(8)
+    with pytest.warns(UserWarning, match="out of memory") as said:
+        ended(tmp_path, model_dir, rewards={"taste": RewardTerm(model)})
+    lines = [str(w.message) for w in said if "LeafSpec" not in str(w.message)]
+    change = "batch_size 16 -> 8 for the rest of the run"
+    assert lines == [f"out of memory in the reward model {model.path}: {change}"]
+
+
+@pytest.mark.filterwarnings("ignore:out of memory in the reward model")
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_reward_model_that_cannot_score_one_text_ends_the_run(
+    tmp_path, model_dir, taste, on_error
+):
+    rewards = {"taste": RewardTerm(taste(0), on_error=on_error)}
+    with pytest.raises(OutOfMemory, match=r"the reward model .*, with one row at once"):
+        ended(tmp_path, model_dir, rewards=rewards)
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_short_memory_inside_a_reward_function_is_no_error_of_the_function(on_error):
+    def short(rows, texts):
+        raise CUDA
+
+    with pytest.raises(OutOfMemory, match=r"^out of memory in reward 'x': CUDA out of memory"):
+        score({"x": RewardTerm(short, on_error=on_error)}, [{}] * 2, ["a", "b"])
+
+
+@pytest.mark.filterwarnings("ignore:1 of 3 completions get no reward")
+def test_a_text_that_asks_for_too_large_a_number_costs_its_own_row():
+    def value(rows, texts):
+        return [float(len(bytes(int(text)))) for text in texts]  # MemoryError, at once
+
+    scores = score({"x": RewardTerm(value, on_error="skip")}, [{}] * 3, ["1", f"{2**60}", "3"])
+    assert scores.total.isnan().tolist() == [False, True, False]
+
+
 def test_a_sampler_without_a_batch_size_is_named(tmp_path, model_dir):
     class Own:
         group_size, max_new_tokens, temperature = 4, 6, 1.0
@@ -327,6 +398,23 @@ def test_a_continued_run_keeps_the_halved_size_and_ends_with_the_same_bits(
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     found, module = resumable(cut, model_dir, 4, "last")
     assert module.micro_batch_size == 4 and same(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:out of memory in the reward model")
+def test_a_continued_run_keeps_the_size_of_a_reward_model(tmp_path, model_dir, taste):
+    resumable(tmp_path, model_dir, 1, rewards={"taste": RewardTerm(taste(5))})
+    model = taste(99)  # nothing fails any more
+    resumable(tmp_path, model_dir, 2, "last", rewards={"taste": RewardTerm(model)})
+    assert model.batch_size == 4
+
+
+def test_sizes_of_a_checkpoint_find_their_owners_where_one_is_gone():
+    one, gone, other = (SimpleNamespace(size=size) for size in (None, 32, 16))
+    sizes = BatchSizes({"one.size": one, "gone.size": gone, "other.size": other})
+    state = sizes.state([[8, 4, 2]])
+    one, new, other = (SimpleNamespace(size=size) for size in (None, 64, 16))
+    BatchSizes({"one.size": one, "other.size": other, "new.size": new}).load(state, 0)
+    assert (one.size, other.size, new.size) == (8, 2, 64)
 
 
 def test_a_new_setting_wins_over_the_size_of_a_checkpoint():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
-from gspo_lightning.policy import Policy, PolicyConfig, load_policy
+from gspo_lightning.policy import Policy, PolicyConfig, fingerprint, load_policy
 
 
 def test_a_policy_is_loaded_in_its_dtype_and_exported_for_transformers(model_dir, tmp_path):
@@ -169,3 +169,19 @@ def test_code_beside_the_weights_runs_only_when_asked(folder_with_code, weights)
     assert "\n" not in str(info.value)
     trusted = PolicyConfig(str(folder_with_code), weights=weights, trust_remote_code=True)
     assert type(load_policy(trusted).model).__name__ == "OwnModel"
+
+
+@pytest.mark.parametrize("place", [0, 300, 2**22 + 5, -1])
+def test_one_value_anywhere_makes_them_other_weights(place):
+    model = torch.nn.Embedding(2**13, 2**10)  # two pieces of those that are hashed at a time
+    before = fingerprint(model)
+    assert fingerprint(model) == before and len(before) == 16
+    with torch.no_grad():
+        model.weight.view(-1)[place] += 1
+    assert fingerprint(model) != before
+
+
+def test_weights_that_are_only_stored_wider_are_the_same():
+    model = torch.nn.Linear(3, 4).to(torch.bfloat16)
+    narrow = fingerprint(model)
+    assert fingerprint(model.float()) == narrow

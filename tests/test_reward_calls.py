@@ -57,6 +57,7 @@ FAULTS = {
     "gives infinity": (gives([1.0, INF, 1.0]), [1], "gave inf for the completion 'two'"),
     "gives too much": (gives([1.0, 1e39, 1.0]), [1], r"gave 1e\+39 for the completion 'two'"),
     "gives a giant": (gives([1.0, 10**400, 1.0]), [1], "no number: int too large"),
+    "gives an error": (gives([1.0, OSError("no"), 1.0]), [1], "failed: no; for the compl.* 'two'"),
     "too few": (wrong_count, [1], "'x' gave 2 values for 3 completions"),
     "too few for any": (always_two, [0, 1, 2], "'x' gave 2 values for 3 completions"),
     "None for all": (lambda r, t: None, [0, 1, 2], "'x' failed: TypeError: gave NoneType instead"),
@@ -229,7 +230,7 @@ def test_a_rollout_whose_rewards_are_all_lost_moves_no_figure_to_nan(tmp_path, m
     [
         ("raise", True, 1),
         ("exit", True, 1),
-        ("sleep", True, 0),  # counted as a timeout
+        ("sleep", True, 1),  # and counted as a timeout
         ("none", True, 0),
         ("", False, 0),
     ],

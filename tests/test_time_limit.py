@@ -1,6 +1,5 @@
 """A slow reward function: killed at its limit, replaced, counted, and gone at the end."""
 
-import math
 import os
 import pickle
 import subprocess
@@ -10,10 +9,19 @@ from pathlib import Path
 
 import psutil
 import pytest
-from reward_functions import Counting, Scaled, by_command, length, sleepy_digits, two_for_one
+from reward_functions import (
+    Counting,
+    Scaled,
+    SlowAtFirst,
+    by_command,
+    length,
+    sleepy_digits,
+    two_for_one,
+)
 from test_module import outputs_of
 
-from gspo_lightning.rewards import RewardTerm, score
+from gspo_lightning import reward_calls
+from gspo_lightning.rewards import RewardError, RewardTerm, score
 from gspo_lightning.time_limit import TimeLimit
 from gspo_lightning.verifiers import ExactMatch, LastNumber
 
@@ -66,27 +74,43 @@ def test_a_completion_over_the_limit_is_killed_and_the_others_are_scored(limited
     assert limit.counts == {"timeouts": 0}
 
 
-def test_without_a_stated_value_such_a_completion_has_no_reward_and_later_ones_do_not_warn(limited):
+def test_without_a_stated_value_such_a_completion_ends_the_run_in_one_line(limited):
     limit = limited(seconds=0.3)
-    with pytest.warns(UserWarning, match="get no reward"):
-        assert math.isnan(limit([{}], ["sleep"])[0])
-    assert math.isnan(limit([{}], ["sleep"])[0])  # warnings are errors here
-    scores = score({"slow": RewardTerm(limit)}, [{}] * 2, ["sleep", ""])
+    with pytest.raises(RewardError) as caught:
+        score({"slow": RewardTerm(limit)}, [{}] * 3, ["", "sleep", ""])
+    assert str(caught.value) == (
+        "reward 'slow' failed: took longer than 0.3 s, which on_timeout or on_error can allow; for "
+        "the completion 'sleep'"
+    )
+    assert caught.value.row == 1
+
+
+def test_if_errors_are_skipped_it_has_no_reward_and_later_ones_do_not_warn(limited):
+    terms = {"slow": RewardTerm(limited(seconds=0.3), on_error="skip")}
+    with pytest.warns(UserWarning, match="1 of 2 completions get no reward: .* longer than 0.3 s"):
+        score(terms, [{}] * 2, ["sleep", ""])
+    scores = score(terms, [{}] * 2, ["sleep", ""])  # warnings are errors here
     assert scores.total.isnan().tolist() == [True, False]
-    assert scores.counts == {"slow_timeouts": 1}
+    assert scores.counts == {"slow_timeouts": 1, "slow_errors": 1}
+
+
+def test_a_slow_completion_is_tried_again_if_the_term_says_so(limited, monkeypatch, tmp_path):
+    monkeypatch.setattr(reward_calls, "PAUSE_SECONDS", 0.0)
+    limit = limited(SlowAtFirst(str(tmp_path / "been")), seconds=1.0)
+    scores = score({"slow": RewardTerm(limit, on_error="retry 1")}, [{}] * 2, ["a", "bc"])
+    assert scores.total.tolist() == [1.0, 2.0]
+    assert scores.counts == {"slow_timeouts": 0, "slow_retries": 1}
 
 
 def test_the_limit_is_for_each_completion(limited):
-    limit = limited(seconds=0.3)
-    with pytest.warns(UserWarning, match="2 of 3"):
-        values = limit([{}] * 3, ["sleep", "", "sleep"])
-    assert math.isnan(values[0]) and values[1] == 0.5 and math.isnan(values[2])
+    values = limited(seconds=0.3)([{}] * 3, ["sleep", "", "sleep"])
+    assert [type(value) for value in values] == [TimeoutError, float, TimeoutError]
 
 
 def test_a_completion_over_the_limit_has_no_reward_even_if_another_term_gives_one(limited):
     # a sum of fewer terms would be compared with whole sums of its group
     limit = limited(seconds=0.3)
-    terms = {"slow": RewardTerm(limit), "length": RewardTerm(length)}
+    terms = {"slow": RewardTerm(limit, on_error="skip"), "length": RewardTerm(length)}
     with pytest.warns(UserWarning, match="1 of 2"):
         scores = score(terms, [{}] * 2, ["sleep", ""])
     assert scores.total.isnan().tolist() == [True, False]
@@ -101,16 +125,14 @@ def test_errors_and_timeouts_of_one_batch_are_both_counted_and_the_process_is_ke
     assert scores.total.isnan().tolist() == [True, False, True]
     assert scores.counts == {"slow_timeouts": 0, "slow_errors": 2}
     assert pid(limit) == first
-    with pytest.warns(UserWarning, match="longer than 0.5 s and get no reward"):
-        scores = score(terms, [{}] * 4, ["exit", "sleep", "", "raise"])
+    scores = score(terms, [{}] * 4, ["exit", "sleep", "", "raise"])
     assert scores.total.isnan().tolist() == [True, True, False, True]
-    assert scores.counts == {"slow_timeouts": 1, "slow_errors": 2}
+    assert scores.counts == {"slow_timeouts": 1, "slow_errors": 3}
 
 
 def test_no_process_is_left_behind(limited):
     limit = limited(seconds=0.3)
-    with pytest.warns(UserWarning):
-        limit([{}] * 2, ["sleep", ""])
+    limit([{}] * 2, ["sleep", ""])
     assert len(children()) == 1
     limit.release()
     assert children() == []
@@ -224,11 +246,13 @@ def test_a_function_of_the_program_itself_is_refused(monkeypatch):
 
 def test_a_run_counts_timeouts_goes_on_and_leaves_no_process(tmp_path, model_dir):
     limit = TimeLimit(sleepy_digits, 0.2)
-    with pytest.warns(UserWarning, match=r"completions took a reward function longer than 0.2 s"):
-        (outputs,) = outputs_of(tmp_path, model_dir, rewards={"slow": RewardTerm(limit)})
+    terms = {"slow": RewardTerm(limit, on_error="skip")}
+    with pytest.warns(UserWarning, match=r"completions get no reward: .* longer than 0.2 s"):
+        (outputs,) = outputs_of(tmp_path, model_dir, rewards=terms)
     even = [text[:1] in {"0", "2", "4", "6", "8"} for text in outputs["rollout"].texts]
     assert 0 < sum(even) < 16
     assert outputs["metrics"]["reward/slow_timeouts"] == sum(even)
+    assert outputs["metrics"]["reward/slow_errors"] == sum(even)
     assert outputs["metrics"]["reward/missing"] == sum(even)
     assert outputs["rollout"].rewards.isnan().tolist() == even
     assert limit.worker is None and children() == []

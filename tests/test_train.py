@@ -520,6 +520,22 @@ def test_broken_weights_end_a_run_in_one_line_because_nothing_can_be_drawn(
     assert go_on.startswith("last checkpoint run/checkpoints/rollout=000001.ckpt; continue with: ")
 
 
+def test_weights_that_a_step_has_broken_do_not_become_the_last_checkpoint(
+    capsys, tmp_path, model_dir
+):
+    write_prompts(tmp_path / "prompts.jsonl")
+    Path("broken.yaml").write_text(BROKEN.format(policy=model_dir, kind="moved"))
+    code, _, err = run(capsys, "fit --config broken.yaml")
+    assert code == 1 and "Traceback" not in err
+    error, go_on = err.splitlines()[-2:]
+    assert error == (
+        "error: after 2 rollouts the weights are not finite (policy.model.model.embed_tokens.weight"
+        "), so no checkpoint is written; the last one is run/checkpoints/rollout=000001.ckpt"
+    )
+    assert go_on.startswith("last checkpoint run/checkpoints/rollout=000001.ckpt; continue with: ")
+    assert [f.name for f in Path("run/checkpoints").iterdir()] == ["rollout=000001.ckpt"]
+
+
 LATE = ("train/late", "epoch")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/default/samples.jsonl")
 WRAPPED = RuntimeError(
