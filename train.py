@@ -20,6 +20,7 @@ if __name__ == "__main__" and sys.argv[1:] in (["--help"], ["-h"]):
     print(__doc__)  # before the imports below, which take seconds
     sys.exit(0)
 
+import contextlib
 import os
 import signal
 
@@ -27,6 +28,7 @@ if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGINT):  # until `main` has handlers of its own
         signal.signal(number, lambda number, _: os._exit(128 + number))
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ from gspo_lightning.checkpoint_io import AtomicCheckpointIO, damage
 from gspo_lightning.cli import OneLineParser, quiet
 from gspo_lightning.config_files import check_config_files
 from gspo_lightning.doctor import DoctorCLI, DoctorTrainer
-from gspo_lightning.ending import report
+from gspo_lightning.ending import leave, report
 from gspo_lightning.plan import resume_command, this_python
 from gspo_lightning.predictions import PredictionWriter
 from gspo_lightning.progress import RolloutProgress, RunSummary
@@ -244,15 +246,24 @@ def has(items: list[Any], kind: type) -> bool:
     return any(isinstance(item, kind) for item in items)
 
 
-def where_to_go_on(argv: list[str], root: Path | None) -> str:
-    """What is left of a training that ended early and how to continue it; empty if none began."""
+def where_to_go_on(argv: list[str], root: Path | None, read: bool = True) -> str:
+    """What is left of a training that ended early and how to continue it; empty if none began.
+
+    Args:
+        argv: The command.
+        root: The run folder.
+        read: Whether to read a checkpoint to its end; otherwise it has to look whole.
+    """
     if root is None:
         return ""
-    found = [path for path in list_checkpoints(root) if damage(path) is None]
-    if not found:
+    newest = None
+    with contextlib.suppress(OSError):  # it would hide why the training ended
+        found = reversed(list_checkpoints(root))
+        newest = next((path for path in found if not read or damage(path) is None), None)
+    if newest is None:
         return "there is no checkpoint yet; the same command starts again"
     go_on = resume_command(["train.py", *argv], {}, this_python())
-    return f"last checkpoint {found[-1]}; continue with: {go_on}"
+    return f"last checkpoint {newest}; continue with: {go_on}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -280,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
             say(f"{name}: stopped; {where_to_go_on(argv, watch.root)}")
         return watch.signals.exit_code or code
     except BaseException as error:
-        return report(error, watch, where_to_go_on(argv, watch.root))
+        return report(error, watch, partial(where_to_go_on, argv, watch.root))
     finally:
         watch.signals.restore()
         watch.terminal.close()
@@ -288,4 +299,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

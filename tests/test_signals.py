@@ -4,10 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from test_checkpoint import assert_same, names, scalars, state
+from tiny_run import write_prompts
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -117,6 +120,71 @@ def test_a_second_signal_stops_at_once_and_saves_nothing_half_done(
     assert fit("run", *callbacks, "--ckpt_path=last") == 0
     assert_same(state("run", 6), state(straight, 6))
     assert scalars("run") == scalars(straight)
+
+
+SLOW_REWARD = """
+trainer: {{accelerator: cpu, enable_progress_bar: false, default_root_dir: run}}
+model:
+  class_path: gspo_lightning.GSPOModule
+  init_args:
+    policy: {{path: {model_dir}}}
+    sampler:
+      class_path: gspo_lightning.GroupSampler
+      init_args: {{group_size: 4, max_new_tokens: 6}}
+    rewards:
+      slow:
+        fn:
+          class_path: gspo_lightning.time_limit.TimeLimit
+          init_args: {{fn: reward_functions.stops_its_run, seconds: 5}}
+    kl_coef: 0.0
+    reference: null
+    evaluation: {{correct: null}}
+data:
+  class_path: gspo_lightning.PromptData
+  init_args: {{path: prompts.jsonl, prompts_per_rollout: 4, num_rollouts: 2}}
+"""
+NAMES = {TERM: "terminated", INT: "interrupted"}
+
+
+@pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
+def test_a_second_signal_waits_for_no_reward_in_another_process(
+    capfd, tmp_path, monkeypatch, model_dir, number
+):
+    """16 completions of two seconds each are on their way in a thread."""
+    write_prompts(tmp_path / "prompts.jsonl")
+    Path("run.yaml").write_text(SLOW_REWARD.format(model_dir=model_dir))
+    monkeypatch.setenv("STOP_WITH", str(int(number)))
+    start = time.monotonic()
+    try:
+        assert fit("run") == 128 + number
+        assert time.monotonic() - start < 15  # most of it to start the other process
+    finally:
+        Path("enough").touch()  # the thread is joined when this process ends
+        for thread in threading.enumerate():
+            if thread.name.startswith("ThreadPoolExecutor"):
+                thread.join()
+    first, last = capfd.readouterr().err.splitlines()[-2:]
+    assert "once more stops at once" in first and last.startswith(NAMES[number])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
+def test_the_process_ends_though_a_reward_is_at_work(tmp_path, model_dir, number):
+    """Python itself joins threads when it ends."""
+    write_prompts(tmp_path / "prompts.jsonl")
+    Path("run.yaml").write_text(SLOW_REWARD.format(model_dir=model_dir))
+    environment = os.environ | {"STOP_WITH": str(int(number))}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, ROOT / "train.py", "fit", "--config", "run.yaml"]
+    process = subprocess.Popen(command, env=environment, stderr=-1, text=True)
+    for line in process.stderr:
+        if "once more stops at once" in line:
+            break
+    start = time.monotonic()
+    left = process.stderr.read().splitlines()
+    process.stderr.close()
+    assert process.wait() == 128 + number
+    assert time.monotonic() - start < 10 and left[0].startswith(NAMES[number])
 
 
 @pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])

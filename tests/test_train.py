@@ -438,7 +438,9 @@ def test_help_needs_no_libraries():
 def test_a_numerical_fault_is_one_line_and_how_to_go_on(capsys):
     watch = train.Watch()
     watch.begun = True
-    code = train.report(FloatingPointError("the loss is nan; no step was taken"), watch, "go on")
+    code = train.report(
+        FloatingPointError("the loss is nan; no step was taken"), watch, lambda _: "go on"
+    )
     assert code == 1
     assert capsys.readouterr().err == "error: the loss is nan; no step was taken\ngo on\n"
 
@@ -459,7 +461,7 @@ def test_a_numerical_fault_is_one_line_and_how_to_go_on(capsys):
 def test_short_memory_is_one_line_and_how_to_go_on(capsys, error, line):
     watch = train.Watch()
     watch.begun = True
-    assert train.report(error, watch, "go on") == 1
+    assert train.report(error, watch, lambda _: "go on") == 1
     assert capsys.readouterr().err == f"error: {line}\ngo on\n"
 
 
