@@ -28,7 +28,7 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
     Args:
         error: What ended it.
         watch: Knows whether work had ``begun``; ``refuse`` takes back what was written before.
-        go_on: How to continue, or nothing. Asked after the error is on the screen, and whether there
+        go_on: How to continue, or nothing; asked after the error is told, and whether there
             is time to read a checkpoint to its end.
 
     Returns:

@@ -393,6 +393,54 @@ def test_a_rehearsal_needs_no_folder_of_its_own(capsys):
     assert (code, checkpoints()) == (0, before)
 
 
+def test_a_rehearsal_leaves_a_finished_run_as_it_is(capsys, tmp_path, model_dir):
+    """Whichever callbacks write: samples, curves, the last and the best export."""
+    write_prompts(tmp_path / "prompts.jsonl")
+    Path("mine.yaml").write_text(
+        f"""
+        trainer:
+          accelerator: cpu
+          enable_progress_bar: false
+          default_root_dir: run
+          callbacks:
+            - class_path: gspo_lightning.CurvePlot
+            - class_path: gspo_lightning.SampleTable
+            - class_path: gspo_lightning.HFExport
+              init_args: {{monitor: val/accuracy_sampled, every_n_rollouts: 1}}
+        model:
+          class_path: gspo_lightning.GSPOModule
+          init_args:
+            policy: {{path: {model_dir}}}
+            sampler:
+              class_path: gspo_lightning.GroupSampler
+              init_args: {{group_size: 4, max_new_tokens: 6}}
+            rewards: {{digits: {{fn: tiny_run.digits}}}}
+            kl_coef: 0.0
+            reference: null
+            evaluation: {{correct: digits}}
+        data:
+          class_path: gspo_lightning.PromptData
+          init_args:
+            path: prompts.jsonl
+            val_path: prompts.jsonl
+            prompts_per_rollout: 4
+            num_rollouts: 3
+        """
+    )
+
+    def contents():
+        files = (path for path in Path("run").rglob("*") if path.is_file())
+        return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+    assert run(capsys, "fit --config mine.yaml")[0] == 0
+    before = contents()
+    for file in ("run/samples.jsonl", "run/curves.png", "run/export/model.safetensors"):
+        assert file in before, sorted(before)
+    assert any(name.startswith("run/export_best") for name in before)
+    assert run(capsys, "fit --config mine.yaml --trainer.fast_dev_run true")[0] == 0
+    assert contents() == before
+
+
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(capsys):
     run(capsys, "fit --config dummy.yaml")
     code, _, err = run(
