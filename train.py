@@ -54,6 +54,7 @@ from gspo_lightning.run_folder import (
     check_folder,
     check_writable,
     find_leftovers,
+    mark_finished,
     remove_traces,
     say,
 )
@@ -227,6 +228,8 @@ class GSPOCLI(DoctorCLI):
         if getattr(getattr(self.model, "health", None), "stopped", None) is not None:
             say(where_to_go_on(self.argv, self.root))
             self.code = 1
+        elif not self.watch.signals.stopping and not self.trainer.fast_dev_run:
+            mark_finished(self.root)
         if self.checkpoint is not None and self.watch.rollouts == 0:
             say(
                 f"nothing to do: {self.checkpoint} is the end of the run; raise its length to go on"

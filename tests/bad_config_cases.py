@@ -226,6 +226,11 @@ FOLDERS = [
         files={"run/checkpoints/rollout=000001.ckpt": zipped},
     ),
     Case(
+        "run folder of a finished run without checkpoints",
+        ("run holds a finished run", "default_root_dir", "remove run/finished"),
+        files={"run/finished": b"", "run/samples.jsonl": b"{}\n"},
+    ),
+    Case(
         "foreign config",
         ("run/config.yaml", "not written by a run", "default_root_dir"),
         files={"run/config.yaml": b"mine: 1\n"},

@@ -366,17 +366,47 @@ def test_an_older_checkpoint_goes_on_only_in_another_folder(capsys):
     assert Path("runs/branch/config.yaml").exists()
 
 
-def test_logs_of_a_run_without_a_checkpoint_are_replaced(capsys):
+def test_logs_of_a_run_without_a_checkpoint_are_moved_aside(capsys):
     run(capsys, "fit --config dummy.yaml --model.fail_at 1")
     Path("runs/default/notes.txt").write_text("mine")
+    Path("runs/default/samples.jsonl").write_text("{}\n")
     old = {name for name in os.listdir("runs/default") if "tfevents" in name}
+    old |= {"log.txt", "samples.jsonl"}
+    content = {name: Path("runs/default", name).read_bytes() for name in old}
     code, _, err = run(capsys, "fit --config dummy.yaml")
     assert (code, err) == (
         0,
-        "runs/default: removed the logs of a run that stopped before its first checkpoint\n",
+        "moved the logs of a run that ended without a checkpoint to runs/default/earlier-1\n",
     )
-    assert not old & set(os.listdir("runs/default"))
+    assert not old - {"log.txt"} & set(os.listdir("runs/default"))
+    folder = Path("runs/default/earlier-1")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == content
     assert Path("runs/default/notes.txt").exists()
+
+
+@pytest.mark.parametrize("option", ["", " --ckpt_path auto"])
+def test_a_finished_run_without_checkpoints_is_not_started_over(capsys, option):
+    command = "fit --config dummy.yaml --trainer.callbacks [] --trainer.enable_checkpointing false"
+    assert run(capsys, command)[0] == 0
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    line = refused(capsys, command + option)
+    assert "runs/default holds a finished run" in line and "default_root_dir NEW" in line
+    after = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    assert after == before
+    Path("runs/default/finished").unlink()  # the way out that the line names
+    assert run(capsys, command)[0] == 0
+    moved = {path.name for path in Path("runs/default/earlier-1").iterdir()}
+    assert moved == {path.name for path in before if "tfevents" in path.name} | {"log.txt"}
+
+
+def test_a_run_with_checkpoints_or_stopped_by_a_signal_has_no_mark(capsys):
+    key = "--trainer.callbacks"
+    stop = f" {key}+=dummies.Signaller {key}.at=on_train_batch_start {key}.number=15"
+    command = f"fit --config dummy.yaml --trainer.enable_checkpointing false {key}=[]"
+    assert run(capsys, command + stop)[0] == 143
+    assert not Path("runs/default/finished").exists()
+    assert run(capsys, "fit --config dummy.yaml --trainer.default_root_dir runs/b")[0] == 0
+    assert not Path("runs/b/finished").exists()
 
 
 def test_a_config_that_no_run_wrote_is_not_overwritten(capsys):
