@@ -62,7 +62,9 @@ from gspo_lightning.signals import StopSignals, forbid_requeueing
 from gspo_lightning.start_checks import (
     check_checkpoint,
     check_interval,
+    check_length,
     check_manual,
+    check_seed,
     check_trainer,
 )
 from gspo_lightning.terminal_log import TerminalLog
@@ -153,6 +155,11 @@ class GSPOCLI(DoctorCLI):
         check_config_files(args)
         self.config = parser.parse_args(args)
 
+    def _set_seed(self) -> None:
+        """Refuse what numpy would, with the name of the key."""
+        check_seed(self._get(self.config, "seed_everything"))
+        super()._set_seed()
+
     def _parse_ckpt_path(self) -> None:
         """Leave the config alone: what a checkpoint holds must not win over it."""
 
@@ -162,6 +169,8 @@ class GSPOCLI(DoctorCLI):
         self.root = Path(config.trainer.default_root_dir)
         self.checkpoint = find_checkpoint(self.root, as_text(config.get("ckpt_path")))
         check_trainer(config.trainer)
+        if self.subcommand == "fit":
+            check_length(config.trainer)
         self.traces = take_profile(config, self.subcommand)
         if self.subcommand == "fit" and not config.trainer.fast_dev_run:
             check_folder(self.root, self.checkpoint)

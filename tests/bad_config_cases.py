@@ -43,6 +43,12 @@ CONFIG = [
         "no reward", ("model.rewards", "empty"), model("rewards: {}, evaluation: {correct: null}")
     ),
     key("seed as text", ("seed_everything", "abc"), "--seed_everything abc"),
+    key("seed below 0", ("seed_everything", ">= 0", "-5"), "--seed_everything -5"),
+    key("seed too large", ("seed_everything", "2**32"), f"--seed_everything {2**32}"),
+    key("no batches", ("limit_train_batches is 0", "out"), "--trainer.limit_train_batches 0"),
+    key("no batches, as a share", ("limit_train_batches",), "--trainer.limit_train_batches 0.0"),
+    key("no steps", ("max_steps is 0", "leave it out"), "--trainer.max_steps 0"),
+    key("no epochs", ("max_epochs is 0", "leave it out"), "--trainer.max_epochs 0"),
     key(
         "accelerator not there",
         ("trainer.accelerator", "CUDA", "cpu"),
