@@ -20,7 +20,6 @@ if __name__ == "__main__" and sys.argv[1:] in (["--help"], ["-h"]):
     print(__doc__)  # before the imports below, which take seconds
     sys.exit(0)
 
-import contextlib
 import os
 import signal
 
@@ -268,10 +267,11 @@ def where_to_go_on(argv: list[str], root: Path | None, read: bool = True) -> str
     """
     if root is None:
         return ""
-    newest = None
-    with contextlib.suppress(OSError):  # it would hide why the training ended
+    try:
         found = reversed(list_checkpoints(root))
         newest = next((path for path in found if not read or damage(path) is None), None)
+    except OSError as error:  # as an error of its own it would hide why the training ended
+        return f"the checkpoints of {root} cannot be read: {error.strerror}"
     if newest is None:
         return "there is no checkpoint yet; the same command starts again"
     go_on = resume_command(["train.py", *argv], {}, this_python())

@@ -646,6 +646,40 @@ def test_a_full_disk_is_one_line_whichever_file_meets_it(capsys, monkeypatch, wh
     assert kept == full
 
 
+def test_only_the_newest_checkpoint_is_read_and_only_after_the_error_is_told(capsys, monkeypatch):
+    """A checkpoint has the size of the model, three times; all kept ones take minutes."""
+    told = []
+
+    def read(path):
+        told.append((path.name, "the reward function broke" in capsys.readouterr().err))
+        return "is damaged" if "000004" in path.name else None
+
+    monkeypatch.setattr(train, "damage", read)
+    assert run(capsys, "fit --config dummy.yaml --model.fail_at 5")[0] == 1
+    assert told == [("rollout=000004.ckpt", True), ("rollout=000002.ckpt", False)]
+
+
+def test_an_error_of_reading_does_not_hide_why_the_run_ended(capsys, monkeypatch):
+    def unreadable(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(train, "damage", unreadable)
+    code, _, err = run(capsys, "fit --config dummy.yaml --model.fail_at 5")
+    assert code == 1 and "RuntimeError: the reward function broke" in err
+    assert "there is no checkpoint yet" not in err
+
+
+def test_a_stop_at_once_reads_no_checkpoint(capsys, monkeypatch):
+    monkeypatch.setattr(train, "damage", lambda path: pytest.fail("read"))
+    key = "--trainer.callbacks"
+    stop = f"{key}+=dummies.Signaller {key}.at=on_train_batch_start {key}.number=15"
+    code, _, err = run(capsys, f"fit --config dummy.yaml {stop} {key}.rollout=5 {key}.times=2")
+    assert code == 143
+    assert err.splitlines()[-1].startswith(
+        "terminated; last checkpoint runs/default/checkpoints/rollout=000004.ckpt; continue with: "
+    )
+
+
 def test_a_run_that_is_refused_leaves_no_trace(capsys):
     refused(capsys, "fit --config dummy.yaml --model dummies.SetupFails")
     assert not Path("runs/default").exists()
