@@ -57,46 +57,17 @@ from gspo_lightning.run_folder import (
     remove_traces,
     say,
 )
-from gspo_lightning.signals import StopSignals, forbid_requeueing
+from gspo_lightning.run_lock import check_lock
+from gspo_lightning.signals import forbid_requeueing
 from gspo_lightning.start_checks import (
     check_checkpoint,
-    check_interval,
     check_length,
     check_manual,
     check_seed,
     check_trainer,
 )
-from gspo_lightning.terminal_log import TerminalLog
 from gspo_lightning.tracing import add_profile_option, take_profile
-
-
-class Watch(Callback):
-    """Knows whether work has begun, which decides how an error is shown, and how much was done."""
-
-    def __init__(self) -> None:
-        self.begun = False
-        self.rollouts = 0
-        self.root: Path | None = None  # the run folder, once training has begun
-        self.refuse = lambda: None  # takes back what was written before the run began
-        self.terminal = TerminalLog()
-        self.signals = StopSignals()
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            check_interval(trainer)
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        self.begun = True
-        self.root = Path(trainer.default_root_dir)
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.rollouts += 1
-
-    def on_validation_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        self.begun = not trainer.sanity_checking or self.begun
-
-    on_test_batch_start = on_validation_batch_start
-    on_predict_batch_start = on_validation_batch_start
+from gspo_lightning.watch import Watch
 
 
 class GSPOCLI(DoctorCLI):
@@ -107,6 +78,7 @@ class GSPOCLI(DoctorCLI):
         self.argv = argv
         self.checkpoint: Path | None = None
         self.root = Path()
+        self.rehearsal = False  # `fast_dev_run`: leaves no files
         self.traces: list[Callback] = []
         super().__init__(
             LightningModule,
@@ -166,12 +138,16 @@ class GSPOCLI(DoctorCLI):
         """Refuse what cannot work before anything is loaded."""
         config = self.config[self.subcommand]
         self.root = Path(config.trainer.default_root_dir)
+        self.rehearsal = bool(config.trainer.fast_dev_run)
+        trains = self.subcommand == "fit" and not self.rehearsal
+        if trains:
+            check_lock(self.root)
         self.checkpoint = find_checkpoint(self.root, as_text(config.get("ckpt_path")))
         check_trainer(config.trainer)
         if self.subcommand == "fit":
             check_length(config.trainer)
         self.traces = take_profile(config, self.subcommand)
-        if self.subcommand == "fit" and not config.trainer.fast_dev_run:
+        if trains:
             check_folder(self.root, self.checkpoint)
         if self.subcommand in ("fit", "predict"):  # the others print
             check_writable(self.root)
@@ -226,6 +202,9 @@ class GSPOCLI(DoctorCLI):
 
     def before_fit(self) -> None:
         """Say where the run begins, now that most of what could be refused was not."""
+        if not self.rehearsal:
+            self.watch.lock.take(self.root)
+            check_folder(self.root, self.checkpoint)  # another run may have ended here since
         present = set(self.root.glob("*"))
         self.watch.refuse = lambda: remove_traces(self.root, present)
         if self.checkpoint is not None:
@@ -236,7 +215,7 @@ class GSPOCLI(DoctorCLI):
         if getattr(getattr(self.model, "health", None), "stopped", None) is not None:
             say(where_to_go_on(self.argv, self.root))
             self.code = 1
-        elif not self.watch.signals.stopping and not self.trainer.fast_dev_run:
+        elif not self.watch.signals.stopping and not self.rehearsal:
             mark_finished(self.root)
         if self.checkpoint is not None and self.watch.rollouts == 0:
             say(
@@ -307,6 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         watch.signals.restore()
         watch.terminal.close()
+        watch.lock.release()
         os.umask(umask)
 
 
