@@ -17,6 +17,7 @@ from gspo_lightning.cli import LONGEST, condense, printable
 from gspo_lightning.out_of_memory import OutOfMemory, is_out_of_memory
 from gspo_lightning.rewards import RewardError
 from gspo_lightning.run_folder import say
+from gspo_lightning.signals import is_of_another_rank
 
 # What a user's mistake raises: bad values, missing files, devices, packages.
 MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException)
@@ -46,6 +47,9 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
     text = mistake(error) if known or not watch.begun else None
     full = disk_fault(error)
     text = full or text
+    gone = text is None and is_of_another_rank(error)
+    if gone:
+        text = "another rank failed; see its line above"
     if text is None or os.environ.get("GSPO_TRACEBACK") == "1":
         trace = "".join(traceback.format_exception(error))
         sys.stderr.write("\n".join(printable(line) for line in trace.split("\n")))
@@ -55,7 +59,7 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
             watch.refuse()
     if advice := go_on(True):
         say(advice)
-    ran = isinstance(error, FloatingPointError) or is_out_of_memory(error)
+    ran = gone or isinstance(error, FloatingPointError) or is_out_of_memory(error)
     return 1 if text is None or full or ran else 2
 
 

@@ -139,7 +139,7 @@ MAY_IMPORT = {
     "experiment": {"logprobs", "rollout"},
     "tracing": {"run_folder"},
     "watch": {"run_lock", "signals", "start_checks", "terminal_log"},
-    "ending": {"checkpoint_io", "cli", "out_of_memory", "rewards", "run_folder"},
+    "ending": {"checkpoint_io", "cli", "out_of_memory", "rewards", "run_folder", "signals"},
     "bench_limits": set(),
     "bench_samplers": {"rollout"},
     "bench_worker": {

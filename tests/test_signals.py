@@ -260,6 +260,22 @@ def test_an_exception_in_a_rollout_saves_nothing_and_names_the_last_good_checkpo
     assert last.endswith("--ckpt_path last")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_says_so_in_its_one_line_and_the_other_says_no_more_than_that(rank):
+    """As users start two ranks: the first process starts the other one."""
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.default_root_dir=run"]
+    options += ["--trainer.callbacks+=dummies.FailsOnRank", f"--trainer.callbacks.rank={rank}"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, ROOT / "train.py", "fit", "--config", "run.yaml", *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    other = ["error: another rank failed; see its line above"] if rank == 1 else []
+    assert errors == ["error: the loss is nan", *other], done.stderr
+
+
 @pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
 def test_a_signal_while_libraries_are_imported_has_its_exit_code(number):
     process = subprocess.Popen([sys.executable, "-v", ROOT / "train.py", "fit"], stderr=-1)
