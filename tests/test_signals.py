@@ -51,7 +51,33 @@ def send(at, number, rollout, times=1):
     return [f"{key}+=dummies.Signaller", *(f"{key}.{k}={v}" for k, v in settings.items())]
 
 
-TERM, INT = signal.SIGTERM, signal.SIGINT
+TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+NAMES = {TERM: "terminated", INT: "interrupted", USR1: "terminated"}
+each_signal = pytest.mark.parametrize("number", [TERM, INT, USR1], ids=["TERM", "INT", "USR1"])
+SLURM = {
+    "SLURM_NTASKS": "1",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_JOB_ID": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
+
+
+@pytest.fixture
+def scheduler(monkeypatch):
+    """What makes SIGUSR1 ours: alone it would kill."""
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def sender(request, number):
+    """Who sends the signal: a user, or the scheduler."""
+    if number == USR1:
+        request.getfixturevalue("scheduler")
+
+
 MOMENTS = [  # hook, and the rollout, which is then the last one
     ("on_train_batch_start", 1),
     ("on_train_batch_start", 4),
@@ -77,14 +103,15 @@ def straight(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
+@pytest.mark.usefixtures("sender")
+@each_signal
 @pytest.mark.parametrize(("hook", "rollout"), MOMENTS)
 def test_a_signal_finishes_the_rollout_saves_and_loses_nothing(
     capfd, straight, number, hook, rollout
 ):
-    before = [signal.getsignal(n) for n in (TERM, INT)]
+    before = [signal.getsignal(n) for n in (TERM, INT, USR1)]
     assert fit("run", *send(hook, number, rollout)) == 128 + number
-    assert [signal.getsignal(n) for n in (TERM, INT)] == before
+    assert [signal.getsignal(n) for n in (TERM, INT, USR1)] == before
     assert names("run")[-1] == f"rollout={rollout:06d}.ckpt"
     first, last = capfd.readouterr().err.splitlines()
     name = signal.Signals(number).name
@@ -98,7 +125,8 @@ def test_a_signal_finishes_the_rollout_saves_and_loses_nothing(
     assert scalars("run") == scalars(straight)
 
 
-@pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
+@pytest.mark.usefixtures("sender")
+@each_signal
 @pytest.mark.parametrize(
     ("hook", "rollout", "left"),
     [
@@ -143,10 +171,10 @@ data:
   class_path: gspo_lightning.PromptData
   init_args: {{path: prompts.jsonl, prompts_per_rollout: 4, num_rollouts: 2}}
 """
-NAMES = {TERM: "terminated", INT: "interrupted"}
 
 
-@pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
+@pytest.mark.usefixtures("sender")
+@each_signal
 def test_a_second_signal_waits_for_no_reward_in_another_process(
     capfd, tmp_path, monkeypatch, model_dir, number
 ):
@@ -187,7 +215,8 @@ def test_the_process_ends_though_a_reward_is_at_work(tmp_path, model_dir, number
     assert time.monotonic() - start < 10 and left[0].startswith(NAMES[number])
 
 
-@pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
+@pytest.mark.usefixtures("sender")
+@each_signal
 @pytest.mark.parametrize("hook", ["setup", "on_sanity_check_start", "on_validation_batch_start"])
 def test_before_training_one_signal_stops_at_once(capfd, number, hook):
     rollout = 0 if hook == "setup" else -1
@@ -196,15 +225,17 @@ def test_before_training_one_signal_stops_at_once(capfd, number, hook):
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     (line,) = lines
-    assert line in ("interrupted", "terminated")
+    assert line == NAMES[number]
 
 
-def test_an_evaluation_is_stopped_at_once(capfd):
+@pytest.mark.usefixtures("sender")
+@each_signal
+def test_an_evaluation_is_stopped_at_once(capfd, number):
     assert fit("run") == 0
-    options = [*send("on_validation_batch_start", TERM, 0), "--ckpt_path=last"]
+    options = [*send("on_validation_batch_start", number, 0), "--ckpt_path=last"]
     command = ["validate", "--config", "run.yaml", "--trainer.default_root_dir=run", *options]
-    assert train.main(command) == 143
-    assert capfd.readouterr().err == "terminated\n"
+    assert train.main(command) == 128 + number
+    assert capfd.readouterr().err == f"{NAMES[number]}\n"
 
 
 def test_a_stop_waits_for_no_validation_that_is_not_due(capfd):
@@ -225,17 +256,9 @@ def test_a_minimum_of_steps_does_not_hold_a_signal_up(capfd):
     assert names("run") == ["rollout=000004.ckpt"]
 
 
-def test_the_signal_of_a_scheduler_ends_the_run_at_a_boundary(capfd, straight, monkeypatch):
+@pytest.mark.usefixtures("scheduler")
+def test_the_signal_of_a_scheduler_ends_the_run_at_a_boundary(capfd, straight):
     """SLURM's own way would save at once, in the middle of the rollout, and requeue."""
-    for name, value in {
-        "SLURM_NTASKS": "1",
-        "SLURM_JOB_NAME": "train",
-        "SLURM_JOB_ID": "1",
-        "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0",
-        "SLURM_NODEID": "0",
-    }.items():
-        monkeypatch.setenv(name, value)
     options = send("on_before_optimizer_step", signal.SIGUSR1, 4)
     assert fit("run", *options) == 128 + signal.SIGUSR1
     assert names("run") == ["rollout=000004.ckpt"]
