@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import dummies
@@ -9,8 +10,10 @@ import pytest
 import torch
 import yaml
 from test_checkpoint import assert_same, scalars, state
+from test_checkpoint_io import FullDisk
 from tiny_run import write_prompts
 
+from gspo_lightning.checkpoint_io import damage
 from gspo_lightning.out_of_memory import OutOfMemory
 
 ROOT = Path(__file__).parents[1]
@@ -644,6 +647,60 @@ def test_a_full_disk_is_one_line_whichever_file_meets_it(capsys, monkeypatch, wh
     # `self.log`, which only the dummy's late curve goes through, comes behind the checkpoint
     kept, full = ({k: v for k, v in scalars(p).items() if k not in LATE} for p in (left, right))
     assert kept == full
+
+
+PLACES = ["0", "1/4", "1/2", "3/4", "-29", "-1", "fsync", "rename"]
+
+
+def fail_from(monkeypatch, place, size):
+    """The disk is full at one place of the checkpoint of rollout 4, of ``size`` bytes."""
+    name = ".rollout=000004.ckpt."
+    opened, fsync, replace = Path.open, os.fsync, os.replace
+
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full_fsync(number):
+        full() if name in os.readlink(f"/proc/self/fd/{number}") else fsync(number)
+
+    def full_rename(source, target):
+        full() if name in str(source) else replace(source, target)
+
+    def open_on_full_disk(self, *args, **options):
+        file = opened(self, *args, **options)
+        return FullDisk(file, room) if self.name.startswith(name) else file
+
+    if place == "fsync":
+        monkeypatch.setattr(os, "fsync", full_fsync)
+    elif place == "rename":
+        monkeypatch.setattr(os, "replace", full_rename)
+    else:
+        room = size + int(place) if place[0] == "-" else int(Fraction(place) * size)
+        monkeypatch.setattr(Path, "open", open_on_full_disk)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_disk_that_fills_up_in_a_checkpoint_is_one_line_and_costs_nothing(
+    capsys, monkeypatch, place
+):
+    """From the command line to the end, and on from there."""
+    assert run(capsys, "fit --config dummy.yaml --trainer.default_root_dir runs/straight")[0] == 0
+    folder = Path("runs/default/checkpoints")
+    size = Path("runs/straight/checkpoints/rollout=000004.ckpt").stat().st_size
+    before = Path("runs/straight/checkpoints/rollout=000002.ckpt").stat().st_size
+    with monkeypatch.context() as patch:
+        fail_from(patch, place, size)
+        code, _, err = run(capsys, "fit --config dummy.yaml")
+    assert code == 1 and "Traceback" not in err
+    error, go_on = err.splitlines()
+    assert error.startswith(f"error: checkpoint {folder}/rollout=000004.ckpt was not written: no s")
+    assert error.endswith("those written before it are intact")
+    assert go_on.startswith(f"last checkpoint {folder}/rollout=000002.ckpt; continue with: ")
+    assert os.listdir(folder) == ["rollout=000002.ckpt"]
+    assert damage(folder / "rollout=000002.ckpt") is None
+    assert (folder / "rollout=000002.ckpt").stat().st_size == before
+    assert run(capsys, "fit --config dummy.yaml --ckpt_path last")[0] == 0
+    assert_same(state(Path("runs/default"), 6), state(Path("runs/straight"), 6))
 
 
 def test_only_the_newest_checkpoint_is_read_and_only_after_the_error_is_told(capsys, monkeypatch):
