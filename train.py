@@ -27,6 +27,7 @@ if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGINT):  # until `main` has handlers of its own
         signal.signal(number, lambda number, _: os._exit(128 + number))
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from gspo_lightning.checkpoint_io import AtomicCheckpointIO, damage
 from gspo_lightning.cli import OneLineParser, quiet
 from gspo_lightning.config_files import check_config_files
 from gspo_lightning.doctor import DoctorCLI, DoctorTrainer
-from gspo_lightning.ending import report
+from gspo_lightning.ending import leave, report
 from gspo_lightning.plan import resume_command, this_python
 from gspo_lightning.predictions import PredictionWriter
 from gspo_lightning.progress import RolloutProgress, RunSummary
@@ -52,47 +53,21 @@ from gspo_lightning.run_folder import (
     check_folder,
     check_writable,
     find_leftovers,
+    mark_finished,
     remove_traces,
     say,
 )
-from gspo_lightning.signals import StopSignals, forbid_requeueing
+from gspo_lightning.run_lock import check_lock
+from gspo_lightning.signals import forbid_requeueing
 from gspo_lightning.start_checks import (
     check_checkpoint,
-    check_interval,
+    check_length,
     check_manual,
+    check_seed,
     check_trainer,
 )
-from gspo_lightning.terminal_log import TerminalLog
 from gspo_lightning.tracing import add_profile_option, take_profile
-
-
-class Watch(Callback):
-    """Knows whether work has begun, which decides how an error is shown, and how much was done."""
-
-    def __init__(self) -> None:
-        self.begun = False
-        self.rollouts = 0
-        self.root: Path | None = None  # the run folder, once training has begun
-        self.refuse = lambda: None  # takes back what was written before the run began
-        self.terminal = TerminalLog()
-        self.signals = StopSignals()
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            check_interval(trainer)
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        self.begun = True
-        self.root = Path(trainer.default_root_dir)
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.rollouts += 1
-
-    def on_validation_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        self.begun = not trainer.sanity_checking or self.begun
-
-    on_test_batch_start = on_validation_batch_start
-    on_predict_batch_start = on_validation_batch_start
+from gspo_lightning.watch import Watch
 
 
 class GSPOCLI(DoctorCLI):
@@ -103,6 +78,7 @@ class GSPOCLI(DoctorCLI):
         self.argv = argv
         self.checkpoint: Path | None = None
         self.root = Path()
+        self.rehearsal = False  # `fast_dev_run`: leaves no files
         self.traces: list[Callback] = []
         super().__init__(
             LightningModule,
@@ -150,6 +126,11 @@ class GSPOCLI(DoctorCLI):
         check_config_files(args)
         self.config = parser.parse_args(args)
 
+    def _set_seed(self) -> None:
+        """Refuse what numpy would, with the name of the key."""
+        check_seed(self._get(self.config, "seed_everything"))
+        super()._set_seed()
+
     def _parse_ckpt_path(self) -> None:
         """Leave the config alone: what a checkpoint holds must not win over it."""
 
@@ -157,10 +138,16 @@ class GSPOCLI(DoctorCLI):
         """Refuse what cannot work before anything is loaded."""
         config = self.config[self.subcommand]
         self.root = Path(config.trainer.default_root_dir)
+        self.rehearsal = bool(config.trainer.fast_dev_run)
+        trains = self.subcommand == "fit" and not self.rehearsal
+        if trains:
+            check_lock(self.root)
         self.checkpoint = find_checkpoint(self.root, as_text(config.get("ckpt_path")))
         check_trainer(config.trainer)
+        if self.subcommand == "fit":
+            check_length(config.trainer)
         self.traces = take_profile(config, self.subcommand)
-        if self.subcommand == "fit" and not config.trainer.fast_dev_run:
+        if trains:
             check_folder(self.root, self.checkpoint)
         if self.subcommand in ("fit", "predict"):  # the others print
             check_writable(self.root)
@@ -215,6 +202,9 @@ class GSPOCLI(DoctorCLI):
 
     def before_fit(self) -> None:
         """Say where the run begins, now that most of what could be refused was not."""
+        if not self.rehearsal:
+            self.watch.lock.take(self.root)
+            check_folder(self.root, self.checkpoint)  # another run may have ended here since
         present = set(self.root.glob("*"))
         self.watch.refuse = lambda: remove_traces(self.root, present)
         if self.checkpoint is not None:
@@ -225,6 +215,8 @@ class GSPOCLI(DoctorCLI):
         if getattr(getattr(self.model, "health", None), "stopped", None) is not None:
             say(where_to_go_on(self.argv, self.root))
             self.code = 1
+        elif not self.watch.signals.stopping and not self.rehearsal:
+            mark_finished(self.root)
         if self.checkpoint is not None and self.watch.rollouts == 0:
             say(
                 f"nothing to do: {self.checkpoint} is the end of the run; raise its length to go on"
@@ -244,15 +236,25 @@ def has(items: list[Any], kind: type) -> bool:
     return any(isinstance(item, kind) for item in items)
 
 
-def where_to_go_on(argv: list[str], root: Path | None) -> str:
-    """What is left of a training that ended early and how to continue it; empty if none began."""
+def where_to_go_on(argv: list[str], root: Path | None, read: bool = True) -> str:
+    """What is left of a training that ended early and how to continue it; empty if none began.
+
+    Args:
+        argv: The command.
+        root: The run folder.
+        read: Whether to read a checkpoint to its end; otherwise it has to look whole.
+    """
     if root is None:
         return ""
-    found = [path for path in list_checkpoints(root) if damage(path) is None]
-    if not found:
+    try:
+        found = reversed(list_checkpoints(root))
+        newest = next((path for path in found if not read or damage(path) is None), None)
+    except OSError as error:  # as an error of its own it would hide why the training ended
+        return f"the checkpoints of {root} cannot be read: {error.strerror}"
+    if newest is None:
         return "there is no checkpoint yet; the same command starts again"
     go_on = resume_command(["train.py", *argv], {}, this_python())
-    return f"last checkpoint {found[-1]}; continue with: {go_on}"
+    return f"last checkpoint {newest}; continue with: {go_on}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -280,12 +282,13 @@ def main(argv: list[str] | None = None) -> int:
             say(f"{name}: stopped; {where_to_go_on(argv, watch.root)}")
         return watch.signals.exit_code or code
     except BaseException as error:
-        return report(error, watch, where_to_go_on(argv, watch.root))
+        return report(error, watch, partial(where_to_go_on, argv, watch.root))
     finally:
         watch.signals.restore()
         watch.terminal.close()
+        watch.lock.release()
         os.umask(umask)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

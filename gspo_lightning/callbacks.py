@@ -10,7 +10,6 @@ The module hands over, as ``outputs`` of ``on_train_batch_end``, a dict with ``r
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -20,9 +19,10 @@ import numpy
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from gspo_lightning.json_lines import keep_rollouts_before, write_json_lines
 from gspo_lightning.kl import KLRule, MultiplicativeKL
 from gspo_lightning.metrics import CURVES
-from gspo_lightning.report import draw_curves, markdown_table, plain, sample_rows
+from gspo_lightning.report import draw_curves, markdown_table, sample_rows
 
 
 def check_at_least(low: int, **values: int | None) -> None:
@@ -45,6 +45,11 @@ def due(index: int, period: int | None) -> bool:
     [False, False, True, False, False, True]
     """
     return period is not None and (index + 1) % period == 0
+
+
+def is_rehearsal(trainer: Any) -> bool:
+    """Whether nothing may be written: the folder may hold a run that is worth keeping."""
+    return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def tensorboards(trainer: Any) -> list[Any]:
@@ -163,7 +168,7 @@ class CurvePlot(Callback):
 
     def _write(self, trainer: Any, pl_module: Any, index: int) -> None:
         self._drawn = index + 1
-        if not trainer.is_global_zero or not any(self.points.values()):
+        if not trainer.is_global_zero or not any(self.points.values()) or is_rehearsal(trainer):
             return
         rules = [c.rule for c in trainer.callbacks if isinstance(c, AdaptiveKL)]
         figure = draw_curves(
@@ -217,14 +222,14 @@ class SampleTable(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         file = self.file(trainer)
-        if trainer.is_global_zero and file.exists():
+        if trainer.is_global_zero and file.exists() and not is_rehearsal(trainer):
             keep_rollouts_before(file, trainer.fit_loop.total_batch_idx + 1)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
         index = outputs["index"]
         lines_due = due(index, self.every_n_rollouts)
         text_due = due(index, self.text_every_n_rollouts)
-        if not trainer.is_global_zero or not (lines_due or text_due):
+        if not trainer.is_global_zero or not (lines_due or text_due) or is_rehearsal(trainer):
             return
         samples = sample_rows(outputs, pl_module.policy.tokenizer, self.num_samples)
         if lines_due:
@@ -232,24 +237,6 @@ class SampleTable(Callback):
         if text_due:
             for writer in tensorboards(trainer):
                 writer.add_text("samples", markdown_table(samples), index)
-
-
-def write_json_lines(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Append one line per row, in one write."""
-    lines = "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8", newline="\n") as stream:
-        stream.write(lines)
-
-
-def keep_rollouts_before(file: Path, rollout: int) -> None:
-    """Drop the lines of ``rollout`` and later ones, and a last line that was cut off."""
-    partial = file.with_name(file.name + ".partial")
-    with file.open("rb") as old, partial.open("wb") as new:
-        for line in old:
-            if line.endswith(b"\n") and json.loads(line)["rollout"] < rollout:
-                new.write(line)
-    os.replace(partial, file)
 
 
 class HFExport(Callback):
@@ -287,7 +274,7 @@ class HFExport(Callback):
         self.best: float | None = None
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.monitor is None or trainer.state.fn != "fit":
+        if self.monitor is None or trainer.state.fn != "fit" or is_rehearsal(trainer):
             return
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
@@ -317,4 +304,6 @@ class HFExport(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         # Every rank takes part: a sharded policy is gathered from all of them.
+        if is_rehearsal(trainer):
+            return
         pl_module.export(Path(trainer.default_root_dir) / self.path)

@@ -185,7 +185,8 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069
 # Messages of Lightning that are advertising, or repeat what the plan and our own lines say.
 _CHATTER = re.compile(
     r"💡 Tip|(GPU|TPU|HPU) available|`Trainer\.fit` stopped|Restor(ing|ed) |Loaded model weights"
-    r"|`Trainer\(limit_|\s*Detected KeyboardInterrupt|Seed set to |`weights_only` was not set"
+    r"|`Trainer\(limit_|\s*Detected KeyboardInterrupt|(\[rank: \d+\] )?Seed set to "
+    r"|`weights_only` was not set"
 )
 _HARMLESS = (
     # lightning 2.6.6 itself asks torch for LeafSpec, which torch 2.13 has deprecated

@@ -5,8 +5,10 @@ Decides which errors a user can mend and how they are worded. Leaves out where t
 
 import os
 import sys
+import threading
 import traceback
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
@@ -15,29 +17,29 @@ from gspo_lightning.cli import LONGEST, condense, printable
 from gspo_lightning.out_of_memory import OutOfMemory, is_out_of_memory
 from gspo_lightning.rewards import RewardError
 from gspo_lightning.run_folder import say
+from gspo_lightning.signals import is_of_another_rank
 
 # What a user's mistake raises: bad values, missing files, devices, packages.
 MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException)
 
 
-def report(error: BaseException, watch: Any, go_on: str) -> int:
+def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> int:
     """Say what ended the command and how to go on.
 
     Args:
         error: What ended it.
         watch: Knows whether work had ``begun``; ``refuse`` takes back what was written before.
-        go_on: How to continue, or nothing.
+        go_on: How to continue, or nothing; asked after the error is told, and whether there
+            is time to read a checkpoint to its end.
 
     Returns:
         The exit code.
     """
     cause = error.__context__ if isinstance(error, SystemExit) else error
     if isinstance(cause, KeyboardInterrupt):  # Lightning turns it into exit(1)
-        say("interrupted" + (f"; {go_on}" if go_on else ""))
-        return 130
+        return stopped("interrupted", 130, go_on)
     if isinstance(error, SIGTERMException):  # its own exit code is 0, as if all had been done
-        say("terminated" + (f"; {go_on}" if go_on else ""))
-        return 143
+        return stopped("terminated", watch.signals.exit_code or 143, go_on)
     if isinstance(error, SystemExit):  # the parser has said why, or printed help
         return error.code if isinstance(error.code, int) else 0
     # a reward function is the user's, numbers and memory are the run's: all name what it was
@@ -45,6 +47,9 @@ def report(error: BaseException, watch: Any, go_on: str) -> int:
     text = mistake(error) if known or not watch.begun else None
     full = disk_fault(error)
     text = full or text
+    gone = text is None and is_of_another_rank(error)
+    if gone:
+        text = "another rank failed; see its line above"
     if text is None or os.environ.get("GSPO_TRACEBACK") == "1":
         trace = "".join(traceback.format_exception(error))
         sys.stderr.write("\n".join(printable(line) for line in trace.split("\n")))
@@ -52,10 +57,30 @@ def report(error: BaseException, watch: Any, go_on: str) -> int:
         sys.stderr.write(f"error: {printable(text)}\n")
         if not watch.begun:
             watch.refuse()
-    if go_on:
-        say(go_on)
-    ran = isinstance(error, FloatingPointError) or is_out_of_memory(error)
+    if advice := go_on(True):
+        say(advice)
+    ran = gone or isinstance(error, FloatingPointError) or is_out_of_memory(error)
     return 1 if text is None or full or ran else 2
+
+
+def stopped(how: str, code: int, go_on: Callable[[bool], str]) -> int:
+    """Say that a signal ended the command at once."""
+    advice = go_on(False)
+    say(f"{how}; {advice}" if advice else how)
+    return code
+
+
+def leave(code: int) -> NoReturn:
+    """End the process.
+
+    After a signal, without the threads that are still at work: Python would wait for a reward.
+    """
+    others = set(threading.enumerate()) - {threading.main_thread()}
+    if code > 128 and not all(thread.daemon for thread in others):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def mistake(error: BaseException) -> str | None:

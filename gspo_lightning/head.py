@@ -166,8 +166,8 @@ def token_logprobs(
     Returns:
         (n,) and (n,) or None, nats, float32 (float64 for a float64 model).
     """
-    vocabulary = states.shape[-1] if head is None else head.embedding.weight.shape[0]  # type: ignore[union-attr, index]
-    here = max(1, min(CHUNK, CHUNK_BYTES // (4 * int(vocabulary))))
+    matrix = states.mT if head is None else getattr(head.embedding, "weight", states.mT)
+    here = max(1, min(CHUNK, CHUNK_BYTES // (4 * matrix.shape[0])))
     size = chunk_size or (here if states.device.type == "cpu" else CHUNK_ELSEWHERE)
     if head is not None and _is_plain(head.embedding):
         weight, bias = head.embedding.weight, head.embedding.bias

@@ -20,10 +20,17 @@ Result = TypeVar("Result")
 class Passes(ThreadPoolExecutor):
     """A context in which passes are started; leaving it waits for all of them.
 
+    A signal that stops the run at once does not wait: a pass may be a reward's, and take minutes.
+
     >>> with Passes() as passes:
     ...     passes.begin(True, max, 3, 4).result()
     4
     """
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Wait, unless what ends the context is meant to end the process."""
+        wait = kind is None or issubclass(kind, Exception)
+        self.shutdown(wait=wait, cancel_futures=not wait)
 
     def begin(
         self, apart: bool, work: Callable[..., Result], *args: Any, **kwargs: Any

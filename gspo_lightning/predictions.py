@@ -10,7 +10,8 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from gspo_lightning.callbacks import check_file_name, write_json_lines
+from gspo_lightning.callbacks import check_file_name
+from gspo_lightning.json_lines import write_json_lines
 
 
 class PredictionWriter(Callback):

@@ -4,6 +4,7 @@ Decides when a folder is refused and what is written beside the checkpoints. Lea
 checkpoints themselves (`checkpoint`) and what callbacks write.
 """
 
+import itertools
 import os
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from gspo_lightning.terminal_log import TerminalLog
 
 CONFIG = "config.yaml"
 LOG = "log.txt"
+FINISHED = "finished"  # only where no checkpoint says so
 LONGEST_CHANGE = 120  # characters; whole lists of callbacks are longer
 
 
@@ -34,8 +36,8 @@ class RunConfig(SaveConfigCallback):
         args: What Lightning gives its own callback.
         checkpoint: Where the run goes on, if it does.
         terminal: Copies the terminal into the run folder, if given.
-        leftovers: Files of an earlier run that was killed before its first checkpoint; they are
-            removed when this one begins.
+        leftovers: Files of an earlier run that ended without a checkpoint; they are moved aside
+            when this one begins.
         command: The command line, for the log.
         kwargs: What Lightning gives its own callback.
     """
@@ -65,7 +67,7 @@ class RunConfig(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint is None:
-            remove_leftovers(folder, self.leftovers)
+            move_leftovers(folder, self.leftovers)
         if self.terminal is not None:
             self.terminal.open(folder / LOG, self.command)
         first = path = folder / CONFIG
@@ -107,6 +109,11 @@ def check_folder(root: Path, checkpoint: Path | None) -> None:
             f"{root} already holds a run (up to {started[-1].name}); continue it with --ckpt_path "
             f"last, or {elsewhere}"
         )
+    if (root / FINISHED).exists():
+        raise ValueError(
+            f"{root} holds a finished run without checkpoints; {elsewhere}, or remove "
+            f"{root / FINISHED} to start again here"
+        )
     number = None if checkpoint is None else checkpoint_number(checkpoint)
     later = [path for path in found if number is None or (checkpoint_number(path) or 0) > number]
     whole = [path for path in later if damage(path) is None]  # damaged ones will be written again
@@ -140,20 +147,32 @@ def check_writable(root: Path) -> None:
 
 
 def find_leftovers(root: Path) -> list[Path]:
-    """The logs of a run that was killed before its first checkpoint.
+    """The logs of a run that ended without a checkpoint.
 
     Only beside a config that a run wrote, and only files that a run writes.
     """
-    names = ("events.out.tfevents.*", "samples.jsonl", LOG)
+    names = ("events.out.tfevents.*", "samples.jsonl", "curves.png", LOG)
     return [file for name in names for file in root.glob(name)] if (root / CONFIG).exists() else []
 
 
-def remove_leftovers(root: Path, files: Sequence[Path]) -> None:
-    """Remove what :func:`find_leftovers` found, and say so."""
+def move_leftovers(root: Path, files: Sequence[Path]) -> None:
+    """Move aside what :func:`find_leftovers` found, and say so; it may have been long."""
+    if not files:
+        return
+    number = next(n for n in itertools.count(1) if not (root / f"earlier-{n}").exists())
+    folder = root / f"earlier-{number}"
+    folder.mkdir()
     for file in files:
-        file.unlink(missing_ok=True)
-    if files:
-        say(f"{root}: removed the logs of a run that stopped before its first checkpoint")
+        os.replace(file, folder / file.name)
+    say(f"moved the logs of a run that ended without a checkpoint to {folder}")
+
+
+@rank_zero_only
+def mark_finished(root: Path) -> None:
+    """Leave a mark in the folder of a run that has ended and has no checkpoint to show for it."""
+    if not numbered_files(root):
+        text = "This run has ended, without a checkpoint. Another one is not started over it.\n"
+        (root / FINISHED).write_text(text)
 
 
 @rank_zero_only

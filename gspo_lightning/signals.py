@@ -8,15 +8,21 @@ in a collective inside the handler, and its requeueing saves in the middle of a 
 """
 
 import os
+import re
 import signal
 import sys
 import threading
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+_PEER_IS_GONE = re.compile(
+    r"closed by peer|reset by peer|Broken pipe|was likely closed|ncclRemoteError"
+)
 
 
 class StopSignals(Callback):
@@ -88,6 +94,8 @@ class StopSignals(Callback):
         launcher = self._trainer and self._trainer.strategy.launcher
         if launcher is not None and hasattr(launcher, "kill"):
             launcher.kill(signal.SIGKILL)  # they would wait for this rank for ever
+            # Lightning watches this list, and kills this process once one of them has been killed
+            getattr(launcher, "procs", []).clear()
 
     # ---- training -------------------------------------------------------------------------------
 
@@ -115,9 +123,16 @@ class StopSignals(Callback):
         if self._training and not trainer.sanity_checking:
             self._stop_if_asked(trainer)
 
-    def on_exception(self, *_: Any) -> None:
-        """Nothing is left to finish."""
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Nothing is left to finish, here and on the ranks that this process has started.
+
+        They would only learn that this one is gone, and each would say so.
+        """
         self._training = False
+        if not is_of_another_rank(exception):  # that one may not have said yet why it ended
+            self._kill_other_ranks()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The run is over."""
@@ -140,6 +155,21 @@ class StopSignals(Callback):
         """A signal after the last rollout: all is done, but who sent it wants to hear of it."""
         if self.number is None and self._received:
             self.number = self._received[0]
+
+
+def is_of_another_rank(error: BaseException) -> bool:
+    """Whether an error says no more than that another rank is gone.
+
+    >>> is_of_another_rank(RuntimeError("[gloo/pair.cc:525] Connection closed by peer [127.0.0.1]"))
+    True
+    >>> is_of_another_rank(RuntimeError("the reward function broke"))
+    False
+    """
+    text = str(error)
+    ours = isinstance(error, torch.distributed.DistError)  # of NCCL and of the store; gloo has none
+    return (ours or (isinstance(error, RuntimeError) and "gloo" in text)) and (
+        _PEER_IS_GONE.search(text) is not None
+    )
 
 
 def forbid_requeueing(plugins: list[Any]) -> None:

@@ -115,6 +115,22 @@ def check_trainer(config: Any) -> None:
         )
 
 
+def check_seed(seed: Any) -> None:
+    """Raise ValueError for a seed that numpy does not take."""
+    if isinstance(seed, int) and not 0 <= seed < 2**32:
+        raise ValueError(f"seed_everything must be >= 0 and below 2**32, got {seed}")
+
+
+def check_length(config: Any) -> None:
+    """Raise ValueError for a training that would end, without an error, before its first batch."""
+    for name in ("limit_train_batches", "max_steps", "max_epochs"):
+        value = getattr(config, name)
+        if value == 0:
+            raise ValueError(
+                f"trainer.{name} is {value}, which trains nothing; leave it out, or run validate"
+            )
+
+
 def check_manual(config: Any) -> None:
     """Raise ValueError for trainer options whose work the module does itself."""
     if config.gradient_clip_val is not None or config.gradient_clip_algorithm is not None:

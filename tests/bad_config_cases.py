@@ -43,6 +43,12 @@ CONFIG = [
         "no reward", ("model.rewards", "empty"), model("rewards: {}, evaluation: {correct: null}")
     ),
     key("seed as text", ("seed_everything", "abc"), "--seed_everything abc"),
+    key("seed below 0", ("seed_everything", ">= 0", "-5"), "--seed_everything -5"),
+    key("seed too large", ("seed_everything", "2**32"), f"--seed_everything {2**32}"),
+    key("no batches", ("limit_train_batches is 0", "out"), "--trainer.limit_train_batches 0"),
+    key("no batches, as a share", ("limit_train_batches",), "--trainer.limit_train_batches 0.0"),
+    key("no steps", ("max_steps is 0", "leave it out"), "--trainer.max_steps 0"),
+    key("no epochs", ("max_epochs is 0", "leave it out"), "--trainer.max_epochs 0"),
     key(
         "accelerator not there",
         ("trainer.accelerator", "CUDA", "cpu"),
@@ -224,6 +230,11 @@ FOLDERS = [
         "run folder of another run",
         ("run", "already holds a run", "--ckpt_path last", "default_root_dir"),
         files={"run/checkpoints/rollout=000001.ckpt": zipped},
+    ),
+    Case(
+        "run folder of a finished run without checkpoints",
+        ("run holds a finished run", "default_root_dir", "remove run/finished"),
+        files={"run/finished": b"", "run/samples.jsonl": b"{}\n"},
     ),
     Case(
         "foreign config",

@@ -216,6 +216,25 @@ class Refused(Callback):
             raise self.error
 
 
+class FailsOnRank(Callback):
+    """A mistake of the user's on one rank alone, while the others wait for it.
+
+    Args:
+        rank: That rank.
+        error: `one line` for an error with a line of its own, `ours` for any other.
+    """
+
+    def __init__(self, rank: int, error: str = "one line"):
+        self.rank = rank
+        self.error = error
+
+    def on_before_optimizer_step(self, trainer, *_):
+        if trainer.global_rank == self.rank and trainer.fit_loop.total_batch_idx == 2:
+            if self.error == "one line":
+                raise FloatingPointError("the loss is nan")
+            raise RuntimeError("the module broke")
+
+
 class SavesHyperparameters(DummyModule):
     def __init__(self, learning_rate: float = 0.01):
         super().__init__(learning_rate)

@@ -57,6 +57,7 @@ MAY_IMPORT = {
     "run_folder": {
         *("checkpoint_files", "checkpoint_io", "fingerprints", "provenance", "terminal_log"),
     },
+    "run_lock": {"run_folder"},
     "shaping": set(),
     "reward_calls": {"out_of_memory"},
     "rewards": {"reward_calls", "shaping"},
@@ -84,8 +85,9 @@ MAY_IMPORT = {
     "report": {"metrics"},
     "faults": {"checkpoint_io", "rollout"},
     "tally": {"advantages", "gae", "kl", "masked", "metrics", "objectives", "rollout"},
-    "callbacks": {"kl", "metrics", "policy", "report", "rollout"},
-    "predictions": {"callbacks"},
+    "json_lines": {"report"},
+    "callbacks": {"json_lines", "kl", "metrics", "policy", "report", "rollout"},
+    "predictions": {"callbacks", "json_lines"},
     "progress": {"callbacks", "kl", "metrics", "plan", "predictions", "report"},
     "findings": set(),
     "doctor_memory": {"findings", "plan"},
@@ -138,7 +140,8 @@ MAY_IMPORT = {
     "compare": {"compare_plan", "compare_report"},
     "experiment": {"logprobs", "rollout"},
     "tracing": {"run_folder"},
-    "ending": {"checkpoint_io", "cli", "out_of_memory", "rewards", "run_folder"},
+    "watch": {"run_lock", "signals", "start_checks", "terminal_log"},
+    "ending": {"checkpoint_io", "cli", "out_of_memory", "rewards", "run_folder", "signals"},
     "bench_limits": set(),
     "bench_samplers": {"rollout"},
     "bench_worker": {
@@ -158,9 +161,9 @@ MAY_IMPORT = {
 # where Lightning is the shell; everything else runs without it
 SHELL = {
     *("data", "supervised", "module", "sft", "reward_model", "evaluation", "callbacks", "progress"),
-    *("ending", "predictions"),
+    *("ending", "predictions", "watch"),
     *("checkpoint", "checkpoint_files", "checkpoint_io", "signals"),
-    *("event_files", "run_folder", "health", "cli", "experiment"),
+    *("event_files", "run_folder", "run_lock", "health", "cli", "experiment"),
     *("bench_parts", "bench_worker", "tracing"),
     *("faults", "update", "replay", "guard_cost"),
     "doctor",
@@ -223,7 +226,7 @@ def test_train_leaves_the_algorithm_to_the_package():
     assert siblings(ROOT / "train.py") <= {
         *("callbacks", "checkpoint", "checkpoint_files", "checkpoint_io", "cli", "config_files"),
         *("plan", "progress", "rewards", "run_folder", "signals", "start_checks", "terminal_log"),
-        *("doctor", "ending", "predictions", "replay", "tracing"),
+        *("doctor", "ending", "predictions", "replay", "run_lock", "tracing", "watch"),
     }
 
 

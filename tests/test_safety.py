@@ -205,7 +205,7 @@ def test_no_control_character_of_a_completion_reaches_terminal_or_log(folder, mo
 def test_a_traceback_has_no_control_characters(capsys):
     watch = train.Watch()
     watch.begun = True
-    assert train.report(RuntimeError("\x1b[2J of a library"), watch, "") == 1
+    assert train.report(RuntimeError("\x1b[2J of a library"), watch, lambda _: "") == 1
     err = capsys.readouterr().err
     assert err == "RuntimeError: \\x1b[2J of a library\n"
 

@@ -4,10 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from test_checkpoint import assert_same, names, scalars, state
+from tiny_run import write_prompts
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -48,7 +51,33 @@ def send(at, number, rollout, times=1):
     return [f"{key}+=dummies.Signaller", *(f"{key}.{k}={v}" for k, v in settings.items())]
 
 
-TERM, INT = signal.SIGTERM, signal.SIGINT
+TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+NAMES = {TERM: "terminated", INT: "interrupted", USR1: "terminated"}
+each_signal = pytest.mark.parametrize("number", [TERM, INT, USR1], ids=["TERM", "INT", "USR1"])
+SLURM = {
+    "SLURM_NTASKS": "1",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_JOB_ID": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
+
+
+@pytest.fixture
+def scheduler(monkeypatch):
+    """What makes SIGUSR1 ours: alone it would kill."""
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def sender(request, number):
+    """Who sends the signal: a user, or the scheduler."""
+    if number == USR1:
+        request.getfixturevalue("scheduler")
+
+
 MOMENTS = [  # hook, and the rollout, which is then the last one
     ("on_train_batch_start", 1),
     ("on_train_batch_start", 4),
@@ -74,14 +103,15 @@ def straight(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
+@pytest.mark.usefixtures("sender")
+@each_signal
 @pytest.mark.parametrize(("hook", "rollout"), MOMENTS)
 def test_a_signal_finishes_the_rollout_saves_and_loses_nothing(
     capfd, straight, number, hook, rollout
 ):
-    before = [signal.getsignal(n) for n in (TERM, INT)]
+    before = [signal.getsignal(n) for n in (TERM, INT, USR1)]
     assert fit("run", *send(hook, number, rollout)) == 128 + number
-    assert [signal.getsignal(n) for n in (TERM, INT)] == before
+    assert [signal.getsignal(n) for n in (TERM, INT, USR1)] == before
     assert names("run")[-1] == f"rollout={rollout:06d}.ckpt"
     first, last = capfd.readouterr().err.splitlines()
     name = signal.Signals(number).name
@@ -95,7 +125,8 @@ def test_a_signal_finishes_the_rollout_saves_and_loses_nothing(
     assert scalars("run") == scalars(straight)
 
 
-@pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
+@pytest.mark.usefixtures("sender")
+@each_signal
 @pytest.mark.parametrize(
     ("hook", "rollout", "left"),
     [
@@ -119,7 +150,73 @@ def test_a_second_signal_stops_at_once_and_saves_nothing_half_done(
     assert scalars("run") == scalars(straight)
 
 
+SLOW_REWARD = """
+trainer: {{accelerator: cpu, enable_progress_bar: false, default_root_dir: run}}
+model:
+  class_path: gspo_lightning.GSPOModule
+  init_args:
+    policy: {{path: {model_dir}}}
+    sampler:
+      class_path: gspo_lightning.GroupSampler
+      init_args: {{group_size: 4, max_new_tokens: 6}}
+    rewards:
+      slow:
+        fn:
+          class_path: gspo_lightning.time_limit.TimeLimit
+          init_args: {{fn: reward_functions.stops_its_run, seconds: 5}}
+    kl_coef: 0.0
+    reference: null
+    evaluation: {{correct: null}}
+data:
+  class_path: gspo_lightning.PromptData
+  init_args: {{path: prompts.jsonl, prompts_per_rollout: 4, num_rollouts: 2}}
+"""
+
+
+@pytest.mark.usefixtures("sender")
+@each_signal
+def test_a_second_signal_waits_for_no_reward_in_another_process(
+    capfd, tmp_path, monkeypatch, model_dir, number
+):
+    """16 completions of two seconds each are on their way in a thread."""
+    write_prompts(tmp_path / "prompts.jsonl")
+    Path("run.yaml").write_text(SLOW_REWARD.format(model_dir=model_dir))
+    monkeypatch.setenv("STOP_WITH", str(int(number)))
+    start = time.monotonic()
+    try:
+        assert fit("run") == 128 + number
+        assert time.monotonic() - start < 15  # most of it to start the other process
+    finally:
+        Path("enough").touch()  # the thread is joined when this process ends
+        for thread in threading.enumerate():
+            if thread.name.startswith("ThreadPoolExecutor"):
+                thread.join()
+    first, last = capfd.readouterr().err.splitlines()[-2:]
+    assert "once more stops at once" in first and last.startswith(NAMES[number])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
+def test_the_process_ends_though_a_reward_is_at_work(tmp_path, model_dir, number):
+    """Python itself joins threads when it ends."""
+    write_prompts(tmp_path / "prompts.jsonl")
+    Path("run.yaml").write_text(SLOW_REWARD.format(model_dir=model_dir))
+    environment = os.environ | {"STOP_WITH": str(int(number))}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, ROOT / "train.py", "fit", "--config", "run.yaml"]
+    process = subprocess.Popen(command, env=environment, stderr=-1, text=True)
+    for line in process.stderr:
+        if "once more stops at once" in line:
+            break
+    start = time.monotonic()
+    left = process.stderr.read().splitlines()
+    process.stderr.close()
+    assert process.wait() == 128 + number
+    assert time.monotonic() - start < 10 and left[0].startswith(NAMES[number])
+
+
+@pytest.mark.usefixtures("sender")
+@each_signal
 @pytest.mark.parametrize("hook", ["setup", "on_sanity_check_start", "on_validation_batch_start"])
 def test_before_training_one_signal_stops_at_once(capfd, number, hook):
     rollout = 0 if hook == "setup" else -1
@@ -128,15 +225,17 @@ def test_before_training_one_signal_stops_at_once(capfd, number, hook):
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     (line,) = lines
-    assert line in ("interrupted", "terminated")
+    assert line == NAMES[number]
 
 
-def test_an_evaluation_is_stopped_at_once(capfd):
+@pytest.mark.usefixtures("sender")
+@each_signal
+def test_an_evaluation_is_stopped_at_once(capfd, number):
     assert fit("run") == 0
-    options = [*send("on_validation_batch_start", TERM, 0), "--ckpt_path=last"]
+    options = [*send("on_validation_batch_start", number, 0), "--ckpt_path=last"]
     command = ["validate", "--config", "run.yaml", "--trainer.default_root_dir=run", *options]
-    assert train.main(command) == 143
-    assert capfd.readouterr().err == "terminated\n"
+    assert train.main(command) == 128 + number
+    assert capfd.readouterr().err == f"{NAMES[number]}\n"
 
 
 def test_a_stop_waits_for_no_validation_that_is_not_due(capfd):
@@ -157,17 +256,9 @@ def test_a_minimum_of_steps_does_not_hold_a_signal_up(capfd):
     assert names("run") == ["rollout=000004.ckpt"]
 
 
-def test_the_signal_of_a_scheduler_ends_the_run_at_a_boundary(capfd, straight, monkeypatch):
+@pytest.mark.usefixtures("scheduler")
+def test_the_signal_of_a_scheduler_ends_the_run_at_a_boundary(capfd, straight):
     """SLURM's own way would save at once, in the middle of the rollout, and requeue."""
-    for name, value in {
-        "SLURM_NTASKS": "1",
-        "SLURM_JOB_NAME": "train",
-        "SLURM_JOB_ID": "1",
-        "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0",
-        "SLURM_NODEID": "0",
-    }.items():
-        monkeypatch.setenv(name, value)
     options = send("on_before_optimizer_step", signal.SIGUSR1, 4)
     assert fit("run", *options) == 128 + signal.SIGUSR1
     assert names("run") == ["rollout=000004.ckpt"]
@@ -190,6 +281,22 @@ def test_an_exception_in_a_rollout_saves_nothing_and_names_the_last_good_checkpo
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("last checkpoint run/checkpoints/rollout=000002.ckpt; continue with: py")
     assert last.endswith("--ckpt_path last")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_says_so_in_its_one_line_and_the_other_says_no_more_than_that(rank):
+    """As users start two ranks: the first process starts the other one."""
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.default_root_dir=run"]
+    options += ["--trainer.callbacks+=dummies.FailsOnRank", f"--trainer.callbacks.rank={rank}"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, ROOT / "train.py", "fit", "--config", "run.yaml", *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    other = ["error: another rank failed; see its line above"] if rank == 1 else []
+    assert errors == ["error: the loss is nan", *other], done.stderr
 
 
 @pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])

@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import dummies
@@ -9,8 +10,10 @@ import pytest
 import torch
 import yaml
 from test_checkpoint import assert_same, scalars, state
+from test_checkpoint_io import FullDisk
 from tiny_run import write_prompts
 
+from gspo_lightning.checkpoint_io import damage
 from gspo_lightning.out_of_memory import OutOfMemory
 
 ROOT = Path(__file__).parents[1]
@@ -366,17 +369,47 @@ def test_an_older_checkpoint_goes_on_only_in_another_folder(capsys):
     assert Path("runs/branch/config.yaml").exists()
 
 
-def test_logs_of_a_run_without_a_checkpoint_are_replaced(capsys):
+def test_logs_of_a_run_without_a_checkpoint_are_moved_aside(capsys):
     run(capsys, "fit --config dummy.yaml --model.fail_at 1")
     Path("runs/default/notes.txt").write_text("mine")
+    Path("runs/default/samples.jsonl").write_text("{}\n")
     old = {name for name in os.listdir("runs/default") if "tfevents" in name}
+    old |= {"log.txt", "samples.jsonl"}
+    content = {name: Path("runs/default", name).read_bytes() for name in old}
     code, _, err = run(capsys, "fit --config dummy.yaml")
     assert (code, err) == (
         0,
-        "runs/default: removed the logs of a run that stopped before its first checkpoint\n",
+        "moved the logs of a run that ended without a checkpoint to runs/default/earlier-1\n",
     )
-    assert not old & set(os.listdir("runs/default"))
+    assert not old - {"log.txt"} & set(os.listdir("runs/default"))
+    folder = Path("runs/default/earlier-1")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == content
     assert Path("runs/default/notes.txt").exists()
+
+
+@pytest.mark.parametrize("option", ["", " --ckpt_path auto"])
+def test_a_finished_run_without_checkpoints_is_not_started_over(capsys, option):
+    command = "fit --config dummy.yaml --trainer.callbacks [] --trainer.enable_checkpointing false"
+    assert run(capsys, command)[0] == 0
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    line = refused(capsys, command + option)
+    assert "runs/default holds a finished run" in line and "default_root_dir NEW" in line
+    after = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    assert after == before
+    Path("runs/default/finished").unlink()  # the way out that the line names
+    assert run(capsys, command)[0] == 0
+    moved = {path.name for path in Path("runs/default/earlier-1").iterdir()}
+    assert moved == {path.name for path in before if "tfevents" in path.name} | {"log.txt"}
+
+
+def test_a_run_with_checkpoints_or_stopped_by_a_signal_has_no_mark(capsys):
+    key = "--trainer.callbacks"
+    stop = f" {key}+=dummies.Signaller {key}.at=on_train_batch_start {key}.number=15"
+    command = f"fit --config dummy.yaml --trainer.enable_checkpointing false {key}=[]"
+    assert run(capsys, command + stop)[0] == 143
+    assert not Path("runs/default/finished").exists()
+    assert run(capsys, "fit --config dummy.yaml --trainer.default_root_dir runs/b")[0] == 0
+    assert not Path("runs/b/finished").exists()
 
 
 def test_a_config_that_no_run_wrote_is_not_overwritten(capsys):
@@ -391,6 +424,54 @@ def test_a_rehearsal_needs_no_folder_of_its_own(capsys):
     before = checkpoints()
     code, *_ = run(capsys, "fit --config dummy.yaml --trainer.fast_dev_run true")
     assert (code, checkpoints()) == (0, before)
+
+
+def test_a_rehearsal_leaves_a_finished_run_as_it_is(capsys, tmp_path, model_dir):
+    """Whichever callbacks write: samples, curves, the last and the best export."""
+    write_prompts(tmp_path / "prompts.jsonl")
+    Path("mine.yaml").write_text(
+        f"""
+        trainer:
+          accelerator: cpu
+          enable_progress_bar: false
+          default_root_dir: run
+          callbacks:
+            - class_path: gspo_lightning.CurvePlot
+            - class_path: gspo_lightning.SampleTable
+            - class_path: gspo_lightning.HFExport
+              init_args: {{monitor: val/accuracy_sampled, every_n_rollouts: 1}}
+        model:
+          class_path: gspo_lightning.GSPOModule
+          init_args:
+            policy: {{path: {model_dir}}}
+            sampler:
+              class_path: gspo_lightning.GroupSampler
+              init_args: {{group_size: 4, max_new_tokens: 6}}
+            rewards: {{digits: {{fn: tiny_run.digits}}}}
+            kl_coef: 0.0
+            reference: null
+            evaluation: {{correct: digits}}
+        data:
+          class_path: gspo_lightning.PromptData
+          init_args:
+            path: prompts.jsonl
+            val_path: prompts.jsonl
+            prompts_per_rollout: 4
+            num_rollouts: 3
+        """
+    )
+
+    def contents():
+        files = (path for path in Path("run").rglob("*") if path.is_file())
+        return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+    assert run(capsys, "fit --config mine.yaml")[0] == 0
+    before = contents()
+    for file in ("run/samples.jsonl", "run/curves.png", "run/export/model.safetensors"):
+        assert file in before, sorted(before)
+    assert any(name.startswith("run/export_best") for name in before)
+    assert run(capsys, "fit --config mine.yaml --trainer.fast_dev_run true")[0] == 0
+    assert contents() == before
 
 
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(capsys):
@@ -438,7 +519,9 @@ def test_help_needs_no_libraries():
 def test_a_numerical_fault_is_one_line_and_how_to_go_on(capsys):
     watch = train.Watch()
     watch.begun = True
-    code = train.report(FloatingPointError("the loss is nan; no step was taken"), watch, "go on")
+    code = train.report(
+        FloatingPointError("the loss is nan; no step was taken"), watch, lambda _: "go on"
+    )
     assert code == 1
     assert capsys.readouterr().err == "error: the loss is nan; no step was taken\ngo on\n"
 
@@ -459,7 +542,7 @@ def test_a_numerical_fault_is_one_line_and_how_to_go_on(capsys):
 def test_short_memory_is_one_line_and_how_to_go_on(capsys, error, line):
     watch = train.Watch()
     watch.begun = True
-    assert train.report(error, watch, "go on") == 1
+    assert train.report(error, watch, lambda _: "go on") == 1
     assert capsys.readouterr().err == f"error: {line}\ngo on\n"
 
 
@@ -580,6 +663,94 @@ def test_a_full_disk_is_one_line_whichever_file_meets_it(capsys, monkeypatch, wh
     # `self.log`, which only the dummy's late curve goes through, comes behind the checkpoint
     kept, full = ({k: v for k, v in scalars(p).items() if k not in LATE} for p in (left, right))
     assert kept == full
+
+
+PLACES = ["0", "1/4", "1/2", "3/4", "-29", "-1", "fsync", "rename"]
+
+
+def fail_from(monkeypatch, place, size):
+    """The disk is full at one place of the checkpoint of rollout 4, of ``size`` bytes."""
+    name = ".rollout=000004.ckpt."
+    opened, fsync, replace = Path.open, os.fsync, os.replace
+
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full_fsync(number):
+        full() if name in os.readlink(f"/proc/self/fd/{number}") else fsync(number)
+
+    def full_rename(source, target):
+        full() if name in str(source) else replace(source, target)
+
+    def open_on_full_disk(self, *args, **options):
+        file = opened(self, *args, **options)
+        return FullDisk(file, room) if self.name.startswith(name) else file
+
+    if place == "fsync":
+        monkeypatch.setattr(os, "fsync", full_fsync)
+    elif place == "rename":
+        monkeypatch.setattr(os, "replace", full_rename)
+    else:
+        room = size + int(place) if place[0] == "-" else int(Fraction(place) * size)
+        monkeypatch.setattr(Path, "open", open_on_full_disk)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_disk_that_fills_up_in_a_checkpoint_is_one_line_and_costs_nothing(
+    capsys, monkeypatch, place
+):
+    """From the command line to the end, and on from there."""
+    assert run(capsys, "fit --config dummy.yaml --trainer.default_root_dir runs/straight")[0] == 0
+    folder = Path("runs/default/checkpoints")
+    size = Path("runs/straight/checkpoints/rollout=000004.ckpt").stat().st_size
+    before = Path("runs/straight/checkpoints/rollout=000002.ckpt").stat().st_size
+    with monkeypatch.context() as patch:
+        fail_from(patch, place, size)
+        code, _, err = run(capsys, "fit --config dummy.yaml")
+    assert code == 1 and "Traceback" not in err
+    error, go_on = err.splitlines()
+    assert error.startswith(f"error: checkpoint {folder}/rollout=000004.ckpt was not written: no s")
+    assert error.endswith("those written before it are intact")
+    assert go_on.startswith(f"last checkpoint {folder}/rollout=000002.ckpt; continue with: ")
+    assert os.listdir(folder) == ["rollout=000002.ckpt"]
+    assert damage(folder / "rollout=000002.ckpt") is None
+    assert (folder / "rollout=000002.ckpt").stat().st_size == before
+    assert run(capsys, "fit --config dummy.yaml --ckpt_path last")[0] == 0
+    assert_same(state(Path("runs/default"), 6), state(Path("runs/straight"), 6))
+
+
+def test_only_the_newest_checkpoint_is_read_and_only_after_the_error_is_told(capsys, monkeypatch):
+    """A checkpoint has the size of the model, three times; all kept ones take minutes."""
+    told = []
+
+    def read(path):
+        told.append((path.name, "the reward function broke" in capsys.readouterr().err))
+        return "is damaged" if "000004" in path.name else None
+
+    monkeypatch.setattr(train, "damage", read)
+    assert run(capsys, "fit --config dummy.yaml --model.fail_at 5")[0] == 1
+    assert told == [("rollout=000004.ckpt", True), ("rollout=000002.ckpt", False)]
+
+
+def test_an_error_of_reading_does_not_hide_why_the_run_ended(capsys, monkeypatch):
+    def unreadable(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(train, "damage", unreadable)
+    code, _, err = run(capsys, "fit --config dummy.yaml --model.fail_at 5")
+    assert code == 1 and "RuntimeError: the reward function broke" in err
+    assert "there is no checkpoint yet" not in err
+
+
+def test_a_stop_at_once_reads_no_checkpoint(capsys, monkeypatch):
+    monkeypatch.setattr(train, "damage", lambda path: pytest.fail("read"))
+    key = "--trainer.callbacks"
+    stop = f"{key}+=dummies.Signaller {key}.at=on_train_batch_start {key}.number=15"
+    code, _, err = run(capsys, f"fit --config dummy.yaml {stop} {key}.rollout=5 {key}.times=2")
+    assert code == 143
+    assert err.splitlines()[-1].startswith(
+        "terminated; last checkpoint runs/default/checkpoints/rollout=000004.ckpt; continue with: "
+    )
 
 
 def test_a_run_that_is_refused_leaves_no_trace(capsys):
