@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     words = f"python -m gspo_lightning.compare {options.plan} --out {options.out}"
     write_report(out, plan, runs, words)
-    print(f"{out}.md, {out}.csv, {out}.png")
+    print(f"{out}.md, {out}.csv, {out}_SECTION.png")
     return 0
 
 

@@ -196,7 +196,8 @@ def accuracy_table(groups: Mapping[tuple[str, int], list[Run]], experts: bool) -
     if experts:
         columns["experts changed, one update"] = lambda r: r.late("moe/expert_change")
         columns["experts changed, one rollout"] = lambda r: r.late("moe/expert_change_rollout")
-    digits = {"length": 1, "sd of log-ratio, sequence": 4}
+    digits = {"length": 1, "sd of log-ratio, token": 4, "sd of log-ratio, sequence": 4}
+    digits |= {name: 4 for name in columns if name.startswith("experts")}
     rows = [
         [algorithm, str(updates)]
         + [with_error([f(r) for r in runs], digits.get(name, 3)) for name, f in columns.items()]
