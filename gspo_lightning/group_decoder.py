@@ -19,7 +19,8 @@ from torch import Tensor
 
 from gspo_lightning.attention import open_attention
 from gspo_lightning.drawing import draw
-from gspo_lightning.group_attention import GroupAttention, Layout
+from gspo_lightning.group_attention import GroupAttention
+from gspo_lightning.group_layout import Layout
 from gspo_lightning.logprobs import forward_arguments
 from gspo_lightning.step_graphs import Play, StepGraphs, rounded
 
