@@ -9,12 +9,14 @@ Leaves out which rows run, and all of the model but its attention.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+from gspo_lightning.group_layout import Layout
 
 
 class Buffers(NamedTuple):
@@ -24,43 +26,6 @@ class Buffers(NamedTuple):
     prompt_values: Tensor
     keys: Tensor
     values: Tensor
-
-
-@dataclass
-class Layout:
-    """Which row attends to which prompt; constant between two changes of the batch.
-
-    The rows of a group lie side by side in a grid of groups and places. Where a group has fewer
-    rows than places, the rest of the grid repeats some row and is not read.
-
-    Attributes:
-        num_groups: Prompt slots in use.
-        num_places: The most rows of one group.
-        source: The row in each cell of the grid, (groups * places,) int64; ``None`` where the rows
-            in their order are the grid.
-        cell: The cell of each row, (N,) int64, or ``None`` likewise.
-        prompt_lengths: Tokens of each row's prompt, (N, 1) int64.
-        longest: Tokens of the longest prompt in use.
-    """
-
-    num_groups: int
-    num_places: int
-    source: Tensor | None
-    cell: Tensor | None
-    prompt_lengths: Tensor
-    longest: int
-
-    def clone(self) -> Layout:
-        """The same in other tensors."""
-        source, cell = (None if x is None else x.clone() for x in (self.source, self.cell))
-        return replace(self, source=source, cell=cell, prompt_lengths=self.prompt_lengths.clone())
-
-    def take(self, other: Layout) -> None:
-        """Write the tensors of another layout of the same sizes into those of this one."""
-        self.prompt_lengths.copy_(other.prompt_lengths)
-        for mine, new in ((self.source, other.source), (self.cell, other.cell)):
-            if mine is not None and new is not None:
-                mine.copy_(new)
 
 
 @dataclass
@@ -119,6 +84,7 @@ class GroupAttention:
         if layout is not getattr(self, "_layout", None):
             self._layout = layout
             self._rows = torch.arange(len(lengths), device=lengths.device)
+            self._indices: dict[int, tuple[Tensor, Tensor]] = {}
             columns = torch.arange(layout.longest, device=lengths.device)
             hidden = columns >= layout.prompt_lengths
             bias = torch.zeros(len(lengths), layout.longest + self.length, device=lengths.device)
@@ -126,7 +92,7 @@ class GroupAttention:
             self._bias_of_layout = bias[:, None, None]
         self._lengths, self._columns, self._longest = lengths, lengths - 1, longest
         self._equal = equal
-        self._biases: dict[int | None, Tensor] = {}
+        self._biases: dict[int | None, Tensor | None] = {}
 
     def extend(
         self,
@@ -146,25 +112,27 @@ class GroupAttention:
         prompt_keys, prompt_values, keys, values = self.layers[module.layer_idx]  # type: ignore[index]
         self._write(keys, key)
         self._write(values, value)
-        # query heads that share a key-value head are rows of one product: nothing is repeated
         heads, size = keys.shape[1], query.shape[3]
-        grouped = query[0].transpose(0, 1).reshape(num_rows, heads, -1, size)
-        prompt, groups = layout.longest, layout.num_groups
-        own = slice(0, self._longest)
-        scores = torch.cat(
-            [
-                _to_rows(_to_grid(grouped, layout) @ prompt_keys[:groups, :, :prompt].mT, layout),
-                grouped @ keys[:num_rows, :, own].mT,
-            ],
-            dim=-1,
+        to_grid, to_rows = self._indices_of(heads)
+        groups, prompt, own = layout.num_groups * heads, layout.longest, self._longest
+        count = num_rows * heads
+        # query heads that share a key-value head are rows of one product: nothing is repeated
+        grouped = query[0].transpose(0, 1).reshape(count, -1, size)
+        grid = grouped.index_select(0, to_grid).view(groups, -1, size)
+        far = torch.bmm(grid, prompt_keys.flatten(0, 1)[:groups, :prompt].mT)
+        far = far.view(len(to_grid), -1, prompt).index_select(0, to_rows)
+        near = torch.bmm(grouped, keys.flatten(0, 1)[:count, :own].mT)
+
+        scores = torch.cat([far, near], dim=-1).view(num_rows, heads, -1, prompt + own)
+        weights = _softmax(scores, scaling, self._bias(sliding_window), softcap, s_aux)
+        weights = weights.to(value.dtype).view(count, -1, prompt + own)
+        grid = weights[..., :prompt].contiguous().index_select(0, to_grid)
+        far = torch.bmm(
+            grid.view(groups, -1, prompt), prompt_values.flatten(0, 1)[:groups, :prompt]
         )
-        bias = self._bias(sliding_window)
-        weights = _softmax(scores, scaling, bias, softcap, s_aux).to(value.dtype)
-        output = _to_rows(
-            _to_grid(weights[..., :prompt], layout) @ prompt_values[:groups, :, :prompt], layout
-        )
-        output = output + weights[..., prompt:] @ values[:num_rows, :, own]
-        return output.reshape(1, num_rows, -1, output.shape[-1])
+        output = far.view(len(to_grid), -1, far.shape[2]).index_select(0, to_rows)
+        output += torch.bmm(weights[..., prompt:], values.flatten(0, 1)[:count, :own])
+        return output.view(1, num_rows, -1, output.shape[2])
 
     def move_rows(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copy the first ``length`` tokens of rows to other slots, whose content is lost."""
@@ -198,10 +166,24 @@ class GroupAttention:
         else:
             buffer[self._rows, :, self._columns] = new
 
-    def _bias(self, window: int | None) -> Tensor:
-        """-inf on what a row must not see, (N, 1, 1, prompt + own), once a step and window."""
-        if window in self._biases:
-            return self._biases[window]
+    def _indices_of(self, num_heads: int) -> tuple[Tensor, Tensor]:
+        """The layout's way to its grid and back, once a layout and number of heads."""
+        if num_heads not in self._indices:
+            layout = self._layout
+            self._indices[num_heads] = layout.to_grid(num_heads), layout.to_rows(num_heads)
+        return self._indices[num_heads]
+
+    def _bias(self, window: int | None) -> Tensor | None:
+        """-inf on what a row must not see, (N, 1, 1, prompt + own), once a step and window.
+
+        ``None`` where it sees all.
+        """
+        if window not in self._biases:
+            sees_all = self._equal and window is None and not self._layout.padded
+            self._biases[window] = None if sees_all else self._make_bias(window)
+        return self._biases[window]
+
+    def _make_bias(self, window: int | None) -> Tensor:
         layout, lengths = self._layout, self._lengths[:, None]
         prompt = layout.longest
         bias = self._bias_of_layout[..., : prompt + self._longest]
@@ -215,7 +197,6 @@ class GroupAttention:
             if window is not None:  # the newest token sees `window` tokens, itself included
                 hidden |= position < layout.prompt_lengths + lengths - window
             bias = bias.masked_fill(hidden[:, None, None], -torch.inf)
-        self._biases[window] = bias
         return bias
 
 
@@ -269,29 +250,22 @@ def attend_within(
 
 
 def _softmax(
-    scores: Tensor, scaling: float, bias: Tensor, softcap: float | None, sinks: Tensor | None
+    scores: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Weights (..., heads, queries a head, ..., S) in float32 of scores of that shape."""
+    """Weights (..., heads, queries a head, ..., S) in float32 of scores, which are lost."""
     scores = scores.float()
-    if softcap is None:
-        scores = torch.add(bias, scores, alpha=scaling)
+    if softcap is not None:
+        scores, scaling = scores.mul_(scaling / softcap).tanh_().mul_(softcap), 1.0
+    if bias is None:
+        scores.mul_(scaling)
     else:
-        scores = scores.mul_(scaling / softcap).tanh_().mul_(softcap).add_(bias)
+        torch.add(bias, scores, alpha=scaling, out=scores)
     if sinks is None:
         return scores.softmax(-1)
     shape = (scores.shape[1], scores.shape[2], *[1] * (scores.ndim - 3))
     sink = sinks.float().view(shape).expand(*scores.shape[:-1], 1)
     return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
-
-
-def _to_grid(x: Tensor, layout: Layout) -> Tensor:
-    """(N, K, q, n) of each row -> (groups, K, places * q, n), the rows of a group together."""
-    if layout.source is not None:
-        x = x.index_select(0, layout.source)
-    return x.unflatten(0, (layout.num_groups, -1)).transpose(1, 2).flatten(2, 3)
-
-
-def _to_rows(x: Tensor, layout: Layout) -> Tensor:
-    """The way back from ``_to_grid``."""
-    x = x.unflatten(2, (layout.num_places, -1)).transpose(1, 2).flatten(0, 1)
-    return x if layout.cell is None else x.index_select(0, layout.cell)

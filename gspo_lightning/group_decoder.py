@@ -19,7 +19,8 @@ from torch import Tensor
 
 from gspo_lightning.attention import open_attention
 from gspo_lightning.drawing import draw
-from gspo_lightning.group_attention import GroupAttention, Layout
+from gspo_lightning.group_attention import GroupAttention
+from gspo_lightning.group_layout import Layout
 from gspo_lightning.logprobs import forward_arguments
 from gspo_lightning.step_graphs import Play, StepGraphs, rounded
 
@@ -86,7 +87,6 @@ class GroupDecoder:
         self.wanted = wanted
         count, limit = wanted.uniform.shape
         device = wanted.uniform.device
-        self.eos = torch.tensor(wanted.eos_ids, device=device)
         self.mask = torch.ones(1, 1, 1, 1, device=device)  # of four dimensions: not looked at
         lengths = [len(prompt) for prompt in wanted.prompts]
         # long prompts first: those that run together are of similar length
@@ -104,10 +104,11 @@ class GroupDecoder:
         self.first_logits: dict[int, Tensor] = {}  # behind the prompt, while rows of it wait
         self.slots = slots
         self.num = 0
-        self.running: list[int] = []  # row number in each slot, also on the device:
-        self.rows = torch.zeros(slots, dtype=torch.long, device=device)
-        self.tokens = torch.zeros_like(self.rows)  # the newest, not in the cache yet
-        self.lengths = torch.ones_like(self.rows)  # tokens drawn; 1 in slots that are free
+        self.running: list[int] = []  # row number in each slot
+        # where its next token lies in the flat tensors of all rows
+        self.places = torch.zeros(slots, dtype=torch.long, device=device)
+        self.tokens = torch.zeros_like(self.places)  # the newest, not in the cache yet
+        self.lengths = torch.ones_like(self.places)  # tokens drawn; 1 in slots that are free
         self.admitted: list[int] = []  # the step at which each row came in
         self.step = 0
         self.layout: Layout | None = None
@@ -147,7 +148,7 @@ class GroupDecoder:
         self.running += rows
         self.admitted += [self.step] * len(rows)
         self.num += len(rows)
-        self.rows[start : self.num] = torch.tensor(rows)
+        self.places[start : self.num] = torch.tensor(rows) * self.ids.shape[1]
         self.lengths[start : self.num] = 0
         self.layout = None
         self._drop(self._draw(start, logits))
@@ -229,14 +230,21 @@ class GroupDecoder:
 
     def _draw(self, start: int, logits: Tensor) -> list[int]:
         """Draw and keep a token of each slot from ``start`` on; return the slots that ended."""
-        rows, place = self.rows[start : self.num], self.lengths[start : self.num]
-        token, logprob = draw(logits, self.wanted.uniform[rows, place], self.wanted.temperature)
-        self.ids[rows, place] = token
-        self.logprobs[rows, place] = logprob
+        place = self.places[start : self.num]
+        uniform = self.wanted.uniform.view(-1).index_select(0, place)
+        token, logprob = draw(logits, uniform, self.wanted.temperature)
+        self.ids.view(-1).scatter_(0, place, token)
+        self.logprobs.view(-1).scatter_(0, place, logprob)
         self.tokens[start : self.num] = token
         place += 1
-        ended = torch.isin(token, self.eos) | (place == self.ids.shape[1])
-        return [slot for slot, end in enumerate(ended.tolist(), start) if end]
+        self.lengths[start : self.num] += 1
+        limit = self.ids.shape[1] - 1
+        eos, first = self.wanted.eos_ids, self.step - limit  # rows that came in then are full
+        return [
+            slot
+            for slot, newest in enumerate(token.tolist(), start)
+            if newest in eos or self.admitted[slot] == first
+        ]
 
     def _drop(self, ended: list[int]) -> None:
         """Free slots: the last rows that run move into them."""
@@ -248,7 +256,7 @@ class GroupDecoder:
         sources = [slot for slot in range(keep, self.num) if slot not in gone]
         if sources:
             self.cache.move_rows(sources, targets, length=self.step - min(self.admitted))
-            for tensor in (self.rows, self.tokens, self.lengths):
+            for tensor in (self.places, self.tokens, self.lengths):
                 tensor[targets] = tensor[sources]
             for values in (self.running, self.admitted):
                 for source, target in zip(sources, targets, strict=True):
@@ -286,13 +294,13 @@ class GroupDecoder:
         for group, slots in enumerate(members):
             for place, slot in enumerate(slots):
                 cell[slot] = group * places + place
-        plain = self.graphs is None and source == cell == list(range(self.num))
         new = self.ids.new_tensor
         return Layout(
             len(members),
             places,
-            source=None if plain else new(source),
-            cell=None if plain else new(cell),
+            source=new(source),
+            cell=new(cell),
             prompt_lengths=new(lengths)[:, None],
             longest=longest,
+            padded=self.graphs is not None or min(lengths) < longest,
         )

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gspo_lightning.group_attention import Layout
+from gspo_lightning.group_layout import Layout
 
 Play = Callable[[], Tensor]
 
