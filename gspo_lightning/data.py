@@ -13,11 +13,11 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
+from gspo_lightning.preferences import PreferenceData
 from gspo_lightning.rollout import PromptBatch
 from gspo_lightning.start_checks import check_kind_of_data
 from gspo_lightning.stream import pad
 from gspo_lightning.supervised import (
-    PreferenceData,
     SFTBatch,
     SFTData,
     TokenizedData,

@@ -16,12 +16,11 @@ from gspo_lightning.compare_plan import Arm, arms, merged, overlay, read_plan, s
 from gspo_lightning.compare_report import (
     Run,
     differences,
-    holm,
     statements,
-    t_test,
     with_error,
     write_report,
 )
+from gspo_lightning.significance import holm, t_test
 
 ROOT = Path(__file__).parents[1]
 PLAN = "configs/compare/arithmetic.yaml"

@@ -11,8 +11,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from gspo_lightning.frozen import RewardModel
 from gspo_lightning.optim import OptimizerConfig
 from gspo_lightning.policy import PolicyConfig
+from gspo_lightning.preferences import PreferenceBatch, PreferenceData
 from gspo_lightning.reward_model import RewardModelModule, bradley_terry
-from gspo_lightning.supervised import PreferenceBatch, PreferenceData
 
 PAIRS = [
     {"prompt": "7+9=", "chosen": "7+9=16, answer: 16", "rejected": "answer: 16"},

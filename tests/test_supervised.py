@@ -5,7 +5,7 @@ import torch
 from test_data import attach, write
 
 from gspo_lightning.frozen import RewardModel
-from gspo_lightning.supervised import PreferenceData
+from gspo_lightning.preferences import PreferenceData
 
 ROWS = [
     {"prompt": "1=", "chosen": "1", "rejected": "11"},
