@@ -67,10 +67,14 @@ class RunLock:
                 folder.rmdir()
 
 
-@rank_zero_only
 def check_lock(root: Path) -> None:
-    """Raise ValueError, before anything is loaded, if another process has the folder."""
-    if not (root / FILE).is_file():
+    """Raise ValueError, before anything is loaded, if another process has the folder.
+
+    Not for the ranks that rank 0 has the folder for: there is no trainer yet, so the environment
+    that they were started with tells.
+    """
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    if any(os.environ.get(name, "0") != "0" for name in ranks) or not (root / FILE).is_file():
         return
     number = os.open(root / FILE, os.O_RDWR)
     try:

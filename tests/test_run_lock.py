@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_checkpoint import names
 
-from gspo_lightning.run_lock import FILE, RunLock
+from gspo_lightning.run_lock import FILE, RunLock, check_lock
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -132,3 +132,13 @@ def test_where_there_are_no_locks_this_is_said_and_the_run_goes_on(capsys, monke
     monkeypatch.setattr("fcntl.lockf", no_locks)
     assert train.main(["fit", "--config", "run.yaml"]) == 0
     assert capsys.readouterr().err.startswith("run: the file system has no locks (No locks ava")
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
+def test_the_other_ranks_do_not_ask_for_the_folder_that_rank_0_has(holder, monkeypatch, name):
+    """Refused, they would be gone, and rank 0 would wait for them."""
+    monkeypatch.setenv(name, "0")
+    with pytest.raises(ValueError, match="is being trained in by process"):
+        check_lock(Path("run"))
+    monkeypatch.setenv(name, "1")
+    check_lock(Path("run"))
