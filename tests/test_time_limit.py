@@ -42,7 +42,17 @@ def limited():
 
 def children():
     """Processes of this one that are alive or not yet waited for."""
-    return [p for p in psutil.Process().children() if "time_limit.py" in " ".join(cmdline(p))]
+    workers = [p for p in psutil.Process().children() if "time_limit.py" in " ".join(cmdline(p))]
+    return [p for p in workers if p.pid not in of_other_tests]
+
+
+of_other_tests = set()  # a test that has failed on purpose keeps its frames, and they its process
+
+
+@pytest.fixture(autouse=True)
+def _only_own_children():
+    of_other_tests.clear()
+    of_other_tests.update(p.pid for p in children())
 
 
 def cmdline(process):
