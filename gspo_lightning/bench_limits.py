@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gspo_lightning.products import linear
+
 # dense FLOP/s of tensor cores in bfloat16, of plain cores in float32, bytes/s; from data sheets
 DATA_SHEETS = {
     "H100 PCIe": (756e12, 51e12, 2.0e12),
@@ -147,9 +149,9 @@ def measured_peak(device: torch.device, dtype: torch.dtype, size: int | None = N
     """FLOP/s of a large matrix product here and now, the best of ten; on the CPU per CPU second."""
     size = size or (8192 if device.type == "cuda" else 1024)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    torch.mm(a, b)
+    linear(a, b)
     clock = 0 if device.type == "cuda" else 1
-    return 2.0 * size**3 / min(_clocked(lambda: torch.mm(a, b), device)[clock] for _ in range(10))
+    return 2.0 * size**3 / min(_clocked(lambda: linear(a, b), device)[clock] for _ in range(10))
 
 
 def products_alone(model: Any, work: Work, updates: int) -> dict[str, float]:
@@ -211,15 +213,15 @@ def roofline(shape: Shape, work: Work, width: int, flops: float, bandwidth: floa
 
 def _forward(weights: Sequence[Tensor], rows: int) -> None:
     for weight in weights:
-        torch.mm(weight.new_zeros(rows, weight.shape[1]), weight.T)
+        linear(weight.new_zeros(rows, weight.shape[1]), weight)
 
 
 def _forward_backward(weights: Sequence[Tensor], rows: int) -> None:
     for weight in weights:
         x, gradient = (weight.new_zeros(rows, size) for size in reversed(weight.shape))
-        torch.mm(x, weight.T)
-        torch.mm(gradient, weight)
-        torch.mm(gradient.T, x)
+        linear(x, weight)
+        linear(gradient, weight.T)
+        linear(gradient.T, x.T)
 
 
 def _clocked(work: Any, device: torch.device) -> tuple[float, float]:

@@ -23,7 +23,7 @@ import transformers
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 MODELS = ("S", "M", "0.6B")  # sizes in benchmarks/make_models.py
-ENGINES = ("gspo_lightning", "trl", "one_by_one", "generate")
+ENGINES = ("gspo_lightning", "mkl", "trl", "one_by_one", "generate")  # mkl: without oneDNN
 
 
 class BenchError(Exception):
@@ -92,9 +92,10 @@ def one_run(case: Case, name: str, options: argparse.Namespace) -> dict[str, Any
     arguments += [f"--device={options.device}", f"--dtype={options.dtype}"]
     if name == "trl":
         return in_process([str(SCRIPTS / "trl_gspo.py"), *arguments], options.threads)
-    sampler = "group" if name == "gspo_lightning" else name
+    sampler = "group" if name in ("gspo_lightning", "mkl") else name
     settings = f"--settings={json.dumps(options.settings)}"
     worker = ["-m", "gspo_lightning.bench", "worker", f"--sampler={sampler}", settings]
+    worker += ["--mkl"] if name == "mkl" else []
     return in_process([*worker, *arguments], options.threads)
 
 

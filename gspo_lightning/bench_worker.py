@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="group",
         help="this project's; one `generate` call per completion; one per rollout",
     )
+    parser.add_argument("--mkl", action="store_true", help="no matrix product by oneDNN")
     parser.add_argument(
         "--settings", type=json_object, default={}, help="further arguments of GSPOModule, as JSON"
     )
@@ -98,6 +99,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         in MiB, the model's sizes, and the limits of this machine.
     """
     torch.set_num_threads(options.threads)
+    if options.mkl:
+        torch.backends.mkldnn.set_flags(_enabled=False)
     seed_everything(options.seed, verbose=False)
     settings = dict(options.settings)
     if options.micro_batches > 1:

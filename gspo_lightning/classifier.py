@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gspo_lightning.out_of_memory import BatchSizes
 from gspo_lightning.policy import fingerprint
+from gspo_lightning.products import speed_up
 
 
 def freeze(model: Any, device: torch.device) -> Any:
@@ -118,6 +119,7 @@ class RewardModel:
                 f"model {self.path} reads"
             )
         model.config.pad_token_id = self.tokenizer.pad_token_id
+        speed_up(model)
         self.model = freeze(model, device)
         self.fingerprint = fingerprint(self.model)
 

@@ -28,6 +28,7 @@ from gspo_lightning.gae import (
 from gspo_lightning.logprobs import layer_states
 from gspo_lightning.model_folder import check_model_folder, check_model_path, load_weights
 from gspo_lightning.policy import DTYPES, PolicyConfig, checkpoint_activations, disable_dropout
+from gspo_lightning.products import speed_up
 from gspo_lightning.rollout import Rollout, Samples
 
 
@@ -308,6 +309,7 @@ def load_critic(config: CriticConfig, policy_config: PolicyConfig, policy: Any) 
         )
     disable_dropout(backbone)
     open_attention(backbone)  # so that its rows are packed
+    speed_up(backbone)
     if policy_config.gradient_checkpointing:
         checkpoint_activations(backbone)
     backbone.train()  # dropout is off in either mode; checkpointing works in this one alone

@@ -25,6 +25,7 @@ from gspo_lightning.model_folder import (
     reason,
 )
 from gspo_lightning.policy import LoRAPolicy, Policy, PolicyConfig, fingerprint
+from gspo_lightning.products import speed_up
 from gspo_lightning.rollout import Samples
 
 
@@ -124,6 +125,7 @@ class ReferencePolicy:
             **options,
         )
         open_attention(model)
+        speed_up(model)
         self.model = freeze(model, device)
         self.fingerprint = fingerprint(self.model)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gspo_lightning.linear_logprobs import LinearLogprobs, Logits
+from gspo_lightning.products import Linear
 
 CHUNK = 256  # tokens whose float32 logits exist at the same time; on a CPU more are no faster
 CHUNK_ELSEWHERE = 1024  # a GPU is only busy with larger products
@@ -196,5 +197,5 @@ def token_logprobs(
 def _is_plain(embedding: Any) -> bool:
     """Whether an output embedding is a matrix product and nothing besides."""
     hooks = (embedding._forward_hooks, embedding._forward_pre_hooks, embedding._backward_hooks)
-    plain = type(embedding) is nn.Linear and not any(hooks)
+    plain = type(embedding) in (nn.Linear, Linear) and not any(hooks)
     return plain and type(embedding.weight) in (nn.Parameter, Tensor)

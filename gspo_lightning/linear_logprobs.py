@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from gspo_lightning.products import inner_product, linear, uses_onednn
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -91,7 +93,7 @@ class LinearLogprobs(torch.autograd.Function):
                 x.scatter_add_(1, ids[part, None], grad[part, None] / temperature)
                 d = logits.pull(x)
                 if grad_hidden is not None:
-                    grad_hidden[part] = d @ logits.weight
+                    grad_hidden[part] = linear(d, logits.weight.t())
                 if grad_weight is not None:
                     _add_product(grad_weight, d, h)
                 if grad_bias is not None:
@@ -130,7 +132,8 @@ class _Chunk:
         self.raw: Tensor | None = None
         self.logits: Tensor | None = None
         self.buffer: Tensor | None = None
-        if finish is None and dtype == self.exact:
+        plain = finish is None and dtype == self.exact
+        if plain and not uses_onednn(self.weight):  # which gives its result in memory of its own
             self.buffer = self.weight.new_empty(size, len(weight))
 
     def __call__(self, h: Tensor, for_backward: bool = False) -> Tensor:
@@ -139,12 +142,13 @@ class _Chunk:
             x = torch.mm(h, self.weight.t(), out=self.buffer[: len(h)])
             x = x if self.bias is None else x.add_(self.bias)
         else:
-            raw = logits = nn.functional.linear(h, self.weight, self.bias)
+            raw = logits = linear(h, self.weight, self.bias)
             if self.finish is not None:
                 with torch.set_grad_enabled(for_backward):
                     logits = self.finish(raw.requires_grad_(for_backward))
             x = logits.detach().to(self.exact)
-            if x.data_ptr() == logits.data_ptr():  # it may be needed for its own gradient
+            if self.finish is not None and x.data_ptr() == logits.data_ptr():
+                # it may be needed for its own gradient
                 x = x.clone()
             if for_backward and self.finish is not None:
                 self.raw, self.logits = raw, logits
@@ -159,6 +163,9 @@ class _Chunk:
 
 def _add_product(total: Tensor, d: Tensor, h: Tensor) -> None:
     """Add d.T @ h, in place; of a lower precision by parts, so that there is no second copy."""
+    if d.dtype == total.dtype and uses_onednn(total):
+        total += inner_product(d, h)
+        return
     if d.dtype == total.dtype:
         total.addmm_(d.t(), h)
         return

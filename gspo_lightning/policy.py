@@ -26,6 +26,7 @@ from gspo_lightning.model_folder import (
     load_weights,
     reason,
 )
+from gspo_lightning.products import speed_up
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "spiece*")
@@ -84,6 +85,7 @@ class Policy(nn.Module):
         self.pad_id: int = self.eos_ids[0] if pad is None else pad
         check_vocabulary(model, tokenizer)
         disable_dropout(model)
+        speed_up(model)
 
     def export(self, path: str | Path) -> None:
         """Write model and tokenizer as a folder that ``from_pretrained`` loads."""

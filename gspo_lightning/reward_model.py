@@ -34,6 +34,7 @@ from gspo_lightning.policy import (
     disable_dropout,
     load_tokenizer,
 )
+from gspo_lightning.products import speed_up
 from gspo_lightning.step_log import log_step
 
 
@@ -215,6 +216,7 @@ def load_classifier(config: PolicyConfig, tokenizer: Any) -> Any:
         model = load_weights(key, auto, config.path, new_head=True, **options)
     check_vocabulary(model, tokenizer)
     disable_dropout(model)
+    speed_up(model)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     return model

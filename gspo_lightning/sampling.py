@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gspo_lightning.group_decoder import GroupDecoder, NotDecodable, Wanted
 from gspo_lightning.plain_decoder import decode_plainly
+from gspo_lightning.products import packed
 from gspo_lightning.rollout import PromptBatch, Samples, completion_mask
 from gspo_lightning.step_graphs import cuda_graph_recorder
 
@@ -113,7 +114,8 @@ class GroupSampler:
         was_training = policy.model.training
         policy.model.eval()  # gradient checkpointing would switch the KV cache off in train mode
         try:
-            ids, logprobs = self._decode(policy, batch, uniform)
+            with packed(policy.model):
+                ids, logprobs = self._decode(policy, batch, uniform)
         finally:
             policy.model.train(was_training)
         mask, finished = completion_mask(ids, policy.eos_ids)

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "gspo_lightning"
 MATHS = {
     *("masked", "objectives", "advantages", "kl", "gae", "micro_batches", "rollout"),
     *("logprobs", "packed_attention", "packing", "padded", "linear_logprobs", "head"),
+    "products",
 }
 # file: the files of this package it may import, in an order in which each knows only those above
 MAY_IMPORT = {
@@ -22,8 +23,9 @@ MAY_IMPORT = {
     "packed_attention": set(),
     "packing": {"packed_attention"},
     "padded": set(),
-    "linear_logprobs": set(),
-    "head": {"linear_logprobs"},
+    "products": set(),
+    "linear_logprobs": {"products"},
+    "head": {"linear_logprobs", "products"},
     "logprobs": {"head", "packed_attention", "packing", "padded"},
     "advantages": {"masked"},
     "objectives": {"masked"},
@@ -32,7 +34,7 @@ MAY_IMPORT = {
     "attention": {"packed_attention"},
     "lora": set(),
     "model_folder": set(),
-    "policy": {"attention", "lora", "model_folder"},
+    "policy": {"attention", "lora", "model_folder", "products"},
     "start_checks": {"model_folder"},
     "tables": set(),
     "plan": set(),
@@ -82,12 +84,13 @@ MAY_IMPORT = {
         "step_graphs",
     },
     "plain_decoder": {"drawing", "logprobs"},
-    "sampling": {"group_decoder", "plain_decoder", "rollout", "step_graphs"},
+    "sampling": {"group_decoder", "plain_decoder", "products", "rollout", "step_graphs"},
     "vllm_sampler": {"sampling", "rollout"},
-    "classifier": {"out_of_memory", "policy"},
-    "critic": {"attention", "gae", "logprobs", "model_folder", "policy", "rollout"},
+    "classifier": {"out_of_memory", "policy", "products"},
+    "critic": {"attention", "gae", "logprobs", "model_folder", "policy", "products", "rollout"},
     "frozen": {
-        *("attention", "classifier", "logprobs", "lora", "model_folder", "policy", "rollout"),
+        *("attention", "classifier", "logprobs", "lora", "model_folder", "policy", "products"),
+        "rollout",
     },
     "health_rules": {"objectives"},
     "health": {"health_rules", "objectives"},
@@ -110,7 +113,7 @@ MAY_IMPORT = {
     "evaluation": {"metrics", "policy", "rewards", "rollout", "sampling"},
     "step_log": set(),
     "sft": {"step_log", "logprobs", "masked", "optim", "policy"},
-    "reward_model": {"step_log", "model_folder", "optim", "policy"},
+    "reward_model": {"step_log", "model_folder", "optim", "policy", "products"},
     "old_logprobs": {
         *("evaluation", "frozen", "logprobs", "memory", "objectives", "out_of_memory", "rollout"),
         "tally",
@@ -152,7 +155,7 @@ MAY_IMPORT = {
     "tracing": {"run_folder"},
     "watch": {"run_lock", "signals", "start_checks", "terminal_log"},
     "ending": {"checkpoint_io", "cli", "out_of_memory", "rewards", "run_folder", "signals"},
-    "bench_limits": set(),
+    "bench_limits": {"products"},
     "bench_samplers": {"rollout"},
     "bench_worker": {
         *("bench_limits", "bench_samplers", "cli", "data", "frozen", "memory", "module", "optim"),

@@ -19,6 +19,7 @@ from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.lora import LoRAConfig, adapters_off
 from gspo_lightning.plan import plan_lines
 from gspo_lightning.policy import LoRAPolicy, PolicyConfig, load_policy
+from gspo_lightning.products import speed_up
 from gspo_lightning.rewards import RewardTerm
 from gspo_lightning.rollout import PromptBatch
 from gspo_lightning.sampling import GroupSampler
@@ -67,6 +68,7 @@ def folder(tmp_path, make_model, tokenizer):
 
 def logprobs(model, rollout, **options):
     open_attention(model)  # as a policy is: or its bits could not be compared
+    speed_up(model)
     return completion_logprobs(model, *inputs(rollout), **options).logprobs
 
 
