@@ -95,7 +95,8 @@ def one_run(case: Case, name: str, options: argparse.Namespace) -> dict[str, Any
     sampler = "group" if name in ("gspo_lightning", "mkl") else name
     settings = f"--settings={json.dumps(options.settings)}"
     worker = ["-m", "gspo_lightning.bench", "worker", f"--sampler={sampler}", settings]
-    worker += ["--mkl"] if name == "mkl" else []
+    # sampling by transformers is measured as it comes
+    worker += [] if name == "gspo_lightning" else ["--mkl"]
     return in_process([*worker, *arguments], options.threads)
 
 

@@ -42,7 +42,9 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear``."""
         if self.packed is not None and _pays(input, self.weight, FEW_ROWS_PACKED):
-            return _product(input, self.weight, self.bias, self.packed)
+            rows = input.flatten(0, -2)
+            found = _product(rows, self.weight, self.bias, self.packed)
+            return found.view(*input.shape[:-1], -1)
         return linear(input, self.weight, self.bias)
 
 
@@ -87,9 +89,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _pays(input, weight, FEW_ROWS):
         return nn.functional.linear(input, weight, bias)
-    if torch.is_grad_enabled():
-        return _Linear.apply(input, weight, bias)
-    return _product(input, weight, bias)
+    rows = input.flatten(0, -2)
+    apply = _Linear.apply if torch.is_grad_enabled() else _product
+    return apply(rows, weight, bias).view(*input.shape[:-1], -1)
 
 
 def uses_onednn(weight: Tensor) -> bool:
@@ -161,20 +163,20 @@ class _Linear(torch.autograd.Function):
     """The product and its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(input, weight)
-        return _product(input, weight, bias)
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        found = _product(rows, weight, bias)
+        return found if found._base is None else found.clone()  # whoever gets it may write into it
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        input, weight = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
+        rows, weight = ctx.saved_tensors
+        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            _product(grad, weight.t()) if needs_input else None,
-            inner_product(rows, input.flatten(0, -2)) if needs_weight else None,
-            rows.sum(0) if needs_bias else None,
+            _product(grad, weight.t()) if needs_rows else None,
+            inner_product(grad, rows) if needs_weight else None,
+            grad.sum(0) if needs_bias else None,
         )
 
 
@@ -188,10 +190,9 @@ def inner_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _product(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, ordered: Tensor | None = None
+    rows: Tensor, weight: Tensor, bias: Tensor | None = None, ordered: Tensor | None = None
 ) -> Tensor:
-    """``linear`` by oneDNN, without gradient; ``ordered`` is the weight in its order."""
-    rows = input.flatten(0, -2)
+    """``linear`` of (N, D) by oneDNN, without gradient; ``ordered``: the weight in its order."""
     count, first = len(rows), whole(len(rows))
     ordered = weight if ordered is None else ordered
     if first == count:
@@ -203,7 +204,7 @@ def _product(
         found = rows.new_empty(count, len(weight))
         found[:first] = _onednn(rows[:first], ordered, bias)
         found[first:] = nn.functional.linear(rows[first:], weight, bias)
-    return found.view(*input.shape[:-1], -1)
+    return found
 
 
 def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

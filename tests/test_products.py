@@ -70,6 +70,18 @@ def test_product_and_gradients_are_those_of_float64(onednn, rows, with_bias):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("rows", [13, 64, 100, (4, 16)])
+def test_results_may_be_written_into(onednn, rows):
+    shape = rows if isinstance(rows, tuple) else (rows,)
+    x, weight = numbers(*shape, 24), numbers(40, 24, seed=1).requires_grad_()
+    y = linear(x, weight)
+    y[..., 0] = 0
+    y.mul_(2).sum().backward()
+    expected = 2 * x.flatten(0, -2).sum(0).expand(40, 24).clone()
+    expected[0] = 0
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_gradients_that_nothing_needs_are_not_computed(onednn):
     x, weight = numbers(64, 24), numbers(40, 24, seed=1).requires_grad_()
     linear(x, weight).sum().backward()
