@@ -42,7 +42,7 @@ TABLES = {
     "main": ["S/32/geo/8", "S/256/geo/8", "S/32/128/8", "S/32/64/8/kl"],
     "medium": ["M/32/geo/8", "M/32/64/8/kl"],
     "groups": ["S/32/geo/4", "S/32/geo/8", "S/32/geo/16"],
-    "rollout": ["S/32/64/8", "S/256/64/8"],
+    "rollout": ["S/32/64/8", "S/256/64/8", "S/256/64/32"],
     "gpu": ["0.6B/256/512/8"],
 }
 QUICK = {"cases": [Case.parse("S/32/8/4")], "repeats": 1, "steps": 1, "warmup": 0}

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from gspo_lightning.products import uses_onednn
+
 CHUNK = 256  # tokens whose float32 logits exist at a time on a CPU (``head``)
 
 
@@ -108,7 +110,9 @@ def _policy(trainer: Any, module: Any) -> str:
     place = str(trainer.strategy.root_device)
     if trainer.world_size > 1:
         place += f" and {trainer.world_size - 1} more"
-    return f"{count:,} parameters, {share}, {types} on {place}, precision {trainer.precision}"
+    text = f"{count:,} parameters, {share}, {types} on {place}, precision {trainer.precision}"
+    exact = trainer.precision == "32-true" and trainer.strategy.root_device.type == "cpu"
+    return text + (", products by oneDNN" if exact and any(map(uses_onednn, parameters)) else "")
 
 
 def _critic(module: Any) -> str:

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "policy": {"attention", "lora", "model_folder", "products"},
     "start_checks": {"model_folder"},
     "tables": set(),
-    "plan": set(),
+    "plan": {"products"},
     "config_files": set(),
     "text_scores": set(),
     "event_files": set(),

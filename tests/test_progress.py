@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from rollout_dummies import RolloutData, RolloutDummy, fit, make_trainer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gspo_lightning import plan, progress
+from gspo_lightning import plan, products, progress
 from gspo_lightning.callbacks import CurvePlot, HFExport, SampleTable
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.plan import memory_parts, plan_lines, resume_command, total_batches
@@ -334,7 +334,8 @@ def plan_of(**changes) -> dict[str, str]:
     return {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
 
 
-def test_the_plan_counts_what_will_happen():
+def test_the_plan_counts_what_will_happen(monkeypatch):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
     plan = plan_of()
     assert plan["plan"] == (
         "40 rollouts, each 16 prompts x 8 completions of at most 40 tokens; "
@@ -346,6 +347,12 @@ def test_the_plan_counts_what_will_happen():
     assert plan["scoring"] == "reference on cuda:1, reward correct"
     assert plan["policy"].endswith("all trained, float32 on cpu, precision 32-true")
     assert plan["run"] == "runs/x"
+
+
+def test_the_plan_says_where_onednn_multiplies(monkeypatch):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    assert plan_of()["policy"].endswith("precision 32-true, products by oneDNN")
+    assert plan_of(precision="bf16-mixed")["policy"].endswith("precision bf16-mixed")
 
 
 def test_the_plan_of_a_resumed_run_counts_what_is_left():
