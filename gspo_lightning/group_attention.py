@@ -108,7 +108,8 @@ class GroupAttention:
         **_: Any,
     ) -> Tensor:
         """Attend from one token of each row to its prompt and to what it added itself."""
-        layout, num_rows = self._layout, query.shape[2]
+        layout, num_rows = self._layout, len(self._rows)
+        more = query.shape[2] - num_rows  # behind them, which nobody reads
         prompt_keys, prompt_values, keys, values = self.layers[module.layer_idx]  # type: ignore[index]
         self._write(keys, key)
         self._write(values, value)
@@ -117,7 +118,7 @@ class GroupAttention:
         groups, prompt, own = layout.num_groups * heads, layout.longest, self._longest
         count = num_rows * heads
         # query heads that share a key-value head are rows of one product: nothing is repeated
-        grouped = query[0].transpose(0, 1).reshape(count, -1, size)
+        grouped = query[0, :, :num_rows].transpose(0, 1).reshape(count, -1, size)
         grid = grouped.index_select(0, to_grid).view(groups, -1, size)
         far = torch.bmm(grid, prompt_keys.flatten(0, 1)[:groups, :prompt].mT)
         far = far.view(len(to_grid), -1, prompt).index_select(0, to_rows)
@@ -132,7 +133,8 @@ class GroupAttention:
         )
         output = far.view(len(to_grid), -1, far.shape[2]).index_select(0, to_rows)
         output += torch.bmm(weights[..., prompt:], values.flatten(0, 1)[:count, :own])
-        return output.view(1, num_rows, -1, output.shape[2])
+        output = output.view(1, num_rows, -1, output.shape[2])
+        return nn.functional.pad(output, (0, 0, 0, 0, 0, more)) if more else output
 
     def move_rows(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copy the first ``length`` tokens of rows to other slots, whose content is lost."""
@@ -160,7 +162,7 @@ class GroupAttention:
 
     def _write(self, buffer: Tensor, new: Tensor) -> None:
         """Put the newest (1, K, N, d) behind what each row has."""
-        new = new[0].transpose(0, 1)
+        new = new[0, :, : len(self._rows)].transpose(0, 1)
         if self._equal:
             buffer[: len(new), :, self._longest - 1] = new
         else:

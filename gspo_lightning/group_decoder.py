@@ -22,6 +22,7 @@ from gspo_lightning.drawing import draw
 from gspo_lightning.group_attention import GroupAttention
 from gspo_lightning.group_layout import Layout
 from gspo_lightning.logprobs import forward_arguments
+from gspo_lightning.products import FEW_ROWS_PACKED, filled, has_packed
 from gspo_lightning.step_graphs import Play, StepGraphs, rounded
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class GroupDecoder:
         self.admitted: list[int] = []  # the step at which each row came in
         self.step = 0
         self.layout: Layout | None = None
+        self.packed = has_packed(model)
         record = wanted.record
         self.graphs = None if record is None else StepGraphs(self._compute, record)
 
@@ -215,7 +217,14 @@ class GroupDecoder:
         lengths = self.lengths[:count]
         self.cache.begin_step(layout, lengths, longest, equal)
         positions = layout.prompt_lengths[:, 0] + lengths - 1
-        return self._call(self.tokens[:count], positions, self.cache.extend, 0)
+        tokens, more = self.tokens[:count], 0
+        if self.packed and count >= FEW_ROWS_PACKED:
+            # rows that nobody reads, once a step instead of once a product
+            more = min(filled(count), self.slots) - count
+        if more:
+            tokens = self.tokens[: count + more]
+            positions = torch.nn.functional.pad(positions, (0, more))
+        return self._call(tokens, positions, self.cache.extend, 0)[:count]
 
     def _call(self, ids: Tensor, positions: Tensor, attend: Any, keep: Tensor | int) -> Tensor:
         output = self.model(

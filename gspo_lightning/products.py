@@ -27,7 +27,7 @@ DTYPE = torch.float32
 FEW_ROWS = 8  # fewer are not worth bringing the weight into oneDNN's order for each product
 FEW_ROWS_PACKED = 3
 LARGEST_WEIGHT = 2**24  # numbers; a larger one would be copied for each product
-KEPT = 128  # shapes that oneDNN and torch remember; a fourth to a half of a MB each
+KEPT = 160  # shapes that oneDNN and torch remember; a fourth to a half of a MB each
 
 
 class Linear(nn.Linear):
@@ -74,6 +74,11 @@ def packed(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.packed = None
+
+
+def has_packed(model: nn.Module) -> bool:
+    """Whether weights of a model are packed now."""
+    return any(type(m) is Linear and m.packed is not None for m in model.modules())
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -145,18 +150,27 @@ def cpu_vendor() -> str:
 
 
 def whole(count: int) -> int:
-    """The largest number up to ``count`` of which there are few: 8 to 16 between powers of two.
+    """The largest number up to ``count`` of which there are few: 4 to 16 between powers of two.
 
     For every number of rows oneDNN makes code, which takes time and memory.
 
     >>> whole(13), whole(63), whole(583), whole(2084)
-    (12, 60, 576, 2048)
+    (12, 56, 576, 2048)
     """
     return count - count % _step(count)
 
 
+def filled(count: int) -> int:
+    """The smallest number from ``count`` on of which there are few.
+
+    >>> filled(13), filled(63), filled(64)
+    (16, 64, 64)
+    """
+    return count + -count % _step(count)
+
+
 def _step(count: int) -> int:
-    return max(4, 2 ** (max(count - 1, 1).bit_length() - 4))
+    return max(4, 2 ** (max(count - 1, 1).bit_length() - (3 if count <= 64 else 4)))
 
 
 class _Linear(torch.autograd.Function):
@@ -198,8 +212,8 @@ def _product(
     if first == count:
         found = _onednn(rows, ordered, bias)
     elif count < 64:  # a row more costs nothing
-        missing = -count % _step(count)
-        found = _onednn(nn.functional.pad(rows, (0, 0, 0, missing)), ordered, bias)[:count]
+        more = nn.functional.pad(rows, (0, 0, 0, filled(count) - count))
+        found = _onednn(more, ordered, bias)[:count]
     else:
         found = rows.new_empty(count, len(weight))
         found[:first] = _onednn(rows[:first], ordered, bias)

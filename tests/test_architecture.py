@@ -81,6 +81,7 @@ MAY_IMPORT = {
         "group_attention",
         "group_layout",
         "logprobs",
+        "products",
         "step_graphs",
     },
     "plain_decoder": {"drawing", "logprobs"},

@@ -15,6 +15,7 @@ from gspo_lightning.attention import open_attention
 from gspo_lightning.group_attention import GroupAttention
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.policy import Policy
+from gspo_lightning.products import filled
 from gspo_lightning.sampling import GroupSampler
 from gspo_lightning.step_graphs import cuda_graph_recorder
 
@@ -167,13 +168,37 @@ def test_sharded_weights_are_not_gathered_in_inference_mode(policy):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 16, None])
-def test_every_token_is_computed_once_and_nothing_else(policy, batch_size):
+def test_every_token_is_computed_once_and_nothing_else(policy, monkeypatch, batch_size):
     """Each prompt once per group; no padding, no ended row, and no last token."""
+    monkeypatch.setattr(group_decoder, "has_packed", lambda _: False)
     counts = count_tokens(policy.model)
     samples = GroupSampler(6, 12, batch_size=batch_size).sample(policy, batch_of(PROMPTS), seed=3)
     lengths = samples.mask.sum(1)
     assert sum(counts) == sum(map(len, PROMPTS)) + int((lengths - 1).sum())
     assert lengths.min() == 1 and lengths.max() == 12
+
+
+@pytest.mark.parametrize("batch_size", [6, 13, None])
+def test_where_onednn_multiplies_steps_have_few_sizes(policy, monkeypatch, batch_size):
+    """Rows that nobody reads fill a step up; they change no token."""
+    sampler = GroupSampler(6, 12, batch_size=batch_size)
+    monkeypatch.setattr(group_decoder, "has_packed", lambda _: False)
+    expected = sampler.sample(policy, batch_of(PROMPTS), seed=3)
+    monkeypatch.setattr(group_decoder, "has_packed", lambda _: True)
+    counts, running = count_tokens(policy.model), []
+    forward = group_decoder.GroupDecoder._forward
+
+    def counted(self):
+        running.append((len(counts), self.num))
+        return forward(self)
+
+    monkeypatch.setattr(group_decoder.GroupDecoder, "_forward", counted)
+    found = sampler.sample(policy, batch_of(PROMPTS), seed=3)
+    slots = batch_size or 24
+    wanted = [min(filled(num), slots) if num > 2 else num for _, num in running]
+    assert [counts[i] for i, _ in running] == wanted
+    assert len({num for _, num in running}) > len(set(wanted))
+    assert_same(found, expected)
 
 
 def test_the_batch_stays_full_while_rows_wait(policy, monkeypatch):
