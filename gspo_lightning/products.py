@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 DTYPE = torch.float32
 FEW_ROWS = 8  # fewer are not worth bringing the weight into oneDNN's order for each product
 FEW_ROWS_PACKED = 3
-LARGEST_WEIGHT = 2**24  # numbers; a larger one would be copied for each product
+SMALLEST_WEIGHT = 2**15  # numbers; with a smaller one the call takes longer than it saves
+LARGEST_WEIGHT = 2**24  # a larger one would be copied for each product
 KEPT = 160  # shapes that oneDNN and torch remember; a fourth to a half of a MB each
 
 
@@ -107,7 +108,7 @@ def uses_onednn(weight: Tensor) -> bool:
     return (
         weight.dtype is DTYPE
         and weight.device.type == "cpu"
-        and weight.numel() <= LARGEST_WEIGHT
+        and SMALLEST_WEIGHT <= weight.numel() <= LARGEST_WEIGHT
         and type(weight) in (nn.Parameter, Tensor)  # not one that is sharded
         and bool(torch.backends.mkldnn.enabled)
         and onednn_is_faster()

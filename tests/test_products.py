@@ -24,6 +24,7 @@ def onednn(monkeypatch):
     calls = []
     own = products._onednn
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "SMALLEST_WEIGHT", 0)
     monkeypatch.setattr(products, "_onednn", lambda *x: calls.append(x[0].shape) or own(*x))
     return calls
 
@@ -131,8 +132,11 @@ def test_what_is_not_float32_on_a_cpu_is_torchs(onednn):
     assert onednn == []
 
 
-def test_few_rows_and_huge_weights_are_torchs(onednn, monkeypatch):
+def test_few_rows_small_weights_and_huge_ones_are_torchs(onednn, monkeypatch):
     linear(numbers(7, 24), numbers(40, 24))
+    monkeypatch.setattr(products, "SMALLEST_WEIGHT", 40 * 24 + 1)
+    linear(numbers(64, 24), numbers(40, 24))
+    monkeypatch.setattr(products, "SMALLEST_WEIGHT", 40 * 24)
     monkeypatch.setattr(products, "LARGEST_WEIGHT", 40 * 24 - 1)
     linear(numbers(64, 24), numbers(40, 24))
     assert onednn == []

@@ -351,6 +351,7 @@ def test_the_plan_counts_what_will_happen(monkeypatch):
 
 def test_the_plan_says_where_onednn_multiplies(monkeypatch):
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "SMALLEST_WEIGHT", 0)
     assert plan_of()["policy"].endswith("precision 32-true, products by oneDNN")
     assert plan_of(precision="bf16-mixed")["policy"].endswith("precision bf16-mixed")
 
