@@ -163,11 +163,10 @@ class _Chunk:
 
 def _add_product(total: Tensor, d: Tensor, h: Tensor) -> None:
     """Add d.T @ h, in place; of a lower precision by parts, so that there is no second copy."""
-    if d.dtype == total.dtype and uses_onednn(total):
+    if d.dtype != total.dtype:
+        for columns in _slices(len(total), 8192):
+            total[columns] += d[:, columns].t() @ h
+    elif uses_onednn(total):
         total += inner_product(d, h)
-        return
-    if d.dtype == total.dtype:
+    else:
         total.addmm_(d.t(), h)
-        return
-    for columns in _slices(len(total), 8192):
-        total[columns] += d[:, columns].t() @ h

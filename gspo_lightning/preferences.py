@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from gspo_lightning.start_checks import check_kind_of_data
 from gspo_lightning.stream import pad
-from gspo_lightning.supervised import TokenizedData, check_settings
+from gspo_lightning.supervised import SupervisedData
 from gspo_lightning.tables import read_rows, text_column
 
 
@@ -33,7 +31,17 @@ class PreferenceBatch:
         return PreferenceBatch(self.ids.to(device, **kwargs), self.mask.to(device, **kwargs))
 
 
-class PreferenceData(TokenizedData):
+def collate_pairs(pairs: list[tuple[list[int], list[int]]]) -> PreferenceBatch:
+    """Stack B pairs: the chosen texts, then the rejected ones, padded to one length.
+
+    >>> collate_pairs([([5, 6], [7]), ([8], [9])]).ids.tolist()
+    [[5, 6], [8, 0], [7, 0], [9, 0]]
+    """
+    texts = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
+    return PreferenceBatch(*pad(texts, "right"))
+
+
+class PreferenceData(SupervisedData):
     """Pairs of completions for a reward model: one prompt, the better text and the worse one.
 
     A text goes in as ``prompt + separator + completion`` through the tokenizer as it is, which is
@@ -54,6 +62,8 @@ class PreferenceData(TokenizedData):
         ValueError: For a missing or broken file, row, column or value, naming it.
     """
 
+    collate = staticmethod(collate_pairs)
+
     def __init__(
         self,
         path: str,
@@ -66,32 +76,17 @@ class PreferenceData(TokenizedData):
         separator: str = " ",
         max_tokens: int = 1024,
     ) -> None:
-        super().__init__()
-        counts = {"batch_size": batch_size, "num_steps": num_steps, "max_tokens": max_tokens}
-        check_settings(counts, {"path": path, "val_path": val_path})
-        self.path = path
-        self.val_path = val_path
-        self.batch_size = batch_size
-        self.num_steps = num_steps
+        super().__init__(path, val_path, batch_size, num_steps, max_tokens)
         self.columns = (prompt_column, chosen_column, rejected_column)
         self.separator = separator
-        self.max_tokens = max_tokens
-        self.val_examples: list[tuple[list[int], list[int]]] = []
 
     def setup(self, stage: str) -> None:
         """Read and tokenise."""
-        check_kind_of_data(self, self.trainer.lightning_module)  # type: ignore[union-attr]
-        if self.stream is None and stage == "fit":
-            pairs = self._read("data.path", self.path)
-            self.stream = self._stream(pairs, collate_pairs, self.batch_size, self.num_steps)
-            self.num_steps = len(self.stream)
-        if self.val_path is not None and not self.val_examples:
-            self.val_examples = self._read("data.val_path", self.val_path)
+        super().setup(stage)
         if stage != "fit" and not self.val_examples:
             raise ValueError(
                 f"{getattr(stage, 'value', stage)} needs held-out pairs; set data.val_path"
             )
-        self._skip_validation_unless(bool(self.val_examples))
 
     def _read(self, key: str, path: str) -> list[tuple[list[int], list[int]]]:
         rows = read_rows(key, path)
@@ -118,22 +113,3 @@ class PreferenceData(TokenizedData):
                 )
             encoded.append(ids)
         return encoded[0], encoded[1]
-
-    def val_dataloader(self) -> DataLoader | list:
-        if not self.val_examples:
-            return []
-        return DataLoader(
-            self.val_examples,  # type: ignore[arg-type]  # a list is a map-style dataset
-            batch_size=self.batch_size,
-            collate_fn=collate_pairs,
-        )
-
-
-def collate_pairs(pairs: list[tuple[list[int], list[int]]]) -> PreferenceBatch:
-    """Stack B pairs: the chosen texts, then the rejected ones, padded to one length.
-
-    >>> collate_pairs([([5, 6], [7]), ([8], [9])]).ids.tolist()
-    [[5, 6], [8, 0], [7, 0], [9, 0]]
-    """
-    texts = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
-    return PreferenceBatch(*pad(texts, "right"))

@@ -85,6 +85,59 @@ class TokenizedData(LightningDataModule):
         return self.stream
 
 
+class SupervisedData(TokenizedData):
+    """What demonstrations and pairs have in common: a file to learn from and one held out.
+
+    A subclass says how a file is read (``_read``) and how examples become a batch (``collate``).
+    """
+
+    collate: Callable
+    shuffle = True
+
+    def __init__(
+        self,
+        path: str,
+        val_path: str | None,
+        batch_size: int,
+        num_steps: int | None,
+        max_tokens: int,
+    ) -> None:
+        super().__init__()
+        counts = {"batch_size": batch_size, "num_steps": num_steps, "max_tokens": max_tokens}
+        check_settings(counts, {"path": path, "val_path": val_path})
+        self.path = path
+        self.val_path = val_path
+        self.batch_size = batch_size
+        self.num_steps = num_steps
+        self.max_tokens = max_tokens
+        self.val_examples: list[tuple[list[int], list[int]]] = []
+
+    def setup(self, stage: str) -> None:
+        """Read and tokenise."""
+        check_kind_of_data(self, self.trainer.lightning_module)  # type: ignore[union-attr]
+        if self.stream is None and stage == "fit":
+            examples = self._read("data.path", self.path)
+            self.stream = self._stream(
+                examples, self.collate, self.batch_size, self.num_steps, shuffle=self.shuffle
+            )
+            self.num_steps = len(self.stream)
+        if self.val_path is not None and not self.val_examples:
+            self.val_examples = self._read("data.val_path", self.val_path)
+        self._skip_validation_unless(bool(self.val_examples))
+
+    def _read(self, key: str, path: str) -> list[tuple[list[int], list[int]]]:
+        raise NotImplementedError
+
+    def val_dataloader(self) -> DataLoader | list:
+        if not self.val_examples:
+            return []
+        return DataLoader(
+            self.val_examples,  # type: ignore[arg-type]  # a list is a map-style dataset
+            batch_size=self.batch_size,
+            collate_fn=self.collate,
+        )
+
+
 @dataclass(frozen=True)
 class SFTBatch:
     """Demonstrations: prompts (B, L) left-padded, completions (B, T) right-padded, EOS included."""
@@ -104,7 +157,14 @@ class SFTBatch:
         )
 
 
-class SFTData(TokenizedData):
+def collate_demonstrations(examples: list[tuple[list[int], list[int]]]) -> SFTBatch:
+    """Pad B demonstrations: prompts on the left, completions on the right."""
+    prompt_ids, prompt_mask = pad([prompt for prompt, _ in examples], "left")
+    completion_ids, mask = pad([completion for _, completion in examples], "right")
+    return SFTBatch(prompt_ids, prompt_mask, completion_ids, mask)
+
+
+class SFTData(SupervisedData):
     """Demonstrations for a warm start: prompt and completion, an end of sequence appended.
 
     Args:
@@ -121,6 +181,8 @@ class SFTData(TokenizedData):
         ValueError: For a missing or broken file, row, column or value, naming it.
     """
 
+    collate = staticmethod(collate_demonstrations)
+
     def __init__(
         self,
         path: str,
@@ -132,35 +194,10 @@ class SFTData(TokenizedData):
         max_tokens: int = 1024,
         shuffle: bool = True,
     ) -> None:
-        super().__init__()
-        counts = {"batch_size": batch_size, "num_steps": num_steps, "max_tokens": max_tokens}
-        check_settings(counts, {"path": path, "val_path": val_path})
-        self.path = path
-        self.val_path = val_path
-        self.batch_size = batch_size
-        self.num_steps = num_steps
+        super().__init__(path, val_path, batch_size, num_steps, max_tokens)
         self.prompt_column = prompt_column
         self.completion_column = completion_column
-        self.max_tokens = max_tokens
         self.shuffle = shuffle
-        self.val_examples: list[tuple[list[int], list[int]]] = []
-
-    def setup(self, stage: str) -> None:
-        """Read and tokenise."""
-        check_kind_of_data(self, self.trainer.lightning_module)  # type: ignore[union-attr]
-        if self.stream is None and stage == "fit":
-            examples = self._read("data.path", self.path)
-            self.stream = self._stream(
-                examples,
-                collate_demonstrations,
-                self.batch_size,
-                self.num_steps,
-                shuffle=self.shuffle,
-            )
-            self.num_steps = len(self.stream)
-        if self.val_path is not None and not self.val_examples:
-            self.val_examples = self._read("data.val_path", self.val_path)
-        self._skip_validation_unless(bool(self.val_examples))
 
     def _read(self, key: str, path: str) -> list[tuple[list[int], list[int]]]:
         rows = read_rows(key, path)
@@ -183,19 +220,3 @@ class SFTData(TokenizedData):
                 )
             examples.append((prompt_ids, completion_ids))
         return examples
-
-    def val_dataloader(self) -> DataLoader | list:
-        if not self.val_examples:
-            return []
-        return DataLoader(
-            self.val_examples,  # type: ignore[arg-type]  # a list is a map-style dataset
-            batch_size=self.batch_size,
-            collate_fn=collate_demonstrations,
-        )
-
-
-def collate_demonstrations(examples: list[tuple[list[int], list[int]]]) -> SFTBatch:
-    """Pad B demonstrations: prompts on the left, completions on the right."""
-    prompt_ids, prompt_mask = pad([prompt for prompt, _ in examples], "left")
-    completion_ids, mask = pad([completion for _, completion in examples], "right")
-    return SFTBatch(prompt_ids, prompt_mask, completion_ids, mask)

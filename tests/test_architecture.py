@@ -69,7 +69,7 @@ MAY_IMPORT = {
     "metrics": {"masked"},
     "stream": {"rollout"},
     "supervised": {"fingerprints", "start_checks", "stream", "tables"},
-    "preferences": {"start_checks", "stream", "supervised", "tables"},
+    "preferences": {"stream", "supervised", "tables"},
     "data": {"preferences", "rollout", "start_checks", "stream", "supervised", "tables"},
     "drawing": set(),
     "group_layout": set(),

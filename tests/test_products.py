@@ -1,6 +1,7 @@
 """Products in float32 on a CPU: oneDNN's where it is faster, the same numbers either way."""
 
 import logging
+import os
 from contextlib import contextmanager
 
 import pytest
@@ -217,9 +218,15 @@ def test_it_is_a_matter_of_the_cpu(monkeypatch, capability, vendor, expected):
         pytest.skip("this torch multiplies without MKL")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(products, "cpu_vendor", lambda: vendor)
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
     state = torch.get_rng_state()
     assert products.onednn_is_faster.__wrapped__() is expected
     assert torch.equal(torch.get_rng_state(), state)
+    # bounded where it is used and nobody has said otherwise
+    bound = os.environ.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
+    assert bound == (str(products.KEPT) if expected else None)
+    assert os.environ["LRU_CACHE_CAPACITY"] == "7"
 
 
 @pytest.mark.parametrize("broken", ["gone", "other numbers"])
