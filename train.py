@@ -37,18 +37,17 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 
-from gspo_lightning.checkpoint import RolloutCheckpoint
-from gspo_lightning.checkpoint_files import find_checkpoint, list_checkpoints
-from gspo_lightning.checkpoint_io import AtomicCheckpointIO, damage
-from gspo_lightning.cli import OneLineParser, quiet
-from gspo_lightning.config_files import check_config_files
-from gspo_lightning.doctor import DoctorCLI, DoctorTrainer
-from gspo_lightning.ending import leave, report
-from gspo_lightning.plan import resume_command, this_python
-from gspo_lightning.predictions import PredictionWriter
-from gspo_lightning.progress import RolloutProgress, RunSummary
-from gspo_lightning.replay import main as replay
-from gspo_lightning.run_folder import (
+from gspo_lightning.callbacks.predictions import PredictionWriter
+from gspo_lightning.checkpoint.files import find_checkpoint, list_checkpoints
+from gspo_lightning.checkpoint.io import AtomicCheckpointIO, damage
+from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint
+from gspo_lightning.checkpoint.signals import forbid_requeueing
+from gspo_lightning.doctor.examine import DoctorCLI, DoctorTrainer
+from gspo_lightning.doctor.replay import main as replay
+from gspo_lightning.run.cli import OneLineParser, quiet
+from gspo_lightning.run.config_files import check_config_files
+from gspo_lightning.run.ending import leave, report
+from gspo_lightning.run.folder import (
     RunConfig,
     check_folder,
     check_writable,
@@ -57,17 +56,18 @@ from gspo_lightning.run_folder import (
     remove_traces,
     say,
 )
-from gspo_lightning.run_lock import check_lock
-from gspo_lightning.signals import forbid_requeueing
-from gspo_lightning.start_checks import (
+from gspo_lightning.run.lock import check_lock
+from gspo_lightning.run.plan import resume_command, this_python
+from gspo_lightning.run.progress import RolloutProgress, RunSummary
+from gspo_lightning.run.start_checks import (
     check_checkpoint,
     check_length,
     check_manual,
     check_seed,
     check_trainer,
 )
-from gspo_lightning.tracing import add_profile_option, take_profile
-from gspo_lightning.watch import Watch
+from gspo_lightning.run.tracing import add_profile_option, take_profile
+from gspo_lightning.run.watch import Watch
 
 
 class GSPOCLI(DoctorCLI):

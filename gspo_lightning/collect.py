@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from gspo_lightning.advantages import Kind, flat_groups, group_advantages
-from gspo_lightning.critic import Critic
-from gspo_lightning.frozen import ReferencePolicy
+from gspo_lightning.critic.critic import Critic
+from gspo_lightning.frozen.beside import Passes
+from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.kl import kl_estimate
 from gspo_lightning.masked import masked_mean
 from gspo_lightning.old_logprobs import MICRO, REFERRED, SAMPLED, PolicyPasses
-from gspo_lightning.overlap import Passes
-from gspo_lightning.rewards import overlong_penalty
+from gspo_lightning.rewards.terms import overlong_penalty
+from gspo_lightning.rewards.time_limit import TimeLimit
 from gspo_lightning.rollout import PromptBatch, Rollout, Samples, join_samples
-from gspo_lightning.time_limit import TimeLimit
 
 
 class CollectingModule(PolicyPasses):

@@ -19,8 +19,8 @@ from lightning.pytorch import LightningModule
 from torchmetrics import MetricCollection
 
 from gspo_lightning.metrics import PassAtK, RolloutMetrics
-from gspo_lightning.policy import Policy
-from gspo_lightning.rewards import (
+from gspo_lightning.policy.policy import Policy
+from gspo_lightning.rewards.terms import (
     RewardError,
     RewardTerm,
     Scores,

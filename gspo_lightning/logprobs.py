@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gspo_lightning.head import Head, find_head, token_logprobs
-from gspo_lightning.packed_attention import LAYERS, PREFIX
-from gspo_lightning.packing import Row, pack
-from gspo_lightning.padded import forward_arguments, run_padded, unwrapped
+from gspo_lightning.engine.head import Head, find_head, token_logprobs
+from gspo_lightning.engine.packed_attention import LAYERS, PREFIX
+from gspo_lightning.engine.packing import Row, pack
+from gspo_lightning.engine.padded import forward_arguments, run_padded, unwrapped
 
 __all__ = [
     "LogProbs",

@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 import torch
 
-from gspo_lightning.critic import Critic, CriticConfig, check_critic, fit_critic, load_critic
+from gspo_lightning.critic.critic import Critic, CriticConfig, check_critic, fit_critic, load_critic
 from gspo_lightning.evaluation import Evaluation
-from gspo_lightning.faults import Faults
-from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel
-from gspo_lightning.health import Health
+from gspo_lightning.frozen.models import FrozenModels, ReferencePolicy, RewardModel
+from gspo_lightning.guards.faults import Faults
+from gspo_lightning.guards.health import Health
+from gspo_lightning.guards.out_of_memory import TOKENS, BatchSizes
 from gspo_lightning.kl import check_loss_kind
 from gspo_lightning.objectives import Objective
 from gspo_lightning.old_logprobs import MICRO, REFERRED, SAMPLED, OldLogProbs
@@ -28,20 +29,19 @@ from gspo_lightning.optim import (
     learning_rate_factor,
     set_learning_rate,
 )
-from gspo_lightning.out_of_memory import TOKENS, BatchSizes
-from gspo_lightning.policy import PolicyConfig, load_policy, load_tokenizer
-from gspo_lightning.rewards import (
+from gspo_lightning.policy.policy import PolicyConfig, load_policy, load_tokenizer
+from gspo_lightning.rewards.terms import (
     RewardTerm,
     count_names,
     load_whitening_state,
     ramp_tokens,
     whitening_state,
 )
+from gspo_lightning.rewards.time_limit import TimeLimit
 from gspo_lightning.rollout import PromptBatch
 from gspo_lightning.sampling import GroupSampler, Sampler
 from gspo_lightning.settings import check_settings
 from gspo_lightning.tally import RolloutTally
-from gspo_lightning.time_limit import TimeLimit
 from gspo_lightning.update import UpdatingModule
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from gspo_lightning.evaluation import EvaluatedModule
-from gspo_lightning.frozen import FrozenModels
+from gspo_lightning.frozen.models import FrozenModels
+from gspo_lightning.guards.memory import peaks, reset_peaks
+from gspo_lightning.guards.out_of_memory import BatchSizes
 from gspo_lightning.logprobs import LogProbs, completion_logprobs
-from gspo_lightning.memory import peaks, reset_peaks
 from gspo_lightning.objectives import Objective, importance_log_ratio
-from gspo_lightning.out_of_memory import BatchSizes
 from gspo_lightning.rollout import Samples, stream_seed
 from gspo_lightning.tally import RolloutTally
 

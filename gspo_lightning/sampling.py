@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gspo_lightning.group_decoder import GroupDecoder, NotDecodable, Wanted
-from gspo_lightning.plain_decoder import decode_plainly
-from gspo_lightning.products import packed
+from gspo_lightning.engine.group_decoder import GroupDecoder, NotDecodable, Wanted
+from gspo_lightning.engine.plain_decoder import decode_plainly
+from gspo_lightning.engine.products import packed
+from gspo_lightning.engine.step_graphs import cuda_graph_recorder
 from gspo_lightning.rollout import PromptBatch, Samples, completion_mask
-from gspo_lightning.step_graphs import cuda_graph_recorder
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from gspo_lightning.rewards import RewardTerm
+from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.sampling import Sampler
 
 

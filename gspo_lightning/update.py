@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from gspo_lightning.collect import CollectingModule
-from gspo_lightning.faults import FOLDER, Faults, prompt_texts, settings_of, write_dump
-from gspo_lightning.gae import ValueLoss
+from gspo_lightning.critic.gae import ValueLoss
+from gspo_lightning.guards.faults import FOLDER, Faults, prompt_texts, settings_of, write_dump
+from gspo_lightning.guards.out_of_memory import TOKENS, OutOfMemory, is_out_of_memory
 from gspo_lightning.kl import kl_estimate
 from gspo_lightning.objectives import (
     Objective,
@@ -28,8 +29,7 @@ from gspo_lightning.objectives import (
     token_weights,
 )
 from gspo_lightning.old_logprobs import MICRO
-from gspo_lightning.out_of_memory import TOKENS, OutOfMemory, is_out_of_memory
-from gspo_lightning.policy import PolicyConfig
+from gspo_lightning.policy.policy import PolicyConfig
 from gspo_lightning.rollout import Rollout
 
 

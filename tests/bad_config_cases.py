@@ -83,7 +83,7 @@ CONFIG = [
     yaml(
         "reward function not there",
         ("MarkedAnser", "MarkedAnswer"),
-        reward("fn: {class_path: gspo_lightning.rewards.MarkedAnser}"),
+        reward("fn: {class_path: gspo_lightning.rewards.terms.MarkedAnser}"),
     ),
     yaml("reward is a number", ("model.rewards.fn", "import path", "3"), reward("fn: 3")),
     yaml(

@@ -35,7 +35,7 @@ class Case:
     work: frozenset[str] = frozenset()
 
 
-MARKED = "{class_path: gspo_lightning.rewards.MarkedAnswer}"
+MARKED = "{class_path: gspo_lightning.rewards.terms.MarkedAnswer}"
 WEIGHTS = frozenset({"weights"})  # what only the loaded model shows
 AS_ROOT = {"unreadable data", "a run folder without permission"}  # to root, nothing is forbidden
 

@@ -8,7 +8,7 @@ import torch
 from bad_input_cases import WEIGHTS, Case, key, scorer, yaml, zipped
 from safetensors.torch import load_file, save_file
 
-from gspo_lightning.checkpoint_io import AtomicCheckpointIO
+from gspo_lightning.checkpoint.io import AtomicCheckpointIO
 
 
 def saved(content):

@@ -11,10 +11,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from tiny_run import make_module, make_trainer, write_prompts
 
-from gspo_lightning.critic import CriticConfig
-from gspo_lightning.data import PromptData
+from gspo_lightning.critic.critic import CriticConfig
+from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.objectives import Objective
-from gspo_lightning.rewards import RewardTerm
+from gspo_lightning.rewards.terms import RewardTerm
 
 
 class Record(Callback):

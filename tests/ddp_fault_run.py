@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from tiny_run import make_module, make_trainer
 
 from gspo_lightning import old_logprobs
-from gspo_lightning.data import PromptData
+from gspo_lightning.data.prompts import PromptData
 
 
 class Keep(Callback):

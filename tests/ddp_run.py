@@ -12,14 +12,14 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from tiny_run import digits, make_module, make_trainer, write_prompts
 
-from gspo_lightning.callbacks import AdaptiveKL
-from gspo_lightning.data import PromptData
-from gspo_lightning.frozen import ReferencePolicy
+from gspo_lightning.callbacks.files import AdaptiveKL
+from gspo_lightning.data.prompts import PromptData
+from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.kl import MultiplicativeKL
-from gspo_lightning.lora import LoRAConfig
 from gspo_lightning.optim import OptimizerConfig
-from gspo_lightning.policy import PolicyConfig
-from gspo_lightning.rewards import RewardTerm
+from gspo_lightning.policy.lora import LoRAConfig
+from gspo_lightning.policy.policy import PolicyConfig
+from gspo_lightning.rewards.terms import RewardTerm
 
 
 class Record(Callback):

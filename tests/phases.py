@@ -13,8 +13,8 @@ import time
 
 from lightning.pytorch import Callback
 
-from gspo_lightning import checkpoint_io
-from gspo_lightning.checkpoint_io import AtomicCheckpointIO
+from gspo_lightning.checkpoint import io as checkpoint_io
+from gspo_lightning.checkpoint.io import AtomicCheckpointIO
 
 _begun: dict[str, int] = {}
 _current = ""

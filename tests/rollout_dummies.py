@@ -8,9 +8,9 @@ from dummies import DummyData, DummyModule
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from gspo_lightning.checkpoint import RolloutCheckpoint
-from gspo_lightning.checkpoint_files import find_checkpoint
-from gspo_lightning.checkpoint_io import AtomicCheckpointIO
+from gspo_lightning.checkpoint.files import find_checkpoint
+from gspo_lightning.checkpoint.io import AtomicCheckpointIO
+from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint
 from gspo_lightning.rollout import Rollout
 
 P, G, L, T = 2, 3, 4, 5

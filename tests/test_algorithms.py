@@ -12,9 +12,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from gspo_lightning.cli import quiet
 from gspo_lightning.logprobs import LogProbs
 from gspo_lightning.rollout import Rollout, Samples
+from gspo_lightning.run.cli import quiet
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -152,7 +152,7 @@ class NoSteps:
 
 def module_loss(model, batch):
     """What GSPOModule.update makes a gradient of, in two micro-batches."""
-    from gspo_lightning.critic import Critic
+    from gspo_lightning.critic.critic import Critic
 
     losses, served = [], iter(range(0, 8, 4))
     if model.critic_config is not None:

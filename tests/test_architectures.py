@@ -13,9 +13,9 @@ from test_logprobs import inputs, loop, tokens_of_passes
 from tiny_run import make_module, make_trainer, run
 from transformers import AutoModelForCausalLM
 
-from gspo_lightning.data import PromptData
+from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.logprobs import completion_logprobs
-from gspo_lightning.policy import Policy, PolicyConfig, checkpoint_activations, load_policy
+from gspo_lightning.policy.policy import Policy, PolicyConfig, checkpoint_activations, load_policy
 from gspo_lightning.rollout import PromptBatch
 from gspo_lightning.sampling import GroupSampler
 

@@ -13,9 +13,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gspo_lightning.data import collate_prompts
-from gspo_lightning.policy import PolicyConfig, load_policy
-from gspo_lightning.rewards import MarkedAnswer
+from gspo_lightning.data.prompts import collate_prompts
+from gspo_lightning.policy.policy import PolicyConfig, load_policy
+from gspo_lightning.rewards.terms import MarkedAnswer
 from gspo_lightning.sampling import GroupSampler
 
 ROOT = Path(__file__).parents[1]

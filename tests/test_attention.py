@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gspo_lightning.attention import open_attention
-from gspo_lightning.policy import checkpoint_activations
+from gspo_lightning.engine.attention import open_attention
+from gspo_lightning.policy.policy import checkpoint_activations
 
 OPEN = ["qwen3", "llama", "gpt2", "gemma2", "mistral", "qwen3_moe", "cohere", "granite", "gpt_oss"]
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])

@@ -13,9 +13,9 @@ from bad_data_cases import DATA_FILES, DEMONSTRATIONS
 from bad_input_cases import AS_ROOT
 from bad_model_cases import CHECKPOINTS, MODELS
 
+from gspo_lightning.data.tables import read_rows
 from gspo_lightning.rollout import PromptBatch, Samples
 from gspo_lightning.sampling import GroupSampler
-from gspo_lightning.tables import read_rows
 
 CASES = [*CONFIG, *FOLDERS, *DATA_FILES, *DEMONSTRATIONS, *MODELS, *CHECKPOINTS]
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,7 @@ model:
       class_path: gspo_lightning.GroupSampler
       init_args: {group_size: 4, max_new_tokens: 4}
     rewards:
-      correct: {fn: {class_path: gspo_lightning.rewards.MarkedAnswer}}
+      correct: {fn: {class_path: gspo_lightning.rewards.terms.MarkedAnswer}}
     evaluation: {correct: correct}
 data:
   class_path: gspo_lightning.PromptData
@@ -173,9 +173,9 @@ def test_what_looks_odd_and_is_right_is_read(tmp_path, content):
 def test_a_line_may_be_as_long_as_the_limit(tmp_path, monkeypatch):
     line = b'{"prompt": "1"}\n'
     (tmp_path / "p.jsonl").write_bytes(line)
-    monkeypatch.setattr("gspo_lightning.tables.LONGEST_LINE", len(line))
+    monkeypatch.setattr("gspo_lightning.data.tables.LONGEST_LINE", len(line))
     assert read_rows("data.path", str(tmp_path / "p.jsonl")) == [{"prompt": "1"}]
-    monkeypatch.setattr("gspo_lightning.tables.LONGEST_LINE", len(line) - 1)
+    monkeypatch.setattr("gspo_lightning.data.tables.LONGEST_LINE", len(line) - 1)
     with pytest.raises(ValueError, match=r"p\.jsonl:1: longer than"):
         read_rows("data.path", str(tmp_path / "p.jsonl"))
 

@@ -13,16 +13,14 @@ from tiny_run import write_prompts
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import make_models, trl_gspo
-from gspo_lightning import (
-    bench,
-    bench_parts,
-    bench_report,
-    bench_runs,
-    bench_scaling,
-    bench_worker,
-    products,
-)
-from gspo_lightning.bench_limits import (
+from gspo_lightning.bench import __main__ as bench
+from gspo_lightning.bench import cases as bench_runs
+from gspo_lightning.bench import parts as bench_parts
+from gspo_lightning.bench import report as bench_report
+from gspo_lightning.bench import scaling as bench_scaling
+from gspo_lightning.bench import worker as bench_worker
+from gspo_lightning.bench.cases import BenchError, Case
+from gspo_lightning.bench.limits import (
     Shape,
     Work,
     data_sheet,
@@ -31,11 +29,11 @@ from gspo_lightning.bench_limits import (
     roofline,
     shape_of,
 )
-from gspo_lightning.bench_runs import BenchError, Case
-from gspo_lightning.bench_samplers import GenerateSampler
+from gspo_lightning.bench.samplers import GenerateSampler
+from gspo_lightning.engine import products
+from gspo_lightning.guards.memory import reset_peaks
 from gspo_lightning.logprobs import completion_logprobs
-from gspo_lightning.memory import reset_peaks
-from gspo_lightning.policy import Policy
+from gspo_lightning.policy.policy import Policy
 from gspo_lightning.rollout import PromptBatch
 from gspo_lightning.sampling import GroupSampler
 

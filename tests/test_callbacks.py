@@ -11,11 +11,17 @@ from lightning.pytorch import Callback
 from PIL import Image
 from rollout_dummies import RolloutData, RolloutDummy, events, fit, make_outputs, make_trainer
 
-from gspo_lightning.callbacks import AdaptiveKL, CurvePlot, HFExport, SampleTable
+from gspo_lightning.callbacks.files import AdaptiveKL, CurvePlot, HFExport, SampleTable
+from gspo_lightning.callbacks.predictions import PredictionWriter
+from gspo_lightning.callbacks.report import (
+    PANELS,
+    draw_curves,
+    escape,
+    markdown_table,
+    running_mean,
+)
 from gspo_lightning.kl import MultiplicativeKL, ProportionalKL
 from gspo_lightning.metrics import CURVES
-from gspo_lightning.predictions import PredictionWriter
-from gspo_lightning.report import PANELS, draw_curves, escape, markdown_table, running_mean
 
 
 def coefficients(callback, observed, world_size=1, sequences=6):
@@ -136,7 +142,7 @@ def test_a_rule_parses_from_yaml(rule, expected):
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--callbacks", type=list[Callback])
     text = (
-        "callbacks: [{class_path: gspo_lightning.callbacks.AdaptiveKL, "
+        "callbacks: [{class_path: gspo_lightning.callbacks.files.AdaptiveKL, "
         f"init_args: {{initial: 0.1, rule: {rule}}}}}]"
     )
     callback = parser.instantiate(parser.parse_string(text)).callbacks[0]

@@ -9,9 +9,9 @@ from dummies import Coefficient, DummyData, DummyModule, Stopper
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from gspo_lightning.checkpoint import RolloutCheckpoint
-from gspo_lightning.checkpoint_files import checkpoint_number, find_checkpoint, list_checkpoints
-from gspo_lightning.checkpoint_io import AtomicCheckpointIO
+from gspo_lightning.checkpoint.files import checkpoint_number, find_checkpoint, list_checkpoints
+from gspo_lightning.checkpoint.io import AtomicCheckpointIO
+from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint
 
 
 def fit(folder, *, num_rollouts=6, ckpt=None, with_val=True, callbacks=(), module=None, **trainer):

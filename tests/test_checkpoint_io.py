@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gspo_lightning.checkpoint_files import find_checkpoint
-from gspo_lightning.checkpoint_io import (
+from gspo_lightning.checkpoint.files import find_checkpoint
+from gspo_lightning.checkpoint.io import (
     AtomicCheckpointIO,
     CheckpointError,
     damage,
@@ -231,7 +231,7 @@ def test_an_interrupt_in_the_middle_of_a_save_is_not_hidden_by_torch(tmp_path, m
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gspo_lightning.checkpoint_io._Sealed._pass", interrupt)
+    monkeypatch.setattr("gspo_lightning.checkpoint.io._Sealed._pass", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 1)
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]

@@ -11,16 +11,16 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from gspo_lightning import compare
-from gspo_lightning.compare_plan import Arm, arms, merged, overlay, read_plan, settings
-from gspo_lightning.compare_report import (
+from gspo_lightning.compare import __main__ as compare
+from gspo_lightning.compare.plan import Arm, arms, merged, overlay, read_plan, settings
+from gspo_lightning.compare.report import (
     Run,
     differences,
     statements,
     with_error,
     write_report,
 )
-from gspo_lightning.significance import holm, t_test
+from gspo_lightning.compare.significance import holm, t_test
 
 ROOT = Path(__file__).parents[1]
 PLAN = "configs/compare/arithmetic.yaml"

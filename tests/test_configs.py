@@ -10,15 +10,15 @@ import pytest
 import yaml
 from tiny_run import write_prompts
 
-from gspo_lightning.callbacks import AdaptiveKL
-from gspo_lightning.cli import quiet
-from gspo_lightning.critic import CriticConfig
-from gspo_lightning.frozen import RewardModel
+from gspo_lightning.callbacks.files import AdaptiveKL
+from gspo_lightning.critic.critic import CriticConfig
+from gspo_lightning.frozen.models import RewardModel
 from gspo_lightning.kl import MultiplicativeKL, ProportionalKL
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.objectives import Objective
-from gspo_lightning.reward_model import RewardModelModule
-from gspo_lightning.sft import SFTModule
+from gspo_lightning.run.cli import quiet
+from gspo_lightning.supervised.reward_model import RewardModelModule
+from gspo_lightning.supervised.sft import SFTModule
 from train import GSPOCLI, Watch
 
 ROOT = Path(__file__).parents[1]
@@ -242,7 +242,9 @@ def test_a_machine_places_policy_reference_and_reward_model(
     assert isinstance(model.rewards["taste"].fn, RewardModel)
     places = {}
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("gspo_lightning.frozen.check_model_folder", lambda *_: None)  # it is empty
+    monkeypatch.setattr(
+        "gspo_lightning.frozen.models.check_model_folder", lambda *_: None
+    )  # it is empty
     policy = SimpleNamespace(type="cuda", index=0)
     for part in (RewardModel, type(model.reference)):
         monkeypatch.setattr(part, "load", lambda self, *a: places.update({self: a[-1]}), False)

@@ -15,8 +15,8 @@ import pytest
 from test_checkpoint import assert_same, names, scalars, state
 from warm import Warm
 
-from gspo_lightning.checkpoint_files import list_checkpoints
-from gspo_lightning.checkpoint_io import damage
+from gspo_lightning.checkpoint.files import list_checkpoints
+from gspo_lightning.checkpoint.io import damage
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ model:
     sampler: {init_args: {group_size: 4, max_new_tokens: 12}}
     rewards:
       correct:
-        fn: {class_path: gspo_lightning.rewards.MarkedAnswer, init_args: {marker: "answer: "}}
+        fn: {class_path: gspo_lightning.rewards.terms.MarkedAnswer, init_args: {marker: "answer: "}}
         whiten: true
       length: {fn: phases.shortness, weight: 0.1}
     truncated: keep

@@ -10,15 +10,15 @@ from test_module import Outputs, Steps
 from tiny_run import digits, make_module, make_trainer, run, write_prompts
 
 from gspo_lightning import logprobs
-from gspo_lightning.critic import Critic, CriticConfig, decoder, load_critic
-from gspo_lightning.data import PromptData
-from gspo_lightning.frozen import ReferencePolicy
-from gspo_lightning.lora import LoRAConfig
+from gspo_lightning.critic.critic import Critic, CriticConfig, decoder, load_critic
+from gspo_lightning.data.prompts import PromptData
+from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.objectives import Objective
 from gspo_lightning.optim import OptimizerConfig
-from gspo_lightning.plan import plan_lines
-from gspo_lightning.policy import PolicyConfig, load_policy
-from gspo_lightning.rewards import RewardTerm
+from gspo_lightning.policy.lora import LoRAConfig
+from gspo_lightning.policy.policy import PolicyConfig, load_policy
+from gspo_lightning.rewards.terms import RewardTerm
+from gspo_lightning.run.plan import plan_lines
 from gspo_lightning.sampling import GroupSampler
 
 TOKEN = Objective("token", "clip", "token_mean", 0.2, 0.2)

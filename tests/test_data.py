@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gspo_lightning.data import PromptData, SFTData
-from gspo_lightning.stream import ResumableStream, pad
-from gspo_lightning.tables import read_rows
+from gspo_lightning.data.prompts import PromptData, SFTData
+from gspo_lightning.data.stream import ResumableStream, pad
+from gspo_lightning.data.tables import read_rows
 
 
 def attach(data, tokenizer, rank=0, world_size=1):

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from gspo_lightning.logprobs import completion_logprobs
-from gspo_lightning.lora import LoRAConfig
 from gspo_lightning.objectives import Objective, policy_loss, token_weights
-from gspo_lightning.policy import PolicyConfig, load_policy
+from gspo_lightning.policy.lora import LoRAConfig
+from gspo_lightning.policy.policy import PolicyConfig, load_policy
 
 pytestmark = pytest.mark.slow
 

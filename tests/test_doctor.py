@@ -13,14 +13,14 @@ from test_train import ROOT, run
 from tiny_run import make_module, write_prompts
 from tokenizers.processors import TemplateProcessing
 
-from gspo_lightning import doctor_memory
-from gspo_lightning.data import PromptData
-from gspo_lightning.doctor import DoctorTrainer
-from gspo_lightning.doctor_rewards import flat, flat_share, terms, truncation
-from gspo_lightning.frozen import ReferencePolicy
+from gspo_lightning.data.prompts import PromptData
+from gspo_lightning.doctor import memory as doctor_memory
+from gspo_lightning.doctor.examine import DoctorTrainer
+from gspo_lightning.doctor.rewards import flat, flat_share, terms, truncation
+from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.module import GSPOModule
-from gspo_lightning.policy import load_policy
-from gspo_lightning.rewards import RewardTerm
+from gspo_lightning.policy.policy import load_policy
+from gspo_lightning.rewards.terms import RewardTerm
 
 CONFIG = """
 trainer: {accelerator: cpu}
@@ -129,7 +129,7 @@ def test_options_change_what_is_drawn(capsys, folder):
 def test_the_groups_of_a_prompt_follow_one_another(capsys, monkeypatch, folder):
     seen = []
     monkeypatch.setattr(
-        "gspo_lightning.doctor_text.example", lambda _, samples: seen.append(samples) or []
+        "gspo_lightning.doctor.text.example", lambda _, samples: seen.append(samples) or []
     )
     doctor(capsys, "--num_prompts 2", code=0)
     (samples,) = seen
@@ -302,7 +302,7 @@ def test_a_reference_that_is_another_model(capsys, folder):
 
 
 def test_a_constant_reward(capsys, folder):
-    found = doctor(capsys, "--model.rewards.digits.fn gspo_lightning.rewards.MarkedAnswer "
+    found = doctor(capsys, "--model.rewards.digits.fn gspo_lightning.rewards.terms.MarkedAnswer "
                    "--model.rewards.digits.fn.column prompt")  # fmt: skip
     assert errors(found) == ["rewards"]
     assert found["reward digits"]["status"] == "warning"
@@ -390,7 +390,7 @@ def test_a_check_that_breaks_is_an_error_and_the_others_run(capsys, monkeypatch,
     def broken(*_):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr("gspo_lightning.doctor_numbers.noise", broken)
+    monkeypatch.setattr("gspo_lightning.doctor.numbers.noise", broken)
     found = doctor(capsys)
     assert errors(found) == ["ratio noise"]
     assert "lower model.micro_batch_size" in found["ratio noise"]["remedy"]

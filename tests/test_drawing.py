@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gspo_lightning.drawing import draw
+from gspo_lightning.engine.drawing import draw
 
 
 def random_logits(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -11,9 +11,9 @@ from test_module import Outputs, even_prompts_teach, ones
 from tiny_run import run
 
 from gspo_lightning.collect import CollectingModule
-from gspo_lightning.plan import plan_lines
-from gspo_lightning.rewards import RewardTerm
+from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.rollout import Samples
+from gspo_lightning.run.plan import plan_lines
 from gspo_lightning.tally import RolloutTally
 
 EVEN = {"even": RewardTerm(even_prompts_teach)}

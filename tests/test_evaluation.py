@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_run import digits, make_module, make_trainer, write_prompts
 
-from gspo_lightning.data import PromptData
+from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.evaluation import Evaluation, Evaluator, describe
-from gspo_lightning.rewards import RewardTerm, Scores
+from gspo_lightning.rewards.terms import RewardTerm, Scores
 from gspo_lightning.rollout import PromptBatch, Samples
 
 

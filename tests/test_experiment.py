@@ -7,9 +7,15 @@ import torch
 from conftest import build_model, build_tokenizer
 from tiny_run import make_module, make_trainer, write_prompts
 
-from gspo_lightning.checkpoint import RolloutCheckpoint, list_checkpoints
-from gspo_lightning.data import PromptData
-from gspo_lightning.experiment import ExpertShift, RunRecord, recorded, routers, share_changed
+from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint, list_checkpoints
+from gspo_lightning.compare.experiment import (
+    ExpertShift,
+    RunRecord,
+    recorded,
+    routers,
+    share_changed,
+)
+from gspo_lightning.data.prompts import PromptData
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from lightning.pytorch import Callback
 from test_module import Outputs
 from tiny_run import digits, make_module, run
 
-from gspo_lightning.faults import Faults
-from gspo_lightning.frozen import ReferencePolicy
-from gspo_lightning.rewards import RewardError, RewardTerm
+from gspo_lightning.frozen.models import ReferencePolicy
+from gspo_lightning.guards.faults import Faults
+from gspo_lightning.rewards.terms import RewardError, RewardTerm
 from gspo_lightning.tally import RolloutTally
 
 FAULT = r"ignore:rollout \d+, optimizer step \d+. .* not finite"

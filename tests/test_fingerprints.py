@@ -11,7 +11,7 @@ from conftest import build_model, build_tokenizer
 from test_checkpoint import assert_same, names, state
 from tiny_run import write_prompts
 
-from gspo_lightning.fingerprints import tokenizer_fingerprint
+from gspo_lightning.checkpoint.fingerprints import tokenizer_fingerprint
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

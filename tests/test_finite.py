@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_run import make_module, make_trainer, write_prompts
 
-from gspo_lightning.checkpoint import RolloutCheckpoint
-from gspo_lightning.checkpoint_files import list_checkpoints
-from gspo_lightning.data import PromptData
-from gspo_lightning.finite import broken_weights
+from gspo_lightning.checkpoint.files import list_checkpoints
+from gspo_lightning.checkpoint.finite import broken_weights
+from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint
+from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.optim import OptimizerConfig
 
 LARGEST = torch.finfo(torch.float32).max

@@ -16,7 +16,7 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from gspo_lightning.frozen import (
+from gspo_lightning.frozen.models import (
     FrozenModels,
     ReferencePolicy,
     RewardModel,
@@ -24,8 +24,8 @@ from gspo_lightning.frozen import (
     resolve_device,
 )
 from gspo_lightning.logprobs import completion_logprobs
-from gspo_lightning.policy import PolicyConfig
-from gspo_lightning.rewards import RewardTerm
+from gspo_lightning.policy.policy import PolicyConfig
+from gspo_lightning.rewards.terms import RewardTerm
 
 CPU = torch.device("cpu")
 
@@ -131,7 +131,7 @@ def test_reference_batches_are_groups_sorted_by_length(
         rollout.completion_ids,
         rollout.mask,
     ).logprobs
-    monkeypatch.setattr("gspo_lightning.frozen.completion_logprobs", spy)
+    monkeypatch.setattr("gspo_lightning.frozen.models.completion_logprobs", spy)
     found = reference.logprobs(rollout, temperature=1.0)
     torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=0)  # in the old order
     assert sorted(seen) == sorted(longest)
@@ -402,7 +402,9 @@ def test_revision_is_asked_for(monkeypatch, reward_dir):
         asked.append(options)
         raise ValueError("enough")
 
-    monkeypatch.setattr("gspo_lightning.classifier.AutoTokenizer.from_pretrained", remember)
+    monkeypatch.setattr(
+        "gspo_lightning.frozen.reward_model.AutoTokenizer.from_pretrained", remember
+    )
     for options in ({}, {"revision": "v2"}):
         with pytest.raises(ValueError, match="enough"):
             load(reward_dir, **options)

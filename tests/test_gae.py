@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from gspo_lightning.gae import gae, token_rewards, value_loss, whiten
+from gspo_lightning.critic.gae import gae, token_rewards, value_loss, whiten
 
 float64 = partial(torch.tensor, dtype=torch.float64)
 NAN = float("nan")

@@ -10,14 +10,15 @@ import torch
 from test_sampling import PROMPTS, batch_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gspo_lightning import group_decoder, sampling
-from gspo_lightning.attention import open_attention
-from gspo_lightning.group_attention import GroupAttention
+from gspo_lightning import sampling
+from gspo_lightning.engine import group_decoder
+from gspo_lightning.engine.attention import open_attention
+from gspo_lightning.engine.group_attention import GroupAttention
+from gspo_lightning.engine.products import filled
+from gspo_lightning.engine.step_graphs import cuda_graph_recorder
 from gspo_lightning.logprobs import completion_logprobs
-from gspo_lightning.policy import Policy
-from gspo_lightning.products import filled
+from gspo_lightning.policy.policy import Policy
 from gspo_lightning.sampling import GroupSampler
-from gspo_lightning.step_graphs import cuda_graph_recorder
 
 ATTENTION = (
     *("qwen3", "llama", "gpt2", "gemma2", "mistral"),

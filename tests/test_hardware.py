@@ -13,10 +13,10 @@ from lightning.pytorch import Callback
 from test_checkpoint import scalars
 from tiny_run import make_module, make_trainer, write_prompts
 
-from gspo_lightning.data import PromptData
-from gspo_lightning.frozen import ReferencePolicy
-from gspo_lightning.plan import plan_lines
-from gspo_lightning.policy import PolicyConfig
+from gspo_lightning.data.prompts import PromptData
+from gspo_lightning.frozen.models import ReferencePolicy
+from gspo_lightning.policy.policy import PolicyConfig
+from gspo_lightning.run.plan import plan_lines
 from gspo_lightning.sampling import GroupSampler
 
 ROOT = Path(__file__).parents[1]

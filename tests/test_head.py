@@ -9,8 +9,8 @@ from test_logprobs import inputs
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gspo_lightning.attention import open_attention
-from gspo_lightning.head import Head, find_head, token_logprobs
+from gspo_lightning.engine.attention import open_attention
+from gspo_lightning.engine.head import Head, find_head, token_logprobs
 from gspo_lightning.logprobs import completion_logprobs
 
 N, D, V = 11, 5, 17

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from test_train import REAL, checkpoints, run
 
-from gspo_lightning.callbacks import AdaptiveKL
-from gspo_lightning.health import Health
-from gspo_lightning.health_rules import PATIENCE, RULES, START, STEADY
+from gspo_lightning.callbacks.files import AdaptiveKL
+from gspo_lightning.guards.health import Health
+from gspo_lightning.guards.health_rules import PATIENCE, RULES, START, STEADY
 from gspo_lightning.kl import MultiplicativeKL, ProportionalKL
 from gspo_lightning.objectives import Objective
 

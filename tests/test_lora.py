@@ -12,16 +12,16 @@ from test_logprobs import inputs
 from tiny_run import run
 from transformers import AutoModelForCausalLM
 
-from gspo_lightning.attention import open_attention
-from gspo_lightning.callbacks import AdaptiveKL
-from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel
+from gspo_lightning.callbacks.files import AdaptiveKL
+from gspo_lightning.engine.attention import open_attention
+from gspo_lightning.engine.products import speed_up
+from gspo_lightning.frozen.models import FrozenModels, ReferencePolicy, RewardModel
 from gspo_lightning.logprobs import completion_logprobs
-from gspo_lightning.lora import LoRAConfig, adapters_off
-from gspo_lightning.plan import plan_lines
-from gspo_lightning.policy import LoRAPolicy, PolicyConfig, load_policy
-from gspo_lightning.products import speed_up
-from gspo_lightning.rewards import RewardTerm
+from gspo_lightning.policy.lora import LoRAConfig, adapters_off
+from gspo_lightning.policy.policy import LoRAPolicy, PolicyConfig, load_policy
+from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.rollout import PromptBatch
+from gspo_lightning.run.plan import plan_lines
 from gspo_lightning.sampling import GroupSampler
 
 CPU = torch.device("cpu")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from tiny_run import run
 
-from gspo_lightning.frozen import ReferencePolicy
-from gspo_lightning.memory import peaks, reset_peaks
+from gspo_lightning.frozen.models import ReferencePolicy
+from gspo_lightning.guards.memory import peaks, reset_peaks
 
 CPU = torch.device("cpu")
 LINUX = Path("/proc/self/clear_refs").exists()

@@ -16,8 +16,8 @@ import torch
 from pathlib import Path
 from lightning.pytorch import Callback
 from tiny_run import make_module, make_trainer, write_prompts
-from gspo_lightning.data import PromptData
-from gspo_lightning.plan import plan_lines
+from gspo_lightning.data.prompts import PromptData
+from gspo_lightning.run.plan import plan_lines
 from gspo_lightning.sampling import GroupSampler
 
 torch.set_num_threads(1)

@@ -9,13 +9,13 @@ import torch
 from lightning.pytorch import Callback
 from tiny_run import digits, make_module, make_trainer, run, write_prompts
 
-from gspo_lightning.data import PromptData
+from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.evaluation import Evaluation
-from gspo_lightning.frozen import ReferencePolicy
+from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.objectives import Objective
 from gspo_lightning.optim import OptimizerConfig
-from gspo_lightning.rewards import RewardTerm
+from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.sampling import GroupSampler
 
 
@@ -423,7 +423,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(tmp_path, m
 
 def test_dropout_is_off_in_train_mode(tmp_path, make_model, tokenizer):
     # fact 17, on a model that has dropout by default
-    from gspo_lightning.policy import Policy
+    from gspo_lightning.policy.policy import Policy
 
     model = make_model("gpt2")
     for module in model.modules():

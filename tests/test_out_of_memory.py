@@ -12,14 +12,15 @@ from test_frozen import save_reward_model
 from test_module import Outputs
 from tiny_run import make_module, make_trainer, run, write_prompts
 
-from gspo_lightning import old_logprobs, out_of_memory
-from gspo_lightning.checkpoint import RolloutCheckpoint
-from gspo_lightning.checkpoint_files import find_checkpoint
-from gspo_lightning.data import PromptData
-from gspo_lightning.frozen import ReferencePolicy, RewardModel
+from gspo_lightning import old_logprobs
+from gspo_lightning.checkpoint.files import find_checkpoint
+from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint
+from gspo_lightning.data.prompts import PromptData
+from gspo_lightning.frozen.models import ReferencePolicy, RewardModel
+from gspo_lightning.guards import out_of_memory
+from gspo_lightning.guards.out_of_memory import BatchSizes, OutOfMemory, is_out_of_memory
 from gspo_lightning.micro_batches import cut_rows
-from gspo_lightning.out_of_memory import BatchSizes, OutOfMemory, is_out_of_memory
-from gspo_lightning.rewards import RewardTerm, score
+from gspo_lightning.rewards.terms import RewardTerm, score
 from gspo_lightning.sampling import GroupSampler
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -6,12 +6,12 @@ import pytest
 import torch
 from test_logprobs import inputs, tokens_of_passes
 
-from gspo_lightning import packed_attention
-from gspo_lightning.attention import open_attention
-from gspo_lightning.frozen import ReferencePolicy
+from gspo_lightning.engine import packed_attention
+from gspo_lightning.engine.attention import open_attention
+from gspo_lightning.engine.packing import pack
+from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.logprobs import completion_logprobs
-from gspo_lightning.packing import pack
-from gspo_lightning.policy import PolicyConfig, checkpoint_activations, load_policy
+from gspo_lightning.policy.policy import PolicyConfig, checkpoint_activations, load_policy
 
 # windows, capped scores, sinks; scaled logits; experts; learned positions
 PACKED = (

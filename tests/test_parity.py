@@ -15,7 +15,7 @@ import yaml
 from gspo_lightning.advantages import group_advantages
 from gspo_lightning.kl import kl_estimate
 from gspo_lightning.objectives import Objective, policy_loss, token_weights
-from gspo_lightning.rewards import overlong_penalty, ramp_tokens
+from gspo_lightning.rewards.terms import overlong_penalty, ramp_tokens
 
 pytest.importorskip("trl")
 grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer", exc_type=ImportError)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny_run import digits, run
 
-from gspo_lightning.frozen import FrozenModels, ReferencePolicy
+from gspo_lightning.frozen.beside import Passes
+from gspo_lightning.frozen.models import FrozenModels, ReferencePolicy
 from gspo_lightning.module import GSPOModule
-from gspo_lightning.overlap import Passes
-from gspo_lightning.rewards import RewardError, RewardTerm
-from gspo_lightning.time_limit import TimeLimit
+from gspo_lightning.rewards.terms import RewardError, RewardTerm
+from gspo_lightning.rewards.time_limit import TimeLimit
 
 DEADLINE = 30  # seconds for all passes to meet; those that wait for one another never would
 

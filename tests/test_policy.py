@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
-from gspo_lightning.policy import Policy, PolicyConfig, fingerprint, load_policy
+from gspo_lightning.policy.policy import Policy, PolicyConfig, fingerprint, load_policy
 
 
 def test_a_policy_is_loaded_in_its_dtype_and_exported_for_transformers(model_dir, tmp_path):

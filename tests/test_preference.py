@@ -13,7 +13,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gspo_lightning.frozen import RewardModel
+from gspo_lightning.frozen.models import RewardModel
 
 ROOT = Path(__file__).parents[1]
 TASK = ROOT / "data" / "preference"

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from gspo_lightning import products
-from gspo_lightning.linear_logprobs import LinearLogprobs
-from gspo_lightning.lora import LoRAConfig
-from gspo_lightning.policy import LoRAPolicy, Policy
-from gspo_lightning.products import Linear, filled, linear, packed, speed_up, whole
+from gspo_lightning.engine import products
+from gspo_lightning.engine.linear_logprobs import LinearLogprobs
+from gspo_lightning.engine.products import Linear, filled, linear, packed, speed_up, whole
+from gspo_lightning.policy.lora import LoRAConfig
+from gspo_lightning.policy.policy import LoRAPolicy, Policy
 from gspo_lightning.rollout import PromptBatch
 from gspo_lightning.sampling import GroupSampler
 

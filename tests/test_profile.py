@@ -11,9 +11,9 @@ from test_train import _folder, refused, run  # noqa: F401 - the folder is a fix
 from tiny_run import run as fit
 from tiny_run import write_prompts
 
-from gspo_lightning.frozen import FrozenModels, ReferencePolicy
+from gspo_lightning.frozen.models import FrozenModels, ReferencePolicy
 from gspo_lightning.module import GSPOModule
-from gspo_lightning.tracing import RolloutProfile
+from gspo_lightning.run.tracing import RolloutProfile
 
 PHASES = ("rollout", "score", "reward", "old_logprobs", "reference", "optimise")
 

@@ -8,18 +8,19 @@ from lightning.pytorch import Callback
 from rollout_dummies import RolloutData, RolloutDummy, fit, make_trainer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gspo_lightning import plan, products, progress
-from gspo_lightning.callbacks import CurvePlot, HFExport, SampleTable
+from gspo_lightning.callbacks.files import CurvePlot, HFExport, SampleTable
+from gspo_lightning.callbacks.predictions import PredictionWriter
+from gspo_lightning.engine import products
 from gspo_lightning.logprobs import completion_logprobs
-from gspo_lightning.plan import memory_parts, plan_lines, resume_command, total_batches
-from gspo_lightning.predictions import PredictionWriter
-from gspo_lightning.progress import RolloutProgress, RunSummary
+from gspo_lightning.run import plan, progress
+from gspo_lightning.run.plan import memory_parts, plan_lines, resume_command, total_batches
+from gspo_lightning.run.progress import RolloutProgress, RunSummary
 
 
 @pytest.fixture(autouse=True)
 def plain_python(monkeypatch):
     """Commands are shown as if this Python were called `python` here."""
-    monkeypatch.setattr("gspo_lightning.progress.this_python", lambda: "python")
+    monkeypatch.setattr("gspo_lightning.run.progress.this_python", lambda: "python")
 
 
 class Supervised(DummyModule):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from gspo_lightning.provenance import provenance, write_provenance
+from gspo_lightning.run.provenance import PACKAGE, provenance, write_provenance
 
 
 def git(folder, *arguments):
@@ -20,11 +20,13 @@ def git(folder, *arguments):
 
 @pytest.fixture
 def package(tmp_path):
-    """A package of two files with the script beside it, not in any repository."""
+    """A package of two files and a room with the script beside it, not in any repository."""
     folder = tmp_path / "code" / "gspo"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("")
     (folder / "loss.py").write_text("x = 1\n")
+    (folder / "room").mkdir()
+    (folder / "room" / "head.py").write_text("z = 1\n")
     (folder.parent / "train.py").write_text("run()\n")
     return folder
 
@@ -78,6 +80,7 @@ def test_outside_git_the_source_is_kept(package, root):
     assert (facts["git_commit"], facts["uncommitted_changes"]) == (None, None)
     assert names(root) == ["source", "versions.yaml"]
     assert (root / "source" / "gspo" / "loss.py").read_text() == "x = 1\n"
+    assert (root / "source" / "gspo" / "room" / "head.py").read_text() == "z = 1\n"
     assert (root / "source" / "train.py").read_text() == "run()\n"
 
 
@@ -115,3 +118,14 @@ def test_a_second_start_leaves_nothing_of_the_first(package, root):
     (package / "loss.py").unlink()
     write_provenance(root, package=package)
     assert not (root / "source" / "gspo" / "loss.py").exists()
+
+
+def test_a_change_inside_a_room_changes_the_recorded_source(package, root):
+    before = yaml.safe_load(provenance(package).versions)["source_sha256"]
+    (package / "room" / "head.py").write_text("z = 2\n")
+    assert yaml.safe_load(provenance(package).versions)["source_sha256"] != before
+
+
+def test_the_source_that_is_kept_by_default_is_the_whole_package():
+    assert (PACKAGE / "module.py").is_file()
+    assert (PACKAGE / "engine" / "head.py").is_file()

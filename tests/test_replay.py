@@ -11,15 +11,15 @@ from fault_injection import INF, NAN, Inject, every
 from lightning.pytorch import Callback
 from tiny_run import make_trainer, run
 
-from gspo_lightning import replay as replay_file
-from gspo_lightning.critic import CriticConfig
-from gspo_lightning.frozen import ReferencePolicy
+from gspo_lightning.critic.critic import CriticConfig
+from gspo_lightning.doctor import replay as replay_file
+from gspo_lightning.doctor.replay import Looks, load_dump, packed_rows, replay, watched
+from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.logprobs import completion_logprobs
-from gspo_lightning.lora import LoRAConfig
 from gspo_lightning.module import GSPOModule
-from gspo_lightning.policy import PolicyConfig
-from gspo_lightning.replay import Looks, load_dump, packed_rows, replay, watched
-from gspo_lightning.rewards import RewardTerm
+from gspo_lightning.policy.lora import LoRAConfig
+from gspo_lightning.policy.policy import PolicyConfig
+from gspo_lightning.rewards.terms import RewardTerm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

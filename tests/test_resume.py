@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_checkpoint import assert_same, scalars, state
 
-from gspo_lightning.checkpoint import RolloutCheckpoint
+from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

@@ -10,10 +10,10 @@ from test_module import outputs_of
 from tiny_run import digits
 from torch import tensor
 
-from gspo_lightning import reward_calls
-from gspo_lightning.rewards import RewardError, RewardTerm, count_names, score
+from gspo_lightning.rewards import calls as reward_calls
+from gspo_lightning.rewards.terms import RewardError, RewardTerm, count_names, score
+from gspo_lightning.rewards.time_limit import TimeLimit
 from gspo_lightning.tally import RolloutTally
-from gspo_lightning.time_limit import TimeLimit
 
 NAN, INF = math.nan, math.inf
 ROWS = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]

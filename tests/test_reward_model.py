@@ -8,11 +8,11 @@ from test_sft import Logged
 from tiny_run import make_trainer
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from gspo_lightning.frozen import RewardModel
+from gspo_lightning.data.preferences import PreferenceBatch, PreferenceData
+from gspo_lightning.frozen.models import RewardModel
 from gspo_lightning.optim import OptimizerConfig
-from gspo_lightning.policy import PolicyConfig
-from gspo_lightning.preferences import PreferenceBatch, PreferenceData
-from gspo_lightning.reward_model import RewardModelModule, bradley_terry
+from gspo_lightning.policy.policy import PolicyConfig
+from gspo_lightning.supervised.reward_model import RewardModelModule, bradley_terry
 
 PAIRS = [
     {"prompt": "7+9=", "chosen": "7+9=16, answer: 16", "rejected": "answer: 16"},

@@ -9,16 +9,16 @@ from jsonargparse import ArgumentParser
 from reward_functions import Scaled, by_command, length
 from tiny_run import digits, make_module, make_trainer, run, write_prompts
 
-from gspo_lightning.data import PromptData
-from gspo_lightning.rewards import (
+from gspo_lightning.data.prompts import PromptData
+from gspo_lightning.rewards.terms import (
     MarkedAnswer,
     RewardError,
     RewardTerm,
     overlong_penalty,
     score,
 )
-from gspo_lightning.time_limit import TimeLimit
-from gspo_lightning.verifiers import ExactMatch, LastNumber
+from gspo_lightning.rewards.time_limit import TimeLimit
+from gspo_lightning.rewards.verifiers import ExactMatch, LastNumber
 
 
 def term(values, weight=1.0):
@@ -212,13 +212,13 @@ def test_a_term_is_a_function_by_its_path_or_a_class_with_arguments(tmp_path):
             on_error: retry 2, then skip
           slow:
             fn:
-              class_path: gspo_lightning.time_limit.TimeLimit
+              class_path: gspo_lightning.rewards.TimeLimit
               init_args: {fn: reward_functions.length, seconds: 7.5, on_timeout: -1.0}
           both:
             fn:
-              class_path: gspo_lightning.time_limit.TimeLimit
+              class_path: gspo_lightning.rewards.TimeLimit
               init_args:
-                fn: {class_path: gspo_lightning.verifiers.LastNumber, init_args: {tolerance: 0.1}}
+                fn: {class_path: gspo_lightning.rewards.LastNumber, init_args: {tolerance: 0.1}}
         """,
     )
     assert terms["plain"].fn is length and terms["plain"].weight == 0.5
@@ -237,15 +237,15 @@ def test_a_term_is_a_function_by_its_path_or_a_class_with_arguments(tmp_path):
 
 
 EVERY = {
-    "gspo_lightning.verifiers.ExactMatch": "{column: a, ignore_case: true, pattern: x}",
-    "gspo_lightning.verifiers.LastNumber": "{missing: skip}",
-    "gspo_lightning.verifiers.MathVerify": "{column: a}",
-    "gspo_lightning.verifiers.RegexMatch": "{pattern: x, where: search}",
-    "gspo_lightning.verifiers.TagFormat": "{tags: [a, b]}",
-    "gspo_lightning.verifiers.ValidJSON": "{required: [a]}",
-    "gspo_lightning.text_rewards.LengthBonus": "{target: 5}",
-    "gspo_lightning.text_rewards.SoftOverlong": "{limit: 9, ramp: 5, unit: characters}",
-    "gspo_lightning.text_rewards.RepetitionPenalty": "{n: 4}",
+    "gspo_lightning.rewards.verifiers.ExactMatch": "{column: a, ignore_case: true, pattern: x}",
+    "gspo_lightning.rewards.verifiers.LastNumber": "{missing: skip}",
+    "gspo_lightning.rewards.verifiers.MathVerify": "{column: a}",
+    "gspo_lightning.rewards.verifiers.RegexMatch": "{pattern: x, where: search}",
+    "gspo_lightning.rewards.verifiers.TagFormat": "{tags: [a, b]}",
+    "gspo_lightning.rewards.verifiers.ValidJSON": "{required: [a]}",
+    "gspo_lightning.rewards.text_rewards.LengthBonus": "{target: 5}",
+    "gspo_lightning.rewards.text_rewards.SoftOverlong": "{limit: 9, ramp: 5, unit: characters}",
+    "gspo_lightning.rewards.text_rewards.RepetitionPenalty": "{n: 4}",
     "gspo_lightning.RewardModel": "{path: p, chat_template: true, overlong: truncate_left}",
 }
 

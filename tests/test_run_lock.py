@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_checkpoint import names
 
-from gspo_lightning.run_lock import FILE, RunLock, check_lock
+from gspo_lightning.run.lock import FILE, RunLock, check_lock
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from tiny_run import write_prompts
 
-from gspo_lightning.classifier import RewardModel
-from gspo_lightning.cli import quiet
-from gspo_lightning.policy import PolicyConfig
-from gspo_lightning.report import markdown_table
-from gspo_lightning.terminal_log import TerminalLog
+from gspo_lightning.callbacks.report import markdown_table
+from gspo_lightning.frozen.reward_model import RewardModel
+from gspo_lightning.policy.policy import PolicyConfig
+from gspo_lightning.run.cli import quiet
+from gspo_lightning.run.terminal_log import TerminalLog
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from gspo_lightning.policy import Policy, checkpoint_activations
+from gspo_lightning.policy.policy import Policy, checkpoint_activations
 from gspo_lightning.rollout import PromptBatch
 from gspo_lightning.sampling import GroupSampler
 

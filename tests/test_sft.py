@@ -8,11 +8,11 @@ from lightning.pytorch import Callback
 from tiny_run import make_trainer
 from transformers import AutoModelForCausalLM
 
-from gspo_lightning.data import SFTBatch, SFTData
-from gspo_lightning.lora import LoRAConfig
+from gspo_lightning.data.prompts import SFTBatch, SFTData
 from gspo_lightning.optim import OptimizerConfig
-from gspo_lightning.policy import PolicyConfig
-from gspo_lightning.sft import SFTModule
+from gspo_lightning.policy.lora import LoRAConfig
+from gspo_lightning.policy.policy import PolicyConfig
+from gspo_lightning.supervised.sft import SFTModule
 
 DEMOS = [
     {"prompt": "7+9=", "completion": "answer: 16"},

@@ -8,12 +8,12 @@ from dummies import Stopper
 from test_module import outputs_of, run
 from tiny_run import digits, make_module, make_trainer, write_prompts
 
-from gspo_lightning.checkpoint import RolloutCheckpoint, list_checkpoints
-from gspo_lightning.checkpoint_io import AtomicCheckpointIO
-from gspo_lightning.data import PromptData
-from gspo_lightning.rewards import RewardTerm, score
-from gspo_lightning.shaping import RunningStatistics
-from gspo_lightning.text_rewards import LengthBonus
+from gspo_lightning.checkpoint.io import AtomicCheckpointIO
+from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint, list_checkpoints
+from gspo_lightning.data.prompts import PromptData
+from gspo_lightning.rewards.shaping import RunningStatistics
+from gspo_lightning.rewards.terms import RewardTerm, score
+from gspo_lightning.rewards.text_rewards import LengthBonus
 
 
 def values_of(*values):

@@ -162,7 +162,7 @@ model:
     rewards:
       slow:
         fn:
-          class_path: gspo_lightning.time_limit.TimeLimit
+          class_path: gspo_lightning.rewards.time_limit.TimeLimit
           init_args: {{fn: reward_functions.stops_its_run, seconds: 5}}
     kl_coef: 0.0
     reference: null

@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_data import attach, write
 
-from gspo_lightning.frozen import RewardModel
-from gspo_lightning.preferences import PreferenceData
+from gspo_lightning.data.preferences import PreferenceData
+from gspo_lightning.frozen.models import RewardModel
 
 ROWS = [
     {"prompt": "1=", "chosen": "1", "rejected": "11"},

@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from gspo_lightning.terminal_log import TerminalLog
+from gspo_lightning.run.terminal_log import TerminalLog
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from gspo_lightning.rewards import RewardTerm, score
-from gspo_lightning.text_rewards import LengthBonus, RepetitionPenalty, SoftOverlong
+from gspo_lightning.rewards.terms import RewardTerm, score
+from gspo_lightning.rewards.text_rewards import LengthBonus, RepetitionPenalty, SoftOverlong
 
 
 def one(fn, text):

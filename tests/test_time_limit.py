@@ -20,10 +20,10 @@ from reward_functions import (
 )
 from test_module import outputs_of
 
-from gspo_lightning import reward_calls
-from gspo_lightning.rewards import RewardError, RewardTerm, score
-from gspo_lightning.time_limit import TimeLimit
-from gspo_lightning.verifiers import ExactMatch, LastNumber
+from gspo_lightning.rewards import calls as reward_calls
+from gspo_lightning.rewards.terms import RewardError, RewardTerm, score
+from gspo_lightning.rewards.time_limit import TimeLimit
+from gspo_lightning.rewards.verifiers import ExactMatch, LastNumber
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_a_worker_ends_with_the_run_even_if_the_run_is_killed(tmp_path):
     program = (
         "import os, signal, threading, time\n"
         "from reward_functions import by_command\n"
-        "from gspo_lightning.time_limit import TimeLimit\n"
+        "from gspo_lightning.rewards.time_limit import TimeLimit\n"
         "limit = TimeLimit(by_command, 60)\n"
         "print(int(limit([{}], ['pid'])[0]), flush=True)\n"
         "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"

@@ -13,8 +13,8 @@ from test_checkpoint import assert_same, scalars, state
 from test_checkpoint_io import FullDisk
 from tiny_run import write_prompts
 
-from gspo_lightning.checkpoint_io import damage
-from gspo_lightning.out_of_memory import OutOfMemory
+from gspo_lightning.checkpoint.io import damage
+from gspo_lightning.guards.out_of_memory import OutOfMemory
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -38,7 +38,7 @@ model:
     policy: {path: policy}
     sampler: {class_path: gspo_lightning.GroupSampler, init_args: {group_size: 4}}
     rewards:
-      correct: {fn: {class_path: gspo_lightning.rewards.MarkedAnswer}, weight: 2.0}
+      correct: {fn: {class_path: gspo_lightning.rewards.terms.MarkedAnswer}, weight: 2.0}
 data: {class_path: gspo_lightning.PromptData, init_args: {path: prompts.jsonl}}
 """
 
@@ -154,11 +154,11 @@ def test_a_wrong_option_is_one_line_that_names_the_right_one(capsys, option, lin
         ),
         (
             "model: {init_args: {rewards: {a: {"
-            "fn: {class_path: gspo_lightning.rewards.MarkedAnswer}, wieght: 3}}}}",
+            "fn: {class_path: gspo_lightning.rewards.terms.MarkedAnswer}, wieght: 3}}}}",
             "model.rewards: " + meant("wieght", "weight"),
         ),
         (
-            "model: {init_args: {rewards: {a: {fn: {class_path: gspo_lightning.rewards."
+            "model: {init_args: {rewards: {a: {fn: {class_path: gspo_lightning.rewards.terms."
             "MarkedAnswer, init_args: {markr: x}}}}}}",
             "model.rewards.fn: " + meant("markr", "marker"),
         ),

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from gspo_lightning.verifiers import (
+from gspo_lightning.rewards.verifiers import (
     ExactMatch,
     LastNumber,
     MathVerify,

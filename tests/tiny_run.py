@@ -7,11 +7,11 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from gspo_lightning.data import PromptData
+from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.optim import OptimizerConfig
-from gspo_lightning.policy import PolicyConfig
-from gspo_lightning.rewards import RewardTerm
+from gspo_lightning.policy.policy import PolicyConfig
+from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.sampling import GroupSampler
 
 

@@ -1,0 +1,159 @@
+"""Benchmarks: seconds by phase, tokens per second, utilisation and memory, against other engines.
+
+python -m gspo_lightning.bench                        the main table, against TRL
+python -m gspo_lightning.bench --table groups         another table; or --cases S/32/geo/8/kl ...
+python -m gspo_lightning.bench --quick                does it run at all? half a minute
+python -m gspo_lightning.bench scaling                curves over group, prompt, completion, batch
+python -m gspo_lightning.bench loss                   log-probs against full logits
+python -m gspo_lightning.bench checkpoint             seconds to write a checkpoint and to go on
+
+A case is MODEL/PROMPT/LENGTH/GROUP, `/kl` behind it for a reference policy: the model's size (S, M,
+0.6B), the longest prompt in tokens (the shortest is 5/8 of it), `geo` for completions whose lengths
+are geometric with mean 32 and limit 128, or the one length of all.
+
+Decides which runs are made: each in a process of its own, the engines in turn (A B A B). Every run
+is a line of JSON in --out; the tables on standard output are Markdown. Ratios are of CPU seconds,
+which a busy machine does not stretch; on a GPU of seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from gspo_lightning.bench import parts as bench_parts
+from gspo_lightning.bench import scaling as bench_scaling
+from gspo_lightning.bench import worker as bench_worker
+from gspo_lightning.bench.cases import (
+    ENGINES,
+    BenchError,
+    Case,
+    check,
+    heading,
+    one_run,
+    say,
+    write_line,
+)
+from gspo_lightning.bench.report import derived, report
+from gspo_lightning.bench.worker import json_object
+
+TABLES = {
+    "main": ["S/32/geo/8", "S/256/geo/8", "S/32/128/8", "S/32/64/8/kl"],
+    "medium": ["M/32/geo/8", "M/32/64/8/kl"],
+    "groups": ["S/32/geo/4", "S/32/geo/8", "S/32/geo/16"],
+    "rollout": ["S/32/64/8", "S/256/64/8", "S/256/64/32"],
+    "gpu": ["0.6B/256/512/8"],
+}
+QUICK = {"cases": [Case.parse("S/32/8/4")], "repeats": 1, "steps": 1, "warmup": 0}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; without a command it is ``compare``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gspo_lightning.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        part = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        part.set_defaults(run=run)
+        return part
+
+    part = command("compare", compare, "engines in turn on the same work (the default)")
+    work = part.add_mutually_exclusive_group()
+    work.add_argument("--table", choices=TABLES, help="cases by name; without it main")
+    work.add_argument("--cases", nargs="+", type=as_case, metavar="CASE")
+    work.add_argument("--quick", action="store_true", help="one tiny case, once")
+    part.add_argument("--engines", nargs="+", choices=ENGINES, default=["gspo_lightning", "trl"])
+    part.add_argument("--repeats", type=positive, default=2)
+    add_run_arguments(part)
+    part = command("scaling", bench_scaling.scaling, "curves of time and memory, as a picture")
+    bench_scaling.add_arguments(part)
+    add_run_arguments(part)
+    part = command("loss", bench_parts.loss, "log-probs and their gradient against full logits")
+    bench_parts.add_loss_arguments(part)
+    part = command("checkpoint", bench_parts.checkpoint, "seconds to write one, to go on from it")
+    bench_parts.add_checkpoint_arguments(part)
+    part = command("worker", bench_worker.print_run, "one run, JSON on the last line")
+    bench_worker.add_arguments(part)
+    known = {"-h", "--help", *commands.choices}
+    return parser.parse_args(argv if argv and argv[0] in known else ["compare", *argv])
+
+
+def add_run_arguments(part: argparse.ArgumentParser) -> None:
+    """What holds for every run of a comparison or of curves."""
+    part.add_argument("--steps", type=positive, default=3, help="RL steps timed in each run")
+    part.add_argument("--warmup", type=int, default=1, help="RL steps before them")
+    part.add_argument("--prompts-per-rollout", type=positive, default=8)
+    part.add_argument("--updates", type=positive, default=4, help="optimizer steps per rollout")
+    part.add_argument("--micro-batches", type=positive, default=1, help="per optimizer step")
+    part.add_argument("--threads", type=positive, default=1)
+    part.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    part.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    part.add_argument(
+        "--settings",
+        type=json_object,
+        default={},
+        help="further arguments of GSPOModule, such as '{\"micro_batch_size\": 8}'",
+    )
+    part.add_argument("--assets", default="runs/bench/assets", help="models and prompts")
+    part.add_argument("--out", type=Path, default=Path("runs/bench/runs.jsonl"))
+
+
+def as_case(text: str) -> Case:
+    """A case, or what argparse shows if it is none."""
+    try:
+        return Case.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, got {text}")
+    return number
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Run all engines on all cases, in turn, and print the tables."""
+    if options.quick:
+        vars(options).update(QUICK)
+    cases = options.cases or [Case.parse(text) for text in TABLES[options.table or "main"]]
+    check(options, [(case, options.prompts_per_rollout) for case in cases])
+    wanted = [(c, i, e) for c in cases for i in range(options.repeats) for e in options.engines]
+    runs: list[dict[str, Any]] = []
+    for done, (case, repeat, name) in enumerate(wanted, start=1):
+        result = {"case": str(case), "name": name, "repeat": repeat}
+        result |= one_run(case, name, options)
+        result |= derived(result, runs)
+        runs.append(result)
+        write_line(options.out, result)
+        spent = result["wall_seconds"]["total"]
+        say(f"[{done}/{len(wanted)}] {case} {name}: {spent:.2f} s per RL step")
+    print(heading(options, runs))
+    print(report(runs))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code, 2 where something that it needs is not there."""
+    argv = sys.argv[1:] if argv is None else argv
+    options = parse(argv)
+    options.typed = shlex.join(["python", "-m", "gspo_lightning.bench", *argv])
+    try:
+        return options.run(options)
+    except BenchError as error:
+        say(f"error: {error}")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,309 @@
+"""What happens around rollouts: the KL coefficient, curves, samples, export.
+
+Decides when these callbacks act and what their files hold; every file lies in the run folder
+(``trainer.default_root_dir``). Leaves out the rule that moves the coefficient (``kl``), the meaning
+of the metrics (``module``, ``metrics``) and all terminal output (``progress``).
+
+The module hands over, as ``outputs`` of ``on_train_batch_end``, a dict with ``rollout``, ``index``
+(0-based), ``metrics`` by full name, ``lengths`` (B,) in tokens and ``ratios`` (B,).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from gspo_lightning.callbacks.json_lines import keep_rollouts_before, write_json_lines
+from gspo_lightning.callbacks.report import draw_curves, markdown_table, sample_rows
+from gspo_lightning.kl import KLRule, MultiplicativeKL
+from gspo_lightning.metrics import CURVES
+
+
+def check_at_least(low: int, **values: int | None) -> None:
+    """Raise ValueError, naming argument, bound and value, for a value below ``low``."""
+    for name, value in values.items():
+        if value is not None and value < low:
+            raise ValueError(f"{name} must be >= {low}, got {value}")
+
+
+def check_file_name(path: str) -> None:
+    """Raise ValueError unless ``path`` names something inside the run folder."""
+    if not Path(path).name or Path(path).is_absolute() or ".." in Path(path).parts:
+        raise ValueError(f"path must be a name inside the run folder, got {path!r}")
+
+
+def due(index: int, period: int | None) -> bool:
+    """Whether the rollout with this 0-based index ends a period.
+
+    >>> [due(index, 3) for index in range(6)]
+    [False, False, True, False, False, True]
+    """
+    return period is not None and (index + 1) % period == 0
+
+
+def is_rehearsal(trainer: Any) -> bool:
+    """Whether nothing may be written: the folder may hold a run that is worth keeping."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def tensorboards(trainer: Any) -> list[Any]:
+    """The SummaryWriters of the run (stand-ins that do nothing on ranks other than 0)."""
+    return [log.experiment for log in trainer.loggers if isinstance(log, TensorBoardLogger)]
+
+
+class AdaptiveKL(Callback):
+    """Move the KL coefficient after each rollout, so that the KL divergence stays near a target.
+
+    The one owner of the coefficient: no other code writes ``module.kl_coef``, and the checkpoint
+    keeps it here. The rule sees the KL divergence that the module already reduced over all ranks,
+    so every rank comes to the same number.
+
+    Args:
+        rule: How the next coefficient follows from the KL divergence.
+        initial: Coefficient of the first rollout, > 0 (a product never leaves 0).
+        warmup: Rollouts during which the coefficient may rise but not fall: KL starts at 0, and the
+            rule would cut the coefficient before there is anything to measure.
+
+    Raises:
+        ValueError: If an argument is out of range, or the module has no reference policy.
+    """
+
+    def __init__(
+        self,
+        rule: KLRule = MultiplicativeKL(),  # noqa: B008 (immutable)
+        initial: float = 0.2,
+        warmup: int = 0,
+    ) -> None:
+        if not (initial > 0 and math.isfinite(initial)):
+            raise ValueError(f"initial must be finite and > 0, got {initial}")
+        check_at_least(0, warmup=warmup)
+        self.rule, self.initial, self.warmup = rule, float(initial), warmup
+        self.coef = self.initial
+        self.rollouts_seen = 0
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot work, before any model is loaded."""
+        if stage != "fit":
+            return
+        if getattr(pl_module, "reference", None) is None:
+            raise ValueError(
+                "AdaptiveKL needs a reference policy to measure the KL divergence against: set "
+                "model.reference, or remove AdaptiveKL from trainer.callbacks"
+            )
+        prompts = getattr(trainer.datamodule, "prompts_per_rollout", None)
+        if prompts is not None:
+            # A rule that cannot take rollouts of this size says so now, not after the first one.
+            sequences = prompts * pl_module.sampler.group_size * trainer.world_size
+            self.rule.next_coef(self.coef, math.nan, sequences)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.kl_coef = self.coef
+
+    on_train_start = on_fit_start  # sharded strategies load the checkpoint between the two
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        # absent where no token of the rollout trains (all of them truncated): nothing to learn from
+        observed = outputs["metrics"].get("train/kl_divergence", math.nan)
+        sequences = outputs["rollout"].rewards.shape[0] * trainer.world_size
+        coef = self.rule.next_coef(self.coef, observed, sequences)
+        if self.rollouts_seen < self.warmup:
+            coef = max(coef, self.coef)
+        self.coef = float(coef)
+        self.rollouts_seen += 1
+        pl_module.kl_coef = self.coef
+
+    def fingerprints(self) -> dict[str, Any]:
+        """The rule, which is part of the mathematics: another one would make it another run."""
+        marks = {**self.rule.marks(), "initial": self.initial, "warmup": self.warmup}
+        return {f"AdaptiveKL.{name}": value for name, value in marks.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"coef": self.coef, "rollouts_seen": self.rollouts_seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.coef, self.rollouts_seen = state_dict["coef"], state_dict["rollouts_seen"]
+
+
+class CurvePlot(Callback):
+    """Draw the eight curves as one picture: a PNG in the run folder and an image in TensorBoard.
+
+    The points are part of the checkpoint, so a resumed run draws the whole run.
+
+    Args:
+        every_n_rollouts: Period in rollouts; the end of the run always draws.
+        path: Name of the PNG inside the run folder.
+    """
+
+    def __init__(self, every_n_rollouts: int = 10, path: str = "curves.png") -> None:
+        check_at_least(1, every_n_rollouts=every_n_rollouts)
+        check_file_name(path)
+        self.every_n_rollouts = every_n_rollouts
+        self.path = path
+        self.points: dict[str, list[list[float]]] = {name: [] for name in CURVES}
+        self._drawn = 0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        for name, points in self.points.items():
+            value = float(outputs["metrics"].get(f"train/{name}", math.nan))
+            if math.isfinite(value):
+                points.append([outputs["index"], value])
+        if due(outputs["index"], self.every_n_rollouts):
+            self._write(trainer, pl_module, outputs["index"])
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 != self._drawn:
+            self._write(trainer, pl_module, trainer.fit_loop.total_batch_idx)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"points": {name: [list(p) for p in points] for name, points in self.points.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.points = {name: state_dict["points"].get(name, []) for name in CURVES}
+
+    def _write(self, trainer: Any, pl_module: Any, index: int) -> None:
+        self._drawn = index + 1
+        if not trainer.is_global_zero or not any(self.points.values()) or is_rehearsal(trainer):
+            return
+        rules = [c.rule for c in trainer.callbacks if isinstance(c, AdaptiveKL)]
+        figure = draw_curves(
+            self.points,
+            kl_target=rules[0].target if rules else None,
+            has_reference=getattr(pl_module, "reference", None) is not None,
+        )
+        file = Path(trainer.default_root_dir) / self.path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(file.name + ".partial")
+        figure.savefig(partial, format="png")
+        os.replace(partial, file)  # who watches the picture never sees half of it
+        for writer in tensorboards(trainer):
+            # an image, not add_figure, which imports pyplot and its global state
+            pixels = numpy.asarray(figure.canvas.buffer_rgba())[..., :3]
+            writer.add_image("curves", pixels, index, dataformats="HWC")
+
+
+class SampleTable(Callback):
+    """Keep a few completions of each rollout, with their rewards, for reading.
+
+    The first rows of the rollout are taken: rows of a group are neighbours, so a group stands
+    together, and the choice does not depend on what was sampled. On resume the lines of rollouts
+    that will run again are dropped, so the file equals that of a run that was never stopped.
+
+    Args:
+        every_n_rollouts: Period of ``samples.jsonl``, in rollouts.
+        num_samples: Completions per rollout.
+        text_every_n_rollouts: Period of the TensorBoard text, in rollouts; ``None`` writes none.
+    """
+
+    def __init__(
+        self,
+        every_n_rollouts: int = 1,
+        num_samples: int = 8,
+        text_every_n_rollouts: int | None = 10,
+    ) -> None:
+        check_at_least(
+            1,
+            every_n_rollouts=every_n_rollouts,
+            num_samples=num_samples,
+            text_every_n_rollouts=text_every_n_rollouts,
+        )
+        self.every_n_rollouts = every_n_rollouts
+        self.num_samples = num_samples
+        self.text_every_n_rollouts = text_every_n_rollouts
+
+    @staticmethod
+    def file(trainer: Any) -> Path:
+        return Path(trainer.default_root_dir) / "samples.jsonl"
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        file = self.file(trainer)
+        if trainer.is_global_zero and file.exists() and not is_rehearsal(trainer):
+            keep_rollouts_before(file, trainer.fit_loop.total_batch_idx + 1)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        index = outputs["index"]
+        lines_due = due(index, self.every_n_rollouts)
+        text_due = due(index, self.text_every_n_rollouts)
+        if not trainer.is_global_zero or not (lines_due or text_due) or is_rehearsal(trainer):
+            return
+        samples = sample_rows(outputs, pl_module.policy.tokenizer, self.num_samples)
+        if lines_due:
+            write_json_lines(self.file(trainer), samples)
+        if text_due:
+            for writer in tensorboards(trainer):
+                writer.add_text("samples", markdown_table(samples), index)
+
+
+class HFExport(Callback):
+    """Write the policy as a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
+
+    Args:
+        path: Name of the folder inside the run folder; it always holds the newest export.
+        every_n_rollouts: Export during the run as well, with this period in rollouts.
+        monitor: A validation figure, such as ``val/accuracy_sampled``: the policy with the best one
+            is kept in ``best_path``. ``None`` keeps no best one. The evaluation before training
+            does not count.
+        mode: Whether the largest (``max``) or the smallest (``min``) figure is the best.
+        best_path: Name of the folder of the best policy inside the run folder.
+
+    Raises:
+        ValueError: If an argument is out of range, or the validation has no such figure.
+    """
+
+    def __init__(
+        self,
+        path: str = "export",
+        every_n_rollouts: int | None = None,
+        monitor: str | None = None,
+        mode: Literal["max", "min"] = "max",
+        best_path: str = "export_best",
+    ) -> None:
+        check_file_name(path)
+        check_file_name(best_path)
+        check_at_least(1, every_n_rollouts=every_n_rollouts)
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode must be max or min, got {mode!r}")
+        self.path = path
+        self.every_n_rollouts = every_n_rollouts
+        self.monitor, self.mode, self.best_path = monitor, mode, best_path
+        self.best: float | None = None
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.monitor is None or trainer.state.fn != "fit" or is_rehearsal(trainer):
+            return
+        metrics = trainer.callback_metrics
+        if self.monitor not in metrics:
+            there = sorted(name for name in metrics if name.startswith("val/"))
+            raise ValueError(
+                f"HFExport.monitor {self.monitor!r} is no figure of the validation; it has {there}"
+            )
+        value = float(metrics[self.monitor])
+        better = self.best is None or (
+            value > self.best if self.mode == "max" else value < self.best
+        )
+        if trainer.sanity_checking or math.isnan(value) or not better:
+            return
+        self.best = value
+        pl_module.export(Path(trainer.default_root_dir) / self.best_path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.monitor is None else {"monitor": self.monitor, "best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("monitor") == self.monitor:  # another figure's best says nothing
+            self.best = state_dict.get("best")
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        if due(trainer.fit_loop.total_batch_idx, self.every_n_rollouts):
+            self.on_train_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        # Every rank takes part: a sharded policy is gathered from all of them.
+        if is_rehearsal(trainer):
+            return
+        pl_module.export(Path(trainer.default_root_dir) / self.path)

@@ -1,0 +1,315 @@
+"""Checkpoints at rollout boundaries: when to write, what to keep, and how to go on from there.
+
+Decides the moment of saving (after a rollout and after the validation that belongs to it) and which
+files stay. Leaves out names and choice of files (`checkpoint_files`), the way onto the disk
+(`checkpoint_io`) and what a checkpoint holds: each module, callback and loader has its own
+`state_dict`, and random streams are functions of the rollout index, so none is stored.
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from gspo_lightning.checkpoint.event_files import cut_event_files, event_file_sizes
+from gspo_lightning.checkpoint.files import BEST, FOLDER, checkpoint_number, list_checkpoints
+from gspo_lightning.checkpoint.fingerprints import collect, differences, refuse_changes
+from gspo_lightning.checkpoint.finite import broken_weights
+from gspo_lightning.checkpoint.io import AtomicCheckpointIO, write_text
+from gspo_lightning.checkpoint.signals import StopSignals
+
+_TEMPORARY = re.compile(r"\..+\.(?:ckpt|yaml)\.\d+\.tmp")
+
+
+class RolloutCheckpoint(Checkpoint):
+    """Save every few rollouts, always at a rollout boundary, and continue from there exactly.
+
+    A boundary is reached when a rollout's updates are done, every other callback has seen it, and
+    the validation that is due after it is finished. One Lightning batch is one rollout; for
+    modules that step on every batch (`SFTModule`) the unit is the batch. A run that a signal stops
+    saves, whatever the period.
+
+    Args:
+        every_n_rollouts: Save when the number of completed rollouts is a multiple of this.
+        keep_last: Newest files to keep, at least 1.
+        save_at_end: Also save after the last rollout of an epoch and when training is stopped.
+        monitor: A validation figure, such as `val/accuracy_sampled`: the checkpoints with the best
+            ones are kept, too, and a new best one is saved whether or not a period ends;
+            `--ckpt_path best` finds the best of them. None keeps no best one. The evaluation
+            before training does not count.
+        mode: Whether the largest (`max`) or the smallest (`min`) figure is the best.
+        keep_best: Best files to keep, at least 1.
+
+    Attributes:
+        accept_changes: Continue although settings, data or models are not those of the checkpoint.
+
+    Raises:
+        ValueError: If `every_n_rollouts`, `keep_last` or `keep_best` is below 1, `mode` is no
+            mode, or the validation has no such figure.
+    """
+
+    def __init__(
+        self,
+        every_n_rollouts: int = 10,
+        keep_last: int = 3,
+        save_at_end: bool = True,
+        monitor: str | None = None,
+        mode: Literal["max", "min"] = "max",
+        keep_best: int = 1,
+    ) -> None:
+        for name, value in {
+            "every_n_rollouts": every_n_rollouts,
+            "keep_last": keep_last,
+            "keep_best": keep_best,
+        }.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode must be max or min, got {mode!r}")
+        self.every_n_rollouts = every_n_rollouts
+        self.keep_last = keep_last
+        self.save_at_end = save_at_end
+        self.monitor = monitor
+        self.mode = mode
+        self.keep_best = keep_best
+        self.accept_changes = False
+        self._best: list[tuple[float, int]] = []  # figure, rollouts; the best one first
+        self._marks: dict[str, Any] = {}
+        self._validates = False  # as a run that is not stopped would
+        self._awaits_validation = False
+        self._saving = False
+        self._resumed = False
+        self._over = False  # by `max_steps`, which the checkpoint has reached
+        self._max_steps: int | None = None  # while it is lifted
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See to it that files are written whole, also in a program that says nothing of it."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+    # ---- saving ---------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save now, or leave it to the validation that is about to run."""
+        due, self._validates = self._is_due(trainer), _validation_follows(trainer)
+        self._awaits_validation = due and self._validates
+        if due and not self._validates:
+            self._save(trainer)
+        if _stopped_by_signal(trainer) and not self._validates:
+            # Lightning validates once more before a stop; who sends signals does not wait for that.
+            trainer.fit_loop.epoch_loop._skip_next_val = True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the boundary whose validation has just been completed."""
+        if trainer.state.fn != "fit":
+            return
+        figure = self._figure(trainer)
+        due, self._awaits_validation = self._awaits_validation, False
+        validates, self._validates = self._validates, False
+        if not validates or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return  # before training, or brought about by a stop: an unstopped run has it not
+        best = self._enters_best(figure, trainer.fit_loop.total_batch_idx + 1)
+        if due or best or _stopped_by_signal(trainer):
+            self._save(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Give every checkpoint the same loop counters, whether validation ran before it or not.
+
+        Lightning restarts in different ways from "batch end" and from "after validation"; the
+        second one asks the new configuration whether a validation is due and miscounts the logger's
+        axis when it is not. So the counters are always those of "batch end": one batch processed
+        and not yet counted as completed. That restart skips the validation, which has run.
+        """
+        if not self._saving:
+            return
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for scope in ("total", "current"):
+            progress[scope]["completed"] = progress[scope]["ready"] - 1
+        checkpoint["rollouts"] = progress["total"]["ready"]
+        checkpoint["event_files"] = event_file_sizes(trainer)
+        self._marks = self._marks or collect(trainer, pl_module)
+        checkpoint["fingerprints"] = self._marks
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best figures, if there are any to keep."""
+        if self.monitor is None:
+            return {}
+        return {"monitor": self.monitor, "mode": self.mode, "best": [list(b) for b in self._best]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best figures back, unless they are of another figure."""
+        if (state_dict.get("monitor"), state_dict.get("mode")) == (self.monitor, self.mode):
+            self._best = [(value, number) for value, number in state_dict["best"]]
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a rehearsal leaves no files
+            return False
+        if _stopped_by_signal(trainer):
+            return True
+        if self.save_at_end and (
+            trainer.is_last_batch
+            or trainer.should_stop
+            or 0 <= trainer.max_steps <= trainer.global_step
+        ):
+            return True
+        return (trainer.fit_loop.total_batch_idx + 1) % self.every_n_rollouts == 0
+
+    def _figure(self, trainer: Trainer) -> float:
+        """The monitored figure of the validation that has just ended, NaN without one."""
+        if self.monitor is None:
+            return math.nan
+        metrics = trainer.callback_metrics
+        if self.monitor not in metrics:
+            there = sorted(name for name in metrics if name.startswith("val/"))
+            raise ValueError(
+                f"RolloutCheckpoint.monitor {self.monitor!r} is no figure of the validation; it "
+                f"has {there}"
+            )
+        return float(metrics[self.monitor])
+
+    def _enters_best(self, value: float, number: int) -> bool:
+        """Note a figure if it is among the best, and say whether it is."""
+        if math.isnan(value):
+            return False
+        sign = -1 if self.mode == "max" else 1
+        ranked = sorted([*self._best, (value, number)], key=lambda b: (sign * b[0], b[1]))
+        self._best = ranked[: self.keep_best]
+        return (value, number) in self._best
+
+    def _save(self, trainer: Trainer) -> None:
+        number = trainer.fit_loop.total_batch_idx + 1
+        path = Path(trainer.default_root_dir, FOLDER, _file_name(number))
+        _refuse_broken_weights(trainer, number)
+        self._saving = True
+        try:
+            trainer.save_checkpoint(path, weights_only=False)  # False: optimizer state goes in, too
+        finally:
+            self._saving = False
+        if trainer.is_global_zero:
+            self._write_best(path.parent)
+            # Later ones are no older: a run that goes on from before a damaged file has some.
+            found = [p for p in list_checkpoints(trainer.default_root_dir) if _at(p) <= number]
+            best = {number for _, number in self._best}
+            for old in found[: -self.keep_last]:
+                if _at(old) not in best:
+                    old.unlink(missing_ok=True)
+
+    def _write_best(self, folder: Path) -> None:
+        if self.monitor is None or not self._best:
+            return
+        kept = [{"file": _file_name(n), self.monitor: value} for value, n in self._best]
+        text = yaml.safe_dump({"mode": self.mode, "kept": kept}, sort_keys=False)
+        write_text(folder / BEST, text)
+
+    # ---- continuing -----------------------------------------------------------------------------
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Forget whether the saved rollout was the last: the run may have been made longer.
+
+        Raises:
+            ValueError: If the run would not be the same one, saying what has changed.
+        """
+        if "rollouts" not in checkpoint or not trainer.training:
+            return  # written by another callback, or loaded for its weights
+        self._marks = collect(trainer, pl_module)
+        if not self.accept_changes:
+            file = _file_name(checkpoint["rollouts"])
+            refuse_changes(file, differences(checkpoint["fingerprints"], self._marks))
+        self._resumed = True
+        self._over = 0 <= trainer.max_steps <= checkpoint["global_step"]
+        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+        if trainer.is_global_zero:
+            cut_event_files(trainer, checkpoint["event_files"], checkpoint["rollouts"])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove what a kill in the middle of a save left behind."""
+        if self._over:
+            # Lightning would leave out the end of training, too, with what callbacks do there; the
+            # run may have been killed just before. Lifted until training begins.
+            self._max_steps, self._over = trainer.max_steps, False
+            trainer.fit_loop.epoch_loop.max_steps = -1
+        folder = Path(trainer.default_root_dir, FOLDER)
+        if trainer.is_global_zero and folder.is_dir():
+            for path in folder.iterdir():
+                if _TEMPORARY.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Settle what depends on the new configuration, which is known only now."""
+        if not self._resumed:
+            return
+        self._resumed = False
+        if self._max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
+        folder = Path(trainer.default_root_dir, FOLDER)
+        # a run that goes on in another folder has left its best ones behind
+        self._best = [best for best in self._best if (folder / _file_name(best[1])).exists()]
+        if trainer.is_global_zero:
+            self._write_best(folder)
+        fit_loop = trainer.fit_loop
+        progress = fit_loop.epoch_loop.batch_progress
+        if progress.current.ready >= trainer.num_training_batches:
+            # The epoch is over. Lightning would read that from `is_last_batch`, which was true for
+            # the old number of rollouts; with it a longer run would stop at once.
+            fit_loop.epoch_progress.increment_processed()
+            fit_loop.epoch_progress.increment_completed()
+            # Without this the next epoch counts as the rest of this one.
+            fit_loop.reset_restart_stage()
+
+
+def _file_name(number: int) -> str:
+    return f"rollout={number:06d}.ckpt"
+
+
+def _refuse_broken_weights(trainer: Trainer, number: int) -> None:
+    """End the run before weights that nothing can be made of become its newest checkpoint.
+
+    A finite gradient may still end in a NaN: by a learning rate too large for the type, or by an
+    optimizer's own state.
+
+    Raises:
+        FloatingPointError: On every rank, if the weights are not finite on any.
+    """
+    broken = broken_weights(trainer.lightning_module.named_parameters())
+    if trainer.strategy.reduce_boolean_decision(not broken, all=True):
+        return
+    written = list_checkpoints(trainer.default_root_dir)
+    last = f"the last one is {written[-1]}" if written else "there is no earlier one"
+    raise FloatingPointError(
+        f"after {number} rollouts the weights are not finite ({', '.join(broken[:1])}), so no "
+        f"checkpoint is written; {last}"
+    )
+
+
+def _at(path: Path) -> int:
+    return checkpoint_number(path) or 0
+
+
+def _stopped_by_signal(trainer: Trainer) -> bool:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(c, StopSignals) and c.stopping for c in callbacks)
+
+
+def _validation_follows(trainer: Trainer) -> bool:
+    # A stop brings a validation that an uninterrupted run would not have: not waited for, so that
+    # what callbacks make of it stays out of the checkpoint.
+    stopping, trainer.should_stop = trainer.should_stop, False
+    # Private, but the one place where Lightning decides this; a copy of its rules would drift.
+    fit_loop = trainer.fit_loop
+    scheduled = fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher)  # type: ignore[arg-type]
+    trainer.should_stop = stopping
+    if not scheduled:
+        return False
+    # Lightning skips a validation without batches, and with it the hook that would save.
+    return sum(trainer.num_val_batches) > 0 or trainer.val_dataloaders is None

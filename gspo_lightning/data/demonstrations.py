@@ -1,0 +1,222 @@
+"""Demonstrations: read, checked, tokenised, served in a resumable order.
+
+Decides how texts become batches for the warm start, and what all kinds of data have in common.
+Leaves out preference pairs, prompts for rollouts (``data.PromptData``), losses and devices. The
+tokenizer is the module's (``trainer.lightning_module.tokenizer``), so that no config can name two.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from gspo_lightning.checkpoint.fingerprints import digest
+from gspo_lightning.data.stream import ResumableStream, pad
+from gspo_lightning.data.tables import check_file, read_rows, text_column
+from gspo_lightning.run.start_checks import check_kind_of_data
+
+
+def check_settings(counts: Mapping[str, int | None], files: Mapping[str, str | None]) -> None:
+    """Refuse counts below 1 and files that are not there; ``None`` is a setting left open.
+
+    Raises:
+        ValueError: Naming the setting under ``data``.
+    """
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"data.{name} must be >= 1, got {value}")
+    for key, file in files.items():
+        if file is not None:
+            check_file(f"data.{key}", file)
+
+
+class TokenizedData(LightningDataModule):
+    """What prompts and demonstrations have in common: files, one tokenizer, a resumable stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream: ResumableStream | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        assert self.trainer is not None
+        tokenizer = getattr(self.trainer.lightning_module, "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError(
+                f"{type(self).__name__} takes its tokenizer from the module, and "
+                f"{type(self.trainer.lightning_module).__name__} has none"
+            )
+        return tokenizer
+
+    def _skip_validation_unless(self, there: bool) -> None:
+        if not there:  # Lightning would warn of a loader without batches
+            self.trainer.limit_val_batches = 0  # type: ignore[union-attr]
+
+    def _stream(
+        self, examples: list, collate: Callable, batch_size: int, num_batches: int | None, **kw: Any
+    ) -> ResumableStream:
+        trainer = self.trainer
+        assert trainer is not None
+        one_pass = max(1, len(examples) // (batch_size * trainer.world_size))
+        return ResumableStream(
+            examples,
+            collate,
+            batch_size,
+            num_batches or one_pass,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # what seed_everything set
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            **kw,
+        )
+
+    def fingerprints(self) -> dict[str, str]:
+        """A mark of the training examples in their order, with all their columns."""
+        assert self.stream is not None
+        return {"data.path": digest(map(repr, self.stream.examples))}
+
+    def train_dataloader(self) -> ResumableStream:
+        assert self.stream is not None
+        return self.stream
+
+
+class SupervisedData(TokenizedData):
+    """What demonstrations and pairs have in common: a file to learn from and one held out.
+
+    A subclass says how a file is read (``_read``) and how examples become a batch (``collate``).
+    """
+
+    collate: Callable
+    shuffle = True
+
+    def __init__(
+        self,
+        path: str,
+        val_path: str | None,
+        batch_size: int,
+        num_steps: int | None,
+        max_tokens: int,
+    ) -> None:
+        super().__init__()
+        counts = {"batch_size": batch_size, "num_steps": num_steps, "max_tokens": max_tokens}
+        check_settings(counts, {"path": path, "val_path": val_path})
+        self.path = path
+        self.val_path = val_path
+        self.batch_size = batch_size
+        self.num_steps = num_steps
+        self.max_tokens = max_tokens
+        self.val_examples: list[tuple[list[int], list[int]]] = []
+
+    def setup(self, stage: str) -> None:
+        """Read and tokenise."""
+        check_kind_of_data(self, self.trainer.lightning_module)  # type: ignore[union-attr]
+        if self.stream is None and stage == "fit":
+            examples = self._read("data.path", self.path)
+            self.stream = self._stream(
+                examples, self.collate, self.batch_size, self.num_steps, shuffle=self.shuffle
+            )
+            self.num_steps = len(self.stream)
+        if self.val_path is not None and not self.val_examples:
+            self.val_examples = self._read("data.val_path", self.val_path)
+        self._skip_validation_unless(bool(self.val_examples))
+
+    def _read(self, key: str, path: str) -> list[tuple[list[int], list[int]]]:
+        raise NotImplementedError
+
+    def val_dataloader(self) -> DataLoader | list:
+        if not self.val_examples:
+            return []
+        return DataLoader(
+            self.val_examples,  # type: ignore[arg-type]  # a list is a map-style dataset
+            batch_size=self.batch_size,
+            collate_fn=self.collate,
+        )
+
+
+@dataclass(frozen=True)
+class SFTBatch:
+    """Demonstrations: prompts (B, L) left-padded, completions (B, T) right-padded, EOS included."""
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    mask: Tensor
+
+    def to(self, device: Any, **kwargs: Any) -> SFTBatch:
+        """The same batch on ``device``."""
+        return SFTBatch(
+            *(
+                getattr(self, name).to(device, **kwargs)
+                for name in ("prompt_ids", "prompt_mask", "completion_ids", "mask")
+            )
+        )
+
+
+def collate_demonstrations(examples: list[tuple[list[int], list[int]]]) -> SFTBatch:
+    """Pad B demonstrations: prompts on the left, completions on the right."""
+    prompt_ids, prompt_mask = pad([prompt for prompt, _ in examples], "left")
+    completion_ids, mask = pad([completion for _, completion in examples], "right")
+    return SFTBatch(prompt_ids, prompt_mask, completion_ids, mask)
+
+
+class SFTData(SupervisedData):
+    """Demonstrations for a warm start: prompt and completion, an end of sequence appended.
+
+    Args:
+        path: Demonstrations: JSON lines, Parquet, or a ``datasets`` folder.
+        val_path: Held-out demonstrations.
+        batch_size: Demonstrations per optimizer step and rank.
+        num_steps: Optimizer steps per epoch; ``None`` is one pass over the demonstrations.
+        prompt_column: Column with the prompt text.
+        completion_column: Column with the completion text.
+        max_tokens: Longest prompt and completion together, in tokens; a longer row is an error.
+        shuffle: Draw in a seeded order; off keeps the order of the file, for a curriculum.
+
+    Raises:
+        ValueError: For a missing or broken file, row, column or value, naming it.
+    """
+
+    collate = staticmethod(collate_demonstrations)
+
+    def __init__(
+        self,
+        path: str,
+        val_path: str | None = None,
+        batch_size: int = 32,
+        num_steps: int | None = None,
+        prompt_column: str = "prompt",
+        completion_column: str = "completion",
+        max_tokens: int = 1024,
+        shuffle: bool = True,
+    ) -> None:
+        super().__init__(path, val_path, batch_size, num_steps, max_tokens)
+        self.prompt_column = prompt_column
+        self.completion_column = completion_column
+        self.shuffle = shuffle
+
+    def _read(self, key: str, path: str) -> list[tuple[list[int], list[int]]]:
+        rows = read_rows(key, path)
+        prompts = text_column(key, path, rows, self.prompt_column)
+        completions = text_column(key, path, rows, self.completion_column)
+        tokenizer = self.tokenizer
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no eos_token, so no demonstration could end")
+        examples = []
+        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
+            prompt_ids = tokenizer(prompt)["input_ids"]
+            completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+            completion_ids = [*completion_ids, tokenizer.eos_token_id]
+            length = len(prompt_ids) + len(completion_ids)
+            if not prompt_ids or length > self.max_tokens:
+                raise ValueError(
+                    f"{key}: {path}: row {number} has {len(prompt_ids)} prompt tokens and {length} "
+                    f"in all; at least 1 and at most data.max_tokens {self.max_tokens} may be; "
+                    "raise it, or shorten the row"
+                )
+            examples.append((prompt_ids, completion_ids))
+        return examples

@@ -1,0 +1,254 @@
+"""`doctor`: examine a config in seconds, on the real model and data, without training.
+
+Decides what is examined and in which order; the checks are in the ``doctor_`` files. Everything is
+set up by ``fit`` itself, by the same parser, on the same devices, up to the first batch; then a few
+prompts are completed and looked at from all sides. Nothing is written, no weight changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from gspo_lightning.callbacks.files import AdaptiveKL
+from gspo_lightning.doctor import memory as doctor_memory
+from gspo_lightning.doctor import numbers as doctor_numbers
+from gspo_lightning.doctor import rewards as doctor_rewards
+from gspo_lightning.doctor import text as doctor_text
+from gspo_lightning.doctor.findings import Finding, as_json, as_lines, attempt, worst
+from gspo_lightning.rewards.terms import overlong_penalty
+from gspo_lightning.rollout import Samples, join_samples, stream_seed
+from gspo_lightning.run.cli import printable
+from gspo_lightning.run.plan import plan_lines
+
+Checks = dict[str, Callable[[], Finding | list[Finding]]]
+DRAWS = ("sample/0", "doctor")  # groups per prompt; the first are drawn as in the first rollout
+
+
+def examine(trainer: Any, module: Any, num_prompts: int, max_new_tokens: int) -> list[Finding]:
+    """Run every check; one that fails is a finding and does not stop the others.
+
+    Args:
+        trainer: Set up for ``fit``, before the first batch.
+        module: A GSPOModule.
+        num_prompts: Prompts to complete, the first of the run.
+        max_new_tokens: Longest completion here; the run's own limit, if that is lower.
+    """
+    data, policy = trainer.datamodule, module.policy
+    examples = data.examples["path"]
+    prompts = [ids for ids, _ in examples]
+    limit = module.sampler.max_new_tokens
+    cap = min(max_new_tokens, limit)
+    found = attempt("plan", lambda: plan(trainer, module))
+    checks: Checks = {
+        "memory": lambda: doctor_memory.memory(trainer, module),
+        "vocabulary": lambda: doctor_text.vocabulary(policy, prompts),
+        "prompts": lambda: doctor_text.lengths(policy, data, prompts, limit),
+        "eos": lambda: doctor_text.eos(policy, data),
+        "pad": lambda: doctor_text.padding(policy),
+        "bos": lambda: doctor_text.bos(policy, data, prompts),
+        "prompt end": lambda: doctor_text.prompt_end(policy, prompts),
+        "template": lambda: doctor_text.template(policy, data, examples),
+        "clip range": lambda: clip_range(module),
+        "dropout": lambda: doctor_numbers.dropout(policy),
+    }
+    for check, look in checks.items():
+        found += attempt(check, look)
+    drawn: list[Samples] = []
+    found += attempt("sampling", lambda: sampling(trainer, module, num_prompts, cap, drawn))
+    if not drawn:
+        return found
+    samples = drawn[0]
+    checks = {
+        "prompt": lambda: doctor_text.example(policy, samples),
+        "truncated": lambda: doctor_rewards.truncation(samples.finished.cpu(), cap, limit),
+        "rewards": lambda: rewards(module, samples, cap),
+        "kl": lambda: doctor_numbers.start_kl(module, trainer, samples),
+        "ratio noise": lambda: doctor_numbers.noise(module, data, samples),
+        "gradient": lambda: doctor_numbers.first_step(module, trainer, data, samples),
+    }
+    for check, look in checks.items():
+        found += attempt(check, look)
+    return found
+
+
+def plan(trainer: Any, module: Any) -> list[Finding]:
+    """The lines with which a run begins; memory and folder have no place here."""
+    pairs = [line.split(maxsplit=1) for line in plan_lines(trainer, module)]
+    return [Finding(name, "ok", text) for name, text in pairs if name not in ("memory", "run")]
+
+
+def clip_range(module: Any) -> Finding:
+    """Whether the clip range was meant for another kind of ratio, as run health sees it."""
+    objective = module.objective
+    text = (
+        f"[1 - {objective.clip_low:g}, 1 + {objective.clip_high:g}] for a {objective.ratio} ratio"
+    )
+    if "range" in module.health.said:
+        remedy = "a length-normalised ratio stays inside it; use clip_low 3e-4 and clip_high 4e-4"
+        return Finding("clip range", "warning", text, remedy)
+    return Finding("clip range", "ok", text)
+
+
+def sampling(
+    trainer: Any, module: Any, num_prompts: int, cap: int, drawn: list[Samples]
+) -> Finding:
+    """Complete the first prompts of the run, twice ``group_size`` times, into ``drawn``.
+
+    Twice, so that n = 2 G completions of a prompt tell what groups of G are like. The groups of a
+    prompt follow one another.
+    """
+    sampler = copy.copy(module.sampler)  # not deep: an engine behind it stays the same one
+    sampler.max_new_tokens = cap
+    batch = trainer.datamodule.draw([num_prompts] * trainer.world_size).to(module.device)
+    start = time.perf_counter()
+    parts = [
+        sampler.sample(
+            module.policy, batch, seed=stream_seed(module.seed, 0, module.global_rank, purpose)
+        )
+        for purpose in DRAWS
+    ]
+    seconds = time.perf_counter() - start
+    rows = torch.arange(len(DRAWS) * num_prompts * sampler.group_size)
+    order = rows.view(len(DRAWS), num_prompts, sampler.group_size).transpose(0, 1).flatten()
+    drawn.append(join_samples(parts).select(order))
+    tokens = int(drawn[0].mask.sum())
+    value = {"completions": len(rows), "tokens": tokens, "seconds": seconds, "cap": cap}
+    text = f"{len(rows)} completions of {num_prompts} prompts, {tokens} tokens in {seconds:.1f} s"
+    limit = module.sampler.max_new_tokens
+    if cap < limit:
+        text += f"; at most {cap} tokens each for speed (--max_new_tokens), not {limit}"
+    return Finding("sampling", "ok", text, value=value)
+
+
+def rewards(module: Any, samples: Samples, cap: int) -> list[Finding]:
+    """Each term, their sum as group statistics would see it, and flat groups."""
+    found, scores = doctor_rewards.terms(module.rewards, samples)
+    if any(finding.status == "error" for finding in found):
+        return found  # the sum would not be the one of the run
+    total, finished = scores.total, samples.finished.cpu()
+    if cap == module.sampler.max_new_tokens:  # else a cut completion is none that hit the limit
+        if module.overlong_ramp is not None:
+            lengths = samples.mask.sum(1).cpu()
+            total = total + overlong_penalty(lengths, cap, module.overlong_ramp)
+        if module.truncated != "keep":
+            cut = 0.0 if module.truncated == "zero_reward" else torch.nan
+            total = torch.where(finished, total, cut)
+    size = samples.group_size
+    found.append(doctor_rewards.total(total, size))
+    return [*found, doctor_rewards.flat(total, size, len(DRAWS))]
+
+
+class DoctorTrainer(Trainer):
+    """A Trainer that can also examine what it would train."""
+
+    _examination: tuple[int, int] | None = None
+    findings: list[Finding] = []  # noqa: RUF012 - replaced, never written into
+
+    def doctor(
+        self, model: Any, datamodule: Any, num_prompts: int = 4, max_new_tokens: int = 256
+    ) -> None:
+        """Examine a config in seconds, without training: each line ok, warning or error.
+
+        Args:
+            model: A GSPOModule.
+            datamodule: Its PromptData.
+            num_prompts: Prompts to complete, each twice group_size times.
+            max_new_tokens: Longest completion, in tokens, to save time; never above the sampler's.
+
+        Raises:
+            ValueError: If an argument is below 1, or module and data are of another kind.
+        """
+        for name, number in {"num_prompts": num_prompts, "max_new_tokens": max_new_tokens}.items():
+            if number < 1:
+                raise ValueError(f"{name} must be >= 1, got {number}")
+        if not (hasattr(model, "sampler") and hasattr(model, "objective")):
+            raise ValueError(f"doctor examines GSPOModule, and the model is {type(model).__name__}")
+        if not (hasattr(datamodule, "draw") and hasattr(datamodule, "examples")):
+            raise ValueError(
+                f"doctor needs PromptData, and the data is {type(datamodule).__name__}"
+            )
+        self._examination = (num_prompts, max_new_tokens)
+        try:
+            self.fit(model, datamodule=datamodule)
+        finally:
+            self._examination = None
+
+    def _run_stage(self) -> Any:
+        # Private, but the one place behind everything that `fit` sets up and before it trains.
+        if self._examination is None:
+            return super()._run_stage()
+        with self.strategy.precision_plugin.train_step_context():  # as around a training step
+            self.findings = examine(self, self.lightning_module, *self._examination)
+        return None
+
+
+class DoctorCLI(LightningCLI):
+    """A LightningCLI with the command ``doctor``, whose exit code is 1 after an error.
+
+    Attributes:
+        code: Exit code of a command that ran to its end.
+    """
+
+    code = 0
+    watch: Any  # a callback that checks settings as `fit` begins
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "doctor":
+            parser.add_argument(
+                "--json", action="store_true", help="Print a JSON list instead of lines."
+            )
+        return parser
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Leave out, for the doctor, whatever could write."""
+        if self.subcommand == "doctor":
+            self.save_config_callback = None
+            kwargs |= leaves_no_trace(kwargs.get("callbacks", ()), self.watch)
+        return super().instantiate_trainer(**kwargs)
+
+    def before_doctor(self) -> None:
+        """Look at the clock."""
+        self._started = time.perf_counter()
+
+    def after_doctor(self) -> None:
+        """Print what was found."""
+        findings = self.trainer.findings  # type: ignore[attr-defined]
+        self.code = int(worst(findings) == "error")
+        if not self.trainer.is_global_zero:
+            return
+        if self._get(self.config, "json"):
+            print(as_json(findings))
+            return
+        counts = {
+            status: sum(finding.status == status for finding in findings)
+            for status in ("error", "warning", "ok")
+        }
+        seconds = time.perf_counter() - self._started
+        lines = as_lines(findings)
+        lines.append(
+            ", ".join(f"{n} {status}" for status, n in counts.items()) + f"; {seconds:.1f} s"
+        )
+        print("\n".join(map(printable, lines)))  # prompts and tokens are quoted in them
+        sys.stdout.flush()
+
+
+def leaves_no_trace(callbacks: Iterable[Any], watch: Any) -> dict[str, Any]:
+    """Trainer options under which nothing is written: of the callbacks two may act."""
+    return {
+        "callbacks": [c for c in callbacks if isinstance(c, AdaptiveKL) or c is watch],
+        "logger": False,
+        "profiler": None,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+    }

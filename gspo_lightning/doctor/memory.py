@@ -1,0 +1,102 @@
+"""Examines whether a run fits: the plan's memory estimate against what each device has left.
+
+Decides what counts as available. Leaves out the estimate itself (``plan``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gspo_lightning.doctor.findings import Finding
+from gspo_lightning.run.plan import policy_memory, size_text
+
+TIGHT = 0.8  # of what is available: allocators lose a part, and other processes grow
+_MEMINFO = Path("/proc/meminfo")
+_CGROUPS = (  # limit and use of a container, versions 2 and 1
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that this process can still take on a device; ``None`` where nobody says."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # what the allocator holds and does not use is free for us alone
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    found = []
+    with contextlib.suppress(OSError):
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    if not found:
+        with contextlib.suppress(OSError, ValueError):
+            found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for limit, use in _CGROUPS:
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+            found.append(int(limit.read_text()) - int(use.read_text()))
+    return min(found) if found else None
+
+
+def needs(trainer: Any, module: Any) -> dict[torch.device, dict[str, float]] | None:
+    """Bytes that training will take on each device beyond the weights, which are there already.
+
+    Returns:
+        Parts by device; ``None`` if the model's config does not name its sizes.
+    """
+    parts = policy_memory(trainer, module)
+    if parts is None:
+        return None
+    larger = max("KV cache", "micro-batch", key=lambda name: parts[name])  # never together
+    own = {name: parts[name] for name in ("gradients", "Adam", larger)}
+    device = trainer.strategy.root_device
+    if device.type == "cpu":  # the ranks of a run share it
+        own = {name: size * trainer.world_size for name, size in own.items()}
+    found = {device: own}
+    for key, place in module.frozen.devices.items():
+        if key == "model.reference" and not module.reference.shared:
+            config = module.policy.model.config
+            rows, tokens = module.reference.batch_size, module.sampler.max_new_tokens
+            width = 2 if "16" in str(trainer.precision) else 4
+            logits = rows * tokens * getattr(config, "vocab_size", 0) * width
+            found.setdefault(place, {})["logits of the reference"] = logits
+        else:
+            found.setdefault(place, {})
+    return found
+
+
+def memory(trainer: Any, module: Any) -> list[Finding]:
+    """One finding per device."""
+    wanted = needs(trainer, module)
+    if wanted is None:
+        text = "not estimated: the model's config does not name its sizes"
+        return [Finding("memory", "warning", text, "watch the first rollouts")]
+    return [device_memory(device, parts) for device, parts in wanted.items()]
+
+
+def device_memory(device: torch.device, parts: dict[str, float]) -> Finding:
+    """What a device still has to hold against what it has left."""
+    check, need, left = f"memory {device}", sum(parts.values()), available(device)
+    value = {"needed": need, "available": left, "parts": parts}
+    listed = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
+    text = f"about {size_text(need)} beside the weights" + (f" ({listed})" if listed else "")
+    if left is None:
+        return Finding(check, "warning", f"{text}; what is left is not known", value=value)
+    text += f"; {size_text(left)} left"
+    remedy = (
+        "lower model.micro_batch_size and sampler.batch_size, set policy.gradient_checkpointing: "
+        "true or policy.lora, or put the reference elsewhere (reference.device)"
+    )
+    if need > left:
+        return Finding(check, "error", text, remedy, value)
+    if need > TIGHT * left:
+        return Finding(check, "warning", text, remedy, value)
+    return Finding(check, "ok", text, value=value)

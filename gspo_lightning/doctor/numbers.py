@@ -1,0 +1,259 @@
+"""Examines the numbers an update starts from: ratio, KL, noise, and the gradient's invariance.
+
+Everything goes through the module's own forward and backward passes, in the precision of the run.
+Decides the tolerances. Takes no step and leaves no gradient behind. Leaves out rewards: advantages
+are made up here, since flat groups would leave no gradient to compare.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gspo_lightning.doctor.findings import Finding
+from gspo_lightning.kl import kl_estimate
+from gspo_lightning.masked import masked_mean
+from gspo_lightning.objectives import importance_log_ratio, token_weights
+from gspo_lightning.rollout import Rollout, Samples
+
+DROPOUTS = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
+ROWS = 16  # completions that noise and KL are measured on
+PADDING = 8  # tokens; with masked columns attention takes another path through its kernels
+GRADIENT_ROWS = 8  # completions whose gradient is computed in several cuts
+# Largest difference of a gradient entry, over the largest entry. Float32 keeps 7 digits and loses
+# two in the sums of a deep model; bfloat16 keeps less than 3, and TF32 about as few.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1}
+# Mean KL of equal weights: half the squared rounding error of a log-prob.
+KL_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One gradient: in which micro-batches, its tensors, ratios and clip fractions on the way."""
+
+    size: int
+    gradients: list[Tensor]
+    ratios: Tensor
+    clipped: float
+
+
+def dtype_of(module: Any, trainer: Any) -> torch.dtype:
+    """The coarsest type that the run computes in: of the weights, or of autocast."""
+    if "16" in str(trainer.precision):
+        return torch.bfloat16
+    return next(module.policy.parameters()).dtype
+
+
+def configured_size(module: Any, data: Any) -> int:
+    """Completions per forward and backward pass in the run."""
+    minibatch = data.prompts_per_rollout * module.sampler.group_size // module.num_minibatches
+    return max(1, min(module.micro_batch_size or minibatch, minibatch))
+
+
+def dropout(policy: Any) -> Finding:
+    """Find dropout that is still on: with it two passes over the same rows differ."""
+    layers = [
+        name
+        for name, part in policy.model.named_modules()
+        if isinstance(part, DROPOUTS) and part.p > 0
+    ]
+    if layers:
+        text = f"{len(layers)} layers drop values at random, the first is {layers[0]}"
+        remedy = "set their rates to 0 in config.json of policy.path: the ratio would not be 1"
+        return Finding("dropout", "error", text, remedy, layers)
+    return Finding("dropout", "ok", "off everywhere")
+
+
+def spread(total: int, count: int) -> Tensor:
+    """At most ``count`` numbers below ``total``, evenly spread: prompts of all lengths occur.
+
+    >>> spread(8, 4).tolist()
+    [0, 2, 5, 7]
+    """
+    return torch.linspace(0, total - 1, min(count, total)).round().long()
+
+
+def as_rollout(module: Any, samples: Samples) -> Rollout:
+    """Samples with reference log-probs and made-up advantages between -1 and 1."""
+    size = len(samples)
+    reference = module.reference
+    advantages = torch.linspace(-1, 1, size, device=samples.mask.device)
+    with torch.no_grad():
+        old = module._logprobs(samples, with_entropy=False).logprobs
+        ref = None
+        if reference is not None:
+            ref = reference.logprobs(samples, module.sampler.temperature).to(old.device)
+    return Rollout(
+        **{field.name: getattr(samples, field.name) for field in fields(Samples)},
+        old_logprobs=old,
+        ref_logprobs=ref,
+        rewards=torch.zeros(size),
+        reward_parts={},
+        advantages=advantages[:, None].expand_as(samples.mask),
+    )
+
+
+def gradient(module: Any, rollout: Rollout, size: int) -> Cut:
+    """The gradient of one optimizer step, ``size`` rows at a time, by the update's code."""
+    weights = token_weights(
+        rollout.mask, module.objective.aggregation, module.sampler.max_new_tokens
+    )
+    parameters = [p for p in module.policy.parameters() if p.requires_grad]
+    module.policy.zero_grad(set_to_none=True)
+    log_ratios, clipped = [], 0.0
+    try:
+        for micro, part in zip(rollout.micro_batches(size), weights.split(size), strict=True):
+            losses = module.losses(micro, part, on_policy=True)
+            module.manual_backward(losses.total)
+            log_ratios.append(losses.log_ratio.float().cpu())
+            clipped = max(clipped, losses.policy.clip_fraction_sequences.item())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    finally:
+        module.policy.zero_grad(set_to_none=True)
+    return Cut(size, gradients, torch.cat(log_ratios).exp(), clipped)
+
+
+def first_step(module: Any, trainer: Any, data: Any, samples: Samples) -> list[Finding]:
+    """Ratio and clip fraction of the first step, and the same gradient in several cuts.
+
+    The rows are as few as fit where one configured micro-batch fits twice.
+    """
+    size = configured_size(module, data)
+    rollout = as_rollout(module, samples.select(spread(len(samples), min(GRADIENT_ROWS, 2 * size))))
+    whole = gradient(module, rollout, len(rollout))
+    sizes = sorted({1, min(size, len(rollout))} - {len(rollout)})
+    return [
+        start_ratio(whole.ratios, whole.clipped),
+        invariance(whole, (gradient(module, rollout, s) for s in sizes), trainer, module),
+    ]
+
+
+def start_ratio(ratios: Tensor, clipped: float) -> Finding:
+    """The first mini-batch has its own log-probs for old ones: ratio 1, to the last bit."""
+    off = (ratios - 1).abs().max().item()
+    value = {"largest_difference_from_1": off, "clip_fraction": clipped}
+    if off or clipped:
+        text = f"up to {off:.1e} from 1 before any step, {clipped:.0%} clipped"
+        remedy = "the policy is not the one that sampled: look for dropout or a changing module"
+        return Finding("ratio", "error", text, remedy, value)
+    return Finding("ratio", "ok", "exactly 1 before the first step, nothing clipped", value=value)
+
+
+def invariance(whole: Cut, cuts: Any, trainer: Any, module: Any) -> Finding:
+    """Compare gradients of the same rows: cuts and padding must not matter."""
+    largest = max(g.abs().max().item() for g in whole.gradients)
+    tolerance = TOLERANCE[dtype_of(module, trainer)]
+    rows = len(whole.ratios)
+    if not largest > 0:
+        text = f"is {largest} everywhere for {rows} completions with made-up advantages"
+        remedy = "no loss term reaches a trained weight; see policy.lora and requires_grad"
+        return Finding("gradient", "error", text, remedy, {"largest": largest})
+    differences = {}
+    for cut in cuts:  # one at a time: each is as large as the model
+        pairs = zip(whole.gradients, cut.gradients, strict=True)
+        differences[cut.size] = max((a - b).abs().max().item() for a, b in pairs) / largest
+    worst = max(differences.values(), default=0.0)
+    value = {"rows": rows, "differences": differences, "tolerance": tolerance}
+    sizes = " and ".join(map(str, differences))
+    text = (
+        f"{rows} completions at once and {sizes} at a time differ by {worst:.1e} of the largest "
+        f"entry (tolerance {tolerance:.0e})"
+    )
+    if not worst <= tolerance:
+        remedy = (
+            "the model mixes the rows of a batch, or reads padding: try policy.attention eager, "
+            "float32, or another architecture"
+        )
+        return Finding("gradient", "error", text, remedy, value)
+    return Finding("gradient", "ok", text, value=value)
+
+
+def with_longer_prompt(samples: Samples) -> Samples:
+    """The same rows and one more, whose prompt is longer by ``PADDING`` tokens: padding for all.
+
+    The last row of the result is the new one; of its completion one token counts, and its prompt
+    grows by no more than a completion, so that it stays within the model's positions. Groups are
+    given up: no prompt is computed for several rows.
+    """
+    columns = max(1, min(PADDING, samples.mask.shape[1] - 1))
+    rows = torch.cat([torch.arange(len(samples)), torch.zeros(1, dtype=torch.long)])
+    more = samples.select(rows)
+    ids = nn.functional.pad(more.prompt_ids, (columns, 0))
+    prompt_mask = nn.functional.pad(more.prompt_mask, (columns, 0))
+    ids[-1] = torch.where(prompt_mask[-1], ids[-1], ids[-1, -1])
+    prompt_mask[-1] = True
+    mask = more.mask.clone()
+    mask[-1, 1:] = False
+    return replace(more, prompt_ids=ids, prompt_mask=prompt_mask, mask=mask, group_size=1)
+
+
+def noise(module: Any, data: Any, samples: Samples) -> Finding:
+    """What rounding does to the log-ratio of unchanged weights, beside the clip range.
+
+    Twice: the same batches again, with and without a graph, which is what ``policy/ratio_noise``
+    measures in a run; and the same completions with other padding. The latter tells the size of a
+    rounding error. Errors cancel while no weight has moved, so that the former may be 0, and no
+    longer after the smallest step, as then every activation may round the other way.
+    """
+    level, size = module.objective.ratio, configured_size(module, data)
+    group = samples.group_size  # whole groups, as in a rollout; of different prompts
+    groups = spread(len(samples) // group, max(1, ROWS // group))
+    rows = (groups[:, None] * group + torch.arange(group)).flatten()[:ROWS]
+    same: list[Tensor] = []
+    other: list[Tensor] = []
+    for part in (samples.select(index) for index in rows.split(size)):
+        graph = module._logprobs(part, with_entropy=False).logprobs.detach()
+        with torch.no_grad():
+            again = module._logprobs(part, with_entropy=True).logprobs
+            longer = with_longer_prompt(part)
+            # padded: packed rows have the same bits whatever else is in the batch
+            apart = module._logprobs(longer, with_entropy=False, packed=False).logprobs[:-1]
+        for values, moved in ((same, again), (other, apart)):
+            log_ratio = importance_log_ratio(graph, moved, part.mask, level)
+            whole = level.startswith("sequence")  # then every column holds the same
+            values.append(log_ratio[:, 0] if whole else log_ratio[part.mask])
+    width = module.objective.clip_width
+    here, there = (torch.cat(v).square().mean().sqrt().item() for v in (same, other))
+    value = {"same_batches": here, "other_batches": there, "clip_range": width}
+    text = (
+        f"log-ratio of unchanged weights: {here:.1e} in the same batches, {there:.1e} with other "
+        f"padding; clip range {width:.1e}"
+    )
+    if max(here, there) > width / 3:
+        remedy = (
+            "above a third of the range, the clip follows rounding: set policy.dtype float32 and "
+            "trainer.precision 32-true, or widen objective.clip_low and clip_high"
+        )
+        return Finding("ratio noise", "warning", text, remedy, value)
+    return Finding("ratio noise", "ok", text, value=value)
+
+
+@torch.no_grad()
+def start_kl(module: Any, trainer: Any, samples: Samples) -> Finding:
+    """KL against the reference before any step: 0 for the policy's own start."""
+    if module.reference is None:
+        return Finding("kl", "ok", "no reference, so no KL is measured")
+    part = samples.select(spread(len(samples), ROWS))
+    rows = [module._logprobs(row, with_entropy=False).logprobs for row in part.micro_batches(1)]
+    old = torch.cat(rows)
+    ref = module.reference.logprobs(part, module.sampler.temperature).to(old.device)
+    kl = masked_mean(kl_estimate(old, ref, "k3"), part.mask, dim=1).mean().item()
+    types = [dtype_of(module, trainer), next(module.reference.model.parameters()).dtype]
+    tolerance = max(KL_TOLERANCE[dtype] for dtype in types)
+    value = {"kl": kl, "tolerance": tolerance}
+    if not kl <= tolerance:
+        path = module.reference.path
+        text = f"starts at {kl:.3g} nats per token, not at 0: the reference is another model"
+        text += f" ({path})" if path is not None else ""
+        remedy = (
+            "leave reference.path out for the policy's own start; if another one is meant, set the "
+            "KL target above this"
+        )
+        return Finding("kl", "error", text, remedy, value)
+    return Finding("kl", "ok", f"{kl:.1e} nats per token at the start", value=value)

@@ -1,0 +1,258 @@
+"""Compute a mini-batch of ``faults/`` again and name the first tensor that is not finite.
+
+``python train.py replay DUMP`` loads the weights and the tensors of the dump, runs the code of the
+update, and looks at everything in the order in which it is computed: weights, what the loss is
+computed from, the output of each part of the model, log-probs, ratio, losses, gradients. Leaves out
+the optimizer, which a fault does not reach, and a critic, whose weights are in no dump.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gspo_lightning.engine.packing import pack, rows_of
+from gspo_lightning.logprobs import completion_logprobs
+from gspo_lightning.module import GSPOModule
+from gspo_lightning.objectives import Objective
+from gspo_lightning.policy.lora import LoRAConfig
+from gspo_lightning.policy.policy import PolicyConfig
+from gspo_lightning.rewards.terms import RewardTerm
+from gspo_lightning.rollout import Rollout, Samples
+from gspo_lightning.sampling import GroupSampler
+
+FOUND, ALL_FINITE = 0, 1  # exit codes
+
+
+class Look(NamedTuple):
+    """What was looked at: its name, whether it is finite, and the row where it first is not."""
+
+    name: str
+    finite: bool
+    row: int | None = None
+    remark: str = ""
+
+
+class Looks:
+    """Collects looks in the order of computation."""
+
+    def __init__(self) -> None:
+        self.all: list[Look] = []
+
+    def at(self, name: str, tensor: Tensor, row: Callable[[int], int] | None = None) -> bool:
+        """Look at a tensor; ``row`` turns a place along its first axis into a row of the batch."""
+        bad = ~torch.isfinite(tensor.detach())
+        if not bad.any():
+            self.all.append(Look(name, True))
+            return True
+        place = int(bad.reshape(len(bad), -1).any(1).int().argmax()) if bad.ndim else 0
+        what = "NaN" if tensor.detach().isnan().any() else "infinite"
+        remark = f"{what}, {int(bad.sum())} of {bad.numel()} values"
+        self.all.append(Look(name, False, row(place) if row and bad.ndim else None, remark))
+        return False
+
+    @property
+    def first(self) -> Look | None:
+        """The first that is not finite."""
+        return next((look for look in self.all if not look.finite), None)
+
+
+def load_dump(path: Path) -> dict[str, Any]:
+    """Read a dump.
+
+    Raises:
+        ValueError: If the file is not there or is no dump.
+    """
+    if not path.is_file():
+        raise ValueError(f"replay: no file {path}; dumps lie in faults/ of the run folder")
+    content = torch.load(path, weights_only=True) if zipfile.is_zipfile(path) else None
+    if not isinstance(content, dict) or "minibatch" not in content or "found" not in content:
+        raise ValueError(f"replay: {path} is no dump of a faulty step")
+    if content["version"] != 1:
+        raise ValueError(f"replay: {path} was written by another version of this program")
+    return content
+
+
+def build_module(dump: dict[str, Any], device: torch.device) -> GSPOModule:
+    """The module of the run as far as the loss depends on it, with the weights of the dump."""
+    settings = dump["settings"]
+    config = dict(settings["policy"])
+    if config["lora"] is not None:
+        config["lora"] = LoRAConfig(**config["lora"])
+    module = GSPOModule(
+        PolicyConfig(**config),
+        {"none": RewardTerm(lambda rows, completions: [None] * len(completions))},
+        GroupSampler(2, settings["max_new_tokens"], settings["temperature"]),
+        Objective(**settings["objective"]),
+    )
+    for name, value in settings["attributes"].items():
+        setattr(module, name, value)
+    module.configure_model()
+    if settings["precision"] == "64-true":
+        module.double()
+    module.to(device)
+    policy: Any = module.policy
+    one = torch.ones(1, 1, dtype=torch.long, device=device)
+    with torch.no_grad():  # on sound weights, as in the run, it shows how the model can be run
+        completion_logprobs(policy.model, one, one.bool(), one, one.bool())
+    policy.load_state_dict(dump["policy"])
+    return module
+
+
+def replay(dump: dict[str, Any], device: torch.device) -> Looks:
+    """Compute the step of a dump again and look at every tensor on the way."""
+    module, looks = build_module(dump, device), Looks()
+    batch = dump["minibatch"]
+    rows: list[dict] = [{}] * len(batch["texts"])
+    minibatch = Rollout(**{f.name: batch[f.name] for f in fields(Rollout)} | {"rows": rows})
+    minibatch, weights = minibatch.to(device), dump["weights"].to(device)
+    policy: Any = module.policy
+    for name, parameter in policy.model.named_parameters():
+        looks.at(f"weight: {name}", parameter)
+    for name in ("advantages", "old_logprobs", "ref_logprobs"):
+        tensor = getattr(minibatch, name)
+        counts = module.kl_coef > 0 and not module.kl_in_reward
+        if tensor is not None and (counts or name != "ref_logprobs"):
+            looks.at(name, tensor.masked_fill(~minibatch.mask, 0), lambda row: row)
+    settings = dump["settings"]
+    trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    total = {name: torch.zeros_like(p) for name, p in trained.items()}
+    mixed = settings["precision"] == "bf16-mixed"
+    tokens = settings.get("micro_batch_tokens")
+    for index in minibatch.micro_batch_indices(settings["micro_batch_size"], tokens):
+        micro, part = minibatch.select(index), weights[index.to(device)]
+        own: list[int] = index.tolist()
+        with (
+            watched(policy.model, looks, micro, own),
+            torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False),
+        ):
+            losses = module.losses(micro, part, dump["on_policy"])
+        looks.at("logprobs", losses.logprobs, own.__getitem__)
+        looks.at("ratio", losses.log_ratio.exp(), own.__getitem__)
+        parts = {"policy": losses.policy.loss, "KL": losses.kl, "entropy": losses.entropy}
+        for name, loss in parts.items():
+            looks.at(f"{name} loss", loss)
+        looks.at("loss", losses.total)
+        for name, gradient in gradients(losses.total, trained):
+            total[name] += gradient
+            looks.at(f"gradient: {name}", total[name])
+    looks.at("norm of the gradient", nn.utils.get_total_norm(list(total.values())))
+    return looks
+
+
+def gradients(loss: Tensor, parameters: dict[str, nn.Parameter]) -> list[tuple[str, Tensor]]:
+    """The gradient of each parameter that has one, in the order in which they are computed."""
+    order: list[str] = []
+    hooks = [p.register_hook(lambda _, n=n: order.append(n)) for n, p in parameters.items()]
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    for hook in hooks:
+        hook.remove()
+    by_name = dict(zip(parameters, found, strict=True))
+    order += [name for name in parameters if name not in order]
+    return [(name, by_name[name]) for name in order if by_name[name] is not None]
+
+
+@contextlib.contextmanager
+def watched(model: nn.Module, looks: Looks, micro: Samples, rows: list[int]) -> Iterator[None]:
+    """Look at the output of every part of a model.
+
+    Padding is looked at, too: attention reads it with weight 0, and 0 times NaN is NaN.
+
+    Args:
+        model: A causal language model.
+        looks: Where looks go.
+        micro: The sequences that it is run on.
+        rows: Their numbers in the mini-batch.
+    """
+    packed = packed_rows(micro)
+
+    def look(name: str, output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple) else output
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.ndim:
+            return
+        own: Callable[[int], int] | None = None
+        if tensor.shape[:2] == (1, len(packed)):  # all tokens one after the other
+            tensor, own = tensor[0], lambda place: rows[packed[place]]
+        elif tensor.ndim > 2 and len(tensor) == len(micro):
+            own = rows.__getitem__
+        elif tensor.ndim > 2 and len(tensor) * micro.group_size == len(micro):
+            # the prompts of groups, each computed once
+            own = lambda place: rows[place * micro.group_size]  # noqa: E731
+        looks.at(f"output: {name}", tensor, own)
+
+    hooks = [
+        part.register_forward_hook(lambda _, __, out, n=name: look(n, out))
+        for name, part in model.named_modules()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def packed_rows(micro: Samples) -> list[int]:
+    """The row of each token where a micro-batch is packed, as ``logprobs`` packs it."""
+    context = micro.mask.flip(1).cumsum(1).flip(1) > 0
+    prompts = torch.where(micro.prompt_mask, micro.prompt_ids, 0)
+    packed = pack(prompts, micro.prompt_mask, micro.completion_ids, context, context)
+    return rows_of(packed, context.shape[1]).tolist() if context.any() else []
+
+
+def report(dump: dict[str, Any], looks: Looks) -> list[str]:
+    """What was found, in a few lines."""
+    lines = [f"recorded: {', '.join(dump['found'])} not finite"]
+    if dump["settings"].get("critic"):
+        lines.append("the run had a critic: its values, loss and gradient are not computed here")
+    kinds: dict[str, list[Look]] = {}
+    for look in looks.all:
+        kinds.setdefault(look.name.partition(": ")[0], []).append(look)
+    for kind, group in kinds.items():
+        bad = [look for look in group if not look.finite]
+        state = f"{len(bad)} of {len(group)} not finite, first {bad[0].name}" if bad else "finite"
+        lines.append(f"  {kind:<20} {state}")
+    if looks.first is None:
+        lines.append(
+            "all is finite here: the fault lies outside of the mini-batch, the weights and the "
+            "settings (a callback, a kernel of another device, the gradient of another rank)"
+        )
+        return lines
+    first = looks.first
+    lines.append(f"first that is not finite: {first.name} ({first.remark})")
+    if first.row is not None:
+        prompt, text = dump["prompts"][first.row], dump["minibatch"]["texts"][first.row]
+        lines.append(f"  row {first.row}, prompt {prompt[:200]!r}, completion {text[:200]!r}")
+    return lines
+
+
+def main(argv: list[str]) -> int:
+    """Replay one dump.
+
+    Returns:
+        Exit code: 0 if a tensor is not finite, 1 if all are.
+
+    Raises:
+        ValueError: If the dump cannot be read or the device is not there.
+    """
+    parser = argparse.ArgumentParser("train.py replay", description=__doc__.split("\n\n")[0])
+    parser.add_argument("dump", type=Path, help="a file in faults/ of a run folder")
+    parser.add_argument("--device", help="default: where the run was, if that is here, else cpu")
+    arguments = parser.parse_args(argv)
+    dump = load_dump(arguments.dump)
+    recorded = dump["settings"]["device"]
+    device = arguments.device or (recorded if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"replay: --device {device}, but this machine has no CUDA device")
+    if device.partition(":")[0] != recorded:
+        print(f"the run was on {recorded}, this is {device}: other kernels round differently")
+    looks = replay(dump, torch.device(device))
+    print("\n".join(report(dump, looks)))
+    return ALL_FINITE if looks.first is None else FOUND

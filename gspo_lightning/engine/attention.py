@@ -1,0 +1,92 @@
+"""A way into the attention of Hugging Face models as they are.
+
+Decides how a forward pass of this project computes attention its own way (tokens packed without
+padding, a prompt shared by its group) while every other call of the same model stays as it was.
+Transformers' public ``AttentionInterface`` is the way in: the model's attention implementation is
+replaced by one that looks for the argument ``attend`` of this very call. The argument travels
+through the model's ``**kwargs``, so that recomputed layers (gradient checkpointing) find it, too.
+Leaves out what is computed there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gspo_lightning.engine.packed_attention import PREFIX
+
+
+class Attend(Protocol):
+    """What a forward pass gives as ``attend``: attention for every layer of that pass."""
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            module: The attention layer; ``layer_idx`` says which.
+            query: (N, heads, Q, head size).
+            key: (N, key-value heads, S, head size), from the cache where there is one.
+            value: Likewise.
+            options: ``scaling``, and where the model has them ``sliding_window``, ``softcap`` and
+                ``s_aux`` (attention sinks).
+
+        Returns:
+            (N, Q, heads, head size).
+        """
+        ...
+
+
+def open_attention(model: Any) -> bool:
+    """Let forward passes of a model bring an attention of their own, as ``attend=...``.
+
+    Without that argument the model computes what it computed before, bit for bit.
+
+    Args:
+        model: A transformers model, also within peft.
+
+    Returns:
+        Whether the model can; models that do not call the interface cannot, nor can those whose
+        implementation is neither ``eager`` nor ``sdpa``.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(base, "config", None)
+    name = getattr(config, "_attn_implementation", None) or ""
+    if name.startswith(PREFIX):
+        return True
+    if not getattr(base, "_supports_attention_backend", False) or name not in ("eager", "sdpa"):
+        return False
+    if PREFIX + name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(PREFIX + name, _either_way(name))
+        AttentionMaskInterface.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    config._attn_implementation = PREFIX + name  # type: ignore[union-attr]
+    return True
+
+
+def _either_way(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function that takes ``attend`` if it is given, and ``name`` otherwise."""
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attend: Attend | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if attend is not None:
+            return attend(module, query, key, value, **options), None
+        # "eager" is a function of each model's own file
+        own: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(name, own)
+        return function(module, query, key, value, attention_mask, **options)
+
+    return attention

@@ -1,0 +1,102 @@
+"""Decode with a model's own key-value cache: for models that ``GroupDecoder`` cannot read.
+
+Decides how rows share a batch that is padded on the left, and when finished ones leave it. Works
+for every model that fills a cache, recurrent layers included. Leaves out how a token is drawn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.engine.drawing import draw
+from gspo_lightning.logprobs import forward_arguments
+
+COMPACT_BELOW = 7 / 8  # share of running rows under which finished rows leave the batch
+
+
+@torch.no_grad()
+def decode_plainly(
+    policy: Any,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    groups: Tensor,
+    uniform: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Complete prompts, each read once.
+
+    Args:
+        policy: Has ``model``, ``eos_ids`` and ``pad_id``.
+        prompt_ids: Token ids, padded on the left, (P, L) int64.
+        prompt_mask: True on real tokens, (P, L) bool.
+        groups: The prompt of each row, ascending, repeats allowed, (N,) int64.
+        uniform: Numbers in [0, 1) that decide each token, (N, T).
+        temperature: Divides the logits.
+
+    Returns:
+        Token ids (N, T) and their log-probs (N, T) float32, both arbitrary behind the end.
+
+    Raises:
+        ValueError: If the model has no key-value cache.
+        FloatingPointError: If the logits are not finite.
+    """
+    model, limit = policy.model, uniform.shape[1]
+    first, last = int(groups.min()), int(groups.max()) + 1
+    prompt_mask = prompt_mask[first:last]
+    start = int(prompt_mask.int().argmax(1).min())  # padding that all these prompts share
+    prompt_mask = prompt_mask[:, start:]
+    positions = {"position_ids": (prompt_mask.cumsum(1) - 1).clamp(min=0)}
+    if "position_ids" not in forward_arguments(model):
+        positions = {}
+    output = model(
+        input_ids=prompt_ids[first:last, start:],
+        attention_mask=prompt_mask.long(),
+        use_cache=True,
+        logits_to_keep=1,
+        **positions,
+    )
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:
+        raise ValueError(
+            f"policy.path: {type(model).__name__} gives no past_key_values; only models with a "
+            "key-value cache can be sampled from here"
+        )
+    cache.reorder_cache(groups - first)  # also of recurrent layers
+    logits = output.logits[groups - first, -1]
+    # one mask for the whole decode; each step reads one column more of it
+    length = prompt_mask.shape[1]
+    mask = prompt_mask.new_ones(len(groups), length + limit).long()
+    mask[:, :length] = prompt_mask[groups - first]
+    position = mask[:, :length].sum(1)
+    eos = torch.tensor(policy.eos_ids, device=groups.device)
+    ids = torch.full((len(groups), limit), policy.pad_id, device=groups.device)
+    logprobs = torch.zeros(ids.shape, device=ids.device)
+    rows = torch.arange(len(groups), device=groups.device)  # the row of ids behind each
+    running = torch.ones_like(rows, dtype=torch.bool)
+    for t in range(limit):
+        token, logprob = draw(logits, uniform[rows, t], temperature)
+        ids[rows[running], t] = token[running]
+        logprobs[rows[running], t] = logprob[running]
+        running = running & ~torch.isin(token, eos)
+        num_running = int(running.sum())
+        if num_running == 0 or t + 1 == limit:
+            break
+        if num_running <= COMPACT_BELOW * len(running):
+            keep = running.nonzero()[:, 0]
+            cache.reorder_cache(keep)
+            rows, token, mask = rows[keep], token[keep], mask[keep]
+            position, running = position[keep], running[keep]
+        if positions:
+            positions = {"position_ids": (position + t)[:, None]}
+        output = model(
+            input_ids=token[:, None],
+            attention_mask=mask[:, : length + t + 1],
+            past_key_values=cache,
+            use_cache=True,
+            **positions,
+        )
+        cache, logits = output.past_key_values, output.logits[:, -1]
+    return ids, logprobs

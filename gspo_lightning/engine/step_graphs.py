@@ -1,0 +1,85 @@
+"""Decode steps of fixed shapes, recorded once per shape and played again.
+
+Decides which shapes there are: all sizes of a step are rounded up, so that few differ, and what a
+recording reads lies in tensors that stay where they are. On a GPU a recording is a CUDA graph, one
+launch instead of hundreds. Leaves out what a step computes; rows that rounding adds compute
+something that nobody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.engine.group_layout import Layout
+
+Play = Callable[[], Tensor]
+
+
+def rounded(size: int, most: int) -> int:
+    """Round a size up to one of few, by a quarter at most above 32.
+
+    >>> [rounded(size, most=100) for size in (1, 9, 33, 64, 65, 99)]
+    [8, 16, 40, 64, 80, 100]
+    """
+    unit = max(8, (1 << size.bit_length()) // 8)
+    return min(-(-size // unit) * unit, most)
+
+
+def cuda_graph_recorder() -> Callable[[Play], Play]:
+    """Makes recordings on the current GPU; see ``torch.cuda.graph`` for what they may not do.
+
+    They share one pool of memory: only one plays at a time, each computes again whatever it reads
+    that is not kept outside, and its output is read before another plays.
+    """
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(step: Play) -> Play:
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):  # what kernels set up on first use cannot be recorded
+            step()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            output = step()
+
+        def play() -> Tensor:
+            graph.replay()
+            return output
+
+        return play
+
+    return record
+
+
+class StepGraphs:
+    """Plays a step for a layout, recorded on first use of its shape.
+
+    Args:
+        step: Logits (N, V) for a layout and the tokens of the longest row. Everything else that it
+            reads or writes must stay where it is.
+        record: Makes a recording of a call.
+    """
+
+    def __init__(
+        self, step: Callable[[Layout, int], Tensor], record: Callable[[Play], Play]
+    ) -> None:
+        self.step = step
+        self.record = record
+        self.recordings: dict[tuple[int, ...], tuple[Layout, Play]] = {}
+
+    def play(self, layout: Layout, longest: int) -> Tensor:
+        """The logits of ``step``; the next call may overwrite them."""
+        sizes = (layout.num_groups, layout.num_places, layout.longest)
+        key = (len(layout.prompt_lengths), *sizes, longest)
+        if key not in self.recordings:
+            fixed = layout.clone()
+            # as a new layout each time: what is computed once a layout belongs to the recording
+            self.recordings[key] = fixed, self.record(lambda: self.step(replace(fixed), longest))
+        fixed, play = self.recordings[key]
+        fixed.take(layout)
+        return play()

@@ -1,0 +1,6 @@
+"""The frozen models, reference policy and reward models, on devices of their own."""
+
+from gspo_lightning.frozen.models import FrozenModels, ReferencePolicy
+from gspo_lightning.frozen.reward_model import RewardModel
+
+__all__ = ["FrozenModels", "ReferencePolicy", "RewardModel"]

@@ -1,0 +1,255 @@
+"""Frozen models: the reference policy and reward models, on a device of their own.
+
+Plain objects, not modules, so that Lightning never moves, converts, wraps, lists or saves them.
+Only (B, T) log-probs and (B,) scores leave them. Decides what the device words mean.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from gspo_lightning.engine.attention import open_attention
+from gspo_lightning.engine.products import speed_up
+from gspo_lightning.frozen.reward_model import RewardModel, freeze
+from gspo_lightning.logprobs import completion_logprobs
+from gspo_lightning.policy.folder import (
+    check_model_folder,
+    check_model_path,
+    load_weights,
+    reason,
+)
+from gspo_lightning.policy.lora import adapters_off
+from gspo_lightning.policy.policy import LoRAPolicy, Policy, PolicyConfig, fingerprint
+from gspo_lightning.rollout import Samples
+
+
+def resolve_device(key: str, word: str, policy_device: torch.device) -> torch.device:
+    """Turn a device word into a device that is there.
+
+    Args:
+        key: The setting, for messages.
+        word: ``cuda:1`` (that card), ``cuda:+1`` (the policy's card plus one, for several ranks),
+            ``policy`` (the policy's own device) or ``cpu``.
+        policy_device: Where the policy is.
+
+    Raises:
+        ValueError: If the word is none of these or the device is not there; nothing falls back.
+    """
+    if word == "policy":
+        return policy_device
+    if word == "cpu":
+        return torch.device("cpu")
+    kind, _, number = word.partition(":")
+    if kind != "cuda" or not number.removeprefix("+").isdigit():
+        raise ValueError(f"{key} must be cuda:N, cuda:+N, policy or cpu, got {word!r}")
+    index = int(number)
+    if number.startswith("+"):
+        index += policy_device.index or 0
+    count = torch.cuda.device_count()
+    if index >= count:
+        seen = f"only cuda:0 to cuda:{count - 1}" if count else "no CUDA device"
+        fits = "cpu" if count == 0 else "one_gpu" if count == 1 else "two_gpu"
+        raise ValueError(
+            f"{key} is {word}, but this machine has {seen}; set {key} to policy (the policy's own "
+            f"device) or cpu, or add --config configs/hardware/{fits}.yaml"
+        )
+    return torch.device("cuda", index)
+
+
+@dataclass
+class ReferencePolicy:
+    """The policy as it was at the start, which the KL penalty holds on to.
+
+    Args:
+        path: Model folder or hub name; ``None`` is the policy's own start.
+        device: ``cuda:1``, ``cuda:+1``, ``policy`` or ``cpu``.
+        dtype: Type of the weights; ``None`` is the policy's, so that the KL starts at 0.
+        batch_size: Sequences per forward pass.
+
+    Attributes:
+        shared: Whether the model is the policy's own with its adapters off. Such a reference must
+            not compute while the policy does.
+    """
+
+    path: str | None = None
+    device: str = "cuda:1"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    batch_size: int = 32
+    shared: bool = field(default=False, init=False, repr=False)
+    model: Any = field(default=None, init=False, repr=False)
+    fingerprint: str | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"reference.batch_size must be >= 1, got {self.batch_size}")
+        if self.path is not None:
+            check_model_path("reference.path", self.path)
+
+    def can_share(self, policy: PolicyConfig) -> bool:
+        """Whether the policy with its adapters off, where it is, would be this very reference."""
+        same = self.path is None and self.dtype in (None, policy.dtype)
+        return same and policy.lora is not None
+
+    def share(self, policy: LoRAPolicy) -> None:
+        """Take the policy's own weights, without a copy."""
+        self.shared, self.model, self.fingerprint = True, policy.model, policy.start
+
+    def load(self, policy: PolicyConfig, device: torch.device) -> None:
+        """Load the weights.
+
+        Args:
+            policy: What ``path: null`` and ``dtype: null`` stand for.
+            device: From :func:`resolve_device`.
+
+        Raises:
+            ValueError: If the policy starts from random weights, which no folder holds.
+        """
+        options: dict[str, Any] = {"trust_remote_code": policy.trust_remote_code}
+        if policy.attention is not None:  # other kernels would give other log-probs
+            options["attn_implementation"] = policy.attention
+        if self.path is None:
+            if policy.weights == "random":
+                raise ValueError("reference.path: a policy with random weights is in no folder")
+            options["revision"] = policy.revision
+        model = load_weights(
+            "policy.path" if self.path is None else "reference.path",
+            AutoModelForCausalLM,
+            self.path or policy.path,
+            dtype=getattr(torch, self.dtype or policy.dtype),
+            **options,
+        )
+        open_attention(model)
+        speed_up(model)
+        self.model = freeze(model, device)
+        self.fingerprint = fingerprint(self.model)
+
+    def release(self) -> None:
+        """Let the weights go."""
+        self.model, self.shared = None, False
+
+    # no_grad, not inference_mode: the KL term saves these log-probs for its backward pass
+    @torch.no_grad()
+    def logprobs(self, samples: Samples, temperature: float) -> Tensor:
+        """Log-probs of the completions under the reference.
+
+        Args:
+            samples: B completions, on any device.
+            temperature: The sampling temperature.
+
+        Returns:
+            (B, T) float32 nats, on the device of ``samples``.
+        """
+        device = next(self.model.parameters()).device
+        # Groups sorted by length: little padding. Whole ones, as their prompt is computed once.
+        size = samples.group_size
+        lengths = (samples.prompt_mask.sum(1) + samples.mask.sum(1)).cpu()
+        groups = lengths.view(-1, size).amax(1).argsort(stable=True)
+        order = (groups[:, None] * size + torch.arange(size)).flatten()
+        whole = self.batch_size - self.batch_size % size
+        parts = []
+        with adapters_off(self.model) if self.shared else nullcontext():
+            for index in order.split(whole or self.batch_size):
+                part = samples.select(index).to(device)
+                parts.append(
+                    completion_logprobs(
+                        self.model,
+                        part.prompt_ids,
+                        part.prompt_mask,
+                        part.completion_ids,
+                        part.mask,
+                        temperature=temperature,
+                        group_size=part.group_size,
+                    ).logprobs
+                )
+        back = order.argsort().to(device)
+        return torch.cat(parts)[back].to(samples.mask.device)
+
+
+class FrozenModels:
+    """The frozen models of a run, kept where Lightning does not look.
+
+    Args:
+        reference: The reference policy, if there is one.
+        reward_models: Reward models by the setting that holds them.
+        device: Device word for all of them, whatever they say themselves; ``None`` leaves it to
+            each.
+    """
+
+    def __init__(
+        self,
+        reference: ReferencePolicy | None,
+        reward_models: dict[str, RewardModel],
+        device: str | None = None,
+    ) -> None:
+        self.reference = reference
+        self.reward_models = reward_models
+        self.awaits_policy = False  # the reference is to be the policy with its adapters off
+        self.device = device
+        self.devices: dict[str, torch.device] = {}  # of the loaded models, by setting
+        self.policy_device = torch.device("cpu")
+
+    def apart(self, part: str) -> bool:
+        """Whether a loaded model, its setting beginning with ``part``, has a device of its own."""
+        places = [place for key, place in self.devices.items() if key.startswith(part)]
+        return any(place != self.policy_device for place in places)
+
+    def load(self, policy: PolicyConfig, device: torch.device, with_reference: bool) -> None:
+        """Load every model onto the device that its setting names.
+
+        Args:
+            policy: The policy, for the reference.
+            device: Where the policy is.
+            with_reference: Evaluation needs none.
+
+        Raises:
+            ValueError: If a device is not there or a folder is broken, before any weight is read.
+        """
+        places = {key: model.device for key, model in self.reward_models.items()}
+        if self.reference is not None and with_reference:
+            places["model.reference"] = self.reference.device
+        devices = {
+            key: resolve_device(f"{key}.device", word, device)
+            if self.device is None
+            else resolve_device("model.frozen_device", self.device, device)
+            for key, word in places.items()
+        }
+        self.devices, self.policy_device = devices, device
+        for key, model in self.reward_models.items():
+            check_model_folder(f"{key}.path", model.path, model.trust_remote_code)
+        if self.reference is not None and self.reference.path is not None and with_reference:
+            check_model_folder("reference.path", self.reference.path, policy.trust_remote_code)
+        for key, model in self.reward_models.items():
+            try:
+                model.load(devices[key])
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{key}: {reason(error)}") from error
+        if self.reference is not None and with_reference:
+            place = devices["model.reference"]
+            self.awaits_policy = place == device and self.reference.can_share(policy)
+            if not self.awaits_policy:
+                self.reference.load(policy, place)
+
+    def share(self, policy: Policy) -> None:
+        """Let the reference use a policy's weights, if :meth:`load` has left that to it."""
+        if self.reference is not None and self.awaits_policy and isinstance(policy, LoRAPolicy):
+            self.reference.share(policy)
+
+    def release(self) -> None:
+        """Let all weights go."""
+        for model in self.reward_models.values():
+            model.release()
+        if self.reference is not None:
+            self.reference.release()
+
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprints of the models that are loaded, by setting."""
+        models: dict[str, Any] = dict(self.reward_models)
+        if self.reference is not None:
+            models["model.reference"] = self.reference
+        return {key: model.fingerprint for key, model in models.items() if model.model is not None}

@@ -1,0 +1,198 @@
+"""The frozen reward model: a sequence classifier that scores prompt and completion.
+
+A plain object, not a module, so that Lightning never sees it; it is a reward function, and the
+``fn`` of a reward term. Decides how prompt and completion become one text and what happens to a
+text that is too long. Leaves out devices (``frozen``, which also gives the public name) and the
+training of reward models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from gspo_lightning.engine.products import speed_up
+from gspo_lightning.guards.out_of_memory import BatchSizes
+from gspo_lightning.policy.policy import fingerprint
+
+
+def freeze(model: Any, device: torch.device) -> Any:
+    """Ready a model for scoring: on its device, dropout off, no gradients."""
+    return model.to(device).eval().requires_grad_(False)
+
+
+@dataclass
+class RewardModel:
+    """A frozen sequence classifier that scores prompt and completion with one number.
+
+    A reward function: use it as the ``fn`` of a reward term. Texts that were cut are counted as
+    ``reward/<term>_truncated``.
+
+    Args:
+        path: Folder or hub name of a model that ``AutoModelForSequenceClassification`` loads.
+        device: ``cuda:1``, ``cuda:+1``, ``policy`` or ``cpu``.
+        dtype: Type of the weights.
+        batch_size: Sequences per forward pass; halved for the rest of the run where memory is
+            short.
+        label: Which output is the score; needed if the model has more than one.
+        separator: Text between prompt and completion, without a chat template.
+        prompt_column: Column of the data with the prompt: a text, or a list of chat messages, which
+            needs ``chat_template``.
+        chat_template: Render prompt and completion as user and assistant with the chat template of
+            the reward model's own tokenizer; otherwise prompt, separator and completion are joined.
+        max_tokens: Longest text in tokens; ``None`` is what the model's positions allow.
+        overlong: What becomes of a longer text: an ``error``, or its beginning is cut off
+            (``truncate_left``), so that the end of the completion is what counts.
+        revision: Branch, tag or commit of a model on the hub.
+        trust_remote_code: Run Python code that lies beside the weights. Off unless asked.
+
+    Attributes:
+        counts: ``truncated``, the texts that were cut in the last call.
+    """
+
+    path: str
+    device: str = "cuda:1"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_size: int = 16
+    label: int | None = None
+    separator: str = " "
+    prompt_column: str = "prompt"
+    chat_template: bool = False
+    max_tokens: int | None = None
+    overlong: Literal["error", "truncate_left"] = "error"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    model: Any = field(default=None, init=False, repr=False)
+    tokenizer: Any = field(default=None, init=False, repr=False)
+    fingerprint: str | None = field(default=None, init=False, repr=False)
+    counts: dict[str, int] = field(default_factory=lambda: {"truncated": 0}, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"a reward model's {name} must be >= 1, got {value}")
+
+    @property
+    def column(self) -> str:
+        """The column that every row must have."""
+        return self.prompt_column
+
+    def load(self, device: torch.device) -> None:
+        """Load weights and tokenizer.
+
+        Raises:
+            ValueError: If weights are missing, the model has several outputs and ``label`` does not
+                choose one, its tokenizer has no chat template where one is asked for, or
+                ``max_tokens`` is more than the model reads.
+        """
+        source: dict[str, Any] = {
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+        }
+        self.tokenizer = AutoTokenizer.from_pretrained(self.path, padding_side="right", **source)
+        if self.chat_template and getattr(self.tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                f"chat_template is true, but the tokenizer of the reward model {self.path} has no "
+                "chat template"
+            )
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            self.path, dtype=getattr(torch, self.dtype), output_loading_info=True, **source
+        )
+        if loading["missing_keys"]:  # transformers would draw them at random and go on
+            raise ValueError(
+                f"{self.path} is no trained sequence classifier: it has no weights for "
+                f"{', '.join(sorted(loading['missing_keys'])[:3])}; RewardModelModule trains one"
+            )
+        labels = model.config.num_labels
+        if labels > 1 and self.label is None:
+            raise ValueError(f"the reward model {self.path} has {labels} labels; set label to one")
+        if self.label is not None and not 0 <= self.label < labels:
+            raise ValueError(f"label {self.label} is not among the {labels} of {self.path}")
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if self.max_tokens is not None and positions is not None and self.max_tokens > positions:
+            raise ValueError(
+                f"max_tokens {self.max_tokens} is more than the {positions} tokens that the reward "
+                f"model {self.path} reads"
+            )
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+        speed_up(model)
+        self.model = freeze(model, device)
+        self.fingerprint = fingerprint(self.model)
+
+    def release(self) -> None:
+        """Let the weights go."""
+        self.model = self.tokenizer = None
+
+    @torch.no_grad()
+    def __call__(self, rows: list[dict], completions: list[str]) -> list[float]:
+        """Score B completions behind their prompts.
+
+        Raises:
+            ValueError: If a row has no prompt of the right kind, or a text is too long.
+            OutOfMemory: If memory does not suffice for one text at once.
+        """
+        self.counts = {"truncated": 0}
+        encoded = [self._encode(*pair) for pair in zip(rows, completions, strict=True)]
+        sizes = BatchSizes({"batch_size": self})
+        what = f"the reward model {self.path}"
+        return sizes.fit("batch_size", len(encoded), what, lambda: self._score_all(encoded))
+
+    def _score_all(self, encoded: list[list[int]]) -> list[float]:
+        """Score all texts, ``batch_size`` at once."""
+        # Sorted by length: little padding. Without a pad token a batch holds one length only.
+        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+        scores = [0.0] * len(encoded)
+        while order:
+            size = self.batch_size
+            if self.tokenizer.pad_token_id is None:
+                alike = [len(encoded[i]) == len(encoded[order[0]]) for i in order]
+                size = min(size, sum(alike))
+            chosen, order = order[:size], order[size:]
+            for i, value in zip(chosen, self._score([encoded[i] for i in chosen]), strict=True):
+                scores[i] = value
+        return scores
+
+    def _encode(self, row: dict, completion: str) -> list[int]:
+        """Token ids of prompt and completion, cut to what the model reads if that is wanted."""
+        prompt = row.get(self.prompt_column)
+        wanted = (str, list) if self.chat_template else str
+        if not isinstance(prompt, wanted):
+            found = f"a row has {sorted(row)}"
+            if isinstance(prompt, list):
+                found = "a row has a list of chat messages, which needs chat_template: true"
+            raise ValueError(
+                f"the reward model {self.path} reads the text in column {self.prompt_column!r}; "
+                f"{found}"
+            )
+        if self.chat_template:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            messages = [*messages, {"role": "assistant", "content": completion}]
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            text = f"{prompt}{self.separator}{completion}"
+            ids = self.tokenizer(text)["input_ids"]
+        limit = self.max_tokens or getattr(self.model.config, "max_position_embeddings", None)
+        if limit is None or len(ids) <= limit:
+            return ids
+        if self.overlong == "error":
+            raise ValueError(
+                f"the reward model {self.path} reads {limit} tokens, a text has {len(ids)}: "
+                f"{text[:60]!r}...; lower max_new_tokens or data.max_prompt_tokens, or set its "
+                "overlong to truncate_left"
+            )
+        self.counts["truncated"] += 1
+        return ids[-limit:]
+
+    def _score(self, encoded: list[list[int]]) -> list[float]:
+        length = max(map(len, encoded))
+        pad_id = self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([row + [pad_id] * (length - len(row)) for row in encoded])
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in encoded])
+        device = next(self.model.parameters()).device
+        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+        return logits[:, self.label or 0].float().tolist()

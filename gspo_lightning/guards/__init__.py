@@ -1,0 +1,1 @@
+"""What a run does about NaN, short memory and signs of bad health."""

@@ -1,0 +1,6 @@
+"""What the trained model is: how it is loaded, checked, given adapters and exported."""
+
+from gspo_lightning.policy.lora import LoRAConfig
+from gspo_lightning.policy.policy import Policy, PolicyConfig, load_policy, load_tokenizer
+
+__all__ = ["LoRAConfig", "Policy", "PolicyConfig", "load_policy", "load_tokenizer"]

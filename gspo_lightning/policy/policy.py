@@ -1,0 +1,320 @@
+"""The policy: a causal language model with its tokenizer, loaded, made deterministic, exported.
+
+Decides what a policy folder must hold, which ids end a completion, that dropout is off, and what a
+checkpoint of a policy with adapters holds. Leaves out training, sampling and devices: Lightning
+owns the policy's device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from gspo_lightning.engine.attention import open_attention
+from gspo_lightning.engine.products import speed_up
+from gspo_lightning.policy.folder import (
+    BROKEN,
+    check_model_folder,
+    check_model_path,
+    load_weights,
+    reason,
+)
+from gspo_lightning.policy.lora import LoRAConfig, add_adapters, merged_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "spiece*")
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Where a policy comes from and how it is held.
+
+    Args:
+        path: Folder with ``config.json``, a tokenizer and weights, or a model name on the hub.
+        dtype: Type of the weights. ``float32`` keeps the ratios exact; see the README on bf16.
+        attention: Attention implementation of transformers (``eager``, ``sdpa``,
+            ``flash_attention_2``); ``None`` takes the library's choice.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        weights: ``random`` builds the model from ``config.json`` alone, for training from scratch.
+        revision: Branch, tag or commit of a model on the hub.
+        trust_remote_code: Run Python code that lies beside the weights. Off unless asked.
+        lora: Train adapters and leave the weights as they are; ``None`` trains all weights.
+    """
+
+    path: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: str | None = None
+    gradient_checkpointing: bool = False
+    weights: Literal["pretrained", "random"] = "pretrained"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    lora: LoRAConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_model_path("policy.path", self.path)
+        if self.lora is not None and self.weights == "random":
+            raise ValueError(
+                "policy.weights is random, but with policy.lora a checkpoint holds the adapters "
+                "alone; save the random weights in a folder first"
+            )
+
+
+class Policy(nn.Module):
+    """A causal language model and its tokenizer.
+
+    Attributes:
+        model: The transformers model; its parameters are the policy's parameters.
+        tokenizer: The tokenizer, padding on the left.
+        eos_ids: Every id that ends a completion (``generation_config.eos_token_id``).
+        pad_id: Id written into padded positions. Masks come from lengths, so it may equal an EOS.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.eos_ids = eos_ids(model, tokenizer)
+        pad = tokenizer.pad_token_id
+        self.pad_id: int = self.eos_ids[0] if pad is None else pad
+        check_vocabulary(model, tokenizer)
+        disable_dropout(model)
+        speed_up(model)
+
+    def export(self, path: str | Path) -> None:
+        """Write model and tokenizer as a folder that ``from_pretrained`` loads."""
+        self.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+
+class LoRAPolicy(Policy):
+    """A policy whose adapters are trained and whose weights stay as they were loaded.
+
+    Its state dict holds the adapters and a fingerprint of the weights, which come from
+    ``policy.path`` again: checkpoints are small, and adapters never meet other weights.
+
+    Attributes:
+        start: Fingerprint of the weights without adapters.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, lora: LoRAConfig) -> None:
+        self.start = fingerprint(model)
+        super().__init__(add_adapters(model, lora), tokenizer)
+        self.lora = lora
+        self.adapter_names = {name for name, p in self.named_parameters() if p.requires_grad}
+        self.register_state_dict_post_hook(_keep_adapters)
+        self.register_load_state_dict_post_hook(_expect_adapters)
+
+    def export(self, path: str | Path) -> None:
+        """Write a merged model, or the adapters for ``PeftModel.from_pretrained``."""
+        if self.lora.export == "adapter":
+            base = Path(self.model.config.name_or_path)
+            if base.is_dir():  # or the adapters would find their weights from here alone
+                self.model.peft_config["default"].base_model_name_or_path = str(base.resolve())
+            # the embedding has no adapters; left to itself, peft would look it up on the hub
+            self.model.save_pretrained(path, save_embedding_layers=False)
+        else:
+            weights = merged_weights(self.model)
+            self.model.get_base_model().save_pretrained(path, state_dict=weights)
+        self.tokenizer.save_pretrained(path)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the state dict holds beside the adapters: what they were trained on and for."""
+        return {"start": self.start, "scale": self.lora.alpha / self.lora.rank}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Refuse adapters that were trained on other weights or for another scale.
+
+        Raises:
+            ValueError: If the weights or the scale differ.
+        """
+        own = self.get_extra_state()
+        if state["start"] != own["start"]:
+            raise ValueError(
+                "policy.path: these are not the weights that the checkpoint's adapters were "
+                "trained on; restore them, or start a new run"
+            )
+        if state["scale"] != own["scale"]:
+            raise ValueError(
+                f"policy.lora.alpha: the checkpoint's adapters were trained for an alpha / rank of "
+                f"{state['scale']}, here it is {own['scale']}"
+            )
+
+
+def _keep_adapters(policy: LoRAPolicy, state: dict[str, Any], prefix: str, _: Any) -> None:
+    kept = {f"{prefix}{name}" for name in (*policy.adapter_names, "_extra_state")}
+    for name in [name for name in state if name.startswith(prefix) and name not in kept]:
+        del state[name]
+
+
+def _expect_adapters(policy: LoRAPolicy, incompatible: Any) -> None:
+    # names in full, by a prefix that this hook is not told
+    ends = tuple(policy.adapter_names)
+    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k.endswith(ends)]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of a model's weights: every tensor's name, shape and all its values.
+
+    Values count as float32, so that weights which were only stored wider are the same ones.
+    """
+    digest = hashlib.blake2b(digest_size=8)  # fast on every CPU: about a second per GiB
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        for part in tensor.flatten().split(2**22):  # 16 MiB at a time leave the device
+            digest.update(part.float().cpu().numpy())
+    return digest.hexdigest()
+
+
+def load_tokenizer(config: PolicyConfig) -> Any:
+    """Load the tokenizer of a policy folder, set to pad on the left, and look at the rest of it.
+
+    Raises:
+        ValueError: If there is no tokenizer, it has more ids than the model, or the folder's config
+            or weights are broken.
+    """
+    folder = Path(config.path).expanduser()
+    pretrained = config.weights == "pretrained"
+    settings = check_model_folder("policy.path", config.path, config.trust_remote_code, pretrained)
+    if folder.is_dir() and not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
+        # transformers would make an empty one up
+        raise ValueError(f"policy.path: no tokenizer in {config.path}; save one beside the weights")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.path,
+            padding_side="left",
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ValueError(
+            f"policy.path: cannot load the tokenizer of {config.path}: {reason(error)}; save it "
+            "again"
+        ) from error
+    if settings is not None:
+        rows = getattr(settings.get_text_config(), "vocab_size", None)
+        _compare_vocabularies(len(tokenizer), rows)
+    return tokenizer
+
+
+def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
+    """Load a policy in the dtype and with the attention that ``config`` asks for.
+
+    Args:
+        config: What to load.
+        tokenizer: The tokenizer, if it has been loaded already.
+
+    Raises:
+        ValueError: If weights or tokenizer cannot be read, no end-of-sequence id is known, or the
+            tokenizer has more ids than the model.
+    """
+    if tokenizer is None:
+        tokenizer = load_tokenizer(config)
+    dtype = DTYPES[config.dtype]
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.attention is not None:
+        options["attn_implementation"] = config.attention
+    if config.weights == "random":
+        model = _random_model(config, dtype=dtype, **options)
+    else:
+        model = load_weights(
+            "policy.path",
+            AutoModelForCausalLM,
+            config.path,
+            dtype=dtype,
+            revision=config.revision,
+            **options,
+        )
+    check_cache(model)
+    open_attention(model)
+    if config.lora is None:
+        policy = Policy(model, tokenizer)
+    else:
+        policy = LoRAPolicy(model, tokenizer, config.lora)
+    if config.gradient_checkpointing:
+        checkpoint_activations(policy.model)
+    return policy
+
+
+def _random_model(config: PolicyConfig, **options: Any) -> Any:
+    """A model of random weights, from ``config.json`` alone."""
+    try:
+        # said here, too: without a word, transformers asks on the terminal
+        trust = {"trust_remote_code": config.trust_remote_code}
+        model_config = AutoConfig.from_pretrained(config.path, revision=config.revision, **trust)
+        model = AutoModelForCausalLM.from_config(model_config, **options)
+        if (Path(config.path) / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(config.path)
+    except BROKEN as error:
+        raise ValueError(f"policy.path: cannot load {config.path}: {reason(error)}") from error
+    return model
+
+
+def check_cache(model: Any) -> None:
+    """Refuse models without a key-value cache, which sampling needs.
+
+    Pure recurrent models (Mamba, RWKV) are among them; some also read the padding on the left as if
+    it were text, which would make every log-prob wrong. What the signature does not show, the
+    sampler sees.
+
+    Raises:
+        ValueError: Naming the model's class.
+    """
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"policy.path: {type(model).__name__} takes no past_key_values; only models with a "
+            "key-value cache can be sampled from here"
+        )
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Switch gradient checkpointing on, by the name that this transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every id that ends a completion: the generation config's, else the tokenizer's."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        raise ValueError(
+            "policy.path: neither generation_config.json nor the tokenizer has an eos_token_id, "
+            "so a completion could never end; add one to generation_config.json"
+        )
+    return [int(i) for i in ids] if isinstance(ids, (list, tuple)) else [int(ids)]
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer that can produce ids beyond the model's embedding."""
+    _compare_vocabularies(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+
+
+def _compare_vocabularies(ids: int, rows: int | None) -> None:
+    if rows is not None and ids > rows:
+        raise ValueError(
+            f"policy.path: the tokenizer has {ids} ids, the model embeds {rows}; model and "
+            "tokenizer do not belong together, save them as a pair"
+        )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate to 0, so that train mode and eval mode give the same log-probs.
+
+    With dropout on, the ratio would differ from 1 before the first step (GSPO compares the same
+    weights at two times, not two random subnetworks). Train mode itself stays allowed: transformers
+    only checkpoints gradients in it.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,52 @@
+"""What a completion is worth: reward terms, their weighted sum, verifiers, a time limit."""
+
+from gspo_lightning.rewards.calls import RewardError
+from gspo_lightning.rewards.terms import (
+    MarkedAnswer,
+    RewardTerm,
+    Scores,
+    columns_needed,
+    count_names,
+    load_whitening_state,
+    overlong_penalty,
+    ramp_tokens,
+    score,
+    whitening_state,
+)
+from gspo_lightning.rewards.text_rewards import LengthBonus, RepetitionPenalty, SoftOverlong
+from gspo_lightning.rewards.text_scores import same_language, variety
+from gspo_lightning.rewards.time_limit import TimeLimit
+from gspo_lightning.rewards.verifiers import (
+    ExactMatch,
+    LastNumber,
+    MathVerify,
+    RegexMatch,
+    TagFormat,
+    ValidJSON,
+)
+
+__all__ = [
+    "ExactMatch",
+    "LastNumber",
+    "LengthBonus",
+    "MarkedAnswer",
+    "MathVerify",
+    "RegexMatch",
+    "RepetitionPenalty",
+    "RewardError",
+    "RewardTerm",
+    "Scores",
+    "SoftOverlong",
+    "TagFormat",
+    "TimeLimit",
+    "ValidJSON",
+    "columns_needed",
+    "count_names",
+    "load_whitening_state",
+    "overlong_penalty",
+    "ramp_tokens",
+    "same_language",
+    "score",
+    "variety",
+    "whitening_state",
+]

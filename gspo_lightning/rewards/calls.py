@@ -1,0 +1,228 @@
+"""Call a reward function: check what it gives, call it again, or leave out what it cannot score.
+
+Decides what an error of a reward function is (it raises, gives another number of values than there
+are completions, something that is no number, an infinite number, or an exception in a number's
+place; ``None`` and NaN are answers, and a device without memory is nobody's fault) and what becomes
+of it. Leaves out sums and shaping (``rewards``) and time limits (``time_limit``).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from gspo_lightning.guards.out_of_memory import OutOfMemory, is_out_of_memory
+
+RewardFn = Callable[[list[dict], list[str]], Sequence[float | Exception | None]]
+
+PAUSE_SECONDS = 1.0  # before the first further call; twice as long before each one after it
+LARGEST = torch.finfo(torch.float32).max  # rewards become float32
+
+
+class RewardError(ValueError):
+    """A reward term that cannot score: what happened, in one line that names the term.
+
+    Attributes:
+        term: Name of the term.
+        row: Which completion of the B failed, where that is known.
+    """
+
+    def __init__(self, message: str, term: str, row: int | None = None) -> None:
+        super().__init__(message)
+        self.term = term
+        self.row = row
+
+
+class ErrorPolicy(NamedTuple):
+    """How often a function is called again, and whether it may then lose completions."""
+
+    retries: int
+    skip: bool
+
+
+def error_policy(text: str) -> ErrorPolicy:
+    """Read ``on_error``: ``stop``, ``skip``, ``retry N`` or ``retry N, then skip``.
+
+    Raises:
+        ValueError: If it is none of these.
+
+    >>> error_policy("retry 2, then skip")
+    ErrorPolicy(retries=2, skip=True)
+    """
+    match = re.fullmatch(r"(stop)|(skip)|retry ([1-9]\d*)(, then skip)?", text)
+    if match is None:
+        raise ValueError(
+            "a reward's on_error must be stop, skip, `retry N` or `retry N, then skip`, with N of "
+            f"at least 1, got {text!r}"
+        )
+    return ErrorPolicy(int(match[3] or 0), bool(match[2] or match[4]))
+
+
+class Called(NamedTuple):
+    """What a reward function gave.
+
+    ``values`` has B numbers, ``None`` where the term does not apply, NaN where there is no reward
+    (and is missing only between ``_attempt`` and ``call``); ``counts`` what the function counts;
+    ``errors`` is how many completions it could not score, ``retries`` how often it was called
+    again, and ``cause`` the first error of those that did not end the run.
+    """
+
+    values: list[float | None] | None
+    counts: dict[str, float]
+    errors: int = 0
+    retries: int = 0
+    cause: RewardError | None = None
+
+
+def call(
+    name: str, fn: RewardFn, rows: list[dict], completions: list[str], policy: ErrorPolicy
+) -> Called:
+    """Score B completions with one function.
+
+    Where errors are skipped, a function that raises is called with one completion at a time, so
+    that only those are lost that it cannot score alone.
+
+    Args:
+        name: Of the term, for messages.
+        fn: The function.
+        rows: Rows of the data, one per completion.
+        completions: Completion texts.
+        policy: What becomes of errors.
+
+    Raises:
+        RewardError: If it cannot score and the policy is to stop.
+    """
+    retries = 0
+    found = _attempt(name, fn, rows, completions)
+    while found.cause is not None and retries < policy.retries:
+        time.sleep(PAUSE_SECONDS * 2**retries)
+        retries += 1
+        found = _attempt(name, fn, rows, completions)
+    if found.cause is not None and not policy.skip:
+        raise _located(found.cause, fn, rows, completions, retries) from found.cause.__cause__
+    if found.values is None:
+        found = _one_by_one(name, fn, rows, completions, found.cause)
+    return found._replace(retries=retries)
+
+
+def _attempt(name: str, fn: RewardFn, rows: list[dict], completions: list[str]) -> Called:
+    """Call once; values are NaN where they are of no use, and all lost if there is no list.
+
+    Raises:
+        OutOfMemory: If a device has no memory left, whatever the policy: no completion is to blame.
+    """
+    size = len(completions)
+    try:
+        given: Any = fn(rows, completions)
+        if given is None or isinstance(given, str | bytes | Mapping | Set):
+            raise TypeError(f"gave {type(given).__name__} instead of a list of numbers")
+        values = list(given)
+    except Exception as error:
+        # a MemoryError of Python comes of the text, such as a number too long, not of the machine
+        if is_out_of_memory(error) and not isinstance(error, MemoryError):
+            if isinstance(error, OutOfMemory):
+                raise
+            line = str(error).strip().partition("\n")[0][:160]
+            raise OutOfMemory(f"out of memory in reward {name!r}: {line}") from error
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        text = " ".join(str(error).split())[:160]
+        place = f"{Path(frame.filename).name}:{frame.lineno}"
+        cause = RewardError(f"reward {name!r} failed: {kind}{text} ({place})", name)
+        cause.__cause__ = error
+        return Called(None, {}, size, 0, cause)
+    if len(values) != size:
+        text = f"reward {name!r} gave {len(values)} values for {size} completions"
+        return Called(None, {}, size, 0, RewardError(text, name))
+    first = None
+    numbers, errors = [], 0
+    for i, value in enumerate(values):
+        number = _number(name, value, completions[i], i)
+        if isinstance(number, RewardError):
+            first = first or number
+            errors += 1
+            number = math.nan
+        numbers.append(number)
+    return Called(numbers, dict(getattr(fn, "counts", {})), errors, 0, first)
+
+
+def _number(name: str, value: Any, completion: str, row: int) -> float | RewardError | None:
+    """A value as a number, or what is wrong with it."""
+    if isinstance(value, Exception):  # what happened to this completion alone
+        text = f"reward {name!r} failed: {value}; for the completion {completion[:80]!r}"
+        problem = RewardError(text, name, row)
+        problem.__cause__ = value
+        return problem
+    try:
+        number = None if value is None else float(value)
+    except Exception as error:  # float() of tensors and arrays raises many kinds
+        problem = RewardError(
+            f"reward {name!r} gave something that is no number: {' '.join(str(error).split())}; "
+            f"for the completion {completion[:80]!r}",
+            name,
+            row,
+        )
+        problem.__cause__ = error
+        return problem
+    if number is not None and abs(number) > LARGEST:
+        return RewardError(
+            f"reward {name!r} gave {number} for the completion {completion[:80]!r}; a reward must "
+            "be finite, or None where there is none",
+            name,
+            row,
+        )
+    return number
+
+
+def _one_by_one(
+    name: str,
+    fn: RewardFn,
+    rows: list[dict],
+    completions: list[str],
+    together: RewardError | None,
+) -> Called:
+    """Score what can be scored alone; ``together`` is what happened to all at once."""
+    values: list[float | None] = []
+    counts: dict[str, float] = dict.fromkeys(getattr(fn, "counts", {}), 0)
+    errors, first = 0, None
+    for i, (row, completion) in enumerate(zip(rows, completions, strict=True)):
+        alone = _attempt(name, fn, [row], [completion])
+        values += [math.nan] if alone.values is None else alone.values
+        errors += alone.errors
+        counts = {key: n + alone.counts.get(key, 0) for key, n in counts.items()}
+        if alone.cause is not None and first is None:
+            first = _at(alone.cause, row, completion, i)
+    return Called(values, counts, errors, 0, first or together)
+
+
+def _located(
+    error: RewardError, fn: RewardFn, rows: list[dict], completions: list[str], retries: int
+) -> RewardError:
+    """The error with the completion that causes it, if one does, and how often it was tried."""
+    if error.row is None and error.__cause__ is not None:
+        for i, (row, completion) in enumerate(zip(rows, completions, strict=True)):
+            alone = _attempt(error.term, fn, [row], [completion]).cause
+            if alone is not None:  # else together they fail, alone they do not
+                error = _at(alone, row, completion, i)
+                break
+    if not retries:
+        return error
+    located = RewardError(f"{error}; called {retries + 1} times", error.term, error.row)
+    located.__cause__ = error.__cause__
+    return located
+
+
+def _at(error: RewardError, row: dict, completion: str, number: int) -> RewardError:
+    """The error of a completion that was scored alone, which then names it."""
+    where = f"; row with prompt {str(row.get('prompt'))[:60]!r}, completion {completion[:60]!r}"
+    # an error about a value names its completion already
+    located = RewardError(str(error) + where * (error.row is None), error.term, number)
+    located.__cause__ = error.__cause__
+    return located

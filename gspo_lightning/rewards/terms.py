@@ -1,0 +1,287 @@
+"""Reward terms: functions of rows and completions, weighted and summed into one reward a sequence.
+
+Decides what a missing reward is and how terms add up. Leaves out what happens when a function fails
+(``reward_calls``), advantages, the arithmetic of whitening (``shaping``), further terms
+(``verifiers``, ``text_rewards``), and the frozen reward model (``RewardModel``), one more callable.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.rewards.calls import (
+    Called,
+    ErrorPolicy,
+    RewardError,
+    RewardFn,
+    call,
+    error_policy,
+)
+from gspo_lightning.rewards.shaping import RunningStatistics
+
+
+@dataclass(frozen=True)
+class RewardTerm:
+    """One term of the reward.
+
+    The sum takes ``weight * clip(scale * whiten(raw))``; what is logged under the term's own name
+    stays raw.
+
+    Args:
+        fn: Called with the rows of the data and the completions, both of length B; gives one number
+            a completion, ``None`` where the term does not apply, or an exception in the place of a
+            number for a completion that alone is at fault. An attribute ``column`` names a
+            column that every row must have, which is checked before training; an attribute
+            ``counts``, a dict of numbers by name, is logged as ``reward/<term>_<name>`` after each
+            rollout.
+        weight: Factor of the term in the sum.
+        whiten: Take the mean of all raw values of the run off and divide by their standard
+            deviation, so that terms of different units can be added. The values of a rollout are
+            taken in before they are whitened.
+        scale: Factor before ``clip``.
+        clip: Bounds (low, high) of the scaled value.
+        on_error: What happens when ``fn`` raises, gives another number of values than there are
+            completions, something that is no number, or an infinite number, or takes longer than
+            its ``TimeLimit`` (without an ``on_timeout``). ``stop`` ends the run. ``skip`` leaves
+            completions that it cannot score without a reward, whatever the other terms say: they
+            teach nothing, and are counted as ``reward/missing`` and ``reward/<term>_errors``;
+            after an exception ``fn`` is called with one completion at a time to find them.
+            ``retry N`` calls again up to N times, after 1, 2, 4, ... seconds
+            (``reward/<term>_retries``), and then stops; ``retry N, then skip`` then skips.
+
+    Attributes:
+        statistics: What ``whiten`` has seen so far.
+        policy: ``on_error``, read.
+
+    Raises:
+        ValueError: If ``weight`` or ``scale`` is not finite, the bounds are not in order, or
+            ``on_error`` is unknown.
+    """
+
+    fn: RewardFn
+    weight: float = 1.0
+    whiten: bool = False
+    scale: float = 1.0
+    clip: tuple[float, float] | None = None
+    on_error: str = "stop"
+    statistics: RunningStatistics = field(
+        default_factory=RunningStatistics, init=False, repr=False, compare=False
+    )
+    policy: ErrorPolicy = field(init=False, repr=False, compare=False)
+    said: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"a reward {name} must be finite, got {getattr(self, name)}")
+        if self.clip is not None and not self.clip[0] < self.clip[1]:
+            raise ValueError(f"a reward's clip must be (low, high), low < high, got {self.clip}")
+        object.__setattr__(self, "policy", error_policy(self.on_error))  # frozen
+
+    def shape(self, raw: Tensor) -> Tensor:
+        """What ``weight`` is applied to, from raw values; (B,), NaN stays NaN."""
+        shaped = self.scale * (self.statistics.whiten(raw) if self.whiten else raw)
+        return shaped if self.clip is None else shaped.clamp(*self.clip)
+
+
+class Scores(NamedTuple):
+    """Rewards of B completions.
+
+    ``total`` is the weighted sum of the shaped terms, (B,); ``parts`` has each term raw, (B,); both
+    are NaN where missing. ``counts`` has what the terms count, by ``<term>_<name>``.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    counts: dict[str, float] = {}  # noqa: RUF012 - a tuple's default, never written into
+
+
+def score(
+    terms: Mapping[str, RewardTerm],
+    rows: list[dict],
+    completions: list[str],
+    *,
+    learn: bool = False,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Scores:
+    """Score completions with every term and add the terms up.
+
+    A term that does not apply to a row (``None``) is left out of that row's sum. A row with a NaN,
+    or to which no term applies, has no reward: NaN, for the group statistics to leave out.
+
+    Args:
+        terms: Reward terms by name.
+        rows: Rows of the data, one per completion.
+        completions: Completion texts.
+        learn: Whether the statistics of whitening take these values in, once per rollout.
+        reduce: Sums a tensor over ranks, for these statistics; ``None`` for one rank.
+
+    Returns:
+        Totals and raw parts, (B,) float32 on the CPU.
+
+    Raises:
+        RewardError: If a term cannot score and its ``on_error`` is to stop, naming the term, or if
+            the sum is too large for float32.
+
+    >>> length = RewardTerm(lambda rows, texts: [float(len(text)) for text in texts], weight=0.5)
+    >>> score({"length": length}, [{}, {}], ["ab", "abcd"]).total
+    tensor([1., 2.])
+    """
+    total = torch.zeros(len(completions), dtype=torch.float64)
+    applies = torch.zeros(len(completions), dtype=torch.bool)
+    parts: dict[str, Tensor] = {}
+    counts: dict[str, float] = {}
+    for name, term in terms.items():
+        called = call(name, term.fn, rows, completions, term.policy)
+        values = called.values or []
+        _say_once(name, term, called, len(completions))
+        part = torch.tensor(
+            [math.nan if value is None else value for value in values], dtype=torch.float64
+        )
+        if learn and term.whiten:
+            term.statistics.update(part, reduce)
+        present = torch.tensor([value is not None for value in values], dtype=torch.bool)
+        total += term.weight * torch.where(present, term.shape(part), 0.0)  # a given NaN stays
+        applies |= present
+        parts[name] = part.float()
+        counts |= {f"{name}_{key}": n for key, n in called.counts.items()}
+        own = {"errors": called.errors, "retries": called.retries}
+        counts |= {f"{name}_{key}": own[key] for key in _own_counts(term)}
+    rewards = torch.where(applies, total, math.nan).float()
+    if rewards.isinf().any():
+        largest = max(parts, key=lambda part: parts[part].nan_to_num(0).abs().max().item())
+        raise RewardError("the weighted sum of the rewards is no longer finite", largest)
+    return Scores(rewards, parts, counts)
+
+
+def _say_once(name: str, term: RewardTerm, called: Called, size: int) -> None:
+    """Tell of a term's first error that does not end the run; further ones are only counted."""
+    if called.cause is not None and "error" not in term.said:
+        term.said.add("error")
+        lost = f"{called.errors} of {size} completions get no reward"
+        alone = f"reward {name!r} is called with one completion at a time"
+        warnings.warn(
+            f"{lost if called.errors else alone}: {called.cause}; further ones are only counted "
+            f"(reward/{name}_errors)",
+            stacklevel=3,
+        )
+
+
+def _own_counts(term: RewardTerm) -> list[str]:
+    """What is counted of calls whose errors do not end the run at once."""
+    return ["errors"] * term.policy.skip + ["retries"] * bool(term.policy.retries)
+
+
+def count_names(terms: Mapping[str, RewardTerm]) -> list[str]:
+    """Names of everything that the terms count, as in ``Scores.counts``."""
+    return [
+        f"{name}_{key}"
+        for name, term in terms.items()
+        for key in (*getattr(term.fn, "counts", ()), *_own_counts(term))
+    ]
+
+
+def columns_needed(terms: Mapping[str, RewardTerm]) -> dict[str, str]:
+    """Columns that terms declare, by the name of the term."""
+    columns = {name: getattr(term.fn, "column", None) for name, term in terms.items()}
+    return {name: column for name, column in columns.items() if isinstance(column, str)}
+
+
+def whitening_state(terms: Mapping[str, RewardTerm]) -> dict[str, dict[str, Any]]:
+    """The statistics of the whitened terms, as plain values."""
+    return {name: term.statistics.state_dict() for name, term in terms.items() if term.whiten}
+
+
+def load_whitening_state(
+    terms: Mapping[str, RewardTerm], state: Mapping[str, dict[str, Any]]
+) -> None:
+    """Continue from ``whitening_state``; a term that is not in it begins anew."""
+    for name, term in terms.items():
+        if term.whiten and name in state:
+            term.statistics.load_state_dict(state[name])
+
+
+class MarkedAnswer:
+    """1 where the text behind the last marker equals the row's answer, else 0.
+
+    Args:
+        marker: Text before the answer; empty compares the whole completion.
+        column: Column of the data with the right answer.
+
+    >>> MarkedAnswer("answer: ")([{"answer": "7"}] * 3, ["3+4=7, answer: 7", "answer: 71", "7"])
+    [1.0, 0.0, 0.0]
+    """
+
+    def __init__(self, marker: str = "answer: ", column: str = "answer") -> None:
+        self.marker = marker
+        self.column = column
+
+    def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
+        """Score B completions; a row without the column is a ``ValueError`` that names it."""
+        rewards: list[float | None] = []
+        for row, completion in zip(rows, completions, strict=True):
+            if self.column not in row:
+                raise ValueError(
+                    f"the row with prompt {str(row.get('prompt'))[:60]!r} has no column "
+                    f"{self.column!r} to compare with; it has {sorted(row)}"
+                )
+            _, found, answer = (
+                completion.rpartition(self.marker) if self.marker else ("", "x", completion)
+            )
+            rewards.append(float(bool(found) and answer.strip() == str(row[self.column]).strip()))
+        return rewards
+
+
+def overlong_penalty(lengths: Tensor, max_length: int, ramp: int) -> Tensor:
+    """Penalise completions that run close to the generation limit.
+
+    Zero while ``max_length - ramp`` tokens or fewer were used, then a straight line down to -1 at
+    ``max_length``.
+
+    Args:
+        lengths: Completion lengths in tokens, (B,) int.
+        max_length: Generation limit in tokens.
+        ramp: Width of the slope in tokens, 1 <= ramp <= max_length.
+
+    Returns:
+        Penalty in [-1, 0], (B,) float32. Add it to the rewards.
+
+    Raises:
+        ValueError: If ``ramp`` is out of range.
+
+    Source:
+        DAPO, arXiv:2503.14476, "Overlong Reward Shaping" (L_cache is ``ramp``).
+
+    >>> overlong_penalty(torch.tensor([5, 8, 12]), max_length=10, ramp=4)
+    tensor([ 0.0000, -0.5000, -1.0000])
+    """
+    if not 1 <= ramp <= max_length:
+        raise ValueError(f"overlong_ramp must be in [1, {max_length}] tokens, got {ramp}")
+    excess = lengths.float() - (max_length - ramp)  # tokens past the free zone
+    return 0.0 - (excess / ramp).clamp(0, 1)
+
+
+def ramp_tokens(ramp: float | None, max_length: int) -> int | None:
+    """The width of an overlong ramp in tokens, also where it is given as a share of the limit.
+
+    Raises:
+        ValueError: If it is neither a number of tokens within the limit nor a share below 1.
+
+    >>> ramp_tokens(0.2, max_length=1024), ramp_tokens(4, max_length=10)
+    (205, 4)
+    """
+    if ramp is None:
+        return None
+    if not 0 < ramp <= max_length or (ramp > 1 and ramp != int(ramp)):
+        raise ValueError(
+            f"overlong_ramp must be in [1, {max_length}] tokens, or a share of them below 1, got "
+            f"{ramp}"
+        )
+    return max(1, round(ramp * max_length)) if ramp < 1 else int(ramp)

@@ -1,0 +1,103 @@
+"""Reward terms that look at the form of a completion, not at what is right.
+
+Decides how length and repetition are measured in a text, for any row of data. Lengths are those of
+the decoded text; the penalty for coming close to the limit in *tokens* is the module's
+``overlong_ramp``. Leaves out weights and shaping (``rewards``).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from gspo_lightning.rewards.terms import overlong_penalty
+
+Unit = Literal["words", "characters"]
+
+
+def pieces(text: str, unit: Unit) -> list[str]:
+    """Words (separated by white space) or characters; languages without spaces need the latter."""
+    return text.split() if unit == "words" else list(text)
+
+
+class LengthBonus:
+    """min(length / target, 1): grows with the length of the text up to a target.
+
+    Args:
+        target: Length that earns the whole bonus, in ``unit``, >= 1.
+        unit: What is counted.
+
+    >>> LengthBonus(target=4)([{}] * 3, ["", "one two", "a b c d e"])
+    [0.0, 0.5, 1.0]
+    """
+
+    def __init__(self, target: int, unit: Unit = "words") -> None:
+        if target < 1:
+            raise ValueError(f"LengthBonus.target must be >= 1, got {target}")
+        self.target = target
+        self.unit = unit
+
+    def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
+        """Bonus in [0, 1] for each of B completions."""
+        return [min(len(pieces(text, self.unit)) / self.target, 1.0) for text in completions]
+
+
+class SoftOverlong:
+    """0 up to ``limit - ramp``, then a straight line down to -1 at ``limit`` and beyond.
+
+    Args:
+        limit: Length of the full penalty, in ``unit``.
+        ramp: Width of the slope, in ``unit``, 1 <= ramp <= limit.
+        unit: What is counted.
+
+    Source:
+        DAPO, arXiv:2503.14476, "Overlong Reward Shaping", there in tokens.
+
+    >>> SoftOverlong(limit=4, ramp=2)([{}] * 3, ["a b", "a b c", "a b c d e"])
+    [0.0, -0.5, -1.0]
+    """
+
+    def __init__(self, limit: int, ramp: int, unit: Unit = "words") -> None:
+        if not 1 <= ramp <= limit:
+            raise ValueError(f"SoftOverlong.ramp must be in [1, limit = {limit}], got {ramp}")
+        self.limit = limit
+        self.ramp = ramp
+        self.unit = unit
+
+    def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
+        """Penalty in [-1, 0] for each of B completions."""
+        lengths = torch.tensor([len(pieces(text, self.unit)) for text in completions])
+        return overlong_penalty(lengths, self.limit, self.ramp).tolist()
+
+
+class RepetitionPenalty:
+    """-(1 - distinct / all) over the n-grams of the text: minus the share that came before.
+
+    0 where no n-gram occurs twice and where there are fewer than two of them; near -1 for a text
+    that repeats itself without end. Case is ignored.
+
+    Args:
+        n: Pieces per n-gram, >= 1.
+        unit: What is counted.
+
+    Source:
+        One minus distinct-n, arXiv:1510.03055, with n-grams instead of words below the line.
+
+    >>> RepetitionPenalty(n=2)([{}] * 2, ["a b c a b", "no no no no no"])
+    [-0.25, -0.75]
+    """
+
+    def __init__(self, n: int = 3, unit: Unit = "words") -> None:
+        if n < 1:
+            raise ValueError(f"RepetitionPenalty.n must be >= 1, got {n}")
+        self.n = n
+        self.unit = unit
+
+    def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
+        """Penalty in (-1, 0] for each of B completions."""
+        return [self._penalty(pieces(text.lower(), self.unit)) for text in completions]
+
+    def _penalty(self, parts: list[str]) -> float:
+        grams = [tuple(parts[i : i + self.n]) for i in range(len(parts) - self.n + 1)]
+        return len(set(grams)) / len(grams) - 1.0 if grams else 0.0

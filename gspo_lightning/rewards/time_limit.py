@@ -1,0 +1,263 @@
+"""A time limit around a slow reward function, which then runs in a process of its own.
+
+Decides what the limit is of (one completion), what happens when it is hit (the process is killed
+and replaced) and how that is counted. This is no sandbox: the process may do whatever the function
+does. Run as a program, the file is that process; it imports nothing but the standard library and
+what the function needs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, Pipe
+from types import ModuleType
+from typing import Any
+
+# ("value", number or None, counts of the function) or ("error", what happened and where, {})
+Answer = tuple[str, Any, dict[str, float]]
+
+PACKAGE = (__package__ or "").partition(".")[0]
+START_SECONDS = 300.0  # for the process to start and to import the function
+
+
+class TimeLimit:
+    """Run a reward function in a worker process, with a time limit for each completion.
+
+    The function is called with one row and one completion at a time. When a call takes longer than
+    ``seconds``, the process is killed and another one started, which then loads the function again
+    (not counted as time of a completion). The process is a new Python, not a fork: it shares no
+    memory, no CUDA context and no locks with the run; it is reused between calls, starts at the
+    first one, and ends with the run. Each rank has its own.
+
+    How many completions hit the limit is logged as ``reward/<term>_timeouts``.
+
+    Args:
+        fn: A reward function that another process can import: a function of a module, or an object
+            of a class of a module.
+        seconds: Longest time for one completion, > 0.
+        on_timeout: Reward of a completion that hit the limit, said in a warning the first time;
+            ``None`` makes it an error of that completion, and ``on_error`` of the term decides: to
+            stop the run, to leave the completion without a reward, or to call again, which waits
+            for the limit again.
+
+    Attributes:
+        counts: ``timeouts`` of the last call, and what the function itself counts.
+
+    Raises:
+        ValueError: If an argument is out of range, or ``fn`` cannot be sent to another process.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[list[dict], list[str]], Sequence[float | None]],
+        seconds: float = 5.0,
+        on_timeout: float | None = None,
+    ) -> None:
+        if not 0 < seconds < math.inf:
+            raise ValueError(f"TimeLimit.seconds must be above 0 and finite, got {seconds}")
+        if on_timeout is not None and not math.isfinite(on_timeout):
+            raise ValueError(f"TimeLimit.on_timeout must be finite or null, got {on_timeout}")
+        try:
+            self.pickled = pickle.dumps(fn)
+        except Exception as error:  # pickle raises many kinds; all mean the same here
+            raise ValueError(
+                f"TimeLimit.fn must be importable by another process, by the name of its module; "
+                f"got {fn!r}: {error}"
+            ) from error
+        module = getattr(fn, "__module__", None)
+        if module == "__main__":
+            raise ValueError(
+                "TimeLimit.fn must lie in a module that another process can import, not in the "
+                f"program itself; got {fn!r}"
+            )
+        own = str(module).startswith(f"{PACKAGE}.")
+        self.package = PACKAGE if own else None
+        self.column = getattr(fn, "column", None)
+        self.seconds = seconds
+        self.on_timeout = on_timeout
+        self.counts_of_fn: dict[str, float] = dict.fromkeys(getattr(fn, "counts", {}), 0)
+        self.counts: dict[str, float] = {"timeouts": 0, **self.counts_of_fn}
+        self.worker: Worker | None = None
+        self.warned = False
+
+    def __call__(
+        self, rows: list[dict], completions: list[str]
+    ) -> list[float | TimeoutError | None]:
+        """Score B completions, one after the other.
+
+        Returns:
+            What the function gives; where it hit the limit ``on_timeout``, or without that the
+            error.
+
+        Raises:
+            ValueError: If the function raises, gives another number of values than one, or ends its
+                process.
+        """
+        self.counts = {"timeouts": 0, **self.counts_of_fn}
+        try:
+            values = [self._score(*pair) for pair in zip(rows, completions, strict=True)]
+        except ValueError:
+            raise  # an answer, too: the process waits for the next question
+        except BaseException:
+            self.release()  # after Ctrl-C an answer may be on its way, to no question
+            raise
+        if self.counts["timeouts"] and self.on_timeout is not None and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"{self.counts['timeouts']} of {len(completions)} completions took a reward "
+                f"function longer than {self.seconds:g} s and get {self.on_timeout}; further ones "
+                "are only counted (reward/<term>_timeouts)",
+                stacklevel=2,
+            )
+        return values
+
+    def release(self) -> None:
+        """End the process, if there is one; a further call starts another."""
+        if self.worker is not None:
+            self.worker.end()
+            self.worker = None
+
+    def _score(self, row: dict, completion: str) -> float | TimeoutError | None:
+        if self.worker is None:
+            self.worker = Worker(self.pickled, self.package)
+        answer = self.worker.ask((row, completion), self.seconds)
+        if answer is None:
+            self.release()
+            self.counts["timeouts"] += 1
+            if self.on_timeout is None:
+                limit = f"{self.seconds:g} s, which on_timeout or on_error can allow"
+                return TimeoutError(f"took longer than {limit}")
+            return self.on_timeout
+        kind, value, counts = answer
+        if kind == "error":
+            if self.worker.process.poll() is not None:
+                self.release()
+            raise ValueError(value)
+        for name in self.counts_of_fn:
+            self.counts[name] += counts.get(name, 0)
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"worker": None}  # a copy starts a process of its own
+
+
+class Worker:
+    """A Python process that answers one question at a time.
+
+    Args:
+        pickled: The reward function.
+        package: The package of this project if the function belongs to it; its files are then
+            imported without the faces above them, which take seconds, at each start.
+    """
+
+    def __init__(self, pickled: bytes, package: str | None) -> None:
+        self.connection, theirs = Pipe()
+        # -P: the folder of this file must not become a place to import from
+        command = [sys.executable, "-P", __file__, str(theirs.fileno()), str(os.getpid())]
+        self.process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+        )
+        theirs.close()  # or the end of the process would not be seen here
+        # also where the owner is dropped, or the interpreter ends, without release
+        self.end = weakref.finalize(self, end_process, self.process, self.connection)
+        self.connection.send((list(sys.path), pickled, package))
+        ready = self._receive(START_SECONDS)
+        if ready is None or ready[0] == "error":
+            self.end()
+            text = f"not ready after {START_SECONDS:g} s" if ready is None else ready[1]
+            raise ValueError(f"the process of a TimeLimit cannot load its function: {text}")
+
+    def ask(self, question: Any, seconds: float) -> Answer | None:
+        """Send a question; the answer, or None after ``seconds``."""
+        try:
+            self.connection.send(question)
+        except BrokenPipeError:
+            return self._gone()
+        return self._receive(seconds)
+
+    def _receive(self, seconds: float) -> Answer | None:
+        try:
+            return self.connection.recv() if self.connection.poll(seconds) else None
+        except (EOFError, ConnectionResetError):
+            return self._gone()
+
+    def _gone(self) -> Answer:
+        code = self.process.wait()
+        return "error", f"the function ended its process, exit code {code}", {}
+
+
+def end_process(process: subprocess.Popen, connection: Connection) -> None:
+    """Kill a process and collect its exit code, so that no zombie stays."""
+    connection.close()
+    process.kill()
+    process.wait()
+
+
+# --- the process itself ---------------------------------------------------------------------------
+
+
+def serve(connection: Connection) -> None:
+    """Answer questions until the other side is gone."""
+    paths, pickled, package = connection.recv()
+    sys.path[:] = paths
+    if package is not None:
+        room = os.path.dirname(__file__)
+        for name, folder in ((package, os.path.dirname(room)), (f"{package}.rewards", room)):
+            sys.modules[name] = ModuleType(name)
+            sys.modules[name].__path__ = [folder]
+    try:
+        fn = pickle.loads(pickled)
+    except Exception as error:
+        connection.send(("error", f"{type(error).__name__}: {error}", {}))
+        return
+    connection.send(("value", None, {}))
+    while True:
+        row, completion = connection.recv()
+        connection.send(answer_one(fn, row, completion))
+
+
+def answer_one(fn: Any, row: dict, completion: str) -> Answer:
+    """Call the function; whatever comes of it is an answer."""
+    try:
+        values = list(fn([row], [completion]))
+        if len(values) != 1:
+            return "error", f"gave {len(values)} values for 1 completion", {}
+        number = None if values[0] is None else float(values[0])
+        return "value", number, dict(getattr(fn, "counts", {}))
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
+        return "error", f"{type(error).__name__}: {error} ({place})", {}
+
+
+def end_with(parent: int) -> None:
+    """End this process when the one that started it is gone, even in the middle of a call."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def main() -> None:
+    """Be the worker process of the connection and the parent that the arguments name."""
+    import contextlib
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends this process
+    threading.Thread(target=end_with, args=(int(sys.argv[2]),), daemon=True).start()
+    os.dup2(2, 1)  # what the function prints must not end up in the run's output
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        serve(Connection(int(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""The manners of the command line: errors in one line, no noise of libraries.
+
+Decides how a mistake is worded. Leaves out what a run consists of (`train.py`).
+"""
+
+import contextlib
+import difflib
+import logging
+import os
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+from transformers.utils import logging as transformers_logging
+
+from gspo_lightning.checkpoint.io import disk_fault
+
+LONGEST = 400  # characters of an error line; beyond come dumps of whole configs
+
+# Lines of a jsonargparse message that say how it searched, not what is wrong.
+_NOISE = re.compile(
+    r"Does not validate against|Subtypes: |Errors:|Given value type: |Problem with given class_path"
+    r"|Expected a path but |Expected a <class 'NoneType'>"
+)
+_KEY = re.compile(r'Parser key "(.+?)":\s*(.*)')
+_UNKNOWN = re.compile(r"unknown key `[^`]+`(?:, did you mean `[^`]+`\?|; known: [^.]+)?")
+
+
+class OneLineParser(LightningArgumentParser):
+    """Reports every mistake as one line on stderr that begins with `error:`, exit code 2."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # The start of an option's name is otherwise taken for the option, here and inside
+        # init_args: `--model.optimizer.learning_rat` would pass, and other typos not.
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Add what was probably meant; raise inside a nested value, print and exit at the top."""
+        message = self._name_the_unknown(message, getattr(ex, "subcommand_parser", None) or self)
+        if not self.exit_on_error:
+            super().error(message, ex)
+        sys.stderr.write(f"error: {printable(condense(message))}\n")
+        sys.exit(2)
+
+    def _name_the_unknown(self, message: str, parser: Any) -> str:
+        dests = [action.dest for action in parser._actions]
+        if match := re.fullmatch(r"unrecognized arguments: (--)?([^ =]+).*", message, re.DOTALL):
+            return unknown(match[2], dests) if match[1] else f"unexpected argument `{match[2]}`"
+        if match := re.fullmatch(r"Option '(.+)' is not accepted", message):
+            return unknown(match[1], dests)
+        if match := re.fullmatch(r"Group '(.+)' does not accept option '(.+)'", message):
+            group = f"{match[1]}."
+            inside = [dest.removeprefix(group) for dest in dests if dest.startswith(group)]
+            return f'Parser key "{match[1]}":\n{unknown(match[2], inside)}'
+        if match := re.fullmatch(r"Subcommand '.+' does not accept option '(.+)'", message):
+            return unknown(match[1], dests)
+        if match := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            return f"unknown command `{match[1]}`; there are {match[2]}".replace("'", "")
+        if 'expected "subcommand"' in message:
+            return "no command; try python train.py fit --config configs/arithmetic.yaml"
+        if match := re.fullmatch(r"the following arguments are required: (.*)", message):
+            whole = "give a config, such as --config configs/arithmetic.yaml"
+            way_out = whole if self.exit_on_error else "set it in the config"
+            return f"{match[1]} missing; {way_out}"
+        return message
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`, did you mean ...?`, or nothing when no known word is close.
+
+    >>> did_you_mean("group_sze", ["group_size", "temperature"])
+    ', did you mean `group_size`?'
+    """
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean `{close[0]}`?" if close else ""
+
+
+def unknown(key: str, known: Iterable[str]) -> str:
+    """Say that a key does not exist, and which does.
+
+    >>> unknown("temprature", ["help", "group_size", "temperature"])
+    'unknown key `temprature`, did you mean `temperature`?'
+    >>> unknown("colour", ["help", "group_size", "temperature"])
+    'unknown key `colour`; known: group_size, temperature'
+    """
+    names = [name for name in known if name.rpartition(".")[2] not in ("help", "config")]
+    hint = did_you_mean(key, names)
+    if not hint and "." in key:  # perhaps only the beginning is wrong
+        hint = did_you_mean(key.partition(".")[0], [name for name in names if "." not in name])
+    if not hint and "." not in key and len(names) <= 20:
+        hint = f"; known: {', '.join(names)}"
+    return f"unknown key `{key}`{hint}"
+
+
+def condense(message: str) -> str:
+    r"""Boil a message of several lines down to where and what.
+
+    >>> condense('Parser key "model":\n  Errors:\n  - Parser key "clip":\n    unknown key `low`')
+    'model.clip: unknown key `low`'
+    >>> condense('Parser key "seed":\n  Errors:\n  - Expected a <class \'int\'>\n  Given value: a')
+    'seed: expected int, got a'
+    """
+    keys: list[str] = []
+    reasons: list[str] = []
+    value = ""
+    for line in message.splitlines():
+        text = line.strip().removeprefix("- ")
+        if match := _KEY.fullmatch(text):
+            if not reasons:  # later keys belong to other readings of the same value
+                keys.append(match[1])
+            text = match[2]
+        if match := re.fullmatch(r"Given value: (?:NestedArg\(key=.*, val='(.*)'\)|(.*))", text):
+            value = match[1] or match[2]
+        elif text and not _NOISE.match(text):
+            reasons.append(text)
+    where = f"{'.'.join(keys)}: " if keys else ""
+    text = where + _what(reasons, value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+
+
+def _what(reasons: list[str], value: str) -> str:
+    """The one sentence worth showing among those of several readings of a value."""
+    for reason in reasons:
+        if match := _UNKNOWN.search(reason):
+            return match[0]
+    for reason in reasons:
+        if found := _import_trouble(reason):
+            return found
+    types = [_expected(reason) for reason in reasons if reason.startswith("Expected a ")]
+    if types and len(types) == len(reasons):
+        got = re.search(r"Got value: (.*)", reasons[0])
+        value = got[1] if got else value
+        choices = re.findall(r"'([^']*)'", " ".join(types))
+        wanted = [kind for kind in types if "'" not in kind]
+        wanted += [f"one of {', '.join(choices)}"] if choices else []
+        return f"expected {' or '.join(wanted)}, got {value}" + did_you_mean(value, choices)
+    return next((r for r in reasons if not r.startswith("Expected a ")), "; ".join(reasons))
+
+
+def _import_trouble(reason: str) -> str | None:
+    """What is wrong with a class_path, if that is what a reason is about."""
+    if match := re.search(r"module '(\S+)' has no attribute '(\S+)'", reason):
+        return f"there is no {match[2]} in {match[1]}" + did_you_mean(
+            match[2], dir(sys.modules.get(match[1]))
+        )
+    if match := re.search(r"No module named '(.+?)'", reason):
+        advice = "; install it, or put its folder on PYTHONPATH"
+        meant = did_you_mean(match[1], ["gspo_lightning"])
+        return f"there is no module {match[1]}{meant or advice}"
+    if match := re.search(r"Unexpected import path format: (.*)", reason):
+        return f"class_path must be a dotted name such as gspo_lightning.GSPOModule, got {match[1]}"
+    no_such = r"Import path (\S+) does not (?:correspond to a subclass of|implement protocol) (\w+)"
+    if match := re.search(no_such, reason):
+        return f"{match[1]} is no {match[2]}; give the class_path of one"
+    if match := re.search(r"function or a callable class: .*but got (.*?)\. Got value", reason):
+        return f"expected the import path of a function or of a callable class, got {match[1]}"
+    if re.search(r"Expected an instantiatable class", reason):
+        return "has settings but no class; give its class_path, too"
+    if match := re.search(r"Expected a dot import path string: (\S+)", reason):
+        return f"there is no class {match[1]}" + did_you_mean(match[1], _class_names())
+    return None
+
+
+def _expected(reason: str) -> str:
+    text = reason.removeprefix("Expected a ").partition(". Got value:")[0]
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+
+
+def _class_names() -> list[str]:
+    import lightning.pytorch.callbacks
+
+    import gspo_lightning
+
+    return [*gspo_lightning.__all__, *lightning.pytorch.callbacks.__all__]
+
+
+# also those that change the direction of text, or end a line for some readers only
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+# Messages of Lightning that are advertising, or repeat what the plan and our own lines say.
+_CHATTER = re.compile(
+    r"💡 Tip|(GPU|TPU|HPU) available|`Trainer\.fit` stopped|Restor(ing|ed) |Loaded model weights"
+    r"|`Trainer\(limit_|\s*Detected KeyboardInterrupt|(\[rank: \d+\] )?Seed set to "
+    r"|`weights_only` was not set"
+)
+_HARMLESS = (
+    # lightning 2.6.6 itself asks torch for LeafSpec, which torch 2.13 has deprecated
+    r".*isinstance\(treespec, LeafSpec\)",
+    # tokenised prompts lie in memory: worker processes would only cost time
+    r"The '\w+_dataloader' does not have many workers",
+    # data.val_path: null is a choice
+    r"Total length of `list` across ranks is zero",
+)
+
+
+def printable(text: str) -> str:
+    r"""Text without control characters: a terminal obeys them, and a completion may be quoted.
+
+    >>> printable("reward 'a' failed: \x1b]0;title\x07\n")
+    "reward 'a' failed: \\x1b]0;title\\x07\\n"
+    """
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep known noise out of the output, and show what warnings remain as one line each."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not _CHATTER.match(record.getMessage())
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        sys.stderr.write(f"warning: {printable(' '.join(str(message).split()))}\n")
+
+    def end(arguments: threading.ExceptHookArgs) -> None:
+        # TensorBoard writes in a thread; what stopped it is raised again where it is waited for
+        if arguments.exc_value is None or disk_fault(arguments.exc_value) is None:
+            threading.__excepthook__(arguments)
+
+    loggers = [
+        logging.getLogger(f"lightning.{part}")
+        for part in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero")
+    ]
+    loggers.append(logging.getLogger("lightning.fabric.utilities.seed"))
+    transformers_logging.disable_progress_bar()  # one per folder of weights, gone in no time
+    # Lightning 2.6.6 calls jsonargparse by names that have been renamed since.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    with warnings.catch_warnings():
+        for pattern in _HARMLESS:
+            warnings.filterwarnings("ignore", message=pattern)
+        previous, warnings.showwarning = warnings.showwarning, show
+        hook, threading.excepthook = threading.excepthook, end
+        for logger in loggers:
+            logger.addFilter(keep)
+        try:
+            yield
+        finally:
+            warnings.showwarning, threading.excepthook = previous, hook
+            for logger in loggers:
+                logger.removeFilter(keep)

@@ -1,0 +1,98 @@
+"""How a command ends that did not end by itself: one line, and an exit code.
+
+Decides which errors a user can mend and how they are worded. Leaves out where they come from.
+"""
+
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from gspo_lightning.checkpoint.io import disk_fault
+from gspo_lightning.checkpoint.signals import is_of_another_rank
+from gspo_lightning.guards.out_of_memory import OutOfMemory, is_out_of_memory
+from gspo_lightning.rewards.terms import RewardError
+from gspo_lightning.run.cli import LONGEST, condense, printable
+from gspo_lightning.run.folder import say
+
+# What a user's mistake raises: bad values, missing files, devices, packages.
+MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException)
+
+
+def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> int:
+    """Say what ended the command and how to go on.
+
+    Args:
+        error: What ended it.
+        watch: Knows whether work had ``begun``; ``refuse`` takes back what was written before.
+        go_on: How to continue, or nothing; asked after the error is told, and whether there
+            is time to read a checkpoint to its end.
+
+    Returns:
+        The exit code.
+    """
+    cause = error.__context__ if isinstance(error, SystemExit) else error
+    if isinstance(cause, KeyboardInterrupt):  # Lightning turns it into exit(1)
+        return stopped("interrupted", 130, go_on)
+    if isinstance(error, SIGTERMException):  # its own exit code is 0, as if all had been done
+        return stopped("terminated", watch.signals.exit_code or 143, go_on)
+    if isinstance(error, SystemExit):  # the parser has said why, or printed help
+        return error.code if isinstance(error.code, int) else 0
+    # a reward function is the user's, numbers and memory are the run's: all name what it was
+    known = isinstance(error, RewardError | FloatingPointError) or is_out_of_memory(error)
+    text = mistake(error) if known or not watch.begun else None
+    full = disk_fault(error)
+    text = full or text
+    gone = text is None and is_of_another_rank(error)
+    if gone:
+        text = "another rank failed; see its line above"
+    if text is None or os.environ.get("GSPO_TRACEBACK") == "1":
+        trace = "".join(traceback.format_exception(error))
+        sys.stderr.write("\n".join(printable(line) for line in trace.split("\n")))
+    if text is not None:
+        sys.stderr.write(f"error: {printable(text)}\n")
+        if not watch.begun:
+            watch.refuse()
+    if advice := go_on(True):
+        say(advice)
+    ran = gone or isinstance(error, FloatingPointError) or is_out_of_memory(error)
+    return 1 if text is None or full or ran else 2
+
+
+def stopped(how: str, code: int, go_on: Callable[[bool], str]) -> int:
+    """Say that a signal ended the command at once."""
+    advice = go_on(False)
+    say(f"{how}; {advice}" if advice else how)
+    return code
+
+
+def leave(code: int) -> NoReturn:
+    """End the process.
+
+    After a signal, without the threads that are still at work: Python would wait for a reward.
+    """
+    others = set(threading.enumerate()) - {threading.main_thread()}
+    if code > 128 and not all(thread.daemon for thread in others):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def mistake(error: BaseException) -> str | None:
+    """The line for an error that a user can mend, None for one that is ours."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in text:
+        lines = [" ".join(line.split()) for line in text.splitlines()]
+        text = f"ckpt_path: the checkpoint is of another model: {' '.join(lines[1:2])}"
+        return f"{text[:LONGEST]}; set model.init_args.policy to what it was made with"
+    if "Accelerator` can not run on your system" in text:
+        return f"trainer.accelerator: {text.partition(' The following')[0]} Use cpu, or auto"
+    if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
+        first = text.strip().partition("\n")[0][:200]
+        return f"out of memory: {first or type(error).__name__}; smaller batches need less"
+    return condense(text) if isinstance(error, (*MISTAKES, OutOfMemory)) and text else None

@@ -1,0 +1,211 @@
+"""The folder of a run: one run in each, with the config and the code it was made with.
+
+Decides when a folder is refused and what is written beside the checkpoints. Leaves out the
+checkpoints themselves (`checkpoint`) and what callbacks write.
+"""
+
+import itertools
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+
+from gspo_lightning.checkpoint.files import checkpoint_number, list_checkpoints, numbered_files
+from gspo_lightning.checkpoint.fingerprints import settings
+from gspo_lightning.checkpoint.io import damage
+from gspo_lightning.run.provenance import write_provenance
+from gspo_lightning.run.terminal_log import TerminalLog
+
+CONFIG = "config.yaml"
+LOG = "log.txt"
+FINISHED = "finished"  # only where no checkpoint says so
+LONGEST_CHANGE = 120  # characters; whole lists of callbacks are longer
+
+
+class RunConfig(SaveConfigCallback):
+    """Saves what a run was started with, and beside it what each continuation was started with.
+
+    Args:
+        args: What Lightning gives its own callback.
+        checkpoint: Where the run goes on, if it does.
+        terminal: Copies the terminal into the run folder, if given.
+        leftovers: Files of an earlier run that ended without a checkpoint; they are moved aside
+            when this one begins.
+        command: The command line, for the log.
+        kwargs: What Lightning gives its own callback.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        checkpoint: Path | None = None,
+        terminal: TerminalLog | None = None,
+        leftovers: Sequence[Path] = (),
+        command: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.checkpoint = checkpoint
+        self.terminal = terminal
+        self.leftovers = leftovers
+        self.command = command
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write nothing yet: a run that cannot start should leave no trace."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the files; on continuing say in which settings they differ from the first ones."""
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint is None:
+            move_leftovers(folder, self.leftovers)
+        if self.terminal is not None:
+            self.terminal.open(folder / LOG, self.command)
+        first = path = folder / CONFIG
+        mark = ""
+        if self.checkpoint is not None and first.exists():
+            number = checkpoint_number(self.checkpoint)
+            mark = f"resume-{self.checkpoint.stem if number is None else f'{number:06d}'}"
+            path = folder / f"config.{mark}.yaml"
+        if write_provenance(folder, mark) and mark:
+            say(f"the code or a version changed since {first}: see {folder}/versions.{mark}.yaml")
+        self._write(path)
+        if path != first:
+            old, new = (flat(yaml.safe_load(file.read_text())) for file in (first, path))
+            for key in sorted(old.keys() | new.keys()):
+                if old.get(key) != new.get(key) and key != "ckpt_path":
+                    change = f"{key} {old.get(key)} -> {new.get(key)}"
+                    shown = change if len(change) <= LONGEST_CHANGE else f"{key}, see {path}"
+                    say(f"changed since {first}: {shown}")
+
+    def fingerprints(self) -> dict[str, Any]:
+        """The settings that make this run the one it is."""
+        return settings(flat(yaml.safe_load(self.parser.dump(self.config, skip_unset=False))))
+
+    def _write(self, path: Path) -> None:
+        config = self.config.clone()
+        config.pop("accept_changes", None)  # was said once; a file would say it for ever
+        partial = path.with_name(f".{path.name}.partial")  # half a config would hinder the next run
+        self.parser.save(config, partial, skip_unset=False, overwrite=True, multifile=False)
+        os.replace(partial, path)
+
+
+def check_folder(root: Path, checkpoint: Path | None) -> None:
+    """Raise ValueError where a run would mix with another one in the same folder."""
+    found = list_checkpoints(root)
+    elsewhere = "start in another folder with --trainer.default_root_dir NEW"
+    started = numbered_files(root)  # a damaged one, too, is of a run
+    if checkpoint is None and started:
+        raise ValueError(
+            f"{root} already holds a run (up to {started[-1].name}); continue it with --ckpt_path "
+            f"last, or {elsewhere}"
+        )
+    if (root / FINISHED).exists():
+        raise ValueError(
+            f"{root} holds a finished run without checkpoints; {elsewhere}, or remove "
+            f"{root / FINISHED} to start again here"
+        )
+    number = None if checkpoint is None else checkpoint_number(checkpoint)
+    later = [path for path in found if number is None or (checkpoint_number(path) or 0) > number]
+    whole = [path for path in later if damage(path) is None]  # damaged ones will be written again
+    if checkpoint is not None and whole and checkpoint.resolve() != whole[-1].resolve():
+        raise ValueError(
+            f"{root} holds later checkpoints than {checkpoint} (up to {whole[-1].name}); "
+            f"continue with --ckpt_path last, or {elsewhere}"
+        )
+    file = root / CONFIG
+    if file.exists() and not file.read_bytes().startswith(b"# lightning.pytorch=="):
+        raise ValueError(f"{file} was not written by a run and would be lost; {elsewhere}")
+
+
+@rank_zero_only
+def check_writable(root: Path) -> None:
+    """Raise ValueError if no file can be made in the run folder; leaves nothing behind."""
+    missing = [folder for folder in (root, *root.parents) if not folder.exists()]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"trainer.default_root_dir: cannot write in {root}: {error.strerror}; name another "
+            "folder with --trainer.default_root_dir NEW"
+        ) from error
+    finally:
+        for folder in missing:  # the innermost first
+            if folder.is_dir():
+                folder.rmdir()
+
+
+def find_leftovers(root: Path) -> list[Path]:
+    """The logs of a run that ended without a checkpoint.
+
+    Only beside a config that a run wrote, and only files that a run writes.
+    """
+    names = ("events.out.tfevents.*", "samples.jsonl", "curves.png", LOG)
+    return [file for name in names for file in root.glob(name)] if (root / CONFIG).exists() else []
+
+
+def move_leftovers(root: Path, files: Sequence[Path]) -> None:
+    """Move aside what :func:`find_leftovers` found, and say so; it may have been long."""
+    if not files:
+        return
+    number = next(n for n in itertools.count(1) if not (root / f"earlier-{n}").exists())
+    folder = root / f"earlier-{number}"
+    folder.mkdir()
+    for file in files:
+        os.replace(file, folder / file.name)
+    say(f"moved the logs of a run that ended without a checkpoint to {folder}")
+
+
+@rank_zero_only
+def mark_finished(root: Path) -> None:
+    """Leave a mark in the folder of a run that has ended and has no checkpoint to show for it."""
+    if not numbered_files(root):
+        text = "This run has ended, without a checkpoint. Another one is not started over it.\n"
+        (root / FINISHED).write_text(text)
+
+
+@rank_zero_only
+def remove_traces(root: Path, present: set[Path]) -> None:
+    """Take back what a run wrote that was refused before it began.
+
+    Lightning opens the curves before anything is checked.
+
+    Args:
+        root: The run folder.
+        present: What was in it before; that stays.
+    """
+    written = ("events.out.tfevents.*", "hparams.yaml", "config*.yaml", "versions*.yaml", LOG)
+    for pattern in (*written, "uncommitted*.diff"):
+        for file in set(root.glob(pattern)) - present:
+            file.unlink()
+    if root.is_dir() and not any(root.iterdir()):
+        root.rmdir()
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, keys joined by dots.
+
+    >>> flat({"data": {"path": "a", "rows": [1, 2]}})
+    {'data.path': 'a', 'data.rows': [1, 2]}
+    """
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    parts = (flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in tree.items())
+    return {key: value for part in parts for key, value in part.items()}
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """One line for the person at the terminal, not part of any result."""
+    print(text, file=sys.stderr, flush=True)

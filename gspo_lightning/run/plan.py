@@ -1,0 +1,312 @@
+"""What a run will do, what memory it needs, and how it is continued.
+
+Decides how the estimate is made. Leaves out when things are printed (``progress``). Reads modules
+and trainers by attribute, so a warm start, or a module of one's own, gets the lines that apply.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from gspo_lightning.engine.products import uses_onednn
+
+CHUNK = 256  # tokens whose float32 logits exist at a time on a CPU (``head``)
+
+
+def plan_lines(trainer: Any, module: Any) -> list[str]:
+    """Describe a run in at most nine lines, from what is known before the first batch.
+
+    Args:
+        trainer: After ``setup``: data, module and devices are known, nothing has run.
+        module: A GSPOModule, or any other module.
+
+    Returns:
+        Lines of a name and a text.
+    """
+    lines = [("plan", "; ".join(_work(trainer, module)))]
+    if hasattr(module, "sampler"):
+        lines.append(("updates", _updates(trainer, module)))
+    lines.append(("policy", _policy(trainer, module)))
+    if getattr(module, "critic", None) is not None:
+        lines.append(("critic", _critic(module)))
+    frozen = _frozen(module)
+    if frozen:
+        lines.append(("scoring", frozen))
+    memory = _memory(trainer, module)
+    if memory:
+        lines.append(("memory", memory))
+    lines.append(("run", str(trainer.default_root_dir)))
+    return [f"{name:<9} {text}" for name, text in lines]
+
+
+def total_batches(trainer: Any) -> int | None:
+    """Rollouts (or batches) of the whole run; None if nothing bounds it.
+
+    ``trainer.num_training_batches`` is infinite until training starts, so the data is asked first.
+    """
+    data = trainer.datamodule
+    batches = getattr(data, "num_rollouts", None) or getattr(data, "num_steps", None)
+    batches = min(batches or math.inf, trainer.num_training_batches)
+    if isinstance(trainer.limit_train_batches, int):
+        batches = min(batches, trainer.limit_train_batches)
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        batches = math.inf
+    total = batches * trainer.max_epochs if math.isfinite(batches) else math.inf
+    if trainer.lightning_module.automatic_optimization and trainer.max_steps >= 0:
+        total = min(total, trainer.max_steps * trainer.accumulate_grad_batches)
+    return int(total) if math.isfinite(total) else None
+
+
+def _work(trainer: Any, module: Any) -> list[str]:
+    total, data = total_batches(trainer), trainer.datamodule
+    done = trainer.fit_loop.total_batch_idx + 1
+    count = "any number of" if total is None else f"{total:,}"
+    if not hasattr(module, "sampler"):
+        batch = getattr(data, "batch_size", None)
+        text = f"{count} batches" + (f" of {batch * trainer.world_size}" if batch else "")
+        return [text + (f", {done:,} of them done" if done else "")]
+    prompts = data.prompts_per_rollout * trainer.world_size
+    sequences = prompts * module.sampler.group_size
+    tokens = sequences * module.sampler.max_new_tokens
+    if getattr(module, "drop_flat_groups", False):  # every group may have to be replaced each time
+        tokens *= 1 + module.max_draws
+    each = (
+        f"{count} rollouts{f' ({done:,} done)' if done else ''}, each {prompts} prompts x "
+        f"{module.sampler.group_size} completions of at most {module.sampler.max_new_tokens} tokens"
+    )
+    bound = tokens if total is None else tokens * (total - done)
+    return [each, f"at most {bound:,} tokens {'each' if total is None else 'to sample'}"]
+
+
+def _updates(trainer: Any, module: Any) -> str:
+    steps = module.num_epochs * module.num_minibatches
+    sequences = trainer.datamodule.prompts_per_rollout * module.sampler.group_size
+    size = sequences // module.num_minibatches
+    micro = min(module.micro_batch_size or size, size)
+    epochs = f"{module.num_epochs} epoch{'s' if module.num_epochs > 1 else ''}"
+    text = (
+        f"{steps} optimizer steps per rollout ({epochs} x {module.num_minibatches} mini-batches of "
+    )
+    text += f"{size}" + (f", {micro} at a time" if micro < size else "")
+    if module.micro_batch_tokens is not None:
+        text += f", at most {module.micro_batch_tokens:,} tokens at a time"
+    text += ")"
+    total = total_batches(trainer)
+    return text + ("" if total is None else f", {steps * total:,} in all")
+
+
+def _policy(trainer: Any, module: Any) -> str:
+    parameters = list(getattr(module, "policy", module).parameters())
+    count = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    share = "all trained" if trained == count else f"{trained:,} trained"
+    types = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+    place = str(trainer.strategy.root_device)
+    if trainer.world_size > 1:
+        place += f" and {trainer.world_size - 1} more"
+    text = f"{count:,} parameters, {share}, {types} on {place}, precision {trainer.precision}"
+    exact = trainer.precision == "32-true" and trainer.strategy.root_device.type == "cpu"
+    return text + (", products by oneDNN" if exact and any(map(uses_onednn, parameters)) else "")
+
+
+def _critic(module: Any) -> str:
+    """What values come from; the layers of its own count, the policy's do not."""
+    count = sum(p.numel() for p in module.critic.parameters())
+    config = module.critic.config
+    layers = "layers of its own" if module.critic.backbone is not None else "the policy's layers"
+    rate = f"learning rate {config.learning_rate_ratio:g} x the policy's"
+    return f"{count:,} parameters, {layers}, {rate}"
+
+
+def _frozen(module: Any) -> str:
+    parts = []
+    moved = getattr(getattr(module, "frozen", None), "device", None)
+    if getattr(module, "reference", None) is not None:
+        shared = " (its adapters off)" if getattr(module.reference, "shared", False) else ""
+        parts.append(f"reference on {moved or module.reference.device}{shared}")
+    for name, term in (getattr(module, "rewards", None) or {}).items():
+        place = f" on {moved or term.fn.device}" if hasattr(term.fn, "device") else ""
+        parts.append(f"reward {name}{place}")
+    return ", ".join(parts)
+
+
+def policy_memory(trainer: Any, module: Any) -> dict[str, float] | None:
+    """``memory_parts`` of a run; None without a model, or if its config does not give its sizes."""
+    model = getattr(getattr(module, "policy", None), "model", None)
+    if model is None or not hasattr(module, "sampler"):
+        return None
+    data, sampler = trainer.datamodule, module.sampler
+    sequences = data.prompts_per_rollout * sampler.group_size
+    minibatch = sequences // module.num_minibatches
+    return memory_parts(
+        model,
+        prompt_tokens=data.longest_prompt,
+        new_tokens=sampler.max_new_tokens,
+        decoded=min(getattr(sampler, "batch_size", None) or sequences, sequences),
+        tokens_at_once=_tokens_at_once(
+            module, min(module.micro_batch_size or minibatch, minibatch), data.longest_prompt
+        ),
+        half_precision="16" in str(trainer.precision),
+        checkpointing=any(
+            getattr(part, "gradient_checkpointing", False) for part in model.modules()
+        ),
+    )
+
+
+def _memory(trainer: Any, module: Any) -> str | None:
+    """The estimate as a line."""
+    parts = policy_memory(trainer, module)
+    if parts is None:
+        return None
+    peak = sum(parts.values()) - min(parts["KV cache"], parts["micro-batch"])
+    text = f"about {size_text(peak)} for the policy: " + ", ".join(
+        f"{name} {size_text(value)}" for name, value in parts.items()
+    )
+    reference = getattr(module, "reference", None)
+    if reference is not None and not getattr(reference, "shared", False):
+        size = sum(p.numel() * p.element_size() for p in module.policy.model.parameters())
+        text += f"; reference {size_text(size)}"
+    critic = getattr(module, "critic", None)
+    if (
+        critic is not None and critic.backbone is not None
+    ):  # weights, gradients and Adam's two moments
+        size = 4 * sum(p.numel() * p.element_size() for p in critic.parameters())
+        text += f"; critic {size_text(size)} and its activations"
+    return text
+
+
+def _tokens_at_once(module: Any, rows: int, prompt_tokens: int) -> int:
+    """Tokens of the largest micro-batch: packed rows share a prompt within their group."""
+    config = getattr(module.policy.model, "config", None)
+    packed = str(getattr(config, "_attn_implementation", "")).startswith("gspo_")
+    prompts = math.ceil(rows / module.sampler.group_size) if packed else rows
+    new_tokens = module.sampler.max_new_tokens
+    tokens = prompts * prompt_tokens + rows * new_tokens
+    if module.micro_batch_tokens is None:
+        return tokens
+    # a limit cannot cut a single completion
+    return min(tokens, max(module.micro_batch_tokens, prompt_tokens + new_tokens))
+
+
+def memory_parts(
+    model: Any,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    decoded: int,
+    tokens_at_once: int,
+    half_precision: bool = False,
+    checkpointing: bool = False,
+) -> dict[str, float] | None:
+    """Estimate what training needs, part by part; the allocator's own losses come on top.
+
+    The cache and the micro-batch are never there together, so the peak is the sum of weights,
+    gradients and Adam's state, and the larger of those two. With S = prompt + new tokens, K layers,
+    D hidden, I units of the feed-forward part, V vocabulary and e bytes per value:
+
+    - KV cache = decoded * S * K * 2 * (key-value heads) * (head size) * e
+    - micro-batch = activations + logits, with
+      activations = tokens * K * (12 D + 4 I) * e, what backward needs from a layer, or
+      tokens * (K D + 12 D + 4 I) * e with checkpointing: each layer's input and one layer's
+      activations (attention matrices are not counted: fused kernels keep none), and
+      logits = 256 * V * 4 (a chunk of them) + V * D * e (the gradient of their matrix, before it
+      is added to that of other micro-batches)
+
+    12 D + 4 I is counted, not derived: Llama, Qwen3 and GPT-2 keep this to about a tenth.
+
+    Args:
+        model: A transformers model.
+        prompt_tokens: Longest prompt.
+        new_tokens: Longest completion.
+        decoded: Completions decoded at the same time.
+        tokens_at_once: Tokens of a micro-batch.
+        half_precision: Whether activations take two bytes whatever the weights take.
+        checkpointing: Whether activations are recomputed.
+
+    Returns:
+        Bytes by part, or None if the config does not name its sizes.
+    """
+    config = model.config
+    layers, hidden, heads, vocabulary = (
+        getattr(config, name, None)
+        for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    )
+    if layers is None or hidden is None or heads is None or vocabulary is None:
+        return None
+    head_size = getattr(config, "head_dim", None) or hidden // heads
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    parameters = list(model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    width = 2 if half_precision else parameters[0].element_size()
+    length = prompt_tokens + new_tokens
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    layer = 12 * hidden + 4 * inner
+    kept = layers * hidden + layer if checkpointing else layers * layer
+    logits = CHUNK * vocabulary * 4 + vocabulary * hidden * parameters[0].element_size()
+    return {
+        "weights": sum(p.numel() * p.element_size() for p in parameters),
+        "gradients": trained,
+        "Adam": 2 * trained,
+        "KV cache": decoded * length * layers * 2 * key_value_heads * head_size * width,
+        "micro-batch": tokens_at_once * kept * width + logits,
+    }
+
+
+def size_text(size: float) -> str:
+    """Bytes for people.
+
+    >>> size_text(3 * 2**19), size_text(5 * 2**29)
+    ('2 MiB', '2.5 GiB')
+    """
+    return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
+
+
+def longer_run(trainer: Any, done: int) -> dict[str, int]:
+    """The option that makes a finished run twice as long."""
+    if trainer.max_epochs > 1:
+        return {"--trainer.max_epochs": 2 * trainer.max_epochs}
+    unit = "num_rollouts" if hasattr(trainer.datamodule, "num_rollouts") else "num_steps"
+    return {f"--data.{unit}": 2 * done}
+
+
+def this_python() -> str:
+    """How to call the Python that runs, from here, with what it takes to compute the same bits."""
+    found = shutil.which("python")
+    path = os.path.abspath(sys.executable)
+    if found is not None and os.path.abspath(found) == path:
+        path = "python"
+    elif path.startswith(os.getcwd() + os.sep):
+        path = os.path.relpath(path)
+    threads = os.environ.get("OMP_NUM_THREADS")  # another number adds in another order
+    return ("" if threads is None else f"OMP_NUM_THREADS={threads} ") + shlex.quote(path)
+
+
+def resume_command(argv: list[str], longer: Mapping[str, int], python: str = "python") -> str:
+    """The command that continues a run, from the one that started it.
+
+    Args:
+        argv: ``sys.argv``.
+        longer: An option to raise, for a run that has reached its end.
+        python: The interpreter, as typed; see ``this_python``.
+
+    >>> resume_command(["train.py", "fit", "--config", "a b.yaml", "--ckpt_path=auto"], {})
+    "python train.py fit --config 'a b.yaml' --ckpt_path last"
+    >>> resume_command(["train.py", "fit", "--accept_changes", "true", "--config", "a.yaml"], {})
+    'python train.py fit --config a.yaml --ckpt_path last'
+    """
+    nested = [name.replace("--data.", "--data.init_args.") for name in longer]
+    replaced = ["--ckpt_path", "--accept_changes", *longer, *nested]  # accepted once is enough
+    arguments, skip = [], False
+    for argument in argv[1:]:
+        if not skip and argument.partition("=")[0] not in replaced:
+            arguments.append(argument)
+        skip = not skip and argument in replaced  # its value is the next argument
+    arguments += [text for name, value in longer.items() for text in (name, str(value))]
+    command = shlex.join([argv[0], *arguments, "--ckpt_path", "last"])
+    return f"{python} {command}" if argv[0].endswith(".py") else command

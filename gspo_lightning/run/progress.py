@@ -1,0 +1,295 @@
+"""What the terminal shows: the plan, a bar or lines while a run goes on, five lines at its end.
+
+Decides wording and layout; plain text without colours. A bar on a terminal, one line per rollout
+anywhere else. Leaves out the estimate behind the plan (``plan``) and every file (``callbacks``).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm
+
+from gspo_lightning.callbacks.files import CurvePlot, HFExport, SampleTable
+from gspo_lightning.callbacks.predictions import PredictionWriter
+from gspo_lightning.callbacks.report import figures, figures_line, rollout_line
+from gspo_lightning.run.plan import (
+    longer_run,
+    plan_lines,
+    resume_command,
+    this_python,
+    total_batches,
+)
+
+BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+
+
+def say(text: str) -> None:
+    """Print a line above whatever bars are drawn; the one way to the terminal."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()  # who reads a pipe wants the line now
+
+
+def on_terminal() -> bool:
+    """Whether standard output can redraw a line."""
+    if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+        return False
+    return os.get_terminal_size(sys.stdout.fileno()).columns > 0  # 0 in some containers: no room
+
+
+class RolloutProgress(ProgressBar):
+    """A bar over rollouts on a terminal; one line per rollout where lines cannot be redrawn.
+
+    Modules without rollouts (a warm start) get the same bar, and a line every few batches.
+
+    Args:
+        every_n_steps: Batches between two lines of a module without rollouts.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        super().__init__()
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be >= 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self._enabled = True
+        self._train_bar: tqdm | None = None
+        self._other_bar: tqdm | None = None  # validation, test, predict
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def print(self, *args: Any, **_: Any) -> None:
+        if self._enabled:
+            say(" ".join(map(str, args)))
+
+    def _bar(self, what: str, total: float | None, done: int, stay: bool) -> tqdm | None:
+        if not (self._enabled and on_terminal()):
+            return None
+        total = total if total is not None and total != float("inf") else None
+        return tqdm(
+            desc=what,
+            total=total,
+            initial=done,
+            leave=stay,
+            dynamic_ncols=True,
+            bar_format=BAR_FORMAT,
+            file=sys.stdout,
+        )
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        done = trainer.fit_loop.total_batch_idx + 1
+        self._train_bar = self._bar("training ", total_batches(trainer), done, stay=True)
+
+    def on_phase(self, name: str, index: int) -> None:
+        """Show what the rollout is at: ``rollout``, ``score`` or ``optimise``."""
+        if self._train_bar is not None:
+            self._train_bar.set_description_str(f"{name:<9}")
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        is_rollout = isinstance(outputs, dict) and "rollout" in outputs
+        metrics = outputs["metrics"] if is_rollout else trainer.callback_metrics
+        done, total = trainer.fit_loop.total_batch_idx + 1, total_batches(trainer)
+        loss = f"loss {float(metrics['train/loss']):.4f}" if "train/loss" in metrics else ""
+        text = rollout_line(metrics) if is_rollout else loss
+        if self._train_bar is not None:
+            short = {k: v for k, v in metrics.items() if k.startswith("train/") or "tokens" in k}
+            self._train_bar.set_postfix_str(
+                rollout_line(short) if is_rollout else loss, refresh=False
+            )
+            self._train_bar.update(done - self._train_bar.n)
+            self._train_bar.refresh()
+        elif self._enabled and (is_rollout or done % self.every_n_steps == 0 or done == total):
+            width = len(str(total or 9999))
+            what = "rollout" if is_rollout else "step"
+            say(f"{what} {done:>{width}}" + (f"/{total}" if total else "") + f"  {text}")
+
+    def on_train_end(self, *_: Any) -> None:
+        self.on_phase("trained", 0)
+        self._close()
+
+    def on_exception(self, *_: Any) -> None:
+        self._close()  # or the message would stand in the middle of a bar
+
+    def _close(self) -> None:
+        for bar in (self._other_bar, self._train_bar):
+            if bar is not None:
+                bar.close()
+        self._train_bar = self._other_bar = None
+
+    def _start(self, what: str, batches: Any) -> None:
+        total = sum(batches) if isinstance(batches, list) else batches
+        self._other_bar = self._bar(what, total, 0, stay=False)
+
+    def _step(self, *_: Any) -> None:
+        if self._other_bar is not None:
+            self._other_bar.update()
+
+    def _finish(self, text: str) -> None:
+        if self._other_bar is not None:
+            self._other_bar.close()
+            self._other_bar = None
+        if self._enabled:
+            say(text)
+
+    @staticmethod
+    def _evaluation_name(trainer: Any, pl_module: Any) -> str:
+        if trainer.sanity_checking:
+            return "evaluation before training"
+        if trainer.state.fn != "fit":
+            return "validation"
+        unit = "rollouts" if hasattr(pl_module, "sampler") else "steps"
+        return f"validation after {trainer.fit_loop.total_batch_idx + 1} {unit}"
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        first = trainer.sanity_checking
+        batches = trainer.num_sanity_val_batches if first else trainer.num_val_batches
+        self._start(self._evaluation_name(trainer, pl_module), batches)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        line = figures_line(figures(trainer.callback_metrics))
+        self._finish(f"{self._evaluation_name(trainer, pl_module)}: {line}")
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        self._start("test", trainer.num_test_batches)
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        self._finish("test: " + figures_line(figures(trainer.callback_metrics, "test")))
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        self._start("predict", trainer.num_predict_batches)
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        files = [c.file(trainer) for c in trainer.callbacks if isinstance(c, PredictionWriter)]
+        advice = "not written; add gspo_lightning.PredictionWriter to trainer.callbacks"
+        self._finish("predictions: " + (", ".join(map(str, files)) or advice))
+
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _step  # type: ignore[assignment]
+
+
+class RunSummary(Callback):
+    """The plan before a run, and five lines at its end: what came of it and where it lies.
+
+    The evaluation before training is Lightning's sanity check over the whole held-out set
+    (``num_sanity_val_steps: -1``), kept in the checkpoint: a resumed run does not evaluate again
+    before training.
+    """
+
+    def __init__(self) -> None:
+        self.before: dict[str, float] = {}  # held out, before the first rollout
+        self.after: dict[str, float] = {}  # held out, the newest
+        self.after_batches = 0
+        self.first: dict[str, float] = {}  # of the first batch, for runs without validation
+        self.newest: dict[str, float] = {}
+        self.seconds = 0.0  # in training, over all parts of the run
+        self._started: float | None = None
+        self._planned = False
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("before", "after", "after_batches", "first", "newest")
+        return {name: getattr(self, name) for name in names} | {"seconds": self._elapsed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+
+    def _elapsed(self) -> float:
+        running = 0.0 if self._started is None else time.monotonic() - self._started
+        return self.seconds + running
+
+    def _plan(self, trainer: Any, pl_module: Any) -> None:
+        if not self._planned and trainer.is_global_zero:
+            say("\n".join(plan_lines(trainer, pl_module)))
+        self._planned = True
+
+    on_sanity_check_start = _plan
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._plan(trainer, pl_module)  # without an evaluation before training, as on resume
+        self._started = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        metrics = trainer.callback_metrics
+        seen = {
+            k: float(metrics[f"train/{k}"]) for k in ("reward", "loss") if f"train/{k}" in metrics
+        }
+        self.first = self.first or seen
+        self.newest = seen
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        if trainer.sanity_checking:
+            self.before = figures(metrics)
+        elif trainer.state.fn == "fit":
+            self.after = figures(metrics)
+            self.after_batches = trainer.fit_loop.total_batch_idx + 1
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.seconds, self._started = self._elapsed(), None
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            say("\n".join(self.lines(trainer, pl_module)))
+
+    def lines(self, trainer: Any, pl_module: Any) -> list[str]:
+        """The five lines."""
+        unit = "rollouts" if hasattr(pl_module, "sampler") else "steps"
+        done = trainer.fit_loop.total_batch_idx + 1
+        root = Path(trainer.default_root_dir)
+        files = {
+            "curves": [root / c.path for c in trainer.callbacks if isinstance(c, CurvePlot)],
+            "samples": [c.file(trainer) for c in trainer.callbacks if isinstance(c, SampleTable)],
+            "checkpoint": sorted((root / "checkpoints").glob("*.ckpt"))[-1:],
+            "model": [root / c.path for c in trainer.callbacks if isinstance(c, HFExport)],
+        }
+        found = {
+            name: str(paths[0]) for name, paths in files.items() if paths and paths[0].exists()
+        }
+        curves = [found.pop("curves")] if "curves" in found else []
+        if any(Path(logger.save_dir or "") == root for logger in trainer.loggers):
+            curves.append(f"tensorboard --logdir {shlex.quote(str(root))}")
+        if "checkpoint" in found:
+            finished = done >= (total_batches(trainer) or math.inf)
+            longer = longer_run(trainer, done) if finished else {}
+            command = resume_command(sys.argv, longer, this_python())
+            go_on = f"{'extend' if longer else 'resume':<9} {command}"
+        else:
+            go_on = "resume    not possible: no checkpoint was written"
+        return [
+            f"result    {self._result(unit)}",
+            f"time      {self.seconds:,.0f} s of training, {done:,} {unit}",
+            f"curves    {', '.join(curves) or 'none'}",
+            f"files     {', '.join(f'{name} {path}' for name, path in found.items()) or 'none'}",
+            go_on,
+        ]
+
+    def _result(self, unit: str) -> str:
+        before, after = self.before, self.after
+        where = f"held out, after {self.after_batches:,} {unit}"
+        if not after:
+            before, after, where = (
+                self.first,
+                self.newest,
+                f"training, first and last of the {unit}",
+            )
+        accuracies = [name for name in ("greedy", "sampled") if name in after]
+        return (
+            ", ".join(
+                f"{name} {before[name]:.3f} -> {after[name]:.3f}"
+                if name in before
+                # a run that began without an evaluation has only the newest figure
+                else f"{name} {after[name]:.3f}"
+                for name in accuracies or after
+            )
+            + f" ({where})"
+        )

@@ -1,0 +1,122 @@
+"""What code a run was made with: versions, the commit and what it lacks, or a copy of the source.
+
+Decides what is recorded. Leaves out where and when (``run_folder``). Nothing here can stop a run:
+without git, or outside a repository, the source itself is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+PACKAGES = ("torch", "lightning", "transformers", "gspo_lightning")
+PACKAGE = Path(__file__).parents[1]
+
+
+class Provenance(NamedTuple):
+    """The code of a run.
+
+    Attributes:
+        versions: The text of ``versions.yaml``.
+        diff: What the working tree has over the commit, empty if nothing, None outside git.
+    """
+
+    versions: str
+    diff: str | None
+
+
+def provenance(package: Path = PACKAGE) -> Provenance:
+    """Describe the code in ``package`` and in the ``train.py`` beside it."""
+    facts: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            facts[name] = version(name)
+        except PackageNotFoundError:
+            facts[name] = "run from a folder, not installed"
+    # a package installed into an environment inside some repository is no part of that
+    tracked = _git(package, "ls-files", "--error-unmatch", "__init__.py") is not None
+    commit = _git(package, "rev-parse", "HEAD") if tracked else None
+    diff = None if commit is None else _uncommitted(package)
+    facts["git_commit"] = None if commit is None else commit.strip()
+    facts["uncommitted_changes"] = None if diff is None else "yes" if diff else "no"
+    facts["source_sha256"] = _digest(package)
+    return Provenance(yaml.safe_dump(facts, sort_keys=False), diff)
+
+
+def write_provenance(folder: Path, mark: str = "", package: Path = PACKAGE) -> bool:
+    """Write ``versions.yaml`` and, where needed, ``uncommitted.diff`` or ``source/``.
+
+    Args:
+        folder: The run folder.
+        mark: Empty for the start of a run, whose files replace older ones. Otherwise part of the
+            files' names, which are then written only if something differs from the start.
+        package: The folder of the package.
+
+    Returns:
+        Whether anything was written.
+    """
+    found = provenance(package)
+    first = folder / "versions.yaml"
+    if mark and first.exists():
+        diff = folder / "uncommitted.diff"
+        old = (first.read_text(), diff.read_text() if diff.exists() else "")
+        if old == (found.versions, found.diff or ""):
+            return False
+        mark = f".{mark}"
+    else:
+        mark = ""
+    (folder / f"versions{mark}.yaml").write_text(found.versions)
+    diff, source = folder / f"uncommitted{mark}.diff", folder / f"source{mark}"
+    diff.unlink(missing_ok=True)
+    if source.exists():
+        shutil.rmtree(source)
+    if found.diff:
+        diff.write_text(found.diff)
+    elif found.diff is None:
+        for name, file in _sources(package).items():
+            target = source / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+    return True
+
+
+def _sources(package: Path) -> Mapping[str, Path]:
+    files = {str(file.relative_to(package.parent)): file for file in sorted(package.rglob("*.py"))}
+    script = package.parent / "train.py"
+    return files | ({"train.py": script} if script.exists() else {})
+
+
+def _digest(package: Path) -> str:
+    digest = hashlib.sha256()
+    for name, file in _sources(package).items():
+        digest.update(name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _uncommitted(package: Path) -> str:
+    """Changes of tracked files, and new Python files that are not ignored."""
+    top = Path((_git(package, "rev-parse", "--show-toplevel") or str(package)).strip())
+    parts = [_git(top, "diff", "HEAD", "--no-color", "--no-ext-diff") or ""]
+    new = _git(top, "ls-files", "--others", "--exclude-standard", "-z") or ""
+    for name in new.split("\0"):
+        if name.endswith(".py"):
+            arguments = ("diff", "--no-index", "--no-color", "--no-ext-diff", "--", "/dev/null")
+            parts.append(_git(top, *arguments, name, codes=(0, 1)) or "")
+    return "".join(parts)
+
+
+def _git(folder: Path, *arguments: str, codes: tuple[int, ...] = (0,)) -> str | None:
+    """The output of a git command; None if there is no git, or it says no."""
+    try:
+        done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode(errors="replace") if done.returncode in codes else None

@@ -1,0 +1,107 @@
+"""A trace of one rollout: what runs when, on which thread and device.
+
+Decides which rollout is traced and where the file lies. The ranges in it (``rollout``, ``score``
+with ``reward``, ``old_logprobs`` and ``reference``, ``optimise``) are those that ``collect`` times;
+a trace changes no number. Leaves out how it is looked at: Perfetto, Chrome and TensorBoard do that.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile
+
+from gspo_lightning.run.folder import say
+
+FOLDER = "profile"  # inside the run folder
+
+
+class RolloutProfile(Callback):
+    """Trace one rollout and its updates with torch's profiler.
+
+    Every rank writes ``profile/rollout=000002.rank0.pt.trace.json.gz`` in the run folder.
+
+    Args:
+        rollout: Which one, counted from 1 where this process starts. The first one warms up.
+
+    Raises:
+        ValueError: If ``rollout`` is below 1.
+    """
+
+    def __init__(self, rollout: int = 2) -> None:
+        if rollout < 1:
+            raise ValueError(f"profile must be a rollout, 1 or later, got {rollout}")
+        self.rollout = rollout
+        self.begun = 0
+        self._profile: profile | None = None
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.begun += 1
+        if self.begun != self.rollout:
+            return
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+        # otherwise the frozen models' passes, in threads of their own, would not be seen
+        threads = _ExperimentalConfig(profile_all_threads=True)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences lines that say nothing to anyone
+        self._profile = profile(activities=activities, experimental_config=threads)
+        self._profile.start()
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if self._profile is None:
+            return
+        self._profile.stop()
+        number = trainer.fit_loop.total_batch_idx + 1
+        name = f"rollout={number:06d}.rank{trainer.global_rank}.pt.trace.json.gz"
+        path = Path(trainer.default_root_dir, FOLDER, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._profile.export_chrome_trace(str(path))
+        self._profile = None
+        say(
+            f"profile: rollout {number} is in {path} ({path.stat().st_size / 1e6:.1f} MB); open it "
+            "at https://ui.perfetto.dev or in chrome://tracing"
+        )
+
+    def on_train_end(self, *_: Any) -> None:
+        if self.begun < self.rollout:
+            say(f"profile: no trace, the run ended before its rollout {self.rollout}")
+
+    def on_exception(self, *_: Any) -> None:
+        if self._profile is not None:  # or it would go on in this process
+            self._profile.stop()
+            self._profile = None
+
+
+def add_profile_option(parser: Any) -> None:
+    """Let a command take ``--profile [N]``."""
+    parser.add_argument(
+        "--profile",
+        type=int | None,
+        nargs="?",
+        const=2,
+        help="fit: write a trace of this rollout, counted from the start of the command, into the "
+        "run folder (without a number: of the second)",
+    )
+
+
+def take_profile(config: Any, subcommand: str | None) -> list[Callback]:
+    """The callback that ``--profile`` asks for, if it does.
+
+    The option leaves the config: it is of this command, not of the run, and a run that is
+    continued with its own config should not be traced again.
+
+    Raises:
+        ValueError: If the command is not ``fit``, or there is no such rollout.
+    """
+    rollout, config.profile = config.profile, None
+    if rollout is None:
+        return []
+    if subcommand != "fit":
+        raise ValueError(f"profile: a trace is of a rollout in training; {subcommand} has none")
+    return [RolloutProfile(rollout)]

@@ -1,0 +1,104 @@
+"""Warm start: supervised fine-tuning of a policy on demonstrations, before any reward.
+
+Decides the loss (mean negative log-prob of the completion tokens, end of sequence included) and the
+unit of the schedule (optimizer steps). Leaves out the data (``SFTData``), gradient clipping and
+accumulation (the Trainer's ``gradient_clip_val`` and ``accumulate_grad_batches``), and everything
+about rewards.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gspo_lightning.logprobs import completion_logprobs
+from gspo_lightning.masked import masked_mean
+from gspo_lightning.optim import (
+    OptimizerConfig,
+    build_optimizer,
+    num_optimizer_steps,
+    set_learning_rate,
+)
+from gspo_lightning.policy.policy import Policy, PolicyConfig, load_policy, load_tokenizer
+from gspo_lightning.supervised.step_log import log_step
+
+
+class SFTModule(LightningModule):
+    """Imitate demonstrations, token by token.
+
+    Logs ``train/loss``, ``train/learning_rate`` and, with validation data, ``val/loss`` (nats per
+    completion token) against the optimizer step.
+
+    Args:
+        policy: The model to start from; ``weights: random`` starts from its ``config.json`` alone.
+        optimizer: AdamW and its schedule; ``warmup`` and the fall are counted in optimizer steps.
+    """
+
+    learns_from = "SFTData"
+
+    def __init__(self, policy: PolicyConfig, optimizer: OptimizerConfig | None = None) -> None:
+        super().__init__()
+        self.policy_config = policy
+        self.optimizer_config = optimizer or OptimizerConfig(learning_rate=1e-5)
+        self.tokenizer = load_tokenizer(policy)  # the data needs it before there is a model
+        self.policy: Policy | None = None
+
+    def configure_model(self) -> None:
+        """Load the policy; Lightning calls this again for every fit and validate."""
+        if self.policy is None:
+            self.policy = load_policy(self.policy_config, self.tokenizer)
+            self.policy.train()  # dropout is 0, so this only keeps one mode for all modules
+
+    def configure_optimizers(self) -> Optimizer:
+        """AdamW; ``training_step`` sets its learning rate."""
+        assert self.policy is not None
+        return build_optimizer(self.policy, self.optimizer_config)
+
+    def loss(self, batch: Any) -> Tensor:
+        """Mean negative log-prob of the completion tokens.
+
+        Every token counts the same, so a long demonstration weighs more than a short one.
+
+        Args:
+            batch: An ``SFTBatch``; its ``mask`` (B, T) selects the completions with their EOS.
+
+        Returns:
+            Nats per token, () float32. Over this rank's batch: several ranks average their means.
+        """
+        assert self.policy is not None
+        logprobs = completion_logprobs(
+            self.policy.model,
+            batch.prompt_ids,
+            batch.prompt_mask,
+            batch.completion_ids,
+            batch.mask,
+        ).logprobs
+        return -masked_mean(logprobs, batch.mask)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One batch; Lightning runs backward, clips and steps."""
+        rate = set_learning_rate(
+            self.trainer.optimizers[0],
+            self.optimizer_config,
+            self.global_step,
+            num_optimizer_steps(self.trainer),
+        )
+        loss = self.loss(batch)
+        metrics = {"train/loss": loss.detach(), "train/learning_rate": rate}
+        log_step(self, metrics, batch_size=len(batch.mask))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the loss; batches are weighted by their tokens, so the mean is over all tokens."""
+        tokens = int(batch.mask.sum())
+        self.log("val/loss", self.loss(batch), batch_size=tokens, prog_bar=True, sync_dist=True)
+
+    def export(self, path: str | Path) -> None:
+        """Write the policy as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
+        assert self.policy is not None
+        if self.global_rank == 0:
+            self.policy.export(path)
