@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from gspo_lightning.engine.head import Head, find_head, token_logprobs
 from gspo_lightning.engine.packed_attention import LAYERS, PREFIX
 from gspo_lightning.engine.packing import Row, pack
-from gspo_lightning.engine.padded import forward_arguments, run_padded, unwrapped
+from gspo_lightning.engine.padded import run_padded, unwrapped
 
 __all__ = [
     "LogProbs",
     "States",
     "completion_logprobs",
-    "forward_arguments",
     "layer_states",
     "predicting_states",
 ]

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from gspo_lightning.checkpoint.fingerprints import digest
 from gspo_lightning.data.stream import ResumableStream, pad
 from gspo_lightning.data.tables import check_file, read_rows, text_column
-from gspo_lightning.run.start_checks import check_kind_of_data
 
 
 def check_settings(counts: Mapping[str, int | None], files: Mapping[str, str | None]) -> None:
@@ -34,6 +33,16 @@ def check_settings(counts: Mapping[str, int | None], files: Mapping[str, str | N
     for key, file in files.items():
         if file is not None:
             check_file(f"data.{key}", file)
+
+
+def check_kind_of_data(data: Any, module: Any) -> None:
+    """Raise ValueError for a module that learns from another kind of data."""
+    wanted = getattr(module, "learns_from", None)
+    if wanted not in (None, *(kind.__name__ for kind in type(data).__mro__)):
+        raise ValueError(
+            f"data: {type(module).__name__} learns from {wanted}, not from {type(data).__name__}; "
+            f"set data.class_path to gspo_lightning.{wanted}"
+        )
 
 
 class TokenizedData(LightningDataModule):

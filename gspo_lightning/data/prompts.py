@@ -17,13 +17,13 @@ from gspo_lightning.data.demonstrations import (
     SFTBatch,
     SFTData,
     TokenizedData,
+    check_kind_of_data,
     check_settings,
 )
 from gspo_lightning.data.preferences import PreferenceData
 from gspo_lightning.data.stream import pad
 from gspo_lightning.data.tables import column, read_rows
 from gspo_lightning.rollout import PromptBatch
-from gspo_lightning.run.start_checks import check_kind_of_data
 
 __all__ = ["PreferenceData", "PromptData", "SFTBatch", "SFTData", "collate_prompts"]
 

@@ -21,9 +21,9 @@ from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.drawing import draw
 from gspo_lightning.engine.group_attention import GroupAttention
 from gspo_lightning.engine.group_layout import Layout
+from gspo_lightning.engine.padded import forward_arguments
 from gspo_lightning.engine.products import FEW_ROWS_PACKED, filled, has_packed
 from gspo_lightning.engine.step_graphs import Play, StepGraphs, rounded
-from gspo_lightning.logprobs import forward_arguments
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gspo_lightning.engine.drawing import draw
-from gspo_lightning.logprobs import forward_arguments
+from gspo_lightning.engine.padded import forward_arguments
 
 COMPACT_BELOW = 7 / 8  # share of running rows under which finished rows leave the batch
 

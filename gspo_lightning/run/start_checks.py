@@ -17,16 +17,6 @@ from safetensors import safe_open
 from gspo_lightning.policy.folder import weight_files
 
 
-def check_kind_of_data(data: Any, module: Any) -> None:
-    """Raise ValueError for a module that learns from another kind of data."""
-    wanted = getattr(module, "learns_from", None)
-    if wanted not in (None, *(kind.__name__ for kind in type(data).__mro__)):
-        raise ValueError(
-            f"data: {type(module).__name__} learns from {wanted}, not from {type(data).__name__}; "
-            f"set data.class_path to gspo_lightning.{wanted}"
-        )
-
-
 def check_checkpoint(path: Path, module: Any) -> None:
     """Refuse a file that is no checkpoint of such a module; no tensor is read.
 
