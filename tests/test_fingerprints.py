@@ -1,5 +1,6 @@
 """A continued run is the same run, or says what has changed and how to go on all the same."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -11,7 +12,8 @@ from conftest import build_model, build_tokenizer
 from test_checkpoint import assert_same, names, state
 from tiny_run import write_prompts
 
-from gspo_lightning.checkpoint.fingerprints import tokenizer_fingerprint
+from gspo_lightning.checkpoint.fingerprints import differences, tokenizer_fingerprint
+from gspo_lightning.checkpoint.moved import MOVED, moved
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -269,3 +271,41 @@ def test_a_slow_tokenizer_has_a_fingerprint():
 def test_a_checkpoint_holds_plain_values_alone(copied):
     path = Path("run", "checkpoints", "rollout=000001.ckpt")
     assert torch.load(path, weights_only=True)["fingerprints"]["model.init_args.kl_coef"] == 0.1
+
+
+def test_a_class_path_from_before_the_rooms_is_no_change():
+    term = "model.init_args.rewards.right"
+    key, weight = f"{term}.fn.class_path", f"{term}.weight"
+    saved = {key: "gspo_lightning.verifiers.LastNumber", weight: 1.0}
+    now = {key: "gspo_lightning.rewards.LastNumber", weight: 1.0}
+    assert differences(saved, now) == []
+    assert len(differences(saved, now | {key: "gspo_lightning.rewards.ExactMatch"})) == 1
+    assert len(differences(saved, now | {weight: 2.0})) == 1
+
+
+@pytest.mark.parametrize("old, new", sorted(MOVED.items()))
+def test_what_has_moved_is_where_the_table_says(old, new):
+    names = {
+        "gspo_lightning.checkpoint_io": ["AtomicCheckpointIO"],
+        "gspo_lightning.classifier": ["RewardModel"],
+        "gspo_lightning.experiment": ["RunRecord", "ExpertShift"],
+        "gspo_lightning.gae": ["gae"],
+        "gspo_lightning.lora": ["LoRAConfig"],
+        "gspo_lightning.predictions": ["PredictionWriter"],
+        "gspo_lightning.preferences": ["PreferenceData"],
+        "gspo_lightning.progress": ["RolloutProgress", "RunSummary"],
+        "gspo_lightning.reward_model": ["RewardModelModule"],
+        "gspo_lightning.sft": ["SFTModule"],
+        "gspo_lightning.signals": ["StopSignals"],
+        "gspo_lightning.text_rewards": ["LengthBonus", "SoftOverlong", "RepetitionPenalty"],
+        "gspo_lightning.text_scores": ["same_language", "variety"],
+        "gspo_lightning.time_limit": ["TimeLimit"],
+        "gspo_lightning.tracing": ["RolloutProfile"],
+        "gspo_lightning.verifiers": [
+            *("ExactMatch", "LastNumber", "MathVerify", "RegexMatch", "TagFormat", "ValidJSON"),
+        ],
+    }
+    for path in [f"{old}.{name}" for name in names[old]] if old in names else [old]:
+        module, _, name = moved(path).rpartition(".")
+        assert moved(path).startswith(new)
+        assert callable(getattr(importlib.import_module(module), name))

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from gspo_lightning.checkpoint.moved import moved
+
 # Settings that may change at will. Paths: what they lead to has a fingerprint of its own, or comes
 # from the checkpoint. Devices, and how much is computed at once: so that a run can move, or go on
 # with less memory; what they change is rounding, and the checkpoint has the sizes that an unchanged
@@ -64,10 +66,13 @@ def collect(trainer: Any, module: Any) -> dict[str, Any]:
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What is not as it was, one text each; an entry that is absent counts as null.
 
+    A class path that the package has renamed since is the same one.
+
     >>> differences({"tokenizer": "a1", "data.path": "b2", "kl": 0.1},
     ...             {"tokenizer": "a1", "data.path": "c3", "kl": 0.2})
     ['data.path has other content', 'kl 0.1 -> 0.2']
     """
+    saved = {key: moved(v) if isinstance(v, str) else v for key, v in saved.items()}
     keys = [key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key)]
     return [_difference(key, saved.get(key), now.get(key)) for key in keys]
 

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from gspo_lightning.checkpoint.io import disk_fault
+from gspo_lightning.checkpoint.moved import moved
 
 LONGEST = 400  # characters of an error line; beyond come dumps of whole configs
 
@@ -26,6 +27,7 @@ _NOISE = re.compile(
     r"Does not validate against|Subtypes: |Errors:|Given value type: |Problem with given class_path"
     r"|Expected a path but |Expected a <class 'NoneType'>"
 )
+_OWN_PATH = re.compile(r"gspo_lightning(?:\.\w+)+")
 _KEY = re.compile(r'Parser key "(.+?)":\s*(.*)')
 _UNKNOWN = re.compile(r"unknown key `[^`]+`(?:, did you mean `[^`]+`\?|; known: [^.]+)?")
 
@@ -104,7 +106,10 @@ def condense(message: str) -> str:
     'model.clip: unknown key `low`'
     >>> condense('Parser key "seed":\n  Errors:\n  - Expected a <class \'int\'>\n  Given value: a')
     'seed: expected int, got a'
+    >>> condense('Parser key "fn":\n  no module, got: gspo_lightning.verifiers.LastNumber')
+    'fn: gspo_lightning.verifiers.LastNumber is gspo_lightning.rewards.LastNumber now'
     """
+    renamed = [path for path in _OWN_PATH.findall(message) if moved(path) != path]
     keys: list[str] = []
     reasons: list[str] = []
     value = ""
@@ -119,7 +124,8 @@ def condense(message: str) -> str:
         elif text and not _NOISE.match(text):
             reasons.append(text)
     where = f"{'.'.join(keys)}: " if keys else ""
-    text = where + _what(reasons, value)
+    what = f"{renamed[0]} is {moved(renamed[0])} now" if renamed else _what(reasons, value)
+    text = where + what
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 

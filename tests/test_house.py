@@ -1,0 +1,311 @@
+"""The house: rooms in order, a short list of nevers, public paths, and a wheel that has it all."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "gspo_lightning"
+MATHS = ("masked", "objectives", "advantages", "kl", "micro_batches", "rollout", "metrics", "optim")
+LOOP = (
+    "module",
+    "step",
+    "collect",
+    "update",
+    "loss",
+    "old_logprobs",
+    "tally",
+    "evaluation",
+    "settings",
+)
+# From the ground up: a room may import its own files and those of the rooms before it. What stands
+# in one row knows nothing of its neighbours.
+ORDER = [
+    ("maths",),
+    ("frozen", "critic", "rewards", "data", "supervised", "callbacks"),
+    ("loop",),
+    ("run",),
+    ("doctor", "bench", "compare"),
+]
+# What a row above would allow and the house does not: (room, may not know).
+NEVERS = {
+    *(("loop", room) for room in ("checkpoint", "data", "supervised", "callbacks")),
+    *(("callbacks", room) for room in ("guards", "engine")),
+    ("run", "supervised"),
+}
+WITHOUT_LIGHTNING = ("engine", "policy", "frozen", "critic", "rewards")
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path):
+    """The room of a file; the front is three of them: maths, the faces of the engine, the loop."""
+    inside = path.relative_to(PACKAGE).with_suffix("").parts
+    if len(inside) == 2:
+        return inside[0]
+    for name, stems in (("maths", MATHS), ("engine", ("logprobs", "sampling")), ("loop", LOOP)):
+        if inside[0] in stems:
+            return name
+    return "root" if inside[0] == "__init__" else None
+
+
+def imports(path):
+    """All modules and names that a file imports, with full names, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own_imports(path):
+    """The files of this package that a file imports, as paths; a face stands for itself."""
+    found = set()
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] != "gspo_lightning" or len(parts) == 1:
+            continue
+        for end in range(len(parts), 1, -1):  # the longest part of the name that is a file
+            stem = PACKAGE.joinpath(*parts[1:end])
+            if stem.with_suffix(".py").is_file():
+                found.add(stem.with_suffix(".py"))
+                break
+            if (stem / "__init__.py").is_file():
+                found.add(stem / "__init__.py")
+                break
+    return found
+
+
+def outside(path):
+    """The packages of others that a file imports."""
+    top = {name.split(".")[0] for name in imports(path)}
+    return top - set(sys.stdlib_module_names) - {"gspo_lightning"}
+
+
+# ---- the order -----------------------------------------------------------------------------------
+
+
+def test_each_file_has_a_room_and_each_room_is_one_deep():
+    rooms = {name for row in ORDER for name in row} | {"root"}
+    assert {str(path) for path in FILES if room(path) not in rooms} == set()
+    assert [
+        path for path in PACKAGE.rglob("*.py") if len(path.relative_to(PACKAGE).parts) > 2
+    ] == []
+
+
+def test_rooms_import_only_from_rooms_below():
+    floor = {name: number for number, row in enumerate(ORDER) for name in row}
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {other.relative_to(ROOT)}"
+        for path in FILES
+        for other in own_imports(path)
+        if room(path) != room(other) and "root" not in (room(path), room(other))
+        if floor[room(other)] >= floor[room(path)] or (room(path), room(other)) in NEVERS
+    ]
+    assert wrong == []
+
+
+def test_no_file_imports_one_that_imports_it():
+    above = {path: own_imports(path) for path in FILES if path != PACKAGE / "__init__.py"}
+    done = set()
+
+    def visit(path, way):
+        assert path not in way, [str(p.relative_to(ROOT)) for p in (*way, path)]
+        if path not in done:
+            for other in above.get(path, ()):
+                visit(other, (*way, path))
+            done.add(path)
+
+    for path in above:
+        visit(path, ())
+
+
+def test_the_graph_has_at_most_ten_floors():
+    heights = {}
+
+    def height(path):
+        if path not in heights:
+            below = set()
+            for other in own_imports(path):  # a face has no floor of its own: it hands names on
+                below |= own_imports(other) if other.name == "__init__.py" else {other}
+            below = {other for other in below if room(other) != "root"}
+            heights[path] = 1 + max((height(other) for other in below - {path}), default=0)
+        return heights[path]
+
+    assert max(height(path) for path in FILES if path.name != "__init__.py") <= 10
+
+
+# ---- nevers --------------------------------------------------------------------------------------
+
+
+def test_the_maths_imports_torch_alone():
+    allowed = {"torch", "torchmetrics"}  # the latter for what is added up over ranks
+    wrong = {p.stem: outside(p) - allowed for p in FILES if room(p) == "maths"}
+    assert {stem: names for stem, names in wrong.items() if names} == {}
+
+
+def test_no_room_below_the_loop_knows_lightning_or_a_peer():
+    assert {
+        path.stem: outside(path)
+        for path in FILES
+        if (room(path) in WITHOUT_LIGHTNING and outside(path) & {"lightning"})
+        or outside(path) & {"trl", "accelerate", "verl", "pytorch_lightning"}
+    } == {}
+
+
+def test_gradients_are_made_by_manual_backward_alone():
+    """``loss.backward()`` would go past the precision plugin and the strategy."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            assert not (called and node.func.attr == "backward"), f"{path.name}:{node.lineno}"
+
+
+def test_no_name_says_nothing_and_no_class_is_cut_by_inheritance():
+    from gspo_lightning import GSPOModule
+
+    stems = {path.stem for path in [*FILES, *ROOT.glob("*.py"), *ROOT.glob("tests/**/*.py")]}
+    assert stems.isdisjoint({"utils", "types", "constants", "registry", "base"})
+    own = [kind for kind in GSPOModule.__mro__[1:] if kind.__module__.startswith("gspo_lightning")]
+    assert own == []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.ClassDef) and "Mixin" in node.name), path
+
+
+def test_a_face_says_what_its_room_decides_and_defines_nothing():
+    for path in FILES:
+        if path.name != "__init__.py" or path.parent == PACKAGE:
+            continue
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        handed_on, listed = set(), set()
+        for node in tree.body[1:]:
+            if isinstance(node, ast.ImportFrom):
+                handed_on |= {alias.name for alias in node.names}
+            else:
+                assert isinstance(node, ast.Assign) and node.targets[0].id == "__all__", path
+                listed = set(ast.literal_eval(node.value))
+        assert listed == handed_on, path
+
+
+def test_the_front_can_be_read_in_an_evening():
+    front = sorted(PACKAGE.glob("*.py"))
+    assert len(front) <= 22
+    assert sum(len(path.read_text().splitlines()) for path in front) <= 3600
+
+
+# ---- public paths --------------------------------------------------------------------------------
+
+PUBLIC = """
+    masked: masked_sum masked_mean
+    objectives: Objective importance_log_ratio token_weights policy_loss PolicyLoss
+    advantages: group_advantages flat_groups
+    kl: kl_estimate MultiplicativeKL ProportionalKL
+    logprobs: completion_logprobs LogProbs
+    rollout: PromptBatch Samples Rollout
+    sampling: Sampler GroupSampler
+    frozen: ReferencePolicy RewardModel
+    rewards: RewardTerm score MarkedAnswer TimeLimit
+    metrics: CURVES pass_at_k PassAtK
+    module: GSPOModule
+    data: PromptData SFTData PreferenceData
+    callbacks: AdaptiveKL CurvePlot SampleTable HFExport
+    checkpoint: RolloutCheckpoint
+"""
+
+
+def named(path):
+    """What a dotted name stands for."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def test_the_public_names_are_where_they_were():
+    for line in PUBLIC.strip().splitlines():
+        module, names = line.split(":")
+        for name in names.split():
+            assert named(f"gspo_lightning.{module.strip()}.{name}") is not None
+
+
+def test_every_name_of_the_package_is_imported_when_it_is_asked_for():
+    import gspo_lightning
+
+    for name in gspo_lightning.__all__:
+        assert getattr(gspo_lightning, name).__name__ == name
+    assert set(gspo_lightning.__all__) <= set(dir(gspo_lightning))
+    with pytest.raises(AttributeError, match="nonsense"):
+        gspo_lightning.nonsense  # noqa: B018
+
+
+def test_every_class_path_of_configs_and_readme_imports():
+    files = [*ROOT.glob("configs/**/*.yaml"), ROOT / "README.md"]
+    text = "\n".join(path.read_text() for path in files)
+    found = set(re.findall(r"(?:class_path|fn): (gspo_lightning[\w.]+)", text))
+    assert len(found) > 10
+    for path in sorted(found):
+        assert callable(named(path)), path
+
+
+def test_rooms_that_do_without_torch_do_not_import_it():
+    rooms = [
+        "gspo_lightning",
+        *(f"gspo_lightning.{r}" for r in ("bench", "compare", "doctor", "run")),
+    ]
+    rooms += ["gspo_lightning.engine", "gspo_lightning.guards", "gspo_lightning.compare.plan"]
+    program = f"import sys, {', '.join(rooms)}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+# ---- a wheel -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The package as a wheel puts it into an empty environment."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    source = folder / "source"  # a build leaves files beside the sources
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split("\0")
+    for name in filter(None, tracked):
+        if (ROOT / name).is_file() and not name.startswith(("data/", "docs/", "tests/")):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source]
+    subprocess.run(build, check=True, cwd=folder, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "env"], check=True)
+    python = folder / "env" / "bin" / "python"
+    install = [*pip, "--python", python, "install", "--no-deps", "--no-index", wheel]
+    subprocess.run(install, check=True, cwd=folder, capture_output=True)
+    where = "import gspo_lightning; print(gspo_lightning.__path__[0])"
+    done = subprocess.run(
+        [python, "-I", "-c", where], check=True, capture_output=True, text=True, cwd=folder
+    )
+    return Path(done.stdout.strip())
+
+
+def test_a_wheel_has_every_room_and_config(installed):
+    assert "env" in installed.parts
+    for path in FILES:
+        assert (installed / path.relative_to(PACKAGE)).read_text() == path.read_text()
+    configs = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/**/*.yaml"))
+    assert len(configs) > 20
+    for path in configs:
+        assert yaml.safe_load((installed / path).read_text()) == yaml.safe_load(
+            (ROOT / path).read_text()
+        )
