@@ -1,14 +1,14 @@
 """Collect a rollout: sample groups of completions, score them, compare them within the group.
 
-Decides what runs when, and what beside what. Leaves out where the old log-probs come from
-(``old_logprobs``), the update, all settings (``module``), how completions are drawn (``sampling``)
-and what rewards mean.
+Decides what runs when, what runs beside what, and which prompts are replaced.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -16,146 +16,145 @@ from torch import Tensor
 
 from gspo_lightning.advantages import Kind, flat_groups, group_advantages
 from gspo_lightning.critic.critic import Critic
+from gspo_lightning.evaluation import score_or_keep
 from gspo_lightning.frozen.beside import Passes
-from gspo_lightning.frozen.models import ReferencePolicy
+from gspo_lightning.frozen.models import FrozenModels, ReferencePolicy
+from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED, Sizes
 from gspo_lightning.kl import kl_estimate
 from gspo_lightning.masked import masked_mean
-from gspo_lightning.old_logprobs import MICRO, REFERRED, SAMPLED, PolicyPasses
-from gspo_lightning.rewards.terms import overlong_penalty
+from gspo_lightning.old_logprobs import OldLogProbs
+from gspo_lightning.rewards.terms import RewardTerm, overlong_penalty
 from gspo_lightning.rewards.time_limit import TimeLimit
 from gspo_lightning.rollout import PromptBatch, Rollout, Samples, join_samples
+from gspo_lightning.sampling import Sampler
+from gspo_lightning.step import Step
 
 
-class CollectingModule(PolicyPasses):
-    """The half of ``GSPOModule`` that makes rollouts; that class documents the settings."""
+@dataclass
+class Collector:
+    """Prompts in, a scored rollout out; ``GSPOModule`` documents the settings.
 
-    reference: ReferencePolicy | None
-    advantage_kind: Kind | Literal["gae"]
+    Args:
+        policy: The policy, with its tokenizer.
+        critic: Its critic, if there is one.
+        sampler: Draws the completions.
+        rewards: Reward terms by name.
+        reference: Frozen policy of the KL penalty, or ``None``.
+        frozen: Where reference and reward models are.
+        old_logprobs: Finds the log-probs of the policy that sampled.
+        sizes: How much is computed at once.
+        draw: Draws further prompts, given how many each rank lacks; ``None`` where this rank lacks
+            none and waits for the others.
+        failed: File that keeps completions that could not be scored.
+    """
+
+    policy: Any
     critic: Critic | None
-    kl_coef: float
+    sampler: Sampler
+    rewards: dict[str, RewardTerm]
+    reference: ReferencePolicy | None
+    frozen: FrozenModels
+    old_logprobs: OldLogProbs
+    sizes: Sizes
+    draw: Callable[[list[int]], PromptBatch | None]
+    failed: Path
+    num_minibatches: int
+    advantages: Kind | Literal["gae"]
     truncated: Literal["keep", "mask", "zero_reward"]
     overlong_ramp: int | None
     drop_flat_groups: bool
     max_draws: int
 
-    def collect(self, batch: PromptBatch) -> Rollout:
+    def collect(self, batch: PromptBatch, step: Step) -> Rollout:
         """Sample, score and compare: prompts in, a rollout ready for updates out.
 
         Args:
             batch: P prompts on the policy's device.
+            step: The step that this is a half of.
         """
-        self._from_sampler = None
-        samples = self._sample(batch, draw=0)
+        samples = self.sample(batch, step)
         scores: tuple[Tensor, dict[str, Tensor]] | None = None
         if self.drop_flat_groups:  # the rewards say which prompts stay, so nothing can go beside
-            with self._phase("score"):
-                rewards, parts = self._score(samples)
-            samples, rewards, parts = self._replace_flat_groups(samples, rewards, parts)
-            scores = (rewards, parts)
-        self._lengths = samples.mask.sum(1).cpu()
-        trained = samples
+            with step.clock.phase("score"):
+                rewards, parts = self.score(samples, step)
+            samples, rewards, parts = self.replace_flat_groups(samples, rewards, parts, step)
+            scores = rewards, parts
+        step.lengths = samples.mask.sum(1).cpu()
+        drawn = samples
         if self.truncated == "mask":
-            trained = replace(samples, mask=samples.mask & samples.finished[:, None])
-        self.sizes.cut = trained.micro_batch_indices  # what the policy's passes are cut from
-        with self._phase("score"), Passes() as passes:
+            samples = replace(samples, mask=samples.mask & samples.finished[:, None])
+        with step.clock.phase("score"), Passes() as passes:
             # on other devices, and in other processes, rewards are made while the policy works
-            apart = scores is None and self._rewards_apart()
-            reward = passes.begin(apart, lambda: scores or self._score(samples))
+            apart = scores is None and self.rewards_apart(step)
+            reward = passes.begin(apart, lambda: scores or self.score(drawn, step))
             reference = None
             if self.reference is not None:
                 # moved first: a copy that is asked for later queues up behind the policy's pass
-                there = trained.to(self.frozen.devices["model.reference"])
+                there = samples.to(self.frozen.devices["model.reference"])
                 apart = self.frozen.apart("model.reference")
-                reference = passes.begin(apart, self._ref_logprobs, self.reference, there)
-            old = self._old_logprobs(trained)
-            values = None if self.critic is None else self._old_values(self.critic, trained)
+                reference = passes.begin(apart, self._ref_logprobs, self.reference, there, step)
+            old = self.old_logprobs.find(samples, step)
+            device = old.logprobs.device
+            values = None if self.critic is None else self._old_values(self.critic, samples, step)
             rewards, parts = reward.result()
-            ref = None if reference is None else reference.result().to(old.device)
-            estimates = self._estimate(trained, rewards, values, old, ref)
-            means = masked_mean(estimates["advantages"], trained.mask, dim=1).cpu()
-            self.tally.count_rewards(samples, rewards, parts, means)
-        samples = trained
-        device = samples.mask.device
+            ref = None if reference is None else reference.result().to(device)
+            estimates = self.estimate(samples, rewards, values, old.logprobs, ref, step)
+            means = masked_mean(estimates["advantages"], samples.mask, dim=1).cpu()
+            step.tally.count_rewards(drawn, rewards, parts, means)
         return Rollout(
             **{field.name: getattr(samples, field.name) for field in fields(Samples)},
-            old_logprobs=old,
+            old_logprobs=old.logprobs,
+            old_known=old.known,
             ref_logprobs=ref,
             rewards=rewards.to(device),
             reward_parts={name: part.to(device) for name, part in parts.items()},
             **estimates,
         )
 
-    def _old_values(self, critic: Critic, samples: Samples) -> Tensor:
-        rows = len(samples) // self.num_minibatches
-
-        def work() -> Tensor:
-            with self._timed("values", self.device):
-                limits = self.micro_batch_size or rows, self.micro_batch_tokens
-                return critic.old_values(self.policy.model, samples, *limits)  # type: ignore[union-attr]
-
-        return self.sizes.fit(MICRO, rows, f"{self._rollout}, old values", work)
-
-    def _estimate(
-        self,
-        samples: Samples,
-        rewards: Tensor,
-        values: Tensor | None,
-        old: Tensor,
-        ref: Tensor | None,
-    ) -> dict[str, Any]:
-        """Advantages per token, (B, T), and a critic's values and returns."""
-        if self.critic is None or values is None:
-            groups = rewards.view(-1, samples.group_size)
-            advantages = group_advantages(groups, cast(Kind, self.advantage_kind)).flatten()
-            return {"advantages": advantages.to(old.device)[:, None].expand_as(samples.mask)}
-        kl = None if ref is None else kl_estimate(old, ref, "k1")
-        estimates = self.critic.estimate(
-            rewards.to(old.device), values, kl, samples.mask, self.kl_coef, self._sum_over_ranks
-        )
-        self.tally.count_values(values, estimates.returns, samples.mask)
-        return estimates._asdict()
-
-    def _sample(self, batch: PromptBatch, draw: int) -> Samples:
-        seed = self._seed(f"sample/{draw}")
+    def sample(self, batch: PromptBatch, step: Step, draw: int = 0) -> Samples:
+        """Complete every prompt G times; ``draw`` tells the draws of a step apart."""
+        seed = step.seed(f"sample/{draw}")
 
         def work() -> Samples:
-            with self._phase("rollout"):
+            if SAMPLED in self.sizes.now:
+                self.sampler.batch_size = self.sizes.now[SAMPLED]  # type: ignore[attr-defined]
+            with step.clock.phase("rollout"):
                 return self.sampler.sample(self.policy, batch, seed=seed)
 
         try:
             rows = len(batch) * self.sampler.group_size
-            return self.sizes.fit(SAMPLED, rows, f"{self._rollout}, sampling", work)
+            return self.sizes.fit(SAMPLED, rows, f"{step.name}, sampling", work)
         except FloatingPointError as error:  # nothing to skip: every further rollout is the same
-            raise FloatingPointError(
-                f"{self._rollout}: {error}; no completion can be drawn"
-            ) from error
+            raise FloatingPointError(f"{step.name}: {error}; no completion can be drawn") from error
 
-    def _score(self, samples: Samples, draw: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rewards as the group statistics are to see them, and their parts."""
-        with self._timed("reward"):
+    def score(
+        self, samples: Samples, step: Step, draw: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rewards as the group statistics are to see them, and their parts, (B,) each."""
+        with step.clock.timed("reward"):
             lengths, finished = samples.mask.sum(1).cpu(), samples.finished.cpu()
             # whitening learns once a rollout: further draws are of prompts chosen by their reward
-            rewards, parts, counts = self.score_samples(
-                samples, learn=draw == 0, reduce=self._sum_over_ranks
+            rewards, parts, counts = score_or_keep(
+                self.rewards, samples, self.failed, learn=draw == 0, reduce=step.ranks.sum
             )
             if self.overlong_ramp is not None:
                 limit = self.sampler.max_new_tokens
                 parts["overlong"] = overlong_penalty(lengths, limit, self.overlong_ramp)
                 rewards = rewards + parts["overlong"]
-            self.tally.count_samples(samples, rewards, counts)
+            step.tally.count_samples(samples, rewards, counts)
             if self.truncated == "zero_reward":
                 rewards = torch.where(finished, rewards, 0.0)
             elif self.truncated == "mask":
                 rewards = torch.where(finished, rewards, math.nan)
         return rewards, parts
 
-    def _rewards_apart(self) -> bool:
+    def rewards_apart(self, step: Step) -> bool:
         """Whether rewards come from elsewhere: another device, or the process of a ``TimeLimit``.
 
         Not where whitening sums over ranks: this thread has sums of its own, and the two would meet
         in another order on each rank.
         """
-        if self.trainer.world_size > 1 and any(term.whiten for term in self.rewards.values()):
+        if step.ranks.count > 1 and any(term.whiten for term in self.rewards.values()):
             return False
         processes = any(isinstance(term.fn, TimeLimit) for term in self.rewards.values())
         places = [d for key, d in self.frozen.devices.items() if key.startswith("model.rewards")]
@@ -164,41 +163,76 @@ class CollectingModule(PolicyPasses):
             processes and self.frozen.policy_device not in places
         )
 
-    def _ref_logprobs(self, reference: ReferencePolicy, samples: Samples) -> Tensor:
+    def estimate(
+        self,
+        samples: Samples,
+        rewards: Tensor,
+        values: Tensor | None,
+        old: Tensor,
+        ref: Tensor | None,
+        step: Step,
+    ) -> dict[str, Any]:
+        """Advantages per token, (B, T), and a critic's values and returns."""
+        if self.critic is None or values is None:
+            groups = rewards.view(-1, samples.group_size)
+            advantages = group_advantages(groups, cast(Kind, self.advantages)).flatten()
+            return {"advantages": advantages.to(old.device)[:, None].expand_as(samples.mask)}
+        kl = None if ref is None else kl_estimate(old, ref, "k1")
+        estimates = self.critic.estimate(
+            rewards.to(old.device), values, kl, samples.mask, step.kl_coef, step.ranks.sum
+        )
+        step.tally.count_values(values, estimates.returns, samples.mask)
+        return estimates._asdict()
+
+    def _old_values(self, critic: Critic, samples: Samples, step: Step) -> Tensor:
+        rows = len(samples) // self.num_minibatches
+
         def work() -> Tensor:
-            with self._timed("reference", samples.mask.device):
-                return reference.logprobs(samples, self.sampler.temperature)
+            with step.clock.timed("values", step.clock.device):
+                pieces = self.sizes.pieces(samples, rows)
+                return critic.old_values(self.policy.model, samples, pieces)
 
-        return self.sizes.fit(REFERRED, len(samples), f"{self._rollout}, the reference", work)
+        what, cut = f"{step.name}, old values", samples.micro_batch_indices
+        return self.sizes.fit(MICRO, rows, what, work, cut)
 
-    def _replace_flat_groups(
-        self, samples: Samples, rewards: Tensor, parts: dict[str, Tensor]
+    def _ref_logprobs(self, reference: ReferencePolicy, samples: Samples, step: Step) -> Tensor:
+        def work() -> Tensor:
+            with step.clock.timed("reference", samples.mask.device):
+                temperature, size = self.sampler.temperature, self.sizes.now[REFERRED]
+                return reference.logprobs(samples, temperature, size)
+
+        return self.sizes.fit(REFERRED, len(samples), f"{step.name}, the reference", work)
+
+    def replace_flat_groups(
+        self, samples: Samples, rewards: Tensor, parts: dict[str, Tensor], step: Step
     ) -> tuple[Samples, Tensor, dict[str, Tensor]]:
         """Draw as many other prompts as there are flat groups, at most ``max_draws`` times.
 
-        This is the dynamic sampling of DAPO, arXiv:2503.14476. Each rank draws what it lacks, and
-        moves on in the data by what all ranks draw. What stays flat in the end is trained on.
+        Each rank draws what it lacks, and moves on in the data by what all ranks draw. What stays
+        flat in the end is trained on.
+
+        Source:
+            Dynamic sampling of DAPO, arXiv:2503.14476.
         """
         size, wanted = samples.group_size, len(samples) // samples.group_size
         for draw in range(1, self.max_draws + 1):
             flat = flat_groups(rewards.view(-1, size))
             missing = wanted - int((~flat).sum())
-            gathered: Any = self.all_gather(torch.tensor(missing, device=self.device))
-            lacking = gathered.reshape(-1).tolist()
+            lacking = step.ranks.gather(torch.tensor(missing)).reshape(-1).tolist()
             if not any(lacking):
                 break
-            batch = self.trainer.datamodule.draw(lacking)  # type: ignore[attr-defined]
+            batch = self.draw(lacking)
             if batch is None:  # this rank has all it wants and waits for the others
                 continue
-            more = self._sample(batch.to(self.device), draw)
-            with self._phase("score"):
-                more_rewards, more_parts = self._score(more, draw)
+            more = self.sample(batch.to(step.clock.device), step, draw)
+            with step.clock.phase("score"):
+                more_rewards, more_parts = self.score(more, step, draw)
             samples = join_samples([samples, more])
             rewards = torch.cat([rewards, more_rewards])
             parts = {name: torch.cat([part, more_parts[name]]) for name, part in parts.items()}
         # groups with spread first, in the order drawn; flat ones only fill what is missing
         flat = flat_groups(rewards.view(-1, size))
-        self.tally.update("rollout/flat_groups_kept", max(0, wanted - int((~flat).sum())), 1)
+        step.tally.update("rollout/flat_groups_kept", max(0, wanted - int((~flat).sum())), 1)
         groups = torch.sort(flat.int(), stable=True).indices[:wanted].sort().values
         rows = (groups[:, None] * size + torch.arange(size)).flatten()
         chosen = {name: part[rows] for name, part in parts.items()}

@@ -1,7 +1,7 @@
 """Held-out evaluation: greedy accuracy, sampled accuracy, unbiased pass@k.
 
 Decides what "correct" means (a reward term at or above a threshold) and how completions are drawn
-for it, apart from the settings that training samples with. Leaves out the loops and the logger.
+for it, apart from the settings that training samples with.
 """
 
 from __future__ import annotations
@@ -15,20 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torchmetrics import MetricCollection
 
 from gspo_lightning.metrics import PassAtK, RolloutMetrics
-from gspo_lightning.policy.policy import Policy
-from gspo_lightning.rewards.terms import (
-    RewardError,
-    RewardTerm,
-    Scores,
-    columns_needed,
-    score,
-)
-from gspo_lightning.rollout import PromptBatch, Samples, stream_seed
-from gspo_lightning.sampling import GroupSampler, Sampler
+from gspo_lightning.rewards.terms import RewardError, RewardTerm, Scores, score
+from gspo_lightning.rollout import PromptBatch, Samples
+from gspo_lightning.sampling import GroupSampler
 
 
 @dataclass(frozen=True)
@@ -146,92 +138,27 @@ class Evaluator(torch.nn.Module):
         return figures
 
 
-class EvaluatedModule(LightningModule):
-    """The part of a module that evaluates and predicts.
+def score_or_keep(
+    terms: Mapping[str, RewardTerm], samples: Samples, file: Path, **options: Any
+) -> Scores:
+    """Score completions; if a term cannot, keep all of them in a file.
 
     Args:
-        rewards: Reward terms by name.
-        sampler: Draws the completions of a prediction.
-        evaluation: How held-out prompts are evaluated.
+        terms: The reward terms.
+        samples: B completions.
+        file: Where they are kept, one a line, with their rows of the data.
+        options: Of ``rewards.score``.
 
     Raises:
-        ValueError: If ``evaluation`` names a reward term that is not there.
+        RewardError: As ``rewards.score`` does, with the name of the file.
     """
-
-    tokenizer: Any
-    seed: int
-
-    def __init__(
-        self, rewards: dict[str, RewardTerm], sampler: Sampler, evaluation: Evaluation
-    ) -> None:
-        super().__init__()
-        check_signatures(rewards)
-        evaluation.check_terms(rewards)
-        self.policy: Policy | None = None
-        self.rewards = rewards
-        self.columns_needed = columns_needed(rewards)
-        self.sampler = sampler
-        self.evaluator = Evaluator(evaluation, rewards)
-        self.eval_samplers = evaluation.samplers(
-            sampler.max_new_tokens, getattr(sampler, "batch_size", None)
-        )
-
-    def on_validation_epoch_start(self) -> None:
-        """Start counting."""
-        self.evaluator.reset()
-
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Complete and score held-out prompts, with the same draws at every validation."""
-        seed = stream_seed(self.seed, batch_idx, self.global_rank, "evaluation")
-        self.evaluator.update(self.policy, batch, self.eval_samplers, seed)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log accuracies, pass@k and rewards as ``val/...``."""
-        self._log_evaluation("val")
-
-    on_test_epoch_start = on_validation_epoch_start
-    test_step = validation_step
-
-    def on_test_epoch_end(self) -> None:
-        """Log the same figures as ``test/...``."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, stage: str) -> None:
-        figures = {f"{stage}/{name}": value for name, value in self.evaluator.compute().items()}
-        fitting = self.trainer.state.fn == "fit"
-        self.log_dict(figures, logger=False if fitting else None, sync_dist=True)
-        if fitting:  # Lightning drops the evaluation before training and counts from 0 after it
-            for logger in self.loggers:
-                logger.log_metrics(figures, step=self.trainer.fit_loop.total_batch_idx + 1)
-
-    def score_samples(self, samples: Samples, **options: Any) -> Scores:
-        """Score completions; if a term cannot, keep them in ``failed_rollout.jsonl`` of the run.
-
-        Args:
-            samples: B completions.
-            options: Of ``rewards.score``.
-
-        Raises:
-            RewardError: As ``rewards.score`` does, with the name of the file.
-        """
-        try:
-            return score(self.rewards, samples.rows, samples.texts, **options)
-        except RewardError as error:
-            rank = f".rank{self.global_rank}" if self.global_rank else ""
-            file = Path(self.trainer.default_root_dir) / f"failed_rollout{rank}.jsonl"
-            write_failed(file, samples, error)
-            raise RewardError(
-                f"{error}; all {len(samples)} completions are in {file}", error.term, error.row
-            ) from error
-
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Complete each prompt ``group_size`` times and score the completions."""
-        seed = stream_seed(self.seed, batch_idx, self.global_rank, "prediction")
-        samples = self.sampler.sample(self.policy, batch, seed=seed)
-        scores = self.score_samples(samples)
-        pairs = zip(batch.prompt_ids, batch.prompt_mask, strict=True)
-        prompts = [self.tokenizer.decode(ids[keep].tolist()) for ids, keep in pairs]
-        return describe(samples, scores, prompts)
+    try:
+        return score(terms, samples.rows, samples.texts, **options)
+    except RewardError as error:
+        write_failed(file, samples, error)
+        raise RewardError(
+            f"{error}; all {len(samples)} completions are in {file}", error.term, error.row
+        ) from error
 
 
 def check_signatures(terms: Mapping[str, RewardTerm]) -> None:

@@ -18,6 +18,7 @@ from gspo_lightning.engine.head import Head, find_head, token_logprobs
 from gspo_lightning.engine.packed_attention import LAYERS, PREFIX
 from gspo_lightning.engine.packing import Row, pack
 from gspo_lightning.engine.padded import run_padded, unwrapped
+from gspo_lightning.rollout import Samples
 
 __all__ = [
     "LogProbs",
@@ -25,6 +26,7 @@ __all__ = [
     "completion_logprobs",
     "layer_states",
     "predicting_states",
+    "samples_logprobs",
 ]
 
 LOG = logging.getLogger(__name__)
@@ -126,6 +128,28 @@ def completion_logprobs(
         return zeros.index_copy(0, found.target, values).view(mask.shape)
 
     return LogProbs(spread(chosen), None if entropy is None else spread(entropy))
+
+
+def samples_logprobs(
+    model: nn.Module,
+    samples: Samples,
+    temperature: float,
+    *,
+    with_entropy: bool = False,
+    packed: bool = True,
+) -> LogProbs:
+    """The log-probs of samples under a model on their device; see :func:`completion_logprobs`."""
+    return completion_logprobs(
+        model,
+        samples.prompt_ids,
+        samples.prompt_mask,
+        samples.completion_ids,
+        samples.mask,
+        temperature=temperature,
+        group_size=samples.group_size,
+        with_entropy=with_entropy,
+        packed=packed,
+    )
 
 
 def predicting_states(

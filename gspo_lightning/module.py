@@ -1,51 +1,67 @@
 """GSPO as a LightningModule: collect a rollout, update on it.
 
-Decides the settings and what is logged; ``collect`` and ``update`` are in the files of that name.
-The maths is in ``objectives``, ``advantages``, ``kl`` and ``logprobs``; the KL coefficient belongs
-to ``callbacks.AdaptiveKL``, the position in the data to ``data.PromptData``, and files, checkpoints
-and pictures to the callbacks.
+Decides the settings, what Lightning's hooks do, and what is logged of a step.
 """
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import LightningModule
 
-from gspo_lightning.critic.critic import Critic, CriticConfig, check_critic, fit_critic, load_critic
-from gspo_lightning.evaluation import Evaluation
-from gspo_lightning.frozen.models import FrozenModels, ReferencePolicy, RewardModel
+from gspo_lightning.collect import Collector
+from gspo_lightning.critic.critic import (
+    Critic,
+    CriticConfig,
+    check_critic,
+    fit_critic,
+    load_critic,
+)
+from gspo_lightning.evaluation import (
+    Evaluation,
+    Evaluator,
+    check_signatures,
+    describe,
+    score_or_keep,
+)
+from gspo_lightning.frozen.models import FrozenModels, ReferencePolicy
+from gspo_lightning.frozen.reward_model import RewardModel
 from gspo_lightning.guards.faults import Faults
 from gspo_lightning.guards.health import Health
-from gspo_lightning.guards.out_of_memory import TOKENS, BatchSizes
-from gspo_lightning.kl import check_loss_kind
+from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED, TOKENS, Sizes
+from gspo_lightning.loss import LossChoices
 from gspo_lightning.objectives import Objective
-from gspo_lightning.old_logprobs import MICRO, REFERRED, SAMPLED, OldLogProbs
+from gspo_lightning.old_logprobs import OldLogProbs, Source
 from gspo_lightning.optim import (
     OptimizerConfig,
     build_optimizer,
     learning_rate_factor,
     set_learning_rate,
 )
-from gspo_lightning.policy.policy import PolicyConfig, load_policy, load_tokenizer
+from gspo_lightning.policy.policy import Policy, PolicyConfig, load_policy, load_tokenizer
 from gspo_lightning.rewards.terms import (
     RewardTerm,
+    columns_needed,
     count_names,
     load_whitening_state,
     ramp_tokens,
     whitening_state,
 )
 from gspo_lightning.rewards.time_limit import TimeLimit
-from gspo_lightning.rollout import PromptBatch
+from gspo_lightning.rollout import PromptBatch, Rollout, stream_seed
 from gspo_lightning.sampling import GroupSampler, Sampler
-from gspo_lightning.settings import check_settings
+from gspo_lightning.step import Clock, Ranks, Step
 from gspo_lightning.tally import RolloutTally
-from gspo_lightning.update import UpdatingModule
+from gspo_lightning.update import Updater
 
 
-class GSPOModule(UpdatingModule):
+class GSPOModule(LightningModule):
     """Trains a causal language model with Group Sequence Policy Optimization.
 
     Args:
@@ -88,7 +104,7 @@ class GSPOModule(UpdatingModule):
             skipped, counted as ``optim/faults``, and its mini-batch kept in ``faults/`` of the run
             for ``python train.py replay``.
         stop_when: Names of the rules of run health that end the run when they speak, at the next
-            rollout boundary, with a checkpoint; see ``health_rules.RULES``.
+            rollout boundary, with a checkpoint; see ``guards.health_rules.RULES``.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
@@ -99,6 +115,8 @@ class GSPOModule(UpdatingModule):
 
     learns_from = "PromptData"
     checkpoint_key = "gspo"
+    collector: Collector
+    updater: Updater
 
     def __init__(
         self,
@@ -114,7 +132,7 @@ class GSPOModule(UpdatingModule):
         num_minibatches: int = 4,
         micro_batch_size: int | None = None,
         micro_batch_tokens: int | None = None,
-        old_logprobs: OldLogProbs = "auto",
+        old_logprobs: Source = "auto",
         advantages: Literal[
             "normalized", "relative", "leave_one_out", "batch_normalized", "gae"
         ] = "normalized",
@@ -130,9 +148,11 @@ class GSPOModule(UpdatingModule):
         max_faults: int = 3,
         stop_when: list[str] | None = None,
     ) -> None:
+        super().__init__()
         sampler = sampler or GroupSampler()
-        super().__init__(rewards, sampler, evaluation)
-        check_settings(
+        check_signatures(rewards)
+        evaluation.check_terms(rewards)
+        _check_settings(
             {
                 "num_epochs": num_epochs,
                 "num_minibatches": num_minibatches,
@@ -147,10 +167,13 @@ class GSPOModule(UpdatingModule):
             truncated=truncated,
         )
         check_critic(critic, advantages, sampler.group_size, drop_flat_groups)
-        check_loss_kind(kl_estimator)
         self.automatic_optimization = False
         self.policy_config = policy
         self.tokenizer = load_tokenizer(policy)
+        self.policy: Policy | None = None
+        self.rewards = rewards
+        self.columns_needed = columns_needed(rewards)
+        self.sampler = sampler
         self.objective = objective
         self.reference = reference
         self.optimizer_config = optimizer
@@ -159,11 +182,10 @@ class GSPOModule(UpdatingModule):
         self.micro_batch_size = micro_batch_size
         self.micro_batch_tokens = micro_batch_tokens
         self.old_logprobs = old_logprobs
-        self.advantage_kind = advantages
+        self.advantages = advantages
         self.critic_config = critic
         self.critic: Critic | None = None
         self.needs_critic = False  # only training does
-        self.kl_in_reward = critic is not None and critic.kl_in_reward
         self.truncated = truncated
         self.overlong_ramp = ramp_tokens(overlong_ramp, sampler.max_new_tokens)
         self.kl_coef = kl_coef
@@ -172,22 +194,96 @@ class GSPOModule(UpdatingModule):
         self.max_grad_norm = max_grad_norm
         self.drop_flat_groups = drop_flat_groups
         self.max_draws = max_draws
-        self.faults = Faults(max_faults)
+        self.seed = 0
+        self.step: Step | None = None  # the one under way, for Lightning's hook around an update
         terms = {f"model.rewards.{name}.fn": term.fn for name, term in rewards.items()}
-        models = {key: fn for key, fn in terms.items() if isinstance(fn, RewardModel)}
-        owners = {MICRO: self, SAMPLED: sampler, REFERRED: reference, TOKENS: self}
-        owners |= {f"{key}.batch_size": model for key, model in models.items()}
-        self.sizes = BatchSizes(
-            {k: o for k, o in owners.items() if hasattr(o, k.rpartition(".")[2])}, {MICRO: TOKENS}
-        )
+        self.reward_models = {k: fn for k, fn in terms.items() if isinstance(fn, RewardModel)}
+        sizes = {MICRO: micro_batch_size}
+        if hasattr(sampler, "batch_size"):
+            sizes[SAMPLED] = sampler.batch_size
+        if reference is not None:
+            sizes[REFERRED] = reference.batch_size
+        self.sizes = Sizes(sizes | {TOKENS: micro_batch_tokens} | self._reward_sizes())
+        self.faults = Faults(max_faults)
         self.tally = RolloutTally(rewards, count_names(rewards))
+        self.evaluator = Evaluator(evaluation, rewards)
+        self.eval_samplers = evaluation.samplers(sampler.max_new_tokens, sizes.get(SAMPLED))
         self.health = Health(
             objective, num_epochs * num_minibatches, stop_when or (), sampler.max_new_tokens
         )
         # no module: Lightning must not see it
-        self.frozen = FrozenModels(reference, models, frozen_device)
-        self.seconds: dict[str, float] = {}
-        self.peak_memory: dict[str, float] = {}  # GiB
+        self.frozen = FrozenModels(reference, self.reward_models, frozen_device)
+
+    @property
+    def choices(self) -> LossChoices:
+        """What the loss is made of now; with a critic the KL penalty may be in the rewards."""
+        in_reward = self.critic_config is not None and self.critic_config.kl_in_reward
+        coef = 0.0 if in_reward else self.kl_coef
+        return LossChoices(self.objective, self.kl_estimator, coef, self.entropy_coef)
+
+    # --- one rollout ---------------------------------------------------------------------------
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Collect a rollout and update on it: the whole algorithm, once."""
+        step = self.begin_step()
+        rollout = self.collector.collect(batch, step)
+        rollout, ratios = self.updater.learn(rollout, step)
+        return self.report(rollout, ratios, step)
+
+    def begin_step(self) -> Step:
+        """Set the learning rate of the step and make what lives as long as it does."""
+        trainer = self.trainer
+        index = trainer.fit_loop.total_batch_idx
+        ratio = self.critic_config.learning_rate_ratio if self.critic_config else 1.0
+        optimizer: Any = self.optimizers()
+        set_learning_rate(optimizer, self.optimizer_config, index, self._num_rollouts, ratio)
+        self.tally.reset()
+        told = getattr(trainer.progress_bar_callback, "on_phase", None)
+        clock = Clock(
+            self.device,
+            self.frozen.devices.values(),
+            None if told is None else lambda name: told(name, index),
+        )
+        ranks = Ranks(
+            self.global_rank,
+            trainer.world_size,
+            # the device's backend sums, so that a tensor made on the CPU goes there first
+            sum=lambda x: trainer.strategy.reduce(x.to(self.device), reduce_op="sum"),
+            gather=lambda x: self.all_gather(x.to(self.device)),  # type: ignore[arg-type, return-value]
+        )
+        coef = self.kl_coef
+        self.step = Step(index, self.seed, ranks, clock, self.tally, self.choices, coef)
+        return self.step
+
+    def report(self, rollout: Rollout, ratios: torch.Tensor, step: Step) -> dict[str, Any]:
+        """Log every number of the rollout, the same on every rank; what callbacks get to see."""
+        self.step = None
+        figures = self.tally.compute()
+        if self.reference is not None:
+            figures["train/kl_coef"] = step.kl_coef
+        figures |= {f"time/{name}": seconds for name, seconds in step.clock.seconds.items()}
+        figures |= {f"memory/{name}": gib for name, gib in step.clock.peak_memory.items()}
+        seconds = step.clock.seconds["rollout"]
+        figures["time/tokens_per_second"] = figures["rollout/tokens"] / seconds
+        figures["policy/clip_range"] = self.health.width
+        figures["optim/learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        for logger in self.loggers:  # at once: a stop right behind this loses no point
+            logger.log_metrics(figures, step=step.index)
+        self.log_dict(figures, logger=False)  # for callbacks that monitor
+        if self.health.check(figures):  # of figures that all ranks share: all of them stop
+            self.trainer.should_stop = True
+        return {
+            "rollout": rollout,
+            "index": step.index,
+            "metrics": figures,
+            "lengths": step.lengths,
+            "ratios": ratios,
+        }
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Measure and clip the gradient, behind callbacks that look at it as it was made."""
+        if self.step is not None:
+            self.updater.settle_gradient(optimizer, self.step)
 
     # --- Lightning's hooks around training -----------------------------------------------------
 
@@ -214,6 +310,51 @@ class GSPOModule(UpdatingModule):
         if self.critic_config is not None and self.needs_critic and self.critic is None:
             self.critic = load_critic(self.critic_config, self.policy_config, self.policy.model)
         self.frozen.share(self.policy)
+        self._build_loop()
+
+    def _build_loop(self) -> None:
+        """Make the two halves of a step, now that the models are there."""
+        old_logprobs = OldLogProbs(
+            self.policy,
+            self.sampler,
+            self.objective,
+            self.old_logprobs,
+            self.num_epochs,
+            self.num_minibatches,
+            self.critic_config is not None and self.critic_config.kl_in_reward,
+            self.sizes,
+        )
+        self.collector = Collector(
+            self.policy,
+            self.critic,
+            self.sampler,
+            self.rewards,
+            self.reference,
+            self.frozen,
+            old_logprobs,
+            self.sizes,
+            draw=lambda lacking: self.trainer.datamodule.draw(lacking),  # type: ignore[attr-defined]
+            failed=self._failed,
+            num_minibatches=self.num_minibatches,
+            advantages=self.advantages,
+            truncated=self.truncated,
+            overlong_ramp=self.overlong_ramp,
+            drop_flat_groups=self.drop_flat_groups,
+            max_draws=self.max_draws,
+        )
+        self.updater = Updater(
+            self,
+            self.policy,
+            self.critic,
+            self.sampler,
+            old_logprobs,
+            self.sizes,
+            self.faults,
+            policy_settings=asdict(self.policy_config),
+            num_epochs=self.num_epochs,
+            num_minibatches=self.num_minibatches,
+            max_grad_norm=self.max_grad_norm,
+        )
 
     def on_fit_start(self) -> None:
         """Begin to watch the run; behind the checkpoint, so that nothing is said twice."""
@@ -237,10 +378,13 @@ class GSPOModule(UpdatingModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what whitening has seen, faults in a row, sizes and what health has seen."""
+        self.sizes.now |= self._reward_sizes()
+        own = torch.tensor(self.sizes.numbers(), device=self.device)
+        ranks: Any = self.all_gather(own)  # each halves its own sizes where its memory is short
         checkpoint["gspo"] = {
             "whitening": whitening_state(self.rewards),
             "faults_in_a_row": self.faults.in_a_row,
-            "sizes": self.sizes.state(self._sizes_of_ranks()),
+            "sizes": self.sizes.state(ranks.view(-1, len(own)).tolist()),
             "health": self.health.state_dict(),
         }
 
@@ -261,58 +405,108 @@ class GSPOModule(UpdatingModule):
         self.faults.in_a_row = saved.get("faults_in_a_row", 0)
         if "sizes" in saved:
             self.sizes.load(saved["sizes"], self.global_rank)
+            for key, model in self.reward_models.items():
+                model.batch_size = self.sizes.now[f"{key}.batch_size"] or model.batch_size
 
     def fingerprints(self) -> dict[str, str]:
         """Marks of the models that are in no checkpoint; other ones would make it another run."""
         return self.frozen.fingerprints()
 
-    def _sizes_of_ranks(self) -> list[list[int]]:
-        """What is computed at once by each rank, which halves its own where memory is short."""
-        own = torch.tensor(list(self.sizes.now().values()), device=self.device)
-        gathered: Any = self.all_gather(own)
-        return gathered.view(-1, len(own)).tolist()
+    def _reward_sizes(self) -> dict[str, int | None]:
+        return {f"{key}.batch_size": m.batch_size for key, m in self.reward_models.items()}
 
-    # --- one rollout ---------------------------------------------------------------------------
+    @property
+    def _failed(self) -> Path:
+        """The file that keeps completions which could not be scored."""
+        rank = f".rank{self.global_rank}" if self.global_rank else ""
+        return Path(self.trainer.default_root_dir, f"failed_rollout{rank}.jsonl")
 
-    def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
-        """Collect a rollout and update on it: the whole algorithm, once."""
-        index = self.trainer.fit_loop.total_batch_idx
-        self.tally.reset()
-        optimizer: Any = self.optimizers()
-        ratio = self.critic_config.learning_rate_ratio if self.critic_config else 1.0
-        set_learning_rate(optimizer, self.optimizer_config, index, self._num_rollouts, ratio)
-        self.seconds = dict.fromkeys(("rollout", "score", "optimise"), 0.0)
-        self.peak_memory = {}
-        rollout = self.collect(batch)
-        with self._phase("optimise"):
-            rollout, ratios = self.learn(rollout)
-        metrics = self._report(index)
-        return {
-            "rollout": rollout,
-            "index": index,
-            "metrics": metrics,
-            "lengths": self._lengths,
-            "ratios": ratios,
-        }
+    # --- evaluation and prediction -------------------------------------------------------------
 
-    def _report(self, index: int) -> dict[str, float]:
-        """Log every number of the rollout; they are the same on every rank."""
-        figures = self.tally.compute()
-        if self.reference is not None:
-            figures["train/kl_coef"] = self.kl_coef  # the one that was used
-        figures |= {f"time/{name}": seconds for name, seconds in self.seconds.items()}
-        figures |= {f"memory/{name}": gib for name, gib in self.peak_memory.items()}
-        figures["time/tokens_per_second"] = figures["rollout/tokens"] / self.seconds["rollout"]
-        figures["policy/clip_range"] = self.health.width
-        figures["optim/learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        for logger in self.loggers:  # at once: a stop right behind this loses no point
-            logger.log_metrics(figures, step=index)
-        self.log_dict(figures, logger=False)  # for callbacks that monitor
-        if self.health.check(figures):  # of figures that all ranks share: all of them stop
-            self.trainer.should_stop = True
-        return figures
+    def on_validation_epoch_start(self) -> None:
+        """Start counting."""
+        self.evaluator.reset()
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Complete and score held-out prompts, with the same draws at every validation."""
+        seed = stream_seed(self.seed, batch_idx, self.global_rank, "evaluation")
+        self.evaluator.update(self.policy, batch, self.eval_samplers, seed)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log accuracies, pass@k and rewards as ``val/...``."""
+        self._log_evaluation("val")
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+
+    def on_test_epoch_end(self) -> None:
+        """Log the same figures as ``test/...``."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: str) -> None:
+        figures = {f"{stage}/{name}": value for name, value in self.evaluator.compute().items()}
+        fitting = self.trainer.state.fn == "fit"
+        self.log_dict(figures, logger=False if fitting else None, sync_dist=True)
+        if fitting:  # Lightning drops the evaluation before training and counts from 0 after it
+            for logger in self.loggers:
+                logger.log_metrics(figures, step=self.trainer.fit_loop.total_batch_idx + 1)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Complete each prompt ``group_size`` times and score the completions."""
+        seed = stream_seed(self.seed, batch_idx, self.global_rank, "prediction")
+        samples = self.sampler.sample(self.policy, batch, seed=seed)
+        scores = score_or_keep(self.rewards, samples, self._failed)
+        pairs = zip(batch.prompt_ids, batch.prompt_mask, strict=True)
+        prompts = [self.tokenizer.decode(ids[keep].tolist()) for ids, keep in pairs]
+        return describe(samples, scores, prompts)
 
     def export(self, path: str | Path) -> None:
         """Write the policy as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
         if self.global_rank == 0:
             self.policy.export(path)  # type: ignore[union-attr]
+
+
+def _check_settings(
+    counts: Mapping[str, int | None],
+    rewards: Mapping[str, RewardTerm],
+    sampler: Sampler,
+    *,
+    coefficients: tuple[float, float, float | None],
+    has_reference: bool,
+    truncated: str,
+) -> None:
+    """Refuse settings that cannot work.
+
+    Args:
+        counts: Numbers that must be 1 or more, by name.
+        rewards: Reward terms.
+        sampler: Draws the completions.
+        coefficients: ``kl_coef``, ``entropy_coef`` and ``max_grad_norm``.
+        has_reference: Whether there is a reference policy.
+        truncated: What becomes of a completion that hit the limit.
+
+    Raises:
+        ValueError: Naming the setting, its bound and its value.
+    """
+    kl_coef, entropy_coef, max_grad_norm = coefficients
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"model.{name} must be >= 1, got {value}")
+    if not sampler.temperature > 0:
+        raise ValueError(
+            f"sampler.temperature must be above 0 in training, got {sampler.temperature}"
+        )
+    if not rewards:
+        raise ValueError("model.rewards is empty; name at least one reward term")
+    if not 0 <= kl_coef < math.inf or not math.isfinite(entropy_coef):
+        raise ValueError(f"kl_coef {kl_coef} must be >= 0 and entropy_coef {entropy_coef} finite")
+    if kl_coef > 0 and not has_reference:
+        raise ValueError(f"kl_coef is {kl_coef} but there is no reference; set model.reference")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be above 0 or null, got {max_grad_norm}")
+    whitened = [name for name, term in rewards.items() if term.whiten]
+    if truncated == "zero_reward" and whitened:
+        raise ValueError(
+            f"truncated: zero_reward gives 0, which is an average reward where {whitened[0]!r} "
+            "is whitened; use keep or mask"
+        )

@@ -198,8 +198,9 @@ class Rollout(Samples):
     ``mask`` here selects the tokens that train: rows left out of the loss are False throughout.
 
     Attributes:
-        old_logprobs: Log-probs under the policy that sampled, nats, (B, T) float32; 0 in rows
-            whose own first forward pass stands in for them.
+        old_logprobs: Log-probs under the policy that sampled, nats, (B, T) float32.
+        old_known: False in rows whose ``old_logprobs`` were not computed, since the first update's
+            own forward pass replaces them, (B,) bool; None where all are known.
         ref_logprobs: Log-probs under the frozen reference, nats, (B, T) float32, or None.
         rewards: Weighted sum of the reward terms, NaN where missing, (B,).
         reward_parts: Each term by name, unweighted, (B,) each.
@@ -215,6 +216,7 @@ class Rollout(Samples):
     advantages: Tensor
     values: Tensor | None = None
     returns: Tensor | None = None
+    old_known: Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -223,6 +225,8 @@ class Rollout(Samples):
         for name in ("ref_logprobs", "values", "returns"):
             if getattr(self, name) is not None:
                 _check(name, getattr(self, name), (size, length))
+        if self.old_known is not None:
+            _check("old_known", self.old_known, (size,), torch.bool)
         _check("rewards", self.rewards, (size,))
         for name, part in self.reward_parts.items():
             _check(f"reward_parts[{name!r}]", part, (size,))

@@ -1,78 +1,83 @@
 """Update on a rollout: one optimizer step per mini-batch, through micro-batches.
 
-Decides the loss of a micro-batch, when a step is skipped, and what is done again when memory is
-short. Leaves out the settings (``module``) and the maths (``objectives``, ``kl``).
+Decides when a step is skipped, what is counted of it, and what is done again when memory is short.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gspo_lightning.collect import CollectingModule
+from gspo_lightning.critic.critic import Critic
 from gspo_lightning.critic.gae import ValueLoss
-from gspo_lightning.guards.faults import FOLDER, Faults, prompt_texts, settings_of, write_dump
-from gspo_lightning.guards.out_of_memory import TOKENS, OutOfMemory, is_out_of_memory
-from gspo_lightning.kl import kl_estimate
-from gspo_lightning.objectives import (
-    Objective,
-    PolicyLoss,
-    importance_log_ratio,
-    policy_loss,
-    token_weights,
+from gspo_lightning.guards.faults import FOLDER, Faults, prompt_texts, write_dump
+from gspo_lightning.guards.out_of_memory import (
+    MICRO,
+    TOKENS,
+    OutOfMemory,
+    Sizes,
+    is_out_of_memory,
 )
-from gspo_lightning.old_logprobs import MICRO
-from gspo_lightning.policy.policy import PolicyConfig
+from gspo_lightning.logprobs import LogProbs, samples_logprobs
+from gspo_lightning.loss import MicroLoss, micro_loss
+from gspo_lightning.objectives import importance_log_ratio, token_weights
+from gspo_lightning.old_logprobs import OldLogProbs
 from gspo_lightning.rollout import Rollout
+from gspo_lightning.sampling import Sampler
+from gspo_lightning.step import Step
 
 
-class StepLosses(NamedTuple):
-    """The loss of a micro-batch: its parts, () each, and what they were computed from.
+class Pass(NamedTuple):
+    """What is kept of a micro-batch's pass until its optimizer step is taken; without its graph.
 
-    ``old`` are the log-probs that the ratio is taken to, and ``entropies`` those of the tokens, or
-    None where nobody asked, (b, T) each.
-    ``total`` is attached to the graph. ``log_ratio`` is the length-normalised one, (b,), and
-    ``token_log_ratio`` that of each token, (b, T); ``noise`` is what the first is by rounding
-    alone, or None where the weights have moved, ``value`` the critic's loss, if there is one.
+    Attributes:
+        rows: The micro-batch's places in the mini-batch, (b,).
+        found: Log-probs, and entropies where they were asked for, nats, (b, T).
+        loss: The micro-batch's share of the loss.
+        log_ratio: Length-normalised log-ratio of each row, nats per token, (b,).
+        value: The critic's loss, if there is one.
     """
 
-    total: Tensor
-    policy: PolicyLoss
-    entropy: Tensor
-    kl: Tensor
-    logprobs: Tensor
+    rows: Tensor
+    found: LogProbs
+    loss: MicroLoss
     log_ratio: Tensor
-    token_log_ratio: Tensor
-    noise: Tensor | None
     value: ValueLoss | None
-    old: Tensor
-    entropies: Tensor | None
 
 
-class UpdatingModule(CollectingModule):
-    """The half of ``GSPOModule`` that learns from rollouts; that class documents the settings."""
+@dataclass
+class Updater:
+    """A rollout in, optimizer steps out; ``GSPOModule`` documents the settings.
 
-    policy_config: PolicyConfig
-    objective: Objective
-    kl_coef: float
-    kl_estimator: Literal["k2", "k3"]
-    entropy_coef: float
-    max_grad_norm: float | None
-    kl_in_reward: bool
-    num_epochs: int
+    Args:
+        shell: The LightningModule: its optimizer and its backward pass.
+        policy: The policy, with its tokenizer.
+        critic: Its critic, if there is one.
+        sampler: Drew the completions; its limit and its temperature belong to the loss.
+        old_logprobs: Finds old log-probs anew when micro-batches become smaller.
+        sizes: How much is computed at once.
+        faults: Looks for NaN and infinities.
+        policy_settings: Of the policy, plain values, for a dump.
+    """
+
+    shell: Any
+    policy: Any
+    critic: Critic | None
+    sampler: Sampler
+    old_logprobs: OldLogProbs
+    sizes: Sizes
     faults: Faults
-    steps: int = 0  # mini-batches of this rollout so far
-    moved: bool = False  # whether one of them has moved the weights
-    synced: bool = False  # whether a backward pass has begun that ranks share
+    policy_settings: dict[str, Any]
+    num_epochs: int
+    num_minibatches: int
+    max_grad_norm: float | None
 
-    def learn(self, rollout: Rollout) -> tuple[Rollout, Tensor]:
+    def learn(self, rollout: Rollout, step: Step) -> tuple[Rollout, Tensor]:
         """Take all optimizer steps of a rollout.
 
         Returns:
@@ -80,225 +85,196 @@ class UpdatingModule(CollectingModule):
             row before its last step, (B,).
         """
         ratios = torch.ones(len(rollout))
-        self.steps, self.moved = 0, False
-
-        def smaller(rows: Tensor) -> Rollout:
-            # in the batches of the update again, or rounding would look like a ratio that moved
-            nonlocal rollout
-            rollout = replace(rollout, old_logprobs=self._old_logprobs(rollout))
-            return rollout.select(rows)
-
-        for epoch in range(self.num_epochs):
-            for rows in self._minibatch_rows(rollout, epoch):
-                again = partial(smaller, rows)
-                ratios[rows] = self.update(rollout.select(rows), not self.moved, again)
+        with step.clock.phase("optimise"):
+            for epoch in range(self.num_epochs):
+                for rows in step.minibatch_rows(rollout, self.num_minibatches, epoch):
+                    rollout, ratios[rows] = self.update(rollout, rows, step)
         return rollout, ratios
 
-    def update(
-        self,
-        minibatch: Rollout,
-        on_policy: bool = False,
-        smaller: Callable[[], Rollout] | None = None,
-    ) -> Tensor:
+    def update(self, rollout: Rollout, rows: Tensor, step: Step) -> tuple[Rollout, Tensor]:
         """Take one optimizer step on a mini-batch, through micro-batches.
 
         Args:
-            minibatch: Rows of a rollout.
-            on_policy: The weights are still those that sampled, so the old log-probs are this very
-                forward pass, detached: the ratio is exactly 1.
-            smaller: The same rows with old log-probs from smaller micro-batches; None where a step
-                is not to be repeated.
+            rollout: The whole rollout.
+            rows: Those of the mini-batch.
+            step: The step; while no weight has moved in it, the old log-probs of the mini-batch are
+                this very forward pass, detached: the ratio is exactly 1.
 
         Returns:
-            Length-normalised sequence ratios before the step, (B,) on the CPU.
+            The rollout, as :meth:`learn`, and the length-normalised ratio of each row of the
+            mini-batch before the step, on the CPU.
 
         Raises:
             FloatingPointError: If ``max_faults`` steps in a row were not finite.
             OutOfMemory: If memory is short and the step must not be repeated.
         """
-        self.steps += 1
-        if not self._sum_over_ranks(minibatch.mask.sum()):
-            self._count_step(skipped=True, fault=False)
-            return torch.ones(len(minibatch))
+        step.num_updates += 1
+        minibatch = rollout.select(rows)
+        ratios = torch.ones(len(minibatch))
+        if not step.ranks.sum(minibatch.mask.sum()):
+            self._count_step(step, skipped=True, fault=False)
+            return rollout, ratios
         weights = token_weights(
             minibatch.mask,
-            self.objective.aggregation,
+            step.choices.objective.aggregation,
             self.sampler.max_new_tokens,
-            reduce=self._sum_over_ranks,
+            reduce=step.ranks.sum,
             dtype=minibatch.old_logprobs.dtype,
         )
-        weights = weights * self.trainer.world_size  # the mean of gradients over ranks, undone
-        optimizer: Any = self.optimizers()
-        parts = None
-        while parts is None:
+        weights = weights * step.ranks.count  # undoes the mean of gradients over ranks
+        optimizer = self.shell.optimizers()
+        while True:  # until the passes fit into memory
             try:
-                parts = self._accumulate(minibatch, weights, on_policy)
+                passes = self._accumulate(minibatch, weights, step)
+                break
             except Exception as error:
-                self._check_repeatable(error, smaller)
-            if parts is None and smaller is not None:
-                optimizer.zero_grad()
-                self.untoggle_optimizer(optimizer)  # which the error has left toggled
-                self.sizes.halve(MICRO, len(minibatch), f"{self._place}, an update")
-                minibatch = smaller()
-        pieces = self._pieces(minibatch)
-        for rows, part in zip(pieces, parts, strict=True):
-            if part.entropies is not None and self.steps <= self.num_minibatches:
-                ref = None if minibatch.ref_logprobs is None else minibatch.ref_logprobs[rows]
-                self.tally.count_logprobs(part.old, part.entropies, ref, minibatch.mask[rows])
+                self._check_repeatable(error, step)
+            optimizer.zero_grad()
+            self.shell.untoggle_optimizer(optimizer)  # which the error has left toggled
+            what = f"{self._place(step)}, an update"
+            self.sizes.halve(MICRO, len(minibatch), what, rollout.micro_batch_indices)
+            # In the batches of the update again, or rounding would look like a ratio that moved.
+            old = self.old_logprobs.find(rollout, step)
+            rollout = replace(rollout, old_logprobs=old.logprobs, old_known=old.known)
+            minibatch = rollout.select(rows)
+        first_epoch = step.num_updates <= self.num_minibatches
+        for part in passes:
+            if first_epoch and part.found.entropy is not None:
+                ref, mask = minibatch.ref_logprobs, minibatch.mask[part.rows]
+                ref = None if ref is None else ref[part.rows]
+                step.tally.count_logprobs(part.loss.old, part.found.entropy, ref, mask)
         optimizer.step()  # changes nothing after a fault: there is no gradient then
         if self.faults.found:
-            self._skip(minibatch, weights, on_policy)
-            return torch.ones(len(minibatch))
-        self.moved = True
-        ratios = torch.ones(len(minibatch))
-        for rows, part in zip(pieces, parts, strict=True):
-            mask = minibatch.mask[rows]
-            ratios[rows] = part.log_ratio.exp().float().cpu()
-            self.tally.count_losses(part.policy, part.entropy, part.kl, mask, 1 / len(parts))
-            self.tally.count_log_ratios(part.token_log_ratio, part.log_ratio, mask)
-            if part.noise is not None:
-                self.tally.count_noise(part.noise)
-            if part.value is not None:
-                self.tally.count_value_loss(part.value, mask, 1 / len(parts))
-        self._count_step(skipped=False, fault=False)
-        return ratios
+            self._skip(minibatch, weights, step)
+            return rollout, ratios
+        on_policy = not step.moved
+        step.moved = True
+        for part in passes:
+            self._count(part, minibatch.select(part.rows), on_policy, 1 / len(passes), step)
+            ratios[part.rows] = part.log_ratio.exp().float().cpu()
+        self._count_step(step, skipped=False, fault=False)
+        return rollout, ratios
 
-    def _accumulate(self, minibatch: Rollout, weights: Tensor, on_policy: bool) -> list[StepLosses]:
+    def _accumulate(self, minibatch: Rollout, weights: Tensor, step: Step) -> list[Pass]:
         """Make the gradient of a mini-batch, one micro-batch after the other."""
-        optimizer: Any = self.optimizers()
+        optimizer = self.shell.optimizers()
         optimizer.zero_grad()
-        self.faults.begin(minibatch, with_reference=self.kl_coef > 0 and not self.kl_in_reward)
-        self.synced = False
-        parts: list[StepLosses] = []
-        pieces = self._pieces(minibatch)
+        self.faults.begin(minibatch, with_reference=step.choices.kl_coef > 0)
+        step.synced = False
+        minibatch = self._with_own_pass(minibatch, step)
+        # Rows that are seen for the first time: their entropy is counted.
+        wanted = step.choices.entropy_coef != 0 or step.num_updates <= self.num_minibatches
+        passes: list[Pass] = []
+        pieces = self.sizes.pieces(minibatch)
         for rows in pieces:
-            last = len(parts) == len(pieces) - 1
-            micro, micro_weights = minibatch.select(rows), weights[rows.to(weights.device)]
+            last = len(passes) == len(pieces) - 1
+            micro, share = minibatch.select(rows), weights[rows.to(weights.device)]
             with optimizer.toggle_model(sync_grad=last):
-                parts.append(self._backward(micro, micro_weights, on_policy, last))
-        return parts
+                found = samples_logprobs(
+                    self.policy.model, micro, self.sampler.temperature, with_entropy=wanted
+                )
+                value = None
+                if self.critic is not None:
+                    value = self.critic.loss(self.policy.model, micro, share)
+                loss = micro_loss(*found, micro, share, step.choices, value and value.loss)
+                self.faults.look("logprobs", found.logprobs)
+                tokens = found.logprobs.detach(), loss.old, micro.mask
+                log_ratio = importance_log_ratio(*tokens, "sequence")[:, 0]
+                self.faults.look("ratio", log_ratio.exp())
+                self.faults.look("loss", loss.total)
+                step.synced = last
+                self.shell.manual_backward(loss.total)
+            entropy = None if found.entropy is None else found.entropy.detach()
+            found = LogProbs(found.logprobs.detach(), entropy)
+            value = value and value._replace(loss=value.loss.detach())
+            passes.append(Pass(rows, found, loss.detach(), log_ratio, value))
+        return passes
 
-    def _pieces(self, minibatch: Rollout) -> list[Tensor]:
-        return minibatch.micro_batch_indices(self.micro_batch_size, self.micro_batch_tokens)
+    def _with_own_pass(self, minibatch: Rollout, step: Step) -> Rollout:
+        """The mini-batch as its loss sees it: before any weight moved no old log-prob is known."""
+        if step.moved:
+            return minibatch
+        return replace(minibatch, old_known=torch.zeros_like(minibatch.finished))
 
-    def _rows(self, minibatch: Rollout) -> int:
-        return self.micro_batch_size or len(minibatch)
+    def _count(self, part: Pass, micro: Rollout, on_policy: bool, share: float, step: Step) -> None:
+        """Count a micro-batch that is ``share`` of an optimizer step that was taken."""
+        mask, tally = micro.mask, step.tally
+        tally.count_losses(part.loss.clip, part.loss.parts.entropy, part.loss.parts.kl, mask, share)
+        tally.count_log_ratios(part.found.logprobs - part.loss.old, part.log_ratio, mask)
+        if on_policy:  # old log-probs that are known all the same differ by rounding alone
+            known = mask.any(1) if micro.old_known is None else mask.any(1) & micro.old_known
+            tokens = part.found.logprobs, micro.old_logprobs, mask
+            tally.count_noise(importance_log_ratio(*tokens, "sequence")[known, 0])
+        if part.value is not None:
+            tally.count_value_loss(part.value, mask, share)
 
-    @property
-    def _place(self) -> str:
-        return f"rollout {self.trainer.fit_loop.total_batch_idx}, optimizer step {self.steps}"
+    def _place(self, step: Step) -> str:
+        return f"{step.name}, optimizer step {step.num_updates}"
 
-    def _check_repeatable(self, error: Exception, smaller: Any) -> None:
+    def _check_repeatable(self, error: Exception, step: Step) -> None:
         """Raise an error again unless memory was short and the step can be done from its start."""
         if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
             raise error
-        key = MICRO if self.micro_batch_tokens is None else TOKENS
-        size = getattr(self, key)
-        if self.moved:
+        key = MICRO if self.sizes.now[TOKENS] is None else TOKENS
+        size = self.sizes.now[key]
+        if step.moved:
             raise OutOfMemory(
-                f"out of memory in {self._place} ({key} {size}), after the first step of the "
+                f"out of memory in {self._place(step)} ({key} {size}), after the first step of the "
                 "rollout, which cannot be repeated; continue from the last checkpoint with a "
                 f"smaller model.init_args.{key}"
             ) from error
-        if smaller is None or (self.synced and self.trainer.world_size > 1):
+        if step.synced and step.ranks.count > 1:
             # other ranks may have the half of a gradient that this one was sending
             raise OutOfMemory(
-                f"out of memory in {self._place} ({key} {size}), in a pass that other ranks "
+                f"out of memory in {self._place(step)} ({key} {size}), in a pass that other ranks "
                 f"share; continue with a smaller model.init_args.{key}"
             ) from error
 
-    def losses(self, micro: Rollout, weights: Tensor, on_policy: bool) -> StepLosses:
-        """The forward pass of a micro-batch: its share of the loss of a mini-batch."""
-        mask, old = micro.mask, micro.old_logprobs
-        # rows that are seen for the first time: their entropy is counted
-        wanted = self.entropy_coef != 0 or self.steps <= self.num_minibatches
-        logprobs, entropy = self._logprobs(micro, with_entropy=wanted)
-        noise = None
-        if on_policy:
-            if old.any():  # or they were not computed, as these here stand in for them
-                counted = mask.any(1)
-                noise = importance_log_ratio(logprobs.detach(), old, mask, "sequence")[counted, 0]
-            old = logprobs.detach()
-        policy = policy_loss(logprobs, old, micro.advantages, mask, weights, self.objective)
-        entropy_loss = kl_loss = policy.loss.new_zeros(())
-        if entropy is not None and self.entropy_coef != 0:
-            entropy_loss = -self.entropy_coef * (weights * entropy).sum()
-        if micro.ref_logprobs is not None and self.kl_coef > 0 and not self.kl_in_reward:
-            kl = kl_estimate(logprobs, micro.ref_logprobs, self.kl_estimator)
-            kl_loss = self.kl_coef * (weights * kl).sum()
-        log_ratio = importance_log_ratio(logprobs.detach(), old, mask, "sequence")[:, 0]
-        tokens = logprobs.detach() - old
-        total, value = policy.loss + entropy_loss + kl_loss, None
-        if self.critic is not None:
-            value = self.critic.loss(self.policy.model, micro, weights)  # type: ignore[union-attr]
-            total = total + value.loss
-        return StepLosses(
-            *(total, policy, entropy_loss, kl_loss, logprobs, log_ratio, tokens, noise, value),
-            *(old, entropy),
-        )
-
-    def _backward(self, micro: Rollout, weights: Tensor, on_policy: bool, last: bool) -> StepLosses:
-        """Add the gradient of a micro-batch; what comes back has no graph."""
-        part = self.losses(micro, weights, on_policy)
-        self.faults.look("logprobs", part.logprobs)
-        self.faults.look("ratio", part.log_ratio.exp())
-        self.faults.look("loss", part.total)
-        self.synced = last
-        self.manual_backward(part.total)
-        return StepLosses(
-            part.total.detach(),
-            part.policy._replace(loss=part.policy.loss.detach()),
-            part.entropy.detach(),
-            part.kl.detach(),
-            part.logprobs.detach(),
-            part.log_ratio,
-            part.token_log_ratio,
-            part.noise,
-            part.value and part.value._replace(loss=part.value.loss.detach()),
-            part.old,
-            None if part.entropies is None else part.entropies.detach(),
-        )
-
-    def _count_step(self, skipped: bool, fault: bool) -> None:
+    def _count_step(self, step: Step, skipped: bool, fault: bool) -> None:
         # by one rank: totals are summed over ranks, and all take or skip a step together
-        first = self.global_rank == 0
-        self.tally.update("optim/skipped_steps", float(skipped and first))
-        self.tally.update("optim/faults", float(fault and first))
+        first = step.ranks.rank == 0
+        step.tally.update("optim/skipped_steps", float(skipped and first))
+        step.tally.update("optim/faults", float(fault and first))
 
-    def _skip(self, minibatch: Rollout, weights: Tensor, on_policy: bool) -> None:
+    def _skip(self, minibatch: Rollout, weights: Tensor, step: Step) -> None:
         """Count a step at fault and write it down; the optimizer has found no gradient."""
-        self._count_step(skipped=True, fault=True)
-        index = self.trainer.fit_loop.total_batch_idx
+        self._count_step(step, skipped=True, fault=True)
         dump = None
         if self.faults.own:
-            name = f"rollout={index:06d}-step={self.steps:03d}-rank{self.global_rank}.pt"
+            rank, trainer = step.ranks.rank, self.shell.trainer
+            name = f"rollout={step.index:06d}-step={step.num_updates:03d}-rank{rank}.pt"
             dump = write_dump(
-                Path(self.trainer.default_root_dir, FOLDER, name),
-                minibatch,
+                Path(trainer.default_root_dir, FOLDER, name),
+                self._with_own_pass(minibatch, step),
                 self.policy,
                 weights=weights,
-                on_policy=on_policy,
                 found=self.faults.found,
-                prompts=prompt_texts(minibatch, self.tokenizer),
-                settings=settings_of(self, self._rows(minibatch)),
+                prompts=prompt_texts(minibatch, self.policy.tokenizer),
+                choices=asdict(step.choices),
+                settings={
+                    "policy": self.policy_settings,
+                    "temperature": self.sampler.temperature,
+                    MICRO: self.sizes.now[MICRO] or len(minibatch),
+                    TOKENS: self.sizes.now[TOKENS],
+                    "critic": self.critic is not None,
+                    "precision": str(trainer.precision),
+                    "device": step.clock.device.type,
+                },
             )
-        self.faults.tell(self._place, dump)
+        self.faults.tell(self._place(step), dump)
 
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
+    def settle_gradient(self, optimizer: Any, step: Step) -> None:
         """Measure the gradient, scale it down to ``max_grad_norm``, drop it if it is at fault."""
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.policy.parameters(),  # type: ignore[union-attr]
-            math.inf if self.max_grad_norm is None else self.max_grad_norm,
-        )
-        critic_norm = None
+        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), limit)
+        norms = {"policy/grad_norm": norm}
         if self.critic is not None:
-            critic_norm = self.critic.clip_gradient(self.max_grad_norm)
-        total = norm if critic_norm is None else norm + critic_norm
-        if self.faults.settle(total, self._sum_over_ranks):
+            norms["critic/grad_norm"] = self.critic.clip_gradient(self.max_grad_norm)
+            norm = norm + norms["critic/grad_norm"]
+        if self.faults.settle(norm, step.ranks.sum):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None  # which every optimizer leaves alone, with its state
         else:
-            self.tally.update("policy/grad_norm", norm)
-            if critic_norm is not None:
-                self.tally.update("critic/grad_norm", critic_norm)
+            for name, value in norms.items():
+                step.tally.update(name, value)

@@ -40,9 +40,9 @@ from gspo_lightning.module import GSPOModule
 from gspo_lightning.optim import OptimizerConfig
 from gspo_lightning.policy.policy import PolicyConfig
 from gspo_lightning.rewards.terms import RewardTerm
-from gspo_lightning.rollout import PromptBatch
 from gspo_lightning.run.cli import quiet
 from gspo_lightning.sampling import GroupSampler
+from gspo_lightning.step import Clock, Step
 
 CPU = torch.device("cpu")
 PHASES = ("total", "rollout", "reward", "old_logprobs", "reference", "optimise", "other")
@@ -170,20 +170,32 @@ class InFileOrder(PromptData):
         self.stream.shuffle = False
 
 
-class TimedModule(GSPOModule):
-    """Also measures the CPU seconds of everything that ``GSPOModule`` times."""
+class TimedClock(Clock):
+    """Also measures the CPU seconds of everything that a step times."""
 
-    def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.cpu_seconds: dict[str, float] = {}
-        return super().training_step(batch, batch_idx)
 
     @contextmanager
-    def _timed(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def timed(self, name: str, *args: Any) -> Iterator[None]:
         start = time.process_time()
-        with super()._timed(name, *args, **kwargs):
+        with super().timed(name, *args):
             yield
         spent = time.process_time() - start
         self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + spent
+
+
+class TimedModule(GSPOModule):
+    """Keeps the clock of its last step, which measures CPU seconds, too."""
+
+    clock: TimedClock
+
+    def begin_step(self) -> Step:
+        step = super().begin_step()
+        plain = step.clock
+        step.clock = self.clock = TimedClock(plain.device, plain.devices, plain.on_phase)
+        return step
 
 
 class Steps(Callback):
@@ -210,15 +222,15 @@ class Steps(Callback):
             prompts = rollout.prompt_mask.sum(1)[:: rollout.group_size].tolist()
             self.records.append(
                 {
-                    "wall": _phases(pl_module.seconds, wall - self._start[0]),
-                    "cpu": _phases(pl_module.cpu_seconds, cpu - self._start[1]),
+                    "wall": _phases(pl_module.clock.seconds, wall - self._start[0]),
+                    "cpu": _phases(pl_module.clock.cpu_seconds, cpu - self._start[1]),
                     "work": Work(tuple(prompts), tuple(outputs["lengths"].tolist())),
                 }
             )
         # the module looks for the peak of each phase anew
         self.peak = 1024 * max(self.peak / 1024, *_on_the_cpu(pl_module), peaks([CPU])[CPU])
         if pl_module.device.type == "cuda":
-            highest = max(v for k, v in pl_module.peak_memory.items() if k.endswith("_gib"))
+            highest = max(v for k, v in pl_module.clock.peak_memory.items() if k.endswith("_gib"))
             self.device_peak = max(self.device_peak or 0.0, 1024 * highest)
         self._start = (time.perf_counter(), time.process_time())
 
@@ -270,10 +282,10 @@ def _medians(steps: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(step[name] for step in steps) for name in PHASES}
 
 
-def _on_the_cpu(module: GSPOModule) -> list[float]:
+def _on_the_cpu(module: TimedModule) -> list[float]:
     """Peaks of the phases in the process's resident memory, GiB."""
     ending = "_gib" if module.device.type == "cpu" else "_gib_cpu"
-    return [gib for name, gib in module.peak_memory.items() if name.endswith(ending)]
+    return [gib for name, gib in module.clock.peak_memory.items() if name.endswith(ending)]
 
 
 def resident() -> float:

@@ -187,11 +187,8 @@ class Critic(nn.Module):
         return zeros.index_copy(0, target, values).view(samples.mask.shape)
 
     @torch.no_grad()
-    def old_values(
-        self, policy: Any, samples: Samples, size: int | None, tokens: int | None = None
-    ) -> Tensor:
-        """The values of a rollout before its updates, (B, T), in pieces of limited size."""
-        pieces = samples.micro_batch_indices(size, tokens)
+    def old_values(self, policy: Any, samples: Samples, pieces: list[Tensor]) -> Tensor:
+        """The values of a rollout before its updates, (B, T), in ``micro_batch_indices``."""
         found = torch.cat([self(policy, samples.select(rows)) for rows in pieces])
         return found[torch.cat(pieces).argsort().to(found.device)]
 

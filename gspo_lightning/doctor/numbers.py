@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from gspo_lightning.doctor.findings import Finding
 from gspo_lightning.kl import kl_estimate
+from gspo_lightning.logprobs import LogProbs, samples_logprobs
+from gspo_lightning.loss import micro_loss
 from gspo_lightning.masked import masked_mean
 from gspo_lightning.objectives import importance_log_ratio, token_weights
 from gspo_lightning.rollout import Rollout, Samples
@@ -79,19 +81,25 @@ def spread(total: int, count: int) -> Tensor:
     return torch.linspace(0, total - 1, min(count, total)).round().long()
 
 
+def logprobs_in_run(module: Any, samples: Samples, **options: bool) -> LogProbs:
+    """Log-probs as the update computes them."""
+    return samples_logprobs(module.policy.model, samples, module.sampler.temperature, **options)
+
+
 def as_rollout(module: Any, samples: Samples) -> Rollout:
     """Samples with reference log-probs and made-up advantages between -1 and 1."""
     size = len(samples)
     reference = module.reference
     advantages = torch.linspace(-1, 1, size, device=samples.mask.device)
     with torch.no_grad():
-        old = module._logprobs(samples, with_entropy=False).logprobs
+        old = logprobs_in_run(module, samples).logprobs
         ref = None
         if reference is not None:
             ref = reference.logprobs(samples, module.sampler.temperature).to(old.device)
     return Rollout(
         **{field.name: getattr(samples, field.name) for field in fields(Samples)},
         old_logprobs=old,
+        old_known=torch.zeros_like(samples.finished),  # before any step: its own pass stands in
         ref_logprobs=ref,
         rewards=torch.zeros(size),
         reward_parts={},
@@ -109,10 +117,15 @@ def gradient(module: Any, rollout: Rollout, size: int) -> Cut:
     log_ratios, clipped = [], 0.0
     try:
         for micro, part in zip(rollout.micro_batches(size), weights.split(size), strict=True):
-            losses = module.losses(micro, part, on_policy=True)
-            module.manual_backward(losses.total)
-            log_ratios.append(losses.log_ratio.float().cpu())
-            clipped = max(clipped, losses.policy.clip_fraction_sequences.item())
+            found = logprobs_in_run(module, micro, with_entropy=True)
+            value = None
+            if module.critic is not None:
+                value = module.critic.loss(module.policy.model, micro, part).loss
+            loss = micro_loss(*found, micro, part, module.choices, value)
+            module.manual_backward(loss.total)
+            own = found.logprobs.detach(), loss.old, micro.mask
+            log_ratios.append(importance_log_ratio(*own, "sequence")[:, 0].float().cpu())
+            clipped = max(clipped, loss.clip.clip_fraction_sequences.item())
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     finally:
         module.policy.zero_grad(set_to_none=True)
@@ -208,12 +221,12 @@ def noise(module: Any, data: Any, samples: Samples) -> Finding:
     same: list[Tensor] = []
     other: list[Tensor] = []
     for part in (samples.select(index) for index in rows.split(size)):
-        graph = module._logprobs(part, with_entropy=False).logprobs.detach()
+        graph = logprobs_in_run(module, part).logprobs.detach()
         with torch.no_grad():
-            again = module._logprobs(part, with_entropy=True).logprobs
+            again = logprobs_in_run(module, part, with_entropy=True).logprobs
             longer = with_longer_prompt(part)
             # padded: packed rows have the same bits whatever else is in the batch
-            apart = module._logprobs(longer, with_entropy=False, packed=False).logprobs[:-1]
+            apart = logprobs_in_run(module, longer, packed=False).logprobs[:-1]
         for values, moved in ((same, again), (other, apart)):
             log_ratio = importance_log_ratio(graph, moved, part.mask, level)
             whole = level.startswith("sequence")  # then every column holds the same
@@ -240,7 +253,7 @@ def start_kl(module: Any, trainer: Any, samples: Samples) -> Finding:
     if module.reference is None:
         return Finding("kl", "ok", "no reference, so no KL is measured")
     part = samples.select(spread(len(samples), ROWS))
-    rows = [module._logprobs(row, with_entropy=False).logprobs for row in part.micro_batches(1)]
+    rows = [logprobs_in_run(module, row).logprobs for row in part.micro_batches(1)]
     old = torch.cat(rows)
     ref = module.reference.logprobs(part, module.sampler.temperature).to(old.device)
     kl = masked_mean(kl_estimate(old, ref, "k3"), part.mask, dim=1).mean().item()

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from gspo_lightning.engine.packing import pack, rows_of
-from gspo_lightning.logprobs import completion_logprobs
-from gspo_lightning.module import GSPOModule
-from gspo_lightning.objectives import Objective
+from gspo_lightning.guards.faults import VERSION
+from gspo_lightning.logprobs import completion_logprobs, samples_logprobs
+from gspo_lightning.loss import LossChoices, micro_loss
+from gspo_lightning.objectives import Objective, importance_log_ratio
 from gspo_lightning.policy.lora import LoRAConfig
-from gspo_lightning.policy.policy import PolicyConfig
-from gspo_lightning.rewards.terms import RewardTerm
+from gspo_lightning.policy.policy import Policy, PolicyConfig, load_policy, load_tokenizer
 from gspo_lightning.rollout import Rollout, Samples
-from gspo_lightning.sampling import GroupSampler
 
 FOUND, ALL_FINITE = 0, 1  # exit codes
+TERMS = {"policy": "policy", "kl": "KL", "entropy": "entropy"}  # of a loss, as they are written
 
 
 class Look(NamedTuple):
@@ -76,51 +76,44 @@ def load_dump(path: Path) -> dict[str, Any]:
     content = torch.load(path, weights_only=True) if zipfile.is_zipfile(path) else None
     if not isinstance(content, dict) or "minibatch" not in content or "found" not in content:
         raise ValueError(f"replay: {path} is no dump of a faulty step")
-    if content["version"] != 1:
+    if content["version"] != VERSION:
         raise ValueError(f"replay: {path} was written by another version of this program")
     return content
 
 
-def build_module(dump: dict[str, Any], device: torch.device) -> GSPOModule:
-    """The module of the run as far as the loss depends on it, with the weights of the dump."""
+def build_policy(dump: dict[str, Any], device: torch.device) -> Policy:
+    """The policy of the run with the weights of the dump."""
     settings = dump["settings"]
-    config = dict(settings["policy"])
-    if config["lora"] is not None:
-        config["lora"] = LoRAConfig(**config["lora"])
-    module = GSPOModule(
-        PolicyConfig(**config),
-        {"none": RewardTerm(lambda rows, completions: [None] * len(completions))},
-        GroupSampler(2, settings["max_new_tokens"], settings["temperature"]),
-        Objective(**settings["objective"]),
-    )
-    for name, value in settings["attributes"].items():
-        setattr(module, name, value)
-    module.configure_model()
+    entries = dict(settings["policy"])
+    if entries["lora"] is not None:
+        entries["lora"] = LoRAConfig(**entries["lora"])
+    config = PolicyConfig(**entries)
+    policy = load_policy(config, load_tokenizer(config))
+    policy.train()  # as in the run; dropout is off in either mode
     if settings["precision"] == "64-true":
-        module.double()
-    module.to(device)
-    policy: Any = module.policy
+        policy.double()
+    policy.to(device)
     one = torch.ones(1, 1, dtype=torch.long, device=device)
     with torch.no_grad():  # on sound weights, as in the run, it shows how the model can be run
         completion_logprobs(policy.model, one, one.bool(), one, one.bool())
     policy.load_state_dict(dump["policy"])
-    return module
+    return policy
 
 
 def replay(dump: dict[str, Any], device: torch.device) -> Looks:
     """Compute the step of a dump again and look at every tensor on the way."""
-    module, looks = build_module(dump, device), Looks()
+    policy, looks = build_policy(dump, device), Looks()
+    chosen = dict(dump["choices"])
+    choices = LossChoices(**chosen | {"objective": Objective(**chosen["objective"])})
     batch = dump["minibatch"]
     rows: list[dict] = [{}] * len(batch["texts"])
     minibatch = Rollout(**{f.name: batch[f.name] for f in fields(Rollout)} | {"rows": rows})
     minibatch, weights = minibatch.to(device), dump["weights"].to(device)
-    policy: Any = module.policy
     for name, parameter in policy.model.named_parameters():
         looks.at(f"weight: {name}", parameter)
     for name in ("advantages", "old_logprobs", "ref_logprobs"):
         tensor = getattr(minibatch, name)
-        counts = module.kl_coef > 0 and not module.kl_in_reward
-        if tensor is not None and (counts or name != "ref_logprobs"):
+        if tensor is not None and (choices.kl_coef > 0 or name != "ref_logprobs"):
             looks.at(name, tensor.masked_fill(~minibatch.mask, 0), lambda row: row)
     settings = dump["settings"]
     trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
@@ -134,14 +127,17 @@ def replay(dump: dict[str, Any], device: torch.device) -> Looks:
             watched(policy.model, looks, micro, own),
             torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False),
         ):
-            losses = module.losses(micro, part, dump["on_policy"])
-        looks.at("logprobs", losses.logprobs, own.__getitem__)
-        looks.at("ratio", losses.log_ratio.exp(), own.__getitem__)
-        parts = {"policy": losses.policy.loss, "KL": losses.kl, "entropy": losses.entropy}
-        for name, loss in parts.items():
-            looks.at(f"{name} loss", loss)
-        looks.at("loss", losses.total)
-        for name, gradient in gradients(losses.total, trained):
+            found = samples_logprobs(
+                policy.model, micro, settings["temperature"], with_entropy=True
+            )
+            loss = micro_loss(*found, micro, part, choices)
+        looks.at("logprobs", found.logprobs, own.__getitem__)
+        log_ratio = importance_log_ratio(found.logprobs, loss.old, micro.mask, "sequence")[:, 0]
+        looks.at("ratio", log_ratio.exp(), own.__getitem__)
+        for name, written in TERMS.items():
+            looks.at(f"{written} loss", getattr(loss.parts, name))
+        looks.at("loss", loss.total)
+        for name, gradient in gradients(loss.total, trained):
             total[name] += gradient
             looks.at(f"gradient: {name}", total[name])
     looks.at("norm of the gradient", nn.utils.get_total_norm(list(total.values())))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.products import speed_up
 from gspo_lightning.frozen.reward_model import RewardModel, freeze
-from gspo_lightning.logprobs import completion_logprobs
+from gspo_lightning.logprobs import samples_logprobs
 from gspo_lightning.policy.folder import (
     check_model_folder,
     check_model_path,
@@ -135,12 +135,15 @@ class ReferencePolicy:
 
     # no_grad, not inference_mode: the KL term saves these log-probs for its backward pass
     @torch.no_grad()
-    def logprobs(self, samples: Samples, temperature: float) -> Tensor:
+    def logprobs(
+        self, samples: Samples, temperature: float, batch_size: int | None = None
+    ) -> Tensor:
         """Log-probs of the completions under the reference.
 
         Args:
             samples: B completions, on any device.
             temperature: The sampling temperature.
+            batch_size: Sequences per forward pass, where memory does not suffice for the setting.
 
         Returns:
             (B, T) float32 nats, on the device of ``samples``.
@@ -151,22 +154,13 @@ class ReferencePolicy:
         lengths = (samples.prompt_mask.sum(1) + samples.mask.sum(1)).cpu()
         groups = lengths.view(-1, size).amax(1).argsort(stable=True)
         order = (groups[:, None] * size + torch.arange(size)).flatten()
-        whole = self.batch_size - self.batch_size % size
+        batch_size = batch_size or self.batch_size
+        whole = batch_size - batch_size % size
         parts = []
         with adapters_off(self.model) if self.shared else nullcontext():
-            for index in order.split(whole or self.batch_size):
+            for index in order.split(whole or batch_size):
                 part = samples.select(index).to(device)
-                parts.append(
-                    completion_logprobs(
-                        self.model,
-                        part.prompt_ids,
-                        part.prompt_mask,
-                        part.completion_ids,
-                        part.mask,
-                        temperature=temperature,
-                        group_size=part.group_size,
-                    ).logprobs
-                )
+                parts.append(samples_logprobs(self.model, part, temperature).logprobs)
         back = order.argsort().to(device)
         return torch.cat(parts)[back].to(samples.mask.device)
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gspo_lightning.engine.products import speed_up
-from gspo_lightning.guards.out_of_memory import BatchSizes
+from gspo_lightning.guards.out_of_memory import Sizes
 from gspo_lightning.policy.policy import fingerprint
 
 
@@ -137,9 +137,13 @@ class RewardModel:
         """
         self.counts = {"truncated": 0}
         encoded = [self._encode(*pair) for pair in zip(rows, completions, strict=True)]
-        sizes = BatchSizes({"batch_size": self})
-        what = f"the reward model {self.path}"
-        return sizes.fit("batch_size", len(encoded), what, lambda: self._score_all(encoded))
+        sizes = Sizes({"batch_size": self.batch_size})
+
+        def work() -> list[float]:
+            self.batch_size = sizes.now["batch_size"] or len(encoded)
+            return self._score_all(encoded)
+
+        return sizes.fit("batch_size", len(encoded), f"the reward model {self.path}", work)
 
     def _score_all(self, encoded: list[list[int]]) -> list[float]:
         """Score all texts, ``batch_size`` at once."""

@@ -1,14 +1,13 @@
 """Numerical faults: seen before the weights move, agreed on by all ranks, counted, written down.
 
-Decides what is looked at, how many faults in a row end a run, and what a dump holds. Leaves out the
-skipping of the step (``module``) and the search for the cause (``replay``).
+Decides what is looked at, how many faults in a row end a run, and what a dump holds.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,7 @@ LOOKED_AT = (
 )
 FOLDER = "faults"  # inside the run folder
 KEPT = 3  # newest dumps; each holds the policy's weights
-# settings of the module as they are now
-ATTRIBUTES = ("kl_coef", "kl_in_reward", "kl_estimator", "entropy_coef")
+VERSION = 2  # of a dump
 
 
 class Faults:
@@ -118,22 +116,6 @@ class Faults:
             )
 
 
-def settings_of(module: Any, micro_batch_size: int) -> dict[str, Any]:
-    """What the loss of a mini-batch depends on beside its tensors and the weights, plain values."""
-    return {
-        "policy": asdict(module.policy_config),
-        "objective": asdict(module.objective),
-        "max_new_tokens": module.sampler.max_new_tokens,
-        "temperature": module.sampler.temperature,
-        "micro_batch_size": micro_batch_size,
-        "micro_batch_tokens": module.micro_batch_tokens,
-        "critic": module.critic is not None,
-        "attributes": {name: getattr(module, name) for name in ATTRIBUTES},
-        "precision": str(module.trainer.precision),
-        "device": module.device.type,
-    }
-
-
 def prompt_texts(minibatch: Rollout, tokenizer: Any) -> list[str]:
     """The prompt of each row, as the policy saw it."""
     pairs = zip(minibatch.prompt_ids.cpu(), minibatch.prompt_mask.cpu(), strict=True)
@@ -156,7 +138,7 @@ def write_dump(path: Path, minibatch: Rollout, policy: Any, **rest: Any) -> Path
     batch = {field.name: getattr(minibatch, field.name) for field in fields(Rollout)}
     batch["rows"] = None  # of the data, which may hold anything; nothing is computed from them
     state = {name: on_cpu(value) for name, value in policy.state_dict().items()}
-    content = {"version": 1, "minibatch": on_cpu(batch), "policy": state, **on_cpu(rest)}
+    content = {"version": VERSION, "minibatch": on_cpu(batch), "policy": state, **on_cpu(rest)}
     try:
         AtomicCheckpointIO().save_checkpoint(content, path)
     except CheckpointError as error:
