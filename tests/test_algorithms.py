@@ -1,25 +1,19 @@
 """Every overlay of configs/algorithm: it trains the embedded task, and its loss is its paper's."""
 
 import math
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
 
-import paper_losses
 import pytest
 import torch
-from lightning.pytorch import Callback
 
+import train
 from gspo_lightning.logprobs import LogProbs
 from gspo_lightning.rollout import Rollout, Samples
 from gspo_lightning.run.cli import quiet
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-import train  # noqa: E402  - the script lies in the root of the repository, not in a package
+from support import paper_losses
+from support.observers import Probe
+from support.repository import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "algorithm").glob("*.yaml"))
 LIMIT = 10
@@ -37,38 +31,19 @@ def stack(name, folder, *options):
     return ["fit", *configs, "--trainer.default_root_dir", str(folder), *options]
 
 
-class Probe(Callback):
-    """Keeps what a run computed."""
-
-    outputs: ClassVar[list] = []
-    start: ClassVar[list] = []
-    end: ClassVar[list] = []
-
-    def on_train_start(self, trainer, module):
-        type(self).outputs = []
-        type(self).start = [p.detach().clone() for p in module.policy.parameters()]
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.outputs.append(outputs)
-
-    def on_train_end(self, trainer, module):
-        type(self).end = [p.detach().clone() for p in module.policy.parameters()]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_an_overlay_trains_the_embedded_task(name, tmp_path):
     quick = ["--data.num_rollouts=2", "--trainer.limit_val_batches=0"]
     quick += ["--trainer.num_sanity_val_steps=0", "--trainer.enable_progress_bar=false"]
-    probe = "--trainer.callbacks+=test_algorithms.Probe"
+    probe = "--trainer.callbacks+=support.observers.Probe"
     assert train.main(stack(name, tmp_path, *quick, probe)) == 0
-    from test_algorithms import Probe as Used  # the copy that the command line has imported
 
-    assert len(Used.outputs) == 2
-    for outputs in Used.outputs:
+    assert len(Probe.outputs) == 2
+    for outputs in Probe.outputs:
         assert all(math.isfinite(value) for value in outputs["metrics"].values())
         assert outputs["metrics"]["optim/skipped_steps"] == 0
         assert outputs["metrics"]["policy/grad_norm"] > 0
-    assert not any(torch.equal(a, b) for a, b in zip(Used.start, Used.end, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(Probe.start, Probe.end, strict=True))
 
 
 # ---- loss and gradient against the papers' formulas ----------------------------------------------

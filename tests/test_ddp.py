@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.objectives import Objective, policy_loss, token_weights
 from gspo_lightning.policy.lora import LoRAConfig
 from gspo_lightning.policy.policy import PolicyConfig, load_policy
+from support.repository import PYTHONPATH
 
 pytestmark = pytest.mark.slow
 
@@ -20,10 +20,12 @@ pytestmark = pytest.mark.slow
 def ranks(tmp_path_factory, model_dir, request):
     """What two ranks ended with that trained all weights, or adapters alone."""
     root = tmp_path_factory.mktemp("ddp")
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent)])
-    environment = os.environ | {"PL_GLOBAL_SEED": "0", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(here / "ddp_run.py"), str(root), str(model_dir)]
+    environment = os.environ | {
+        "PL_GLOBAL_SEED": "0",
+        "PYTHONPATH": PYTHONPATH,
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "support.ddp_run", str(root), str(model_dir)]
     command.append(request.param)
     subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True)
     return [torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(2)]

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback
-from test_module import Outputs, even_prompts_teach, ones
-from tiny_run import run
 
 from gspo_lightning.collect import CollectingModule
 from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.rollout import Samples
 from gspo_lightning.run.plan import plan_lines
 from gspo_lightning.tally import RolloutTally
+from support.observers import Outputs
+from support.tiny_run import even_prompts_teach, ones, run
 
 EVEN = {"even": RewardTerm(even_prompts_teach)}
 

@@ -5,12 +5,12 @@ import os
 
 import pytest
 import torch
-from tiny_run import digits, make_module, make_trainer, write_prompts
 
 from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.evaluation import Evaluation, Evaluator, describe
 from gspo_lightning.rewards.terms import RewardTerm, Scores
 from gspo_lightning.rollout import PromptBatch, Samples
+from support.tiny_run import digits, make_module, make_trainer, write_prompts
 
 
 class Scripted:

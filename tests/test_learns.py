@@ -4,16 +4,15 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gspo_lightning.metrics import CURVES
+from support.repository import ROOT
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
 FIGURES = re.compile(r"greedy (\S+) -> (\S+), sampled (\S+) -> (\S+) ")
 
 

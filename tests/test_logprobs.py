@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gspo_lightning.logprobs import completion_logprobs
+from support.passes import inputs, loop, tokens_of_passes
 
 ARCHITECTURES = ("qwen3", "llama", "gpt2", "gemma2")
 
@@ -28,29 +29,6 @@ def exact(model):
             if hasattr(child, "variance_epsilon"):
                 setattr(module, name, Norm(child))
     return model.double()
-
-
-def inputs(rollout):
-    names = ("prompt_ids", "prompt_mask", "completion_ids", "mask")
-    return tuple(getattr(rollout, name) for name in names)
-
-
-def loop(model, rollout, temperature=1.0):
-    """Row by row, token by token, without padding, cache or chunks; float64."""
-    shape = rollout.mask.shape
-    logprobs, entropy = torch.zeros(shape).double(), torch.zeros(shape).double()
-    with torch.no_grad():
-        for i, kept in enumerate(rollout.mask):
-            ids = rollout.prompt_ids[i][rollout.prompt_mask[i]]
-            for t in range(int(kept.sum())):
-                logits = model(ids[None]).logits[0, -1].double() / temperature
-                total = sum(math.exp(value) for value in logits.tolist())
-                chances = [math.exp(value) / total for value in logits.tolist()]
-                token = rollout.completion_ids[i, t]
-                logprobs[i, t] = math.log(chances[token])
-                entropy[i, t] = -sum(p * math.log(p) for p in chances)
-                ids = torch.cat([ids, token[None]])
-    return logprobs, entropy
 
 
 def everything(model, rollout, **arguments):
@@ -131,19 +109,6 @@ def test_a_shared_prompt_may_be_longer_than_the_sliding_window(make_model, make_
     shared_values, shared_grads = everything(model, rollout, group_size=3)
     torch.testing.assert_close(shared_values, values, atol=1e-5, rtol=0)
     torch.testing.assert_close(shared_grads, grads, atol=1e-5, rtol=1e-4)
-
-
-def tokens_of_passes(model, rollout, **options):
-    """Token ids that each forward pass is given, padding included."""
-    arguments = (model, *inputs(rollout))
-    completion_logprobs(*arguments, **options)  # the first pass of all tries the model out
-    count = []
-    hook = model.register_forward_pre_hook(
-        lambda _, __, kwargs: count.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
-    completion_logprobs(*arguments, **options)
-    hook.remove()
-    return count
 
 
 def test_a_shared_prompt_is_computed_once(make_model, make_rollout):

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny_run import digits, make_module, make_trainer, run, write_prompts
 
 from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.evaluation import Evaluation
@@ -17,39 +16,18 @@ from gspo_lightning.objectives import Objective
 from gspo_lightning.optim import OptimizerConfig
 from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.sampling import GroupSampler
-
-
-class Outputs(Callback):
-    """Keeps what each rollout handed to the callbacks."""
-
-    def __init__(self):
-        self.all = []
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.all.append(outputs)
-
-
-class Steps(Callback):
-    """Keeps the gradient, flat, of every optimizer step, before it is clipped."""
-
-    def __init__(self):
-        self.gradients = []
-
-    def on_before_optimizer_step(self, trainer, module, optimizer):
-        parameters = [p for p in module.policy.parameters() if p.requires_grad]
-        self.gradients.append(torch.cat([p.grad.flatten() for p in parameters]).clone())
-
-
-def outputs_of(tmp_path, model_dir, **options):
-    keep = Outputs()
-    run(tmp_path, model_dir, callbacks=[keep], **options)
-    return keep.all
-
-
-def gradients_of(tmp_path, model_dir, **options):
-    keep = Steps()
-    run(tmp_path, model_dir, callbacks=[keep], **options)
-    return keep.gradients
+from support.observers import Outputs, Steps
+from support.tiny_run import (
+    digits,
+    even_prompts_teach,
+    gradients_of,
+    make_module,
+    make_trainer,
+    ones,
+    outputs_of,
+    run,
+    write_prompts,
+)
 
 
 def test_ratio_is_exactly_one_and_nothing_is_clipped_before_the_first_step(tmp_path, model_dir):
@@ -245,10 +223,6 @@ def test_truncated_zero_reward_counts_in_the_group(tmp_path, model_dir):
     assert torch.equal(rollout.reward_parts["one"], torch.ones(16))  # the raw term stays
 
 
-def ones(rows, completions):
-    return [1.0] * len(completions)
-
-
 def test_overlong_ramp_punishes_long_completions(tmp_path, model_dir):
     (outputs,) = outputs_of(tmp_path, model_dir, overlong_ramp=3, rewards={"one": RewardTerm(ones)})
     expected = 1 - (outputs["lengths"] - 3).clamp(0, 3) / 3
@@ -306,13 +280,6 @@ def test_flat_groups_have_no_policy_gradient_but_keep_the_kl_term(tmp_path, mode
     assert steps.gradients[0].abs().max() > 0
     assert keep.all[0]["metrics"]["train/kl_loss"] > 0
     assert keep.all[0]["metrics"]["train/policy_loss"] == 0
-
-
-def even_prompts_teach(rows, completions):
-    """Rewards differ only in groups whose prompt has an even number of terms."""
-    return [
-        float(i % 4 == 0) if row["prompt"].count("+") % 2 else 1.0 for i, row in enumerate(rows)
-    ]
 
 
 def test_drop_flat_groups_draws_other_prompts(tmp_path, model_dir):

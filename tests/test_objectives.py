@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-import two_ranks
 
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.objectives import (
@@ -15,6 +14,7 @@ from gspo_lightning.objectives import (
     policy_loss,
     token_weights,
 )
+from support import two_ranks
 
 NAN = float("nan")
 LEVELS = ("sequence", "sequence_token", "token", "sequence_sum")

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny_run import run
 
 from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.objectives import Objective
 from gspo_lightning.policy.policy import PolicyConfig
 from gspo_lightning.sampling import GroupSampler
+from support.tiny_run import run
 
 
 class Outputs(Callback):

@@ -5,7 +5,6 @@ TRL's own method is called on a stand-in for its trainer that has the settings t
 
 from collections import defaultdict
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +15,7 @@ from gspo_lightning.advantages import group_advantages
 from gspo_lightning.kl import kl_estimate
 from gspo_lightning.objectives import Objective, policy_loss, token_weights
 from gspo_lightning.rewards.terms import overlong_penalty, ramp_tokens
+from support.repository import ROOT
 
 pytest.importorskip("trl")
 grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer", exc_type=ImportError)
@@ -86,7 +86,7 @@ ALGORITHMS = {
     # TRL has no critic any more; with advantages per token the policy's part is DAPO's
     "ppo": (TOKEN | {"loss_type": "dapo"}, 0.4),
 }
-OVERLAYS = Path(__file__).parents[1] / "configs" / "algorithm"
+OVERLAYS = ROOT / "configs" / "algorithm"
 
 
 def read_overlay(name):

@@ -8,23 +8,12 @@ import torch
 from gspo_lightning.policy.policy import Policy, checkpoint_activations
 from gspo_lightning.rollout import PromptBatch
 from gspo_lightning.sampling import GroupSampler
-
-
-def batch_of(prompts: list[list[int]]) -> PromptBatch:
-    length = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), length, dtype=torch.long)
-    mask = torch.zeros(len(prompts), length, dtype=torch.bool)
-    for i, prompt in enumerate(prompts):
-        ids[i, length - len(prompt) :] = torch.tensor(prompt)
-        mask[i, length - len(prompt) :] = True
-    return PromptBatch(ids, mask, [{"i": i} for i in range(len(prompts))])
-
+from support.prompts import PROMPTS, batch_of
 
 EVERY = (
     *("qwen3", "llama", "gpt2", "gemma2", "mistral", "qwen3_moe", "cohere", "granite", "gpt_oss"),
     *("qwen3_next", "lfm2"),
 )
-PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 
 
 @pytest.fixture(params=["qwen3", "gpt2", "gemma2", "llama"])

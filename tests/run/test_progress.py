@@ -1,0 +1,490 @@
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from gspo_lightning.callbacks.files import CurvePlot, HFExport, SampleTable
+from gspo_lightning.callbacks.predictions import PredictionWriter
+from gspo_lightning.engine import products
+from gspo_lightning.logprobs import completion_logprobs
+from gspo_lightning.run import plan, progress
+from gspo_lightning.run.plan import memory_parts, plan_lines, resume_command, total_batches
+from gspo_lightning.run.progress import RolloutProgress, RunSummary
+from support.dummies import DummyModule
+from support.rollout_dummies import RolloutData, RolloutDummy, fit, make_trainer
+
+
+@pytest.fixture(autouse=True)
+def plain_python(monkeypatch):
+    """Commands are shown as if this Python were called `python` here."""
+    monkeypatch.setattr("gspo_lightning.run.progress.this_python", lambda: "python")
+
+
+class Supervised(DummyModule):
+    """As SFTModule: automatic optimization, a logged loss, no rollouts."""
+
+    def __init__(self):
+        super().__init__(automatic=True)
+
+    def training_step(self, batch, batch_idx):
+        self.log("train/loss", 1.0 / (batch_idx + 1), batch_size=2)
+        return super().training_step(batch, batch_idx)["loss"]
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", 0.25, batch_size=2)
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setattr(progress, "on_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+# --- lines and bars ------------------------------------------------------------------------------
+
+
+def test_a_rollout_is_one_line_where_there_is_no_terminal(tmp_path, capsys):
+    fit(tmp_path, [RolloutProgress()], num_rollouts=12)
+    lines = capsys.readouterr().out.splitlines()
+    rollouts = [line for line in lines if line.startswith("rollout")]
+    assert rollouts[3] == (
+        "rollout  4/12  reward  0.530  kl 0.0180  clip 0.12  length  18.2    1,840 tok/s  "
+        "rollout 0.41 s  score 0.01 s  optimise 1.25 s"
+    )
+    assert len(rollouts) == 12
+    assert len({len(line) for line in rollouts}) == 1  # one below the other
+    assert lines[lines.index(rollouts[2]) + 1] == (
+        "validation after 3 rollouts: greedy 0.300  pass@4 0.500  reward 1.000"
+    )
+
+
+def test_without_a_reference_the_line_has_no_kl(tmp_path, capsys):
+    fit(tmp_path, [RolloutProgress()], num_rollouts=3, module=RolloutDummy(reference=False))
+    assert "kl" not in capsys.readouterr().out
+
+
+def test_the_evaluation_before_training_is_called_by_its_name(tmp_path, capsys, terminal):
+    fit(tmp_path, [RolloutProgress()], num_rollouts=3)
+    out = capsys.readouterr().out
+    assert "evaluation before training: greedy 0.000  pass@4 0.500" in out
+    assert "evaluation before training 0/2 |" in out
+    assert "anity" not in out
+
+
+def test_a_terminal_gets_one_bar_with_the_phases(tmp_path, capsys, terminal):
+    fit(tmp_path, [RolloutProgress()], num_rollouts=3)
+    frames = re.split(r"[\r\n]+", capsys.readouterr().out)
+    bar = [
+        (frame.split()[0], frame.split()[1]) for frame in frames if "|" in frame and "/3" in frame
+    ]
+    first = [bar[i] for i in range(len(bar)) if i == 0 or bar[i] != bar[i - 1]]
+    assert first[:6] == [
+        ("training", "0/3"),
+        ("rollout", "0/3"),
+        ("score", "0/3"),
+        ("optimise", "0/3"),
+        ("optimise", "1/3"),
+        ("rollout", "1/3"),
+    ]
+    assert first[-1] == ("trained", "3/3")
+    assert not [frame for frame in frames if frame.startswith("rollout") and "|" not in frame]
+    assert any(
+        "reward  0.520  kl 0.0120  clip 0.12  length  18.2    1,840 tok/s" in f for f in frames
+    )
+
+
+@pytest.mark.parametrize("stay_dumb", [True, False])
+def test_the_output_has_no_colours(tmp_path, capsys, monkeypatch, stay_dumb):
+    monkeypatch.setattr(progress, "on_terminal", lambda: not stay_dumb)
+    fit(tmp_path, [RolloutProgress(), RunSummary()], num_rollouts=3)
+    assert not re.search(r"\x1b\[[0-9;]*m", capsys.readouterr().out)
+
+
+def test_a_file_or_a_dumb_terminal_is_no_terminal(monkeypatch):
+    assert not progress.on_terminal()
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    assert not progress.on_terminal()
+
+
+def test_a_resumed_bar_starts_where_the_run_stopped(tmp_path, capsys, terminal):
+    fit(tmp_path, num_rollouts=4)
+    fit(tmp_path, [RolloutProgress()], num_rollouts=6, ckpt="last")
+    frames = re.findall(r"(\d)/6 \|", capsys.readouterr().out)
+    assert (min(frames), max(frames)) == ("4", "6")
+
+
+def test_a_resumed_run_counts_its_lines_on(tmp_path, capsys):
+    fit(tmp_path, num_rollouts=4)
+    fit(tmp_path, [RolloutProgress()], num_rollouts=6, ckpt="last")
+    assert re.findall(r"rollout (\d)/6", capsys.readouterr().out) == ["5", "6"]
+
+
+def test_an_error_closes_the_bar(tmp_path, terminal):
+    bar = RolloutProgress()
+    with pytest.raises(RuntimeError, match="the reward function broke"):
+        fit(tmp_path, [bar], module=RolloutDummy(fail_at=1))
+    assert bar._train_bar is None
+
+
+def test_other_ranks_print_nothing(capsys):
+    bar = RolloutProgress()
+    bar.setup(SimpleNamespace(is_global_zero=False), None, "fit")
+    bar._start("test", 3)
+    bar._finish("text")
+    bar.print("text")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_warm_start_prints_every_few_steps_and_the_last(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, [RolloutProgress(every_n_steps=4), RunSummary()])
+    trainer.fit(Supervised(), datamodule=RolloutData(10))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("step")] == [
+        "step  4/10  loss 0.2500",
+        "step  8/10  loss 0.1250",
+        "step 10/10  loss 0.1000",
+    ]
+    assert "validation after 3 steps: loss 0.250" in lines
+    assert "result    loss 0.250 -> 0.250 (held out, after 9 steps)" in lines
+
+
+def test_validate_and_predict_say_what_came_out(tmp_path, capsys):
+    module, data = RolloutDummy(), RolloutData(1)
+    trainer = make_trainer(tmp_path, [RolloutProgress(), PredictionWriter()])
+    trainer.validate(module, datamodule=data, verbose=False)
+    trainer.predict(module, datamodule=data, return_predictions=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "validation: greedy 0.000  pass@4 0.500  reward 1.000",
+        f"predictions: {tmp_path}/predictions.jsonl",
+    ]
+
+
+def test_a_bad_period_is_named():
+    with pytest.raises(ValueError, match="every_n_steps must be >= 1, got 0"):
+        RolloutProgress(every_n_steps=0)
+
+
+# --- the summary ---------------------------------------------------------------------------------
+
+
+def summary_of(out: str) -> list[str]:
+    return out.splitlines()[-5:]
+
+
+def test_the_summary_is_five_lines(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "fit", "--config", "c.yaml"])
+    callbacks = [RunSummary(), CurvePlot(), SampleTable(), HFExport()]
+    fit(tmp_path, callbacks, num_rollouts=3)
+    result, seconds, curves, files, command = summary_of(capsys.readouterr().out)
+    assert result == "result    greedy 0.000 -> 0.300 (held out, after 3 rollouts)"
+    assert re.fullmatch(r"time      \d+ s of training, 3 rollouts", seconds)
+    assert curves == f"curves    {tmp_path}/curves.png, tensorboard --logdir {tmp_path}"
+    assert files == (
+        f"files     samples {tmp_path}/samples.jsonl, checkpoint {tmp_path}/checkpoints/"
+        f"rollout=000003.ckpt, model {tmp_path}/export"
+    )
+    assert command == (
+        "extend    python train.py fit --config c.yaml --data.num_rollouts 6 --ckpt_path last"
+    )
+
+
+def test_a_run_that_stopped_early_says_how_to_resume(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "fit"])
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = True
+
+    fit(tmp_path, [RunSummary(), Stop()], num_rollouts=4)
+    line = summary_of(capsys.readouterr().out)[-1]
+    assert line == "resume    python train.py fit --ckpt_path last"
+
+
+def test_a_resumed_run_still_knows_how_it_began(tmp_path, capsys):
+    fit(tmp_path, [RunSummary()], num_rollouts=3)
+    resumed = RunSummary()
+    fit(tmp_path, [resumed], num_rollouts=6, ckpt="last")
+    result = summary_of(capsys.readouterr().out)[0]
+    assert result == "result    greedy 0.000 -> 0.600 (held out, after 6 rollouts)"
+
+
+def test_the_time_of_earlier_parts_counts(tmp_path, capsys, monkeypatch):
+    clock = iter(range(0, 10**6, 7))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    first = RunSummary()
+    fit(tmp_path, [first], num_rollouts=1, val_check_interval=1)
+    resumed = RunSummary()
+    resumed.load_state_dict(first.state_dict())
+    assert resumed.seconds == first.seconds > 0
+    resumed.on_train_start(SimpleNamespace(is_global_zero=False), None)
+    resumed.on_train_end(None, None)
+    assert resumed.seconds == first.seconds + 7
+
+
+def test_the_state_is_plain_values(tmp_path):
+    fit(tmp_path, [RunSummary()], num_rollouts=3)
+    saved = torch.load(tmp_path / "checkpoints/rollout=000003.ckpt", weights_only=True)
+    state = saved["callbacks"]["RunSummary"]
+    assert state["before"] == {"greedy": 0.0, "pass@4": 0.5, "reward": 1.0}
+    copy = RunSummary()
+    copy.load_state_dict(state)
+    assert copy.state_dict() == state
+
+
+def test_without_validation_the_summary_shows_training(tmp_path, capsys):
+    class Logs(RolloutDummy):
+        def training_step(self, batch, batch_idx):
+            outputs = super().training_step(batch, batch_idx)
+            self.log("train/reward", outputs["metrics"]["train/reward"], batch_size=2)
+            return outputs
+
+    fit(tmp_path, [RunSummary()], num_rollouts=4, module=Logs(), limit_val_batches=0)
+    result, _, _, files, _ = summary_of(capsys.readouterr().out)
+    assert result == "result    reward 0.500 -> 0.530 (training, first and last of the rollouts)"
+    assert files == f"files     checkpoint {tmp_path}/checkpoints/rollout=000004.ckpt"
+
+
+def test_a_run_of_several_epochs_is_extended_by_epochs(tmp_path, capsys):
+    fit(tmp_path, [RunSummary()], num_rollouts=3, max_epochs=2)
+    assert "--trainer.max_epochs 4 --ckpt_path last" in summary_of(capsys.readouterr().out)[-1]
+
+
+def test_without_a_checkpoint_there_is_no_command(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, [RunSummary()], enable_checkpointing=False)
+    trainer.fit(RolloutDummy(), datamodule=RolloutData(3))
+    line = summary_of(capsys.readouterr().out)[-1]
+    assert line == "resume    not possible: no checkpoint was written"
+
+
+@pytest.mark.parametrize(
+    ("argv", "longer", "expected"),
+    [
+        ("train.py fit", {}, "python train.py fit --ckpt_path last"),
+        ("train.py fit --ckpt_path auto --x 1", {}, "python train.py fit --x 1 --ckpt_path last"),
+        (
+            "train.py fit --data.init_args.num_rollouts=4 --data.num_rollouts 5 --y",
+            {"--data.num_rollouts": 8},
+            "python train.py fit --y --data.num_rollouts 8 --ckpt_path last",
+        ),
+        ("gspo fit", {}, "gspo fit --ckpt_path last"),
+    ],
+)
+def test_the_command_repeats_what_was_typed(argv, longer, expected):
+    assert resume_command(argv.split(), longer) == expected
+
+
+def test_python_is_named_as_it_is_reached_from_here(monkeypatch, tmp_path):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    inside = str(tmp_path / ".venv/bin/python")
+    monkeypatch.setattr(plan.sys, "executable", inside)
+    monkeypatch.setattr(plan.shutil, "which", lambda name: inside)
+    assert plan.this_python() == "python"  # an activated environment
+    monkeypatch.setattr(plan.shutil, "which", lambda name: "/usr/bin/python")
+    assert plan.this_python() == ".venv/bin/python"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert plan.this_python() == "OMP_NUM_THREADS=1 .venv/bin/python"
+    monkeypatch.setattr(plan.sys, "executable", "/opt/a b/python")
+    assert plan.this_python() == "OMP_NUM_THREADS=1 '/opt/a b/python'"
+
+
+# --- the plan ------------------------------------------------------------------------------------
+
+
+def planned(**changes):
+    """The demo's settings: 16 x 8 completions of 40 tokens, 4 mini-batches, 40 rollouts."""
+    module = RolloutDummy()
+    module.sampler = SimpleNamespace(group_size=8, max_new_tokens=40, batch_size=None)
+    module.num_minibatches = 4
+    module.reference = SimpleNamespace(device="cuda:1")
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=256,
+    )
+    module.policy.model = AutoModelForCausalLM.from_config(config)
+    for name, value in changes.pop("module", {}).items():
+        setattr(module, name, value)
+    data = SimpleNamespace(num_rollouts=40, prompts_per_rollout=16, longest_prompt=32)
+    settings = {
+        "datamodule": data,
+        "num_training_batches": float("inf"),
+        "limit_train_batches": 1.0,
+        "max_epochs": 1,
+        "max_steps": -1,
+        "accumulate_grad_batches": 1,
+        "world_size": 1,
+        "precision": "32-true",
+        "default_root_dir": "runs/x",
+        "fit_loop": SimpleNamespace(total_batch_idx=-1),
+        "strategy": SimpleNamespace(root_device=torch.device("cpu")),
+        "lightning_module": module,
+    }
+    return SimpleNamespace(**settings | changes), module
+
+
+def plan_of(**changes) -> dict[str, str]:
+    lines = plan_lines(*planned(**changes))
+    assert len(lines) <= 8
+    return {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
+
+
+def test_the_plan_counts_what_will_happen(monkeypatch):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+    plan = plan_of()
+    assert plan["plan"] == (
+        "40 rollouts, each 16 prompts x 8 completions of at most 40 tokens; "
+        "at most 204,800 tokens to sample"
+    )
+    assert plan["updates"] == (
+        "4 optimizer steps per rollout (1 epoch x 4 mini-batches of 32), 160 in all"
+    )
+    assert plan["scoring"] == "reference on cuda:1, reward correct"
+    assert plan["policy"].endswith("all trained, float32 on cpu, precision 32-true")
+    assert plan["run"] == "runs/x"
+
+
+def test_the_plan_says_where_onednn_multiplies(monkeypatch):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "SMALLEST_WEIGHT", 0)
+    assert plan_of()["policy"].endswith("precision 32-true, products by oneDNN")
+    assert plan_of(precision="bf16-mixed")["policy"].endswith("precision bf16-mixed")
+
+
+def test_the_plan_of_a_resumed_run_counts_what_is_left():
+    plan = plan_of(fit_loop=SimpleNamespace(total_batch_idx=29))
+    assert plan["plan"].startswith("40 rollouts (30 done), each 16 prompts")
+    assert plan["plan"].endswith("at most 51,200 tokens to sample")
+
+
+def test_the_plan_counts_the_prompts_of_all_ranks():
+    plan = plan_of(world_size=2)
+    assert "each 32 prompts x 8" in plan["plan"]
+    assert "at most 409,600 tokens" in plan["plan"]
+    assert "mini-batches of 32)" in plan["updates"]  # per rank, as memory is
+
+
+def test_the_plan_shows_epochs_and_micro_batches():
+    plan = plan_of(module={"num_epochs": 2, "micro_batch_size": 8})
+    assert plan["updates"] == (
+        "8 optimizer steps per rollout (2 epochs x 4 mini-batches of 32, 8 at a time), 320 in all"
+    )
+
+
+def test_the_plan_comes_before_any_work(tmp_path, capsys):
+    seen = []
+
+    class Spy(RolloutDummy):
+        def validation_step(self, batch, batch_idx):
+            seen.append(capsys.readouterr().out)
+            super().validation_step(batch, batch_idx)
+
+    fit(tmp_path, [RolloutProgress(), RunSummary()], num_rollouts=3, module=Spy())
+    assert seen[0].startswith("plan      3 rollouts, each 2 prompts x 3 completions of at most 5")
+    assert not any("plan  " in out for out in seen[1:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 40),
+        ({"num_training_batches": 12}, 12),
+        ({"limit_train_batches": 5}, 5),
+        ({"max_epochs": 3}, 120),
+        ({"max_epochs": -1}, None),
+        ({"datamodule": None}, None),
+        ({"datamodule": SimpleNamespace(num_steps=9)}, 9),
+    ],
+)
+def test_the_length_of_a_run(changes, expected):
+    trainer, _ = planned(**changes)
+    assert total_batches(trainer) == expected
+
+
+def tiny_llama(**changes):
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+    }
+    return AutoModelForCausalLM.from_config(LlamaConfig(**sizes | changes))
+
+
+def test_memory_by_hand():
+    model = tiny_llama()
+    model.model.embed_tokens.requires_grad_(False)
+    parts = memory_parts(model, prompt_tokens=6, new_tokens=10, decoded=8, tokens_at_once=64)
+    count = sum(p.numel() for p in model.parameters())
+    assert parts["weights"] == 4 * count
+    assert parts["gradients"] == 4 * (count - 50 * 48)
+    assert parts["Adam"] == 8 * (count - 50 * 48)
+    assert parts["KV cache"] == 8 * 16 * 3 * 2 * 2 * 12 * 4
+    activations = 4 * 16 * 3 * (12 * 48 + 4 * 96) * 4
+    logits = 256 * 50 * 4 + 50 * 48 * 4
+    assert parts["micro-batch"] == activations + logits
+
+
+def test_half_precision_and_checkpointing_shrink_the_micro_batch():
+    sizes = {"prompt_tokens": 64, "new_tokens": 64, "decoded": 8, "tokens_at_once": 8192}
+    model = tiny_llama(vocab_size=2)
+    full = memory_parts(model, **sizes)
+    half = memory_parts(model, **sizes, half_precision=True)
+    checkpointed = memory_parts(model, **sizes, checkpointing=True)
+    assert half["KV cache"] == full["KV cache"] / 2
+    assert half["micro-batch"] == pytest.approx(full["micro-batch"] / 2, rel=0.01)
+    assert checkpointed["micro-batch"] < 0.5 * full["micro-batch"]
+
+
+def test_the_estimate_of_activations_agrees_with_what_backward_keeps():
+    model = tiny_llama(hidden_size=96, intermediate_size=256, num_hidden_layers=4)
+    rows, prompt, new = 3, 24, 40
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(50, (rows, prompt + new))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = completion_logprobs(
+            model, ids[:, :prompt], mask[:, :prompt], ids[:, prompt:], mask[:, prompt:]
+        )
+        measured = sum(kept.values())
+    assert result.logprobs.requires_grad
+    parts = memory_parts(
+        model,
+        prompt_tokens=prompt,
+        new_tokens=new,
+        decoded=rows,
+        tokens_at_once=rows * (prompt + new),
+    )
+    head = 256 * 50 * 4 + 50 * 96 * 4  # comes with backward, is not kept for it
+    assert parts["micro-batch"] - head == pytest.approx(measured, rel=0.15)
+
+
+def test_the_plan_knows_that_activations_are_recomputed():
+    trainer, module = planned()
+    usual = plan_lines(trainer, module)[4]
+    module.policy.model.model.gradient_checkpointing = True  # as transformers marks it
+    # 32 rows of 72 tokens: 2 layers of 12 x 64 + 4 x 256 values, or one and two inputs of 64
+    assert usual.startswith("memory    about 34 MiB for the policy: weights 1 MiB, gradients 1 MiB")
+    assert "micro-batch 32 MiB; reference 1 MiB" in usual
+    assert "micro-batch 17 MiB" in plan_lines(trainer, module)[4]
+
+
+def test_a_model_of_unknown_sizes_gets_no_estimate():
+    model = SimpleNamespace(config=SimpleNamespace())
+    assert memory_parts(model, prompt_tokens=1, new_tokens=1, decoded=1, tokens_at_once=1) is None

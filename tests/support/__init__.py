@@ -1,0 +1,1 @@
+"""What several test files need: small models and runs, stand-ins, faults, scripts of ranks."""
