@@ -35,6 +35,7 @@ from gspo_lightning.frozen.reward_model import RewardModel
 from gspo_lightning.guards.faults import Faults
 from gspo_lightning.guards.health import Health
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED, TOKENS, Sizes
+from gspo_lightning.kl import check_loss_kind
 from gspo_lightning.loss import LossChoices
 from gspo_lightning.objectives import Objective
 from gspo_lightning.old_logprobs import OldLogProbs, Source
@@ -166,6 +167,7 @@ class GSPOModule(LightningModule):
             has_reference=reference is not None,
             truncated=truncated,
         )
+        check_loss_kind(kl_estimator)
         check_critic(critic, advantages, sampler.group_size, drop_flat_groups)
         self.automatic_optimization = False
         self.policy_config = policy

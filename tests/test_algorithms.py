@@ -1,19 +1,22 @@
 """Every overlay of configs/algorithm: it trains the embedded task, and its loss is its paper's."""
 
 import math
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train
-from gspo_lightning.logprobs import LogProbs
+from gspo_lightning.critic.critic import Critic
+from gspo_lightning.loss import micro_loss
+from gspo_lightning.objectives import token_weights
+from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.rollout import Rollout, Samples
 from gspo_lightning.run.cli import quiet
 from support import paper_losses
 from support.observers import Probe
 from support.repository import ROOT
+from support.steps import make_step
 
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "algorithm").glob("*.yaml"))
 LIMIT = 10
@@ -82,7 +85,7 @@ def make_batch(model):
     )
 
 
-def as_rollout(model, batch):
+def as_rollout(model, batch, step):
     """The rollout that the module makes of these numbers."""
     mask = torch.arange(LIMIT) < torch.tensor(LENGTHS)[:, None]
     ids = torch.ones(8, LIMIT, dtype=torch.long)
@@ -97,63 +100,44 @@ def as_rollout(model, batch):
         group_size=batch.size,
     )
     raw = torch.tensor(batch.rewards, dtype=torch.float64)
-    model.score_samples = lambda samples, **_: (raw, {}, {})
-    rewards, parts = model._score(samples)
+    collector = model.collector
+    collector.critic = model.critic
+    collector.rewards = {"right": RewardTerm(lambda rows, texts: raw.tolist())}
+    rewards, parts = collector.score(samples, step)
+    rewards = rewards.double()
     reference = batch.ref if model.reference is not None else None
-    arguments = (samples, rewards, batch.old_values, batch.old, reference)
+    arguments = (samples, rewards, batch.old_values, batch.old, reference, step)
     return Rollout(
         **{name: getattr(samples, name) for name in Samples.__dataclass_fields__},
         old_logprobs=batch.old,
         ref_logprobs=reference,
         rewards=rewards,
         reward_parts=parts,
-        **model._estimate(*arguments),
+        **collector.estimate(*arguments),
     )
 
 
-class NoSteps:
-    """An optimizer of which nothing is wanted but the calls."""
-
-    @contextmanager
-    def toggle_model(self, sync_grad):
-        yield
-
-    def zero_grad(self):
-        pass
-
-    def step(self):
-        pass
-
-
 def module_loss(model, batch):
-    """What GSPOModule.update makes a gradient of, in two micro-batches."""
-    from gspo_lightning.critic.critic import Critic
-
-    losses, served = [], iter(range(0, 8, 4))
+    """What an update makes a gradient of, in two micro-batches, and the share of clipped tokens."""
+    model.trainer = SimpleNamespace(default_root_dir="", global_rank=0)
+    model.configure_model()
     if model.critic_config is not None:
         model.critic = Critic(model.critic_config, hidden_size=2)
-    model._sum_over_ranks = lambda x: x
-    rollout = as_rollout(model, batch)
-    model.micro_batch_size = 4
-    trainer = SimpleNamespace(world_size=1, global_rank=0)
-    model.trainer = trainer
-    model.policy = torch.nn.Module()
-    model.policy.model = None
-    rows = slice(0, 0)
-
-    def logprobs(micro, with_entropy):
-        nonlocal rows
-        first = next(served)
-        rows = slice(first, first + 4)
-        return LogProbs(batch.lp[rows], None)
-
-    model._logprobs = logprobs
-    model.optimizers = NoSteps
-    model.manual_backward = losses.append
-    if model.critic is not None:
-        model.critic.forward = lambda policy, micro: batch.values[rows]
-    model.update(rollout)
-    return sum(losses)
+    step = make_step(model.choices)
+    step.kl_coef = model.kl_coef
+    rollout = as_rollout(model, batch, step)
+    objective, limit = model.objective, model.sampler.max_new_tokens
+    weights = token_weights(rollout.mask, objective.aggregation, limit, dtype=torch.float64)
+    total = 0.0
+    for rows in torch.arange(8).split(4):
+        micro, value = rollout.select(rows), None
+        if model.critic is not None:
+            model.critic.forward = lambda policy, micro, rows=rows: batch.values[rows]
+            value = model.critic.loss(None, micro, weights[rows]).loss
+        loss = micro_loss(batch.lp[rows], None, micro, weights[rows], step.choices, value)
+        step.tally.count_losses(loss.clip, *loss.parts[1:], micro.mask, 0.5)
+        total = total + loss.total
+    return total, step.tally.compute()["train/clip_fraction_tokens"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -161,12 +145,11 @@ def test_loss_and_gradient_are_those_of_the_paper(name, tmp_path):
     options = [f"--model.sampler.max_new_tokens={LIMIT}", "--model.entropy_coef=0"]
     model = instantiate(name, tmp_path, *options)
     batch = make_batch(model)
-    theirs, ours = getattr(paper_losses, name)(batch), module_loss(model, batch)
+    theirs, (ours, clipped) = getattr(paper_losses, name)(batch), module_loss(model, batch)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     inputs = [batch.lp] + ([batch.values] if name == "ppo" else [])
     gradients = [torch.autograd.grad(loss, inputs) for loss in (ours, theirs)]
     for one, other in zip(*gradients, strict=True):
         assert other.abs().max() > 1e-3
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
-    clipped = model.tally.compute()["train/clip_fraction_tokens"]
     assert 0 < clipped < 1

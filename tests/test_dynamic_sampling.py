@@ -1,60 +1,56 @@
 """Flat groups are replaced by other prompts: as many as are missing, and not for ever."""
 
 import warnings
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 
-from gspo_lightning.collect import CollectingModule
+from gspo_lightning.collect import Collector
 from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.rollout import Samples
 from gspo_lightning.run.plan import plan_lines
-from gspo_lightning.tally import RolloutTally
 from support.observers import Outputs
+from support.steps import make_step, one_rank
 from support.tiny_run import even_prompts_teach, ones, run
 
 EVEN = {"even": RewardTerm(even_prompts_teach)}
 
 
 class Draws:
-    """A stand-in for the module: prompts are numbers, and a number below 50 makes a flat group."""
+    """A stand-in for a collector: prompts are numbers, and one below 50 makes a flat group."""
 
     def __init__(self, others=(), max_draws=4, group_size=2):
         self.max_draws, self.size = max_draws, group_size
         self.others = iter(others)  # what the other rank lacks, at each question
-        self.next, self.asked, self.sampled = 100, [], []
-        self.device = torch.device("cpu")
-        self.trainer = SimpleNamespace(datamodule=self)
-        self.tally = RolloutTally([])
-        self._phase = lambda name: nullcontext()
+        self.asked, self.sampled = [], []
+        self.step = make_step(ranks=one_rank(gather=self.gather))
 
-    def all_gather(self, missing):
+    def gather(self, missing):
         return torch.stack([missing, torch.tensor(next(self.others, 0))])
 
     def draw(self, counts):
         self.asked.append(counts)
         return Batch(counts[0]) if counts[0] else None
 
-    def _sample(self, batch, draw):
+    def sample(self, batch, step, draw):
         self.sampled.append(len(batch))
         numbers = self.answers.pop(0)
         assert len(numbers) == len(batch), "more or fewer prompts were sampled than are missing"
         return make_samples(numbers, self.size)
 
-    def _score(self, samples, draw):
+    def score(self, samples, step, draw):
         rewards = torch.tensor([float(r["n"] >= 50 and i % 2) for i, r in enumerate(samples.rows)])
         return rewards, {"part": rewards + 1}
 
     def run(self, first, *answers):
         self.answers = list(answers)
         samples = make_samples(first, self.size)
-        result = CollectingModule._replace_flat_groups(self, samples, *self._score(samples, 0))
+        scores = self.score(samples, self.step, 0)
+        result = Collector.replace_flat_groups(self, samples, *scores, self.step)
         numbers = [row["n"] for row in result[0].rows][:: self.size]
         assert torch.equal(result[2]["part"], result[1] + 1)  # everything of a row went with it
-        return numbers, self.tally.compute()["rollout/flat_groups_kept"]
+        return numbers, self.step.tally.compute()["rollout/flat_groups_kept"]
 
 
 class Batch:
@@ -160,16 +156,17 @@ def test_without_dynamic_sampling_nothing_is_counted_or_said(tmp_path, model_dir
 
 def test_truncated_completions_left_out_may_make_a_group_flat():
     draws = Draws(group_size=2)
-    score = draws._score
+    score = draws.score
 
-    def masked(samples, draw):  # `truncated: mask` makes their rewards NaN
-        rewards, parts = score(samples, draw)
+    def masked(samples, step, draw):  # `truncated: mask` makes their rewards NaN
+        rewards, parts = score(samples, step, draw)
         cut = torch.tensor([row["n"] == 60 for row in samples.rows])
         return rewards.masked_fill(cut, float("nan")), parts
 
-    draws._score = masked
+    draws.score = masked
     draws.answers = [[61]]
     samples = make_samples([60, 62], 2)
-    chosen, rewards, _ = CollectingModule._replace_flat_groups(draws, samples, *masked(samples, 0))
+    scores = masked(samples, draws.step, 0)
+    chosen, rewards, _ = Collector.replace_flat_groups(draws, samples, *scores, draws.step)
     assert [row["n"] for row in chosen.rows] == [62, 62, 61, 61] and not rewards.isnan().any()
     assert chosen.group_size == 2

@@ -22,12 +22,13 @@ LOOP = (
     "old_logprobs",
     "tally",
     "evaluation",
-    "settings",
 )
 # From the ground up: a room may import its own files and those of the rooms before it. What stands
 # in one row knows nothing of its neighbours.
 ORDER = [
     ("maths",),
+    ("engine", "checkpoint"),
+    ("policy", "guards"),
     ("frozen", "critic", "rewards", "data", "supervised", "callbacks"),
     ("loop",),
     ("run",),

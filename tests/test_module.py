@@ -98,12 +98,15 @@ def test_gradient_is_the_same_for_every_micro_batch_size_to_the_last_bits_in_flo
     for size, tokens in limits:
         options = {"micro_batch_size": size, "micro_batch_tokens": tokens}
         module = make_module(model_dir, num_minibatches=1, entropy_coef=0.1, **options)
-        module.collect = lambda batch: rollout
-        module._lengths = torch.ones(16)
         steps = Steps()
         data = PromptData(str(tmp_path / "p.jsonl"), prompts_per_rollout=4, num_rollouts=1)
-        module._report = lambda index: {}
-        make_trainer(tmp_path, callbacks=[Double(), steps]).fit(module, data)
+        module.report = lambda rollout, ratios, step: {}
+
+        class Given(Callback):
+            def on_train_start(self, trainer, module):
+                module.collector.collect = lambda batch, step: rollout
+
+        make_trainer(tmp_path, callbacks=[Double(), Given(), steps]).fit(module, data)
         found[size, tokens] = steps.gradients[0]
     for gradient in found.values():
         torch.testing.assert_close(gradient, found[None, None], atol=1e-12, rtol=1e-12)
@@ -241,13 +244,13 @@ def test_kl_term_is_never_multiplied_by_the_ratio(tmp_path, model_dir):
                 with torch.no_grad():
                     for parameter in module.policy.parameters():
                         parameter.mul_(1.1)  # away from the reference, so that there is a KL
-                collect = module.collect
+                collect = module.collector.collect
 
-                def shifted(batch):
-                    rollout = collect(batch)
+                def shifted(batch, step):
+                    rollout = collect(batch, step)
                     return replace(rollout, old_logprobs=rollout.old_logprobs - shift)
 
-                module.collect = shifted
+                module.collector.collect = shifted
 
         steps, keep = Steps(), Outputs()
         options = {"rewards": {"one": RewardTerm(ones)}, "num_minibatches": 2, "kl_coef": 0.5}

@@ -11,8 +11,11 @@ from lightning.pytorch import Callback
 from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.objectives import Objective
+from gspo_lightning.old_logprobs import OldLogProbs
 from gspo_lightning.policy.policy import PolicyConfig
 from gspo_lightning.sampling import GroupSampler
+from gspo_lightning.update import Updater
+from support.steps import replace_policy_passes
 from support.tiny_run import run
 
 
@@ -67,11 +70,14 @@ def passes(monkeypatch):
     """Rows of each forward pass of the policy, by whether it had a gradient."""
     seen = {True: [], False: []}
 
-    def spy(model, *arguments, **options):
-        seen[torch.is_grad_enabled()].append(len(arguments[0]))
-        return completion_logprobs(model, *arguments, **options)
+    def make(plain):
+        def spy(model, *arguments, **options):
+            seen[torch.is_grad_enabled()].append(len(arguments[0]))
+            return plain(model, *arguments, **options)
 
-    monkeypatch.setattr("gspo_lightning.old_logprobs.completion_logprobs", spy)
+        return spy
+
+    replace_policy_passes(monkeypatch, make)
     return seen
 
 
@@ -138,44 +144,44 @@ def test_noise_is_that_of_the_ratio_in_use(tmp_path, model_dir):
 
 def test_a_skipped_first_step_leaves_the_next_one_on_policy(tmp_path, model_dir, monkeypatch):
     """Its weights have not moved either, so its ratios are exactly 1."""
-    from gspo_lightning.module import GSPOModule
+    update, seen = Updater.update, []
 
-    update, seen = GSPOModule.update, []
-
-    def first_skipped(self, minibatch, on_policy=False, smaller=None):
-        seen.append(on_policy)
+    def first_skipped(self, rollout, rows, step):
+        seen.append(step.moved)
         if len(seen) == 1:
-            return torch.ones(len(minibatch))
-        return update(self, minibatch, on_policy, smaller)
+            return rollout, torch.ones(len(rows))
+        return update(self, rollout, rows, step)
 
-    monkeypatch.setattr(GSPOModule, "update", first_skipped)
+    monkeypatch.setattr(Updater, "update", first_skipped)
     (outputs,) = rollouts(tmp_path, model_dir, 0.1, old_logprobs="sampler")
-    assert seen == [True, True]
+    assert seen == [False, False]
     assert torch.equal(outputs["ratios"], torch.ones(16))
 
 
 def test_the_decision_is_made_once_a_rollout(tmp_path, model_dir, monkeypatch):
     """A rank that repeats its pass for want of memory must not wait for sums with the others."""
-    from gspo_lightning.module import GSPOModule
+    find, sums = OldLogProbs.find, []
 
-    sums, plain, twice = [], GSPOModule._sum_over_ranks, []
-    old = GSPOModule._old_logprobs
+    def again(self, samples, step):
+        plain = step.ranks.sum
 
-    def counted(self, x):
-        sums.append(True)
-        return plain(self, x)
+        def counted(x):
+            sums.append(step.index)
+            return plain(x)
 
-    def again(self, samples):
-        first = old(self, samples)
-        before = len(sums)
-        assert torch.equal(old(self, samples), first)
-        twice.append(len(sums) - before)
+        step.ranks = replace(step.ranks, sum=counted)
+        first = find(self, samples, step)
+        asked = len(sums)
+        second = find(self, samples, step)
+        assert asked > 0 and len(sums) == asked
+        assert torch.equal(second.logprobs, first.logprobs)
+        assert torch.equal(second.known, first.known)
+        step.ranks = replace(step.ranks, sum=plain)
         return first
 
-    monkeypatch.setattr(GSPOModule, "_sum_over_ranks", counted)
-    monkeypatch.setattr(GSPOModule, "_old_logprobs", again)
+    monkeypatch.setattr(OldLogProbs, "find", again)
     rollouts(tmp_path, model_dir, count=2)
-    assert twice == [0, 0]
+    assert set(sums) == {0, 1}
 
 
 def test_the_samplers_log_probs_are_what_the_ratios_are_of(tmp_path, model_dir):

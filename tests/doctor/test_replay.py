@@ -8,12 +8,13 @@ import torch
 from lightning.pytorch import Callback
 
 import train
+from gspo_lightning import loss as loss_file
+from gspo_lightning import update as update_file
 from gspo_lightning.critic.critic import CriticConfig
 from gspo_lightning.doctor import replay as replay_file
 from gspo_lightning.doctor.replay import Looks, load_dump, packed_rows, replay, watched
 from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.logprobs import completion_logprobs
-from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.lora import LoRAConfig
 from gspo_lightning.policy.policy import PolicyConfig
 from gspo_lightning.rewards.terms import RewardTerm
@@ -28,14 +29,15 @@ class Break(Callback):
         self.change = change
 
     def on_train_start(self, trainer, module):
-        learn = module.learn
+        learn = module.updater.learn
 
-        def broken(rollout):
+        def broken(rollout, step):
             with torch.no_grad():
                 self.change(module.policy.model, module)
-            return learn(rollout)
+            step.choices = module.choices
+            return learn(rollout, step)
 
-        module.learn = broken
+        module.updater.learn = broken
 
 
 def dump_of(tmp_path, model_dir, *callbacks, **options):
@@ -45,6 +47,19 @@ def dump_of(tmp_path, model_dir, *callbacks, **options):
         run(tmp_path, model_dir, 2, [*callbacks], max_faults=1, **options)
     (path,) = (tmp_path / "faults").iterdir()
     return path
+
+
+def see_losses(monkeypatch, look):
+    """Show ``look`` the log-probs and the loss of each micro-batch, of runs and of replays."""
+    plain = loss_file.micro_loss
+
+    def watched(logprobs, *args):
+        found = plain(logprobs, *args)
+        look(logprobs, found)
+        return found
+
+    for file in (update_file, replay_file):
+        monkeypatch.setattr(file, "micro_loss", watched)
 
 
 def replayed(capsys, path, *options):
@@ -144,24 +159,12 @@ def test_the_losses_of_a_dump_have_the_bits_of_the_run(
     lora = None if rank is None else LoRAConfig(rank)
     seen = []
 
-    class See(Callback):
-        def on_train_start(self, trainer, module):
-            module.losses = see(module.losses)
-
-    def see(losses):
-        def watched(*args):
-            found = losses(*args)
-            seen.append(found.total.item())
-            return found
-
-        return watched
-
+    see_losses(monkeypatch, lambda logprobs, loss: seen.append(loss.total.item()))
     monkeypatch.setattr("support.tiny_run.make_trainer", partial(make_trainer, precision=precision))
     options = {"policy": PolicyConfig(str(model_dir), lora=lora), "micro_batch_size": 3}
     inject = every([(1, 2)], "gradient")  # behind three steps: ratios are not 1
-    path = dump_of(tmp_path, model_dir, inject, See(), entropy_coef=0.1, **options)
+    path = dump_of(tmp_path, model_dir, inject, entropy_coef=0.1, **options)
     run_saw = seen[-3:]  # 8 rows in micro-batches of 3
-    monkeypatch.setattr(GSPOModule, "losses", see(GSPOModule.losses))
     assert replay(load_dump(path), torch.device("cpu")).first is None
     assert seen[-3:] == run_saw and len(seen) == 15
 
@@ -201,10 +204,10 @@ def test_a_token_of_a_packed_row_is_named_with_its_own_row(
     pairs = zip(batch["completion_ids"], batch["mask"], strict=True)
     texts = [ids[keep].tolist() for ids, keep in pairs]
     row = next(i for i in (3, 2, 5, 6) if len(texts[i]) == 6 and texts.count(texts[i]) == 1)
-    build, hits, passes = replay_file.build_module, [], []
+    build, hits, passes = replay_file.build_policy, [], []
 
     def broken(dump, device):
-        module, found = build(dump, device), []
+        policy, found = build(dump, device), []
 
         def begin(_, args, kwargs):
             found[:] = [start + 2 for start in places(kwargs, texts[row][:-1])]
@@ -215,11 +218,11 @@ def test_a_token_of_a_packed_row_is_named_with_its_own_row(
             for place in found:  # the third token of the completion
                 output[0, place, 1] = NAN
 
-        module.policy.model.register_forward_pre_hook(begin, with_kwargs=True)
-        module.policy.model.model.layers[0].mlp.down_proj.register_forward_hook(spoil)
-        return module
+        policy.model.register_forward_pre_hook(begin, with_kwargs=True)
+        policy.model.model.layers[0].mlp.down_proj.register_forward_hook(spoil)
+        return policy
 
-    monkeypatch.setattr(replay_file, "build_module", broken)
+    monkeypatch.setattr(replay_file, "build_policy", broken)
     code, lines = replayed(capsys, path)
     assert code == 0 and len(hits) == 1 and hits[0] > 2
     assert len(passes) == 1 if tokens is None else max(passes) <= tokens and len(passes) > 2
@@ -244,22 +247,9 @@ def test_a_prompt_in_a_packed_row_is_named_with_the_first_row_of_its_group(make_
 
 def test_a_budget_of_tokens_is_replayed_in_the_passes_of_the_run(tmp_path, model_dir, monkeypatch):
     seen = []
-
-    def see(losses):
-        def watched(*args):
-            found = losses(*args)
-            seen.append((len(found.logprobs), found.total.item()))
-            return found
-
-        return watched
-
-    class See(Callback):
-        def on_train_start(self, trainer, module):
-            module.losses = see(module.losses)
-
+    see_losses(monkeypatch, lambda logp, loss: seen.append((len(logp), loss.total.item())))
     inject = every([(0, 2)], "gradient")
-    path = dump_of(tmp_path, model_dir, inject, See(), micro_batch_tokens=20)
-    monkeypatch.setattr(GSPOModule, "losses", see(GSPOModule.losses))
+    path = dump_of(tmp_path, model_dir, inject, micro_batch_tokens=20)
     run_saw = list(seen)
     seen.clear()
     assert replay(load_dump(path), torch.device("cpu")).first is None

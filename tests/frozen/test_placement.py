@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gspo_lightning.collect import Collector
 from gspo_lightning.frozen.beside import Passes
 from gspo_lightning.frozen.models import FrozenModels, ReferencePolicy
-from gspo_lightning.module import GSPOModule
+from gspo_lightning.old_logprobs import OldLogProbs
 from gspo_lightning.rewards.terms import RewardError, RewardTerm
 from gspo_lightning.rewards.time_limit import TimeLimit
+from support.steps import make_step, one_rank
 from support.tiny_run import digits, run
 
 DEADLINE = 30  # seconds for all passes to meet; those that wait for one another never would
@@ -42,9 +44,9 @@ def meeting(monkeypatch):
 
         monkeypatch.setattr(cls, method, pass_)
 
-    wait("old", GSPOModule, "_old_logprobs")
-    wait("reward", GSPOModule, "_score")
-    wait("reference", GSPOModule, "_ref_logprobs")
+    wait("old", OldLogProbs, "find")
+    wait("reward", Collector, "score")
+    wait("reference", ReferencePolicy, "logprobs")
     return threads
 
 
@@ -110,7 +112,7 @@ def test_an_error_of_the_policy_waits_for_the_other_passes(monkeypatch, tmp_path
         raise ZeroDivisionError
 
     failed = threading.Event()
-    monkeypatch.setattr(GSPOModule, "_old_logprobs", fail)
+    monkeypatch.setattr(OldLogProbs, "find", fail)
     apart(monkeypatch, "model.rewards")
     with pytest.raises(ZeroDivisionError):
         train(tmp_path / "run", model_dir, rewards={"slow": RewardTerm(slow)})
@@ -136,18 +138,18 @@ def test_rewards_of_another_process_are_made_beside_the_policys_pass(
     options = {"rewards": {"slow": RewardTerm(TimeLimit(digits, seconds=20))}}
     plain = train(tmp_path / "one", model_dir, **options)
 
-    def wait(name, method):
-        own = getattr(GSPOModule, method)
+    def wait(name, cls, method):
+        own = getattr(cls, method)
 
         def pass_(*args):
             threads[name] = threading.current_thread()
             barrier.wait(DEADLINE)
             return own(*args)
 
-        monkeypatch.setattr(GSPOModule, method, pass_)
+        monkeypatch.setattr(cls, method, pass_)
 
-    wait("old", "_old_logprobs")
-    wait("reward", "_score")
+    wait("old", OldLogProbs, "find")
+    wait("reward", Collector, "score")
     beside = train(tmp_path / "two", model_dir, **options)
     assert threads["old"] is threading.main_thread() is not threads["reward"]
     for a, b in zip(plain.parameters(), beside.parameters(), strict=True):
@@ -156,12 +158,12 @@ def test_rewards_of_another_process_are_made_beside_the_policys_pass(
 
 @pytest.mark.parametrize(("ranks", "whiten", "apart"), [(1, True, True), (2, True, False)])
 def test_sums_over_ranks_stay_in_one_thread(ranks, whiten, apart):
-    module = SimpleNamespace(
-        trainer=SimpleNamespace(world_size=ranks),
+    collector = SimpleNamespace(
         rewards={"slow": RewardTerm(TimeLimit(digits, seconds=20), whiten=whiten)},
         frozen=FrozenModels(None, {}),
     )
-    assert GSPOModule._rewards_apart(module) is apart
+    step = make_step(ranks=one_rank(count=ranks))
+    assert Collector.rewards_apart(collector, step) is apart
 
 
 def test_a_frozen_model_is_apart_if_its_device_is_not_the_policys():

@@ -94,18 +94,18 @@ def test_a_fault_changes_neither_weights_nor_optimizer_and_leaves_no_gradient(
 
     class Around(Callback):
         def on_train_start(self, trainer, module):
-            update = module.update
+            update = module.updater.update
 
             def watched(*args):
                 optimizer = trainer.optimizers[0]
                 before = state(module, optimizer)
-                ratios = update(*args)
+                result = update(*args)
                 if module.faults.found:
                     grads = [p.grad for p in module.policy.parameters()]
                     seen.append((before, state(module, optimizer), grads, module.faults.found))
-                return ratios
+                return result
 
-            module.update = watched
+            module.updater.update = watched
 
     def state(module, optimizer):
         entries = [v.clone() for entry in optimizer.state.values() for v in entry.values()]

@@ -9,17 +9,27 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from gspo_lightning import old_logprobs
 from gspo_lightning.checkpoint.files import find_checkpoint
 from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint
 from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.frozen.models import ReferencePolicy, RewardModel
 from gspo_lightning.guards import out_of_memory
-from gspo_lightning.guards.out_of_memory import BatchSizes, OutOfMemory, is_out_of_memory
+from gspo_lightning.guards.faults import Faults
+from gspo_lightning.guards.out_of_memory import (
+    MICRO,
+    REFERRED,
+    TOKENS,
+    OutOfMemory,
+    Sizes,
+    is_out_of_memory,
+)
 from gspo_lightning.micro_batches import cut_rows
+from gspo_lightning.old_logprobs import Found
 from gspo_lightning.rewards.terms import RewardTerm, score
 from gspo_lightning.sampling import GroupSampler
+from gspo_lightning.update import Updater
 from support.observers import Outputs
+from support.steps import make_step, one_rank, replace_policy_passes
 from support.tiny_models import save_reward_model
 from support.tiny_run import make_module, make_trainer, run, write_prompts
 
@@ -54,16 +64,19 @@ def memory(monkeypatch):
     """Makes a pass of the policy fail above some rows: with a gradient, without one, or both."""
 
     def limit(rows, where=(True, False), error=CUDA, times=99):
-        forward = old_logprobs.completion_logprobs
         failed = []
 
-        def tight(model, prompt_ids, *args, **options):
-            if len(prompt_ids) > rows and torch.is_grad_enabled() in where and len(failed) < times:
-                failed.append(len(prompt_ids))
-                raise error
-            return forward(model, prompt_ids, *args, **options)
+        def make(forward):
+            def tight(model, prompt_ids, *args, **options):
+                concerned = torch.is_grad_enabled() in where and len(failed) < times
+                if len(prompt_ids) > rows and concerned:
+                    failed.append(len(prompt_ids))
+                    raise error
+                return forward(model, prompt_ids, *args, **options)
 
-        monkeypatch.setattr(old_logprobs, "completion_logprobs", tight)
+            return tight
+
+        replace_policy_passes(monkeypatch, make)
         return failed
 
     return limit
@@ -95,7 +108,7 @@ def test_a_run_that_halves_has_the_bits_of_one_that_started_so(
     expected, rollouts, _ = ended(tmp_path, model_dir, micro_batch_size=2, **options)
     failed = memory(3, where, error)
     found, others, module = ended(tmp_path, model_dir, **options)
-    assert failed == [8, 4] and module.micro_batch_size == 2
+    assert failed == [8, 4] and module.sizes.now[MICRO] == 2
     assert same(found.gradients, expected.gradients) and same(found.tensors, expected.tensors)
     pairs = zip(rollouts, others, strict=True)
     assert all(timeless(a["metrics"]) == timeless(b["metrics"]) for a, b in pairs)
@@ -115,17 +128,20 @@ def test_halving_is_one_line_that_names_place_setting_and_sizes(tmp_path, model_
 @pytest.mark.filterwarnings(SHORT)
 def test_the_second_micro_batch_may_fail_as_well_as_the_first(tmp_path, model_dir, monkeypatch):
     expected, _, _ = ended(tmp_path, model_dir, micro_batch_size=2)
-    forward, calls = old_logprobs.completion_logprobs, []
+    calls = []
 
-    def second_fails(*args, **options):
-        calls.append(torch.is_grad_enabled())
-        if sum(calls) == 2 and calls[-1]:
-            raise CUDA
-        return forward(*args, **options)
+    def make(forward):
+        def second_fails(*args, **options):
+            calls.append(torch.is_grad_enabled())
+            if sum(calls) == 2 and calls[-1]:
+                raise CUDA
+            return forward(*args, **options)
 
-    monkeypatch.setattr(old_logprobs, "completion_logprobs", second_fails)
+        return second_fails
+
+    replace_policy_passes(monkeypatch, make)
     found, _, module = ended(tmp_path, model_dir, micro_batch_size=4)
-    assert module.micro_batch_size == 2 and same(found.tensors, expected.tensors)
+    assert module.sizes.now[MICRO] == 2 and same(found.tensors, expected.tensors)
 
 
 @pytest.fixture
@@ -133,16 +149,19 @@ def tight_tokens(monkeypatch):
     """Makes a pass of the policy fail above some completion tokens; lists the rows of each try."""
 
     def limit(tokens):
-        forward, tries = old_logprobs.completion_logprobs, []
+        tries = []
 
-        def tight(model, prompt_ids, prompt_mask, completion_ids, mask, **options):
-            fails = int(mask.sum()) > tokens
-            tries.append((mask.sum(1).tolist(), fails))
-            if fails:
-                raise CUDA
-            return forward(model, prompt_ids, prompt_mask, completion_ids, mask, **options)
+        def make(forward):
+            def tight(model, prompt_ids, prompt_mask, completion_ids, mask, **options):
+                fails = int(mask.sum()) > tokens
+                tries.append((mask.sum(1).tolist(), fails))
+                if fails:
+                    raise CUDA
+                return forward(model, prompt_ids, prompt_mask, completion_ids, mask, **options)
 
-        monkeypatch.setattr(old_logprobs, "completion_logprobs", tight)
+            return tight
+
+        replace_policy_passes(monkeypatch, make)
         return tries
 
     return limit
@@ -152,8 +171,8 @@ def tight_tokens(monkeypatch):
 def test_a_budget_of_tokens_is_halved_where_it_decides(tmp_path, model_dir, tight_tokens):
     tries = tight_tokens(15)
     found, _, module = ended(tmp_path, model_dir, micro_batch_tokens=40)
-    tokens = module.micro_batch_tokens
-    assert tokens in (20, 10) and module.micro_batch_size is None
+    tokens = module.sizes.now[TOKENS]
+    assert tokens in (20, 10) and module.sizes.now[MICRO] is None
     assert 1 <= sum(fails for _, fails in tries) <= 2
     expected, _, _ = ended(tmp_path, model_dir, micro_batch_tokens=tokens)
     assert same(found.tensors, expected.tensors)
@@ -176,7 +195,7 @@ def test_rows_are_halved_where_the_budget_of_tokens_does_not_decide(
     tight_tokens(30)
     with pytest.warns(UserWarning, match=r"micro_batch_size 8 -> 4 for the rest"):
         _, _, module = ended(tmp_path, model_dir, micro_batch_tokens=10_000)
-    assert module.micro_batch_tokens == 10_000 and module.micro_batch_size == 4
+    assert (module.sizes.now[TOKENS], module.sizes.now[MICRO]) == (10_000, 4)
 
 
 def test_one_row_at_once_under_a_budget_is_the_end(tmp_path, model_dir, tight_tokens):
@@ -188,14 +207,13 @@ def test_one_row_at_once_under_a_budget_is_the_end(tmp_path, model_dir, tight_to
 
 
 def test_a_budget_that_changes_nothing_at_half_is_halved_until_it_does():
-    owner = SimpleNamespace(rows=None, tokens=64)
-    sizes = BatchSizes({"rows": owner, "tokens": owner}, {"rows": "tokens"})
-    sizes.cut = partial(cut_rows, [1] * 4, [59, 59, 9, 9], 1)
+    sizes = Sizes({MICRO: None, TOKENS: 64})
+    cut = partial(cut_rows, [1] * 4, [59, 59, 9, 9], 1)
     # rows of 60, 60 and twice 10 tokens: so they are cut at 64, and at 32, too
-    with pytest.warns(UserWarning, match="a test: tokens 64 -> 16 for the rest of the run"):
-        sizes.halve("rows", 4, "a test")
-    with pytest.raises(OutOfMemory, match=r"one row at once \(rows 4, tokens 16\)"):
-        sizes.halve("rows", 4, "a test")
+    with pytest.warns(UserWarning, match=f"a test: {TOKENS} 64 -> 16 for the rest of the run"):
+        sizes.halve(MICRO, 4, "a test", cut)
+    with pytest.raises(OutOfMemory, match=rf"one row at once \({MICRO} 4, {TOKENS} 16\)"):
+        sizes.halve(MICRO, 4, "a test", cut)
 
 
 @pytest.mark.filterwarnings(SHORT)
@@ -206,15 +224,18 @@ def test_one_row_at_once_is_the_end(tmp_path, model_dir, memory):
 
 
 def test_behind_the_first_step_of_a_rollout_the_run_stops(tmp_path, model_dir, monkeypatch):
-    forward, calls = old_logprobs.completion_logprobs, []
+    calls = []
 
-    def third_fails(*args, **options):
-        calls.append(torch.is_grad_enabled())
-        if sum(calls) == 4:  # two steps of rollout 0, the first of rollout 1, this one
-            raise CUDA
-        return forward(*args, **options)
+    def make(forward):
+        def third_fails(*args, **options):
+            calls.append(torch.is_grad_enabled())
+            if sum(calls) == 4:  # two steps of rollout 0, the first of rollout 1, this one
+                raise CUDA
+            return forward(*args, **options)
 
-    monkeypatch.setattr(old_logprobs, "completion_logprobs", third_fails)
+        return third_fails
+
+    replace_policy_passes(monkeypatch, make)
     with pytest.raises(OutOfMemory, match=r"rollout 1, optimizer step 2 .*after the first step"):
         ended(tmp_path, model_dir)
 
@@ -241,15 +262,14 @@ def test_sampling_halves_what_it_decodes_and_draws_the_same(tmp_path, model_dir,
 def test_the_reference_halves_its_own_batches(tmp_path, model_dir, monkeypatch):
     logprobs = ReferencePolicy.logprobs
 
-    def tight(self, samples, temperature):
-        if min(self.batch_size, len(samples)) > 6:
+    def tight(self, samples, temperature, batch_size):
+        if min(batch_size, len(samples)) > 6:
             raise CUDA
-        return logprobs(self, samples, temperature)
+        return logprobs(self, samples, temperature, batch_size)
 
     monkeypatch.setattr(ReferencePolicy, "logprobs", tight)
-    reference = ReferencePolicy(device="cpu")
-    ended(tmp_path, model_dir, reference=reference)
-    assert reference.batch_size == 4  # from 16 rows
+    _, _, module = ended(tmp_path, model_dir, reference=ReferencePolicy(device="cpu"))
+    assert module.sizes.now[REFERRED] == 4  # from 16 rows
 
 
 @pytest.fixture
@@ -333,19 +353,18 @@ def test_a_sampler_without_a_batch_size_is_named(tmp_path, model_dir):
 
 
 def test_the_memory_of_a_failed_pass_is_free_before_the_next():
-    owner = SimpleNamespace(size=8)
-    held = []
+    sizes, held = Sizes({"size": 8}), []
 
     def work():
         assert all(ref() is None for ref in held)
         tensor = torch.ones(3)
         held.append(weakref.ref(tensor))
-        if owner.size > 2:
+        if sizes.now["size"] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")  # one of its own, with its frames
-        return owner.size
+        return sizes.now["size"]
 
     with pytest.warns(UserWarning, match="out of memory in a test: size"):
-        assert BatchSizes({"size": owner}).fit("size", 8, "a test", work) == 2
+        assert sizes.fit("size", 8, "a test", work) == 2
     assert len(held) == 3
 
 
@@ -353,17 +372,38 @@ def test_other_errors_are_no_want_of_memory():
     assert is_out_of_memory(CUDA) and is_out_of_memory(CPU) and is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("shapes do not fit"))
     with pytest.raises(KeyError):
-        BatchSizes({"x": SimpleNamespace(x=4)}).fit("x", 4, "a test", lambda: {}["y"])
+        Sizes({"x": 4}).fit("x", 4, "a test", lambda: {}["y"])
 
 
-def test_a_pass_that_ranks_share_is_not_repeated(model_dir):
-    module = make_module(model_dir)
-    trainer = SimpleNamespace(world_size=2, fit_loop=SimpleNamespace(total_batch_idx=3))
-    module._trainer, module.synced = trainer, True
-    with pytest.raises(OutOfMemory, match=r"rollout 3.* other ranks share"):
-        module._check_repeatable(CUDA, lambda: None)
-    module.synced = False
-    module._check_repeatable(CUDA, lambda: None)
+@pytest.mark.parametrize("synced", [True, False])
+def test_a_pass_that_ranks_share_is_not_repeated(synced, make_rollout):
+    """Another rank may have the half of a gradient that this one was sending."""
+    step = make_step(index=3, ranks=one_rank(count=2))
+    tries = []
+
+    class Breaks(Updater):
+        def _accumulate(self, minibatch, weights, step):
+            tries.append(step.num_updates)
+            step.synced = synced
+            raise CUDA if len(tries) == 1 else KeyboardInterrupt
+
+    rollout = make_rollout().select(torch.arange(4))
+    sizes = Sizes({MICRO: 4, TOKENS: None})
+    old = SimpleNamespace(find=lambda rollout, step: Found(rollout.old_logprobs, None))
+    shell = SimpleNamespace(
+        optimizers=lambda: SimpleNamespace(zero_grad=lambda: None),
+        untoggle_optimizer=lambda optimizer: None,
+    )
+    parts = (None, None, GroupSampler(2, 5), old, sizes, Faults(1), {})
+    updater = Breaks(shell, *parts, num_epochs=1, num_minibatches=1, max_grad_norm=None)
+    if synced:
+        with pytest.raises(OutOfMemory, match=r"rollout 3, optimizer step 1.* other ranks share"):
+            updater.learn(rollout, step)
+        assert tries == [1] and sizes.now[MICRO] == 4
+    else:
+        with pytest.warns(UserWarning, match="4 -> 2"), pytest.raises(KeyboardInterrupt):
+            updater.learn(rollout, step)
+        assert tries == [1, 1] and sizes.now[MICRO] == 2
 
 
 # --- continuing ----------------------------------------------------------------------------------
@@ -390,7 +430,7 @@ def test_a_continued_run_keeps_the_halved_size_and_ends_with_the_same_bits(
         folder.mkdir()
     memory(4, times=1)  # another card, or another process beside this one, the second time
     expected, module = resumable(whole, model_dir, 4)
-    assert module.micro_batch_size == 4
+    assert module.sizes.now[MICRO] == 4
     monkeypatch.undo()
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     memory(4, times=1)
@@ -398,7 +438,7 @@ def test_a_continued_run_keeps_the_halved_size_and_ends_with_the_same_bits(
     monkeypatch.undo()
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     found, module = resumable(cut, model_dir, 4, "last")
-    assert module.micro_batch_size == 4 and same(found, expected)
+    assert module.sizes.now[MICRO] == 4 and same(found, expected)
 
 
 @pytest.mark.filterwarnings("ignore:out of memory in the reward model")
@@ -409,21 +449,18 @@ def test_a_continued_run_keeps_the_size_of_a_reward_model(tmp_path, model_dir, t
     assert model.batch_size == 4
 
 
-def test_sizes_of_a_checkpoint_find_their_owners_where_one_is_gone():
-    one, gone, other = (SimpleNamespace(size=size) for size in (None, 32, 16))
-    sizes = BatchSizes({"one.size": one, "gone.size": gone, "other.size": other})
-    state = sizes.state([[8, 4, 2]])
-    one, new, other = (SimpleNamespace(size=size) for size in (None, 64, 16))
-    BatchSizes({"one.size": one, "other.size": other, "new.size": new}).load(state, 0)
-    assert (one.size, other.size, new.size) == (8, 2, 64)
+def test_sizes_of_a_checkpoint_find_their_settings_where_one_is_gone():
+    state = Sizes({"one": None, "gone": 32, "other": 16}).state([[8, 4, 2]])
+    sizes = Sizes({"one": None, "other": 16, "new": 64})
+    sizes.load(state, 0)
+    assert sizes.now == {"one": 8, "other": 2, "new": 64}
 
 
 def test_a_new_setting_wins_over_the_size_of_a_checkpoint():
-    before = SimpleNamespace(size=None)
-    sizes = BatchSizes({"size": before})
-    before.size = 4
-    state = sizes.state([[2], [4]])
+    before = Sizes({"size": None})
+    before.now["size"] = 4
+    state = before.state([[2], [4]])
     for start, rank, expected in [(None, 0, 2), (None, 1, 4), (16, 1, 16)]:
-        owner = SimpleNamespace(size=start)
-        BatchSizes({"size": owner}).load(state, rank)
-        assert owner.size == expected
+        sizes = Sizes({"size": start})
+        sizes.load(state, rank)
+        assert sizes.now == {"size": expected}

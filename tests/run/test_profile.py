@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from gspo_lightning import old_logprobs
 from gspo_lightning.frozen.models import FrozenModels, ReferencePolicy
-from gspo_lightning.module import GSPOModule
 from gspo_lightning.run.tracing import RolloutProfile
+from gspo_lightning.update import Updater
 from support.command import enter, refused, run
 from support.tiny_run import run as fit
 from support.tiny_run import write_prompts
@@ -80,7 +81,7 @@ def test_a_trace_shows_the_reference_at_work_beside_the_policy(monkeypatch, tmp_
         monkeypatch.setattr(cls, method, pass_)
 
     wait("reference", ReferencePolicy, "logprobs")
-    wait("old", GSPOModule, "_logprobs")
+    wait("old", old_logprobs, "samples_logprobs")
     # what a device of its own comes to on a machine that has only one
     monkeypatch.setattr(FrozenModels, "apart", lambda self, part: part == "model.reference")
     train(tmp_path / "run", model_dir, profile=1, num_rollouts=1)
@@ -117,7 +118,7 @@ def test_an_error_stops_the_profiler(monkeypatch, tmp_path, model_dir):
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(GSPOModule, "update", fail)
+        patch.setattr(Updater, "update", fail)
         train(tmp_path / "broken", model_dir, profile=1)
     train(tmp_path / "next", model_dir, profile=1, num_rollouts=1)  # a second one would be refused
     assert set(traced(tmp_path / "next")[0]) == set(PHASES)

@@ -1,10 +1,14 @@
 """Break one number of chosen optimizer steps of a run, at the place where it is computed."""
 
 import math
+from contextlib import ExitStack
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback
+
+from gspo_lightning import update as update_file
 
 NAN, INF = math.nan, math.inf
 
@@ -21,53 +25,66 @@ class Inject(Callback):
         self.at = at
         self.kind = self.value = None
         self.tried = 0
+        self.patches = ExitStack()
+
+    def teardown(self, trainer, module, stage):
+        self.patches.close()
+
+    def on_exception(self, trainer, module, exception):
+        self.patches.close()
 
     def on_train_start(self, trainer, module):
         self.module, self.trainer = module, trainer
-        update, forward, losses = module.update, module._logprobs, module.losses
+        update, forward = module.updater.update, update_file.samples_logprobs
+        loss, log_ratio = update_file.micro_loss, update_file.importance_log_ratio
         head = module.policy.model.get_output_embeddings()
 
-        def broken_update(minibatch, *args, **options):
-            place = trainer.fit_loop.total_batch_idx, module.steps + 1
+        def broken_update(rollout, rows, step):
+            place = step.index, step.num_updates + 1
             self.kind, self.value = self.at.get(place, (None, None))
             if self.kind is None:
-                return update(minibatch, *args, **options)
+                return update(rollout, rows, step)
             self.tried += 1
             if self.kind == "left out":
                 self.kind = None
-                module.steps += 1
-                return torch.ones(len(minibatch))
+                step.num_updates += 1
+                return rollout, torch.ones(len(rows))
+            broken = rollout
             if self.kind in ("advantages", "old_logprobs", "ref_logprobs"):
-                tensor = getattr(minibatch, self.kind).clone()
-                tensor[1, 0] = self.value
-                minibatch = replace(minibatch, **{self.kind: tensor})
-            ratios = update(minibatch, *args, **options)
+                tensor = getattr(rollout, self.kind).clone()
+                tensor[rows[1], 0] = self.value
+                broken = replace(rollout, **{self.kind: tensor})
+            _, ratios = update(broken, rows, step)
             self.kind = None
-            return ratios
+            return rollout, ratios
 
-        def broken_forward(samples, with_entropy):
-            found = forward(samples, with_entropy)
+        def broken_forward(*args, **options):
+            found = forward(*args, **options)
             if self.kind == "logprobs":
                 shift = torch.zeros_like(found.logprobs)
                 shift[0, 0] = self.value
                 return found._replace(logprobs=found.logprobs + shift)
             return found
 
-        def broken_losses(*args):
-            found = losses(*args)
-            if self.kind == "loss":
-                return found._replace(total=found.total * self.value)
-            if self.kind == "ratio":
-                return found._replace(log_ratio=found.log_ratio + self.value)
-            return found
+        def broken_loss(*args):
+            found = loss(*args)
+            return found._replace(total=found.total * self.value) if self.kind == "loss" else found
+
+        def broken_ratio(*args):
+            return log_ratio(*args) + (self.value if self.kind == "ratio" else 0)
 
         def broken_head(_, __, logits):
             if self.kind == "logits":
                 return logits + torch.full_like(logits, self.value)
             return logits
 
-        module.update, module._logprobs = broken_update, broken_forward
-        module.losses = broken_losses
+        module.updater.update = broken_update
+        for name, broken in {
+            "samples_logprobs": broken_forward,
+            "micro_loss": broken_loss,
+            "importance_log_ratio": broken_ratio,
+        }.items():
+            self.patches.enter_context(patch.object(update_file, name, broken))
         head.register_forward_hook(broken_head)
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
