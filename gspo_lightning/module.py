@@ -312,10 +312,9 @@ class GSPOModule(LightningModule):
         if self.critic_config is not None and self.needs_critic and self.critic is None:
             self.critic = load_critic(self.critic_config, self.policy_config, self.policy.model)
         self.frozen.share(self.policy)
-        self._build_loop()
 
-    def _build_loop(self) -> None:
-        """Make the two halves of a step, now that the models are there."""
+    def on_fit_start(self) -> None:
+        """Make the two halves of a step, now that the models are there, and watch the run."""
         old_logprobs = OldLogProbs(
             self.policy,
             self.sampler,
@@ -357,9 +356,7 @@ class GSPOModule(LightningModule):
             num_minibatches=self.num_minibatches,
             max_grad_norm=self.max_grad_norm,
         )
-
-    def on_fit_start(self) -> None:
-        """Begin to watch the run; behind the checkpoint, so that nothing is said twice."""
+        # behind the checkpoint, so that nothing is said twice
         self.health.begin(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def configure_optimizers(self) -> Any:

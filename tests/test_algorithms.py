@@ -119,8 +119,9 @@ def as_rollout(model, batch, step):
 
 def module_loss(model, batch):
     """What an update makes a gradient of, in two micro-batches, and the share of clipped tokens."""
-    model.trainer = SimpleNamespace(default_root_dir="", global_rank=0)
+    model.trainer = SimpleNamespace(default_root_dir="", global_rank=0, callbacks=[])
     model.configure_model()
+    model.on_fit_start()
     if model.critic_config is not None:
         model.critic = Critic(model.critic_config, hidden_size=2)
     step = make_step(model.choices)

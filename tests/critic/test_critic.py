@@ -11,6 +11,7 @@ from gspo_lightning import logprobs
 from gspo_lightning.critic.critic import Critic, CriticConfig, decoder, load_critic
 from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.frozen.models import ReferencePolicy
+from gspo_lightning.guards.out_of_memory import MICRO, TOKENS
 from gspo_lightning.objectives import Objective
 from gspo_lightning.optim import OptimizerConfig
 from gspo_lightning.policy.lora import LoRAConfig
@@ -218,8 +219,10 @@ def test_old_values_are_made_within_a_budget_of_tokens(tmp_path, model_dir, monk
     assert len(passes) > 8
     rollout = outputs[-1]["rollout"]
     passes.clear()
-    once = module.critic.old_values(module.policy.model, rollout, None)
-    cut = module.critic.old_values(module.policy.model, rollout, None, 20)
+    pieces = rollout.micro_batch_indices(None)
+    once = module.critic.old_values(module.policy.model, rollout, pieces)
+    pieces = rollout.micro_batch_indices(None, 20)
+    cut = module.critic.old_values(module.policy.model, rollout, pieces)
     torch.testing.assert_close(cut[rollout.mask], once[rollout.mask], rtol=1e-4, atol=1e-5)
     assert len({v.item() for v in once[rollout.mask]}) > len(rollout)  # rows can be told apart
     # a shared prompt is counted once: at most 7 tokens of it, four times
@@ -237,7 +240,7 @@ def test_old_values_without_memory_halve_the_budget_of_tokens(tmp_path, model_di
 
     monkeypatch.setattr(Critic, "forward", tight)
     module, _ = outputs_of(tmp_path, model_dir, 1, **ppo(num_minibatches=1, micro_batch_tokens=26))
-    assert module.micro_batch_tokens == 13 and module.micro_batch_size is None
+    assert (module.sizes.now[TOKENS], module.sizes.now[MICRO]) == (13, None)
 
 
 @pytest.mark.parametrize(
