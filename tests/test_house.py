@@ -28,6 +28,8 @@ LOOP = (
 # in one row knows nothing of its neighbours.
 ORDER = [
     ("maths",),
+    ("engine", "checkpoint"),
+    ("policy", "guards"),
     ("frozen", "critic", "rewards", "data", "supervised", "callbacks"),
     ("loop",),
     ("run",),
