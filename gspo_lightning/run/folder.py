@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from gspo_lightning.checkpoint.files import checkpoint_number, list_checkpoints, numbered_files
 from gspo_lightning.checkpoint.fingerprints import settings
-from gspo_lightning.checkpoint.io import damage
+from gspo_lightning.checkpoint.io import damage, replacing
 from gspo_lightning.run.provenance import write_provenance
 from gspo_lightning.run.terminal_log import TerminalLog
 
@@ -94,9 +94,8 @@ class RunConfig(SaveConfigCallback):
     def _write(self, path: Path) -> None:
         config = self.config.clone()
         config.pop("accept_changes", None)  # was said once; a file would say it for ever
-        partial = path.with_name(f".{path.name}.partial")  # half a config would hinder the next run
-        self.parser.save(config, partial, skip_unset=False, overwrite=True, multifile=False)
-        os.replace(partial, path)
+        with replacing(path) as file:  # half a config would hinder the next run
+            file.write(self.parser.dump(config, skip_unset=False).encode())
 
 
 def check_folder(root: Path, checkpoint: Path | None) -> None:
