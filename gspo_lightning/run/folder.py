@@ -6,7 +6,6 @@ checkpoints themselves (`checkpoint`) and what callbacks write.
 
 import itertools
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from gspo_lightning.checkpoint.files import checkpoint_number, list_checkpoints,
 from gspo_lightning.checkpoint.fingerprints import settings
 from gspo_lightning.checkpoint.io import damage, replacing
 from gspo_lightning.run.provenance import write_provenance
-from gspo_lightning.run.terminal_log import TerminalLog
+from gspo_lightning.run.terminal_log import TerminalLog, say
 
 CONFIG = "config.yaml"
 LOG = "log.txt"
@@ -202,9 +201,3 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: tree}
     parts = (flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in tree.items())
     return {key: value for part in parts for key, value in part.items()}
-
-
-@rank_zero_only
-def say(text: str) -> None:
-    """One line for the person at the terminal, not part of any result."""
-    print(text, file=sys.stderr, flush=True)
