@@ -25,6 +25,7 @@ from gspo_lightning.critic.gae import (
     whiten,
 )
 from gspo_lightning.engine.attention import open_attention
+from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.engine.products import speed_up
 from gspo_lightning.logprobs import layer_states
 from gspo_lightning.policy.folder import check_model_folder, check_model_path, load_weights
@@ -251,9 +252,7 @@ class Critic(nn.Module):
 
 def decoder(model: Any) -> Any:
     """The layers of a causal language model below its output head, adapters included."""
-    model = getattr(model, "_orig_mod", model)  # torch.compile
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
-    return model.base_model
+    return unwrapped(model).base_model
 
 
 def fit_critic(state: dict[str, Any], config: CriticConfig | None, training: bool) -> None:

@@ -21,7 +21,7 @@ from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.drawing import draw
 from gspo_lightning.engine.group_attention import GroupAttention
 from gspo_lightning.engine.group_layout import Layout
-from gspo_lightning.engine.padded import forward_arguments
+from gspo_lightning.engine.padded import forward_arguments, unwrapped
 from gspo_lightning.engine.products import FEW_ROWS_PACKED, filled, has_packed
 from gspo_lightning.engine.step_graphs import Play, StepGraphs, rounded
 
@@ -63,7 +63,7 @@ class Wanted:
 
 def check_decodable(model: Any) -> None:
     """Raise ``NotDecodable`` unless tokens meet each other in the model's attention only."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     kinds = set(getattr(base.config, "layer_types", None) or [])
     unknown = kinds - {"full_attention", "sliding_attention"}
     if unknown or getattr(base, "_is_stateful", False):
@@ -181,8 +181,7 @@ class GroupDecoder:
 
     def _check_layers(self) -> None:
         """What was attended must be what the config promises: all layers, each with its window."""
-        base = self.model
-        config = (base.get_base_model() if hasattr(base, "get_base_model") else base).config
+        config = unwrapped(self.model).config
         kinds = getattr(config, "layer_types", None)
         windowed = [getattr(config, "sliding_window", None) is not None] * config.num_hidden_layers
         if kinds:

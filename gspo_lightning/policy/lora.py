@@ -16,6 +16,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gspo_lightning.engine.padded import unwrapped
+
 
 @dataclass(frozen=True)
 class LoRAConfig:
@@ -179,7 +181,7 @@ def merged_weights(model: Any) -> dict[str, Tensor]:
         A state dict under the names that the model had before it got adapters; weights without
         adapters are the model's own tensors.
     """
-    base = model.get_base_model()
+    base = unwrapped(model)
     weights = dict(base.state_dict())
     for name, layer in adapted_layers(base):
         own = layer.get_base_layer().weight.detach()

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gspo_lightning.engine.attention import open_attention
+from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.engine.products import speed_up
 from gspo_lightning.policy.folder import (
     BROKEN,
@@ -121,7 +122,7 @@ class LoRAPolicy(Policy):
             self.model.save_pretrained(path, save_embedding_layers=False)
         else:
             weights = merged_weights(self.model)
-            self.model.get_base_model().save_pretrained(path, state_dict=weights)
+            unwrapped(self.model).save_pretrained(path, state_dict=weights)
         self.tokenizer.save_pretrained(path)
 
     def get_extra_state(self) -> dict[str, Any]:
