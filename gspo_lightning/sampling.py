@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gspo_lightning.bounds import check_at_least
 from gspo_lightning.engine.group_decoder import GroupDecoder, NotDecodable, Wanted
 from gspo_lightning.engine.plain_decoder import decode_plainly
 from gspo_lightning.engine.products import packed
@@ -74,15 +75,9 @@ class GroupSampler:
         batch_size: int | None = None,
         cuda_graphs: bool = False,
     ) -> None:
-        for name, value in {
-            "group_size": group_size,
-            "max_new_tokens": max_new_tokens,
-            "batch_size": batch_size,
-        }.items():
-            if value is not None and value < 1:
-                raise ValueError(f"sampler.{name} must be >= 1, got {value}")
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"sampler.temperature must be >= 0, got {temperature}")
+        counts = {"group_size": group_size, "max_new_tokens": max_new_tokens}
+        check_at_least(1, "sampler.", **counts, batch_size=batch_size)
+        check_at_least(0, "sampler.", temperature=temperature)
         self.group_size = group_size
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature

@@ -18,18 +18,12 @@ import numpy
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from gspo_lightning.bounds import check_at_least
 from gspo_lightning.callbacks.json_lines import keep_rollouts_before, write_json_lines
 from gspo_lightning.callbacks.report import draw_curves, markdown_table, sample_rows
 from gspo_lightning.checkpoint.io import replacing
 from gspo_lightning.kl import KLRule, MultiplicativeKL
 from gspo_lightning.metrics import CURVES
-
-
-def check_at_least(low: int, **values: int | None) -> None:
-    """Raise ValueError, naming argument, bound and value, for a value below ``low``."""
-    for name, value in values.items():
-        if value is not None and value < low:
-            raise ValueError(f"{name} must be >= {low}, got {value}")
 
 
 def check_file_name(path: str) -> None:

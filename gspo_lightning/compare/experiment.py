@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
+from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint.io import replacing
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.rollout import Rollout
@@ -39,8 +40,7 @@ class RunRecord(Callback):
     FILE = "record.json"
 
     def __init__(self, completions: int) -> None:
-        if completions < 1:
-            raise ValueError(f"completions must be >= 1, got {completions}")
+        check_at_least(1, completions=completions)
         self.completions = completions
         self.sampled = 0
         self.rollouts: list[dict[str, float]] = []
@@ -106,8 +106,7 @@ class ExpertShift(Callback):
     """
 
     def __init__(self, completions: int = 32) -> None:
-        if completions < 1:
-            raise ValueError(f"completions must be >= 1, got {completions}")
+        check_at_least(1, completions=completions)
         self.completions = completions
         self.rollout: Rollout | None = None
         self.first: list[Tensor] | None = None

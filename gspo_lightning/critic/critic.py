@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from gspo_lightning.bounds import check_positive
 from gspo_lightning.critic.gae import (
     ValueLoss,
     check_unit_interval,
@@ -81,9 +82,7 @@ class CriticConfig:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate_ratio", "value_coef", "value_clip"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"critic.{name} must be above 0, got {value}")
+            check_positive("critic.", **{name: getattr(self, name)})
         check_unit_interval("critic.gamma", self.gamma)
         check_unit_interval("critic.lam", self.lam)
         if self.path is None:

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from gspo_lightning.bounds import check_at_least
 from gspo_lightning.callbacks.files import CurvePlot, HFExport, SampleTable
 from gspo_lightning.callbacks.predictions import PredictionWriter
 from gspo_lightning.callbacks.report import figures, figures_line, rollout_line
@@ -51,8 +52,7 @@ class RolloutProgress(ProgressBar):
 
     def __init__(self, every_n_steps: int = 50) -> None:
         super().__init__()
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be >= 1, got {every_n_steps}")
+        check_at_least(1, every_n_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self._enabled = True
         self._train_bar: tqdm | None = None
