@@ -20,6 +20,7 @@ from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint.fingerprints import digest
 from gspo_lightning.data.stream import ResumableStream, pad
 from gspo_lightning.data.tables import check_file, read_rows, text_column
+from gspo_lightning.rollout import Movable
 
 
 def check_files(files: Mapping[str, str | None]) -> None:
@@ -142,23 +143,14 @@ class SupervisedData(TokenizedData):
         )
 
 
-@dataclass(frozen=True)
-class SFTBatch:
+@dataclass(frozen=True, eq=False)
+class SFTBatch(Movable):
     """Demonstrations: prompts (B, L) left-padded, completions (B, T) right-padded, EOS included."""
 
     prompt_ids: Tensor
     prompt_mask: Tensor
     completion_ids: Tensor
     mask: Tensor
-
-    def to(self, device: Any, **kwargs: Any) -> SFTBatch:
-        """The same batch on ``device``."""
-        return SFTBatch(
-            *(
-                getattr(self, name).to(device, **kwargs)
-                for name in ("prompt_ids", "prompt_mask", "completion_ids", "mask")
-            )
-        )
 
 
 def collate_demonstrations(examples: list[tuple[list[int], list[int]]]) -> SFTBatch:
