@@ -8,6 +8,7 @@ every log-prob that trains unless the module is told to use the sampler's.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.engine.group_decoder import GroupDecoder, NotDecodable, Wanted
 from gspo_lightning.engine.plain_decoder import decode_plainly
-from gspo_lightning.engine.products import packed
+from gspo_lightning.engine.products import ordered_weights
 from gspo_lightning.engine.step_graphs import cuda_graph_recorder
 from gspo_lightning.rollout import PromptBatch, Samples, completion_mask
 
@@ -109,8 +110,8 @@ class GroupSampler:
         was_training = policy.model.training
         policy.model.eval()  # gradient checkpointing would switch the KV cache off in train mode
         try:
-            with packed(policy.model):
-                ids, logprobs = self._decode(policy, batch, uniform)
+            with ordered_weights(policy.model) as computed:
+                ids, logprobs = self._decode(policy, batch, uniform, computed)
         finally:
             policy.model.train(was_training)
         mask, finished = completion_mask(ids, policy.eos_ids)
@@ -133,7 +134,9 @@ class GroupSampler:
             logprobs=logprobs[:, :longest].masked_fill(~mask, 0) if self.temperature else None,
         )
 
-    def _decode(self, policy: Any, batch: PromptBatch, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    def _decode(
+        self, policy: Any, batch: PromptBatch, uniform: Tensor, computed: Callable[[int], int]
+    ) -> tuple[Tensor, Tensor]:
         """Token ids and log-probs, (B, T) each, by the engine that the model allows."""
         num_rows = min(self.batch_size or len(uniform), len(uniform))
         record = None
@@ -150,6 +153,7 @@ class GroupSampler:
             eos_ids=policy.eos_ids,
             pad_id=policy.pad_id,
             num_rows=num_rows,
+            computed=computed,
             record=record,
         )
         try:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gspo_lightning.engine.products import linear
+from gspo_lightning.engine.linear_logprobs import linear
 
 # dense FLOP/s of tensor cores in bfloat16, of plain cores in float32, bytes/s; from data sheets
 DATA_SHEETS = {

@@ -27,14 +27,13 @@ from gspo_lightning.critic.gae import (
 )
 from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.padded import unwrapped
-from gspo_lightning.engine.products import speed_up
 from gspo_lightning.logprobs import layer_states
 from gspo_lightning.policy.folder import check_model_folder, check_model_path, load_weights
 from gspo_lightning.policy.policy import (
     DTYPES,
     PolicyConfig,
     checkpoint_activations,
-    disable_dropout,
+    make_ready,
 )
 from gspo_lightning.rollout import Rollout, Samples
 
@@ -310,9 +309,8 @@ def load_critic(config: CriticConfig, policy_config: PolicyConfig, policy: Any) 
             f"critic.path: {path} embeds {rows} tokens, the policy {needed}; the critic reads the "
             "policy's tokens, so it must be a model with the same vocabulary"
         )
-    disable_dropout(backbone)
+    make_ready(backbone)
     open_attention(backbone)  # so that its rows are packed
-    speed_up(backbone)
     if policy_config.gradient_checkpointing:
         checkpoint_activations(backbone)
     backbone.train()  # dropout is off in either mode; checkpointing works in this one alone

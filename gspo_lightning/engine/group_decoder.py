@@ -22,7 +22,6 @@ from gspo_lightning.engine.drawing import draw
 from gspo_lightning.engine.group_attention import GroupAttention
 from gspo_lightning.engine.group_layout import Layout
 from gspo_lightning.engine.padded import forward_arguments, unwrapped
-from gspo_lightning.engine.products import FEW_ROWS_PACKED, filled, has_packed
 from gspo_lightning.engine.step_graphs import Play, StepGraphs, rounded
 
 log = logging.getLogger(__name__)
@@ -47,6 +46,7 @@ class Wanted:
         eos_ids: All ids that end a sequence.
         pad_id: Stands behind the end.
         num_rows: Rows that run at once.
+        computed: How many rows a step computes where so many run; what comes on top is not read.
         record: Makes a recording of a decode step of fixed shape (``step_graphs``); ``None``
             computes each step anew, with no more rows and tokens than there are.
     """
@@ -58,6 +58,7 @@ class Wanted:
     eos_ids: list[int]
     pad_id: int
     num_rows: int
+    computed: Callable[[int], int] = lambda count: count
     record: Callable[[Play], Play] | None = None
 
 
@@ -113,7 +114,6 @@ class GroupDecoder:
         self.admitted: list[int] = []  # the step at which each row came in
         self.step = 0
         self.layout: Layout | None = None
-        self.packed = has_packed(model)
         record = wanted.record
         self.graphs = None if record is None else StepGraphs(self._compute, record)
 
@@ -173,9 +173,7 @@ class GroupDecoder:
             positions = torch.cat([torch.arange(length) for length in lengths])
             ends = torch.tensor(lengths).cumsum(0) - 1
             device = self.ids.device
-            logits = self._call(
-                torch.cat(prompts), positions.to(device), self.cache.read, ends.to(device)
-            )
+            logits = self._call(torch.cat(prompts), positions.to(device), self.cache.read, ends.to(device))
             self.first_logits.update(zip(now, logits, strict=True))
             self._check_layers()
 
@@ -216,14 +214,10 @@ class GroupDecoder:
         lengths = self.lengths[:count]
         self.cache.begin_step(layout, lengths, longest, equal)
         positions = layout.prompt_lengths[:, 0] + lengths - 1
-        tokens, more = self.tokens[:count], 0
-        if self.packed and count >= FEW_ROWS_PACKED:
-            # rows that nobody reads, once a step instead of once a product
-            more = min(filled(count), self.slots) - count
-        if more:
-            tokens = self.tokens[: count + more]
-            positions = torch.nn.functional.pad(positions, (0, more))
-        return self._call(tokens, positions, self.cache.extend, 0)[:count]
+        computed = min(self.wanted.computed(count), self.slots)
+        if computed > count:
+            positions = torch.nn.functional.pad(positions, (0, computed - count))
+        return self._call(self.tokens[:computed], positions, self.cache.extend, 0)[:count]
 
     def _call(self, ids: Tensor, positions: Tensor, attend: Any, keep: Tensor | int) -> Tensor:
         output = self.model(

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.engine.attention import open_attention
-from gspo_lightning.engine.products import speed_up
 from gspo_lightning.frozen.reward_model import RewardModel, freeze
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.policy.folder import (
@@ -125,7 +124,6 @@ class ReferencePolicy:
             **options,
         )
         open_attention(model)
-        speed_up(model)
         self.model = freeze(model, device)
         self.fingerprint = fingerprint(self.model)
 

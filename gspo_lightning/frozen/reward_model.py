@@ -15,13 +15,13 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gspo_lightning.bounds import check_at_least
-from gspo_lightning.engine.products import speed_up
 from gspo_lightning.guards.out_of_memory import BatchSizes
-from gspo_lightning.policy.policy import fingerprint
+from gspo_lightning.policy.policy import fingerprint, make_ready
 
 
 def freeze(model: Any, device: torch.device) -> Any:
     """Ready a model for scoring: on its device, dropout off, no gradients."""
+    make_ready(model)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -118,7 +118,6 @@ class RewardModel:
                 f"model {self.path} reads"
             )
         model.config.pad_token_id = self.tokenizer.pad_token_id
-        speed_up(model)
         self.model = freeze(model, device)
         self.fingerprint = fingerprint(self.model)
 
