@@ -234,15 +234,15 @@ def test_prompts_are_read_in_parts_where_they_are_many(policy, monkeypatch):
 
 def test_buffers_are_made_once_and_bounded_by_the_batch(policy, monkeypatch):
     seen = set()
-    extend = GroupAttention.extend
+    extend = GroupAttention._extend
 
-    def watched(self, module, *args, **options):
-        output = extend(self, module, *args, **options)
+    def watched(self, step, module, *args, **options):
+        output = extend(self, step, module, *args, **options)
         buffers = self.layers[module.layer_idx]
         seen.add((module.layer_idx, *((x.data_ptr(), x.shape) for x in buffers)))
         return output
 
-    monkeypatch.setattr(GroupAttention, "extend", watched)
+    monkeypatch.setattr(GroupAttention, "_extend", watched)
     GroupSampler(3, 12, batch_size=5).sample(policy, batch_of(PROMPTS), seed=3)
     assert len(seen) == 2  # the same in every step of each layer
     for _, prompt_keys, prompt_values, keys, values in seen:

@@ -168,12 +168,12 @@ class GroupDecoder:
             prompts = [self.wanted.prompts[group] for group in now]
             lengths = [len(prompt) for prompt in prompts]
             free = range(len(self.groups), len(self.groups) + len(now))
-            self.cache.begin_reading(free, lengths)
+            attend = self.cache.reading(free, lengths)
             self.groups += now
             positions = torch.cat([torch.arange(length) for length in lengths])
             ends = torch.tensor(lengths).cumsum(0) - 1
             device = self.ids.device
-            logits = self._call(torch.cat(prompts), positions.to(device), self.cache.read, ends.to(device))
+            logits = self._call(torch.cat(prompts), positions.to(device), attend, ends.to(device))
             self.first_logits.update(zip(now, logits, strict=True))
             self._check_layers()
 
@@ -212,12 +212,12 @@ class GroupDecoder:
         """Logits of one step; reads nothing but the layout and tensors that stay where they are."""
         count = len(layout.prompt_lengths)
         lengths = self.lengths[:count]
-        self.cache.begin_step(layout, lengths, longest, equal)
+        attend = self.cache.extending(layout, lengths, longest, equal)
         positions = layout.prompt_lengths[:, 0] + lengths - 1
         computed = min(self.wanted.computed(count), self.slots)
         if computed > count:
             positions = torch.nn.functional.pad(positions, (0, computed - count))
-        return self._call(self.tokens[:computed], positions, self.cache.extend, 0)[:count]
+        return self._call(self.tokens[:computed], positions, attend, 0)[:count]
 
     def _call(self, ids: Tensor, positions: Tensor, attend: Any, keep: Tensor | int) -> Tensor:
         output = self.model(
