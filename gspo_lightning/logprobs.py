@@ -305,7 +305,7 @@ def _packs(model: Any, base: Any, device: torch.device) -> bool | str:
     row = pack(ids[:, : PROBE[0]], prompt_mask, ids[:, PROBE[0] :], on, on)
     try:
         with torch.autocast(device.type, enabled=False):  # the weights' own precision
-            packed = run_packed(model, row, output_hidden_states=True).hidden_states[-1]
+            together = run_packed(model, row, output_hidden_states=True).hidden_states[-1]
             alone = [
                 model(input_ids=text[None], use_cache=False, output_hidden_states=True)
                 for text in (ids[0], ids[1], ids[2, 2:])
@@ -315,7 +315,7 @@ def _packs(model: Any, base: Any, device: torch.device) -> bool | str:
             raise
         return f"it cannot be run on packed rows ({error})"
     expected = torch.cat([output.hidden_states[-1][0, -PROBE[1] - 1 : -1] for output in alone])
-    distance = (packed[0, row.source] - expected).float().norm() / expected.float().norm()
+    distance = (together[0, row.source] - expected).float().norm() / expected.float().norm()
     # an attention that reaches into other texts is wrong by far more than rounding
     if distance < (1e-3 if torch.finfo(expected.dtype).bits >= 32 else 0.1):
         return True

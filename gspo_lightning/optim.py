@@ -15,6 +15,8 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from gspo_lightning.bounds import check_at_least, check_positive
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -42,15 +44,10 @@ class OptimizerConfig:
     min_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"optimizer.{name} must be above 0, got {getattr(self, name)}")
+        check_positive("optimizer.", learning_rate=self.learning_rate, eps=self.eps)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must lie in [0, 1), got {self.betas}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"optimizer.weight_decay must be >= 0, got {self.weight_decay}")
-        if self.warmup < 0:
-            raise ValueError(f"optimizer.warmup must be >= 0, got {self.warmup}")
+        check_at_least(0, "optimizer.", weight_decay=self.weight_decay, warmup=self.warmup)
         if not 0 <= self.min_ratio <= 1:
             raise ValueError(f"optimizer.min_ratio must lie in [0, 1], got {self.min_ratio}")
 

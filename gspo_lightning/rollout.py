@@ -27,7 +27,7 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 
 
 @dataclass(frozen=True, eq=False)
-class _Movable:
+class Movable:
     """Gives a dataclass of tensors the ``to`` that Lightning moves batches with."""
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
@@ -44,7 +44,7 @@ class _Movable:
 
 
 @dataclass(frozen=True, eq=False)
-class PromptBatch(_Movable):
+class PromptBatch(Movable):
     """The prompts of one rollout.
 
     Attributes:
@@ -74,7 +74,7 @@ class PromptBatch(_Movable):
 
 
 @dataclass(frozen=True, eq=False)
-class Samples(_Movable):
+class Samples(Movable):
     """G completions for each of P prompts; row p * G + g is completion g of prompt p.
 
     Attributes:

@@ -8,14 +8,16 @@ every log-prob that trains unless the module is told to use the sampler's.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from gspo_lightning.bounds import check_at_least
 from gspo_lightning.engine.group_decoder import GroupDecoder, NotDecodable, Wanted
 from gspo_lightning.engine.plain_decoder import decode_plainly
-from gspo_lightning.engine.products import packed
+from gspo_lightning.engine.products import ordered_weights
 from gspo_lightning.engine.step_graphs import cuda_graph_recorder
 from gspo_lightning.rollout import PromptBatch, Samples, completion_mask
 
@@ -74,15 +76,9 @@ class GroupSampler:
         batch_size: int | None = None,
         cuda_graphs: bool = False,
     ) -> None:
-        for name, value in {
-            "group_size": group_size,
-            "max_new_tokens": max_new_tokens,
-            "batch_size": batch_size,
-        }.items():
-            if value is not None and value < 1:
-                raise ValueError(f"sampler.{name} must be >= 1, got {value}")
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"sampler.temperature must be >= 0, got {temperature}")
+        counts = {"group_size": group_size, "max_new_tokens": max_new_tokens}
+        check_at_least(1, "sampler.", **counts, batch_size=batch_size)
+        check_at_least(0, "sampler.", temperature=temperature)
         self.group_size = group_size
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
@@ -114,8 +110,8 @@ class GroupSampler:
         was_training = policy.model.training
         policy.model.eval()  # gradient checkpointing would switch the KV cache off in train mode
         try:
-            with packed(policy.model):
-                ids, logprobs = self._decode(policy, batch, uniform)
+            with ordered_weights(policy.model) as computed:
+                ids, logprobs = self._decode(policy, batch, uniform, computed)
         finally:
             policy.model.train(was_training)
         mask, finished = completion_mask(ids, policy.eos_ids)
@@ -138,7 +134,9 @@ class GroupSampler:
             logprobs=logprobs[:, :longest].masked_fill(~mask, 0) if self.temperature else None,
         )
 
-    def _decode(self, policy: Any, batch: PromptBatch, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    def _decode(
+        self, policy: Any, batch: PromptBatch, uniform: Tensor, computed: Callable[[int], int]
+    ) -> tuple[Tensor, Tensor]:
         """Token ids and log-probs, (B, T) each, by the engine that the model allows."""
         num_rows = min(self.batch_size or len(uniform), len(uniform))
         record = None
@@ -155,6 +153,7 @@ class GroupSampler:
             eos_ids=policy.eos_ids,
             pad_id=policy.pad_id,
             num_rows=num_rows,
+            computed=computed,
             record=record,
         )
         try:

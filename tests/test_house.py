@@ -12,7 +12,17 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gspo_lightning"
-MATHS = ("masked", "objectives", "advantages", "kl", "micro_batches", "rollout", "metrics", "optim")
+MATHS = (
+    "bounds",
+    "masked",
+    "objectives",
+    "advantages",
+    "kl",
+    "micro_batches",
+    "rollout",
+    "metrics",
+    "optim",
+)
 LOOP = (
     "module",
     "step",

@@ -34,7 +34,7 @@ from gspo_lightning.bench.cases import (
     check,
     heading,
     one_run,
-    say,
+    remark,
     write_line,
 )
 from gspo_lightning.bench.report import derived, report
@@ -137,7 +137,7 @@ def compare(options: argparse.Namespace) -> int:
         runs.append(result)
         write_line(options.out, result)
         spent = result["wall_seconds"]["total"]
-        say(f"[{done}/{len(wanted)}] {case} {name}: {spent:.2f} s per RL step")
+        remark(f"[{done}/{len(wanted)}] {case} {name}: {spent:.2f} s per RL step")
     print(heading(options, runs))
     print(report(runs))
     return 0
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except BenchError as error:
-        say(f"error: {error}")
+        remark(f"error: {error}")
         return 2
 
 

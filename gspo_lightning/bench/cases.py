@@ -108,7 +108,7 @@ def in_process(arguments: list[str], threads: int) -> dict[str, Any]:
     environment = {**os.environ, **limits, **quiet}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        say(done.stdout + done.stderr)
+        remark(done.stdout + done.stderr)
         raise BenchError(f"{shlex.join(command)} ended with exit code {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -119,7 +119,7 @@ def assets(case: Case, options: argparse.Namespace) -> tuple[Path, Path]:
     model = folder / f"{case.model}-{case.length}"
     prompts = folder / f"{case.model}-{case.prompt}.jsonl"
     if not (model.is_dir() and prompts.is_file()):
-        say(f"making {model} and {prompts}")
+        remark(f"making {model} and {prompts}")
         command = [sys.executable, str(SCRIPTS / "make_models.py"), f"--out={folder}"]
         command += [f"--models={case.model}", f"--lengths={case.length}"]
         command += [f"--prompts={case.prompt}", f"--dtype={options.dtype}"]
@@ -184,6 +184,6 @@ def machine(device: str) -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def say(text: str) -> None:
+def remark(text: str) -> None:
     """A line for the person who waits; tables alone go to standard output."""
     print(text, file=sys.stderr, flush=True)

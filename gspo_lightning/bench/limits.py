@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gspo_lightning.engine.products import linear
+from gspo_lightning.engine.linear_logprobs import linear
 
 # dense FLOP/s of tensor cores in bfloat16, of plain cores in float32, bytes/s; from data sheets
 DATA_SHEETS = {
@@ -170,12 +170,12 @@ def products_alone(model: Any, work: Work, updates: int) -> dict[str, float]:
     """
     body, head = linear_weights(model)
     device = head.device
-    steps = [work.running(t) for t in range(1, max(work.lengths))]
+    running = [work.running(t) for t in range(1, max(work.lengths))]
 
     def rollout() -> None:
         _forward(body, sum(work.prompts))
         _forward([head], len(work.lengths))
-        for rows in steps:
+        for rows in running:
             _forward([*body, head], rows)
 
     def optimise() -> None:
@@ -203,8 +203,8 @@ def roofline(shape: Shape, work: Work, width: int, flops: float, bandwidth: floa
         ``rollout``: every step reads all weights and the cache of the completions that run.
         ``optimise``: three forward passes at the peak.
     """
-    steps = max(work.lengths)
-    read = steps * (shape.body + shape.head) + shape.cache * work.attended_in_decoding
+    decode_steps = max(work.lengths)
+    read = decode_steps * (shape.body + shape.head) + shape.cache * work.attended_in_decoding
     return {
         "rollout": width * read / bandwidth,
         "optimise": 3 * work.forward_flops(shape) / flops,

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gspo_lightning.bench.cases import heading, in_process, say
+from gspo_lightning.bench.cases import heading, in_process, remark
 from gspo_lightning.bench.report import number, table
 from gspo_lightning.bench.worker import letters_a_to_m, resident
 from gspo_lightning.checkpoint.files import find_checkpoint
@@ -65,7 +65,7 @@ def loss(options: argparse.Namespace) -> int:
             command += ["--frozen"] if frozen else []
             result = in_process(command, options.threads)
             found[way, frozen].append(result)
-            say(f"[{repeat + 1}/{options.repeats}] {way}: {result['cpu_seconds']:.2f} CPU s")
+            remark(f"[{repeat + 1}/{options.repeats}] {way}: {result['cpu_seconds']:.2f} CPU s")
     rows = [["embedding", "log-probs", "CPU seconds", "peak MiB above start", "of which gradients"]]
     for (way, frozen), results in found.items():
         middle = {name: median(result[name] for result in results) for name in results[0]}

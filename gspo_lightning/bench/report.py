@@ -74,9 +74,9 @@ def seconds_table(runs: list[Run], unit: str) -> str:
 def work_table(runs: list[Run], unit: str) -> str:
     """What was computed, how fast, with which share of the peak and in how much memory."""
     on_gpu = any(run["device_peak_mib"] for run in runs)
-    head = ["work", "engine", "tokens per rollout", "mean length", "prompt tokens"]
-    head += ["rollout tokens/s", "step tokens/s", "MFU rollout", "MFU optimise", "MFU step"]
-    rows = [[*head, "peak MiB", "above start", *(["GPU peak MiB"] if on_gpu else [])]]
+    titles = ["work", "engine", "tokens per rollout", "mean length", "prompt tokens"]
+    titles += ["rollout tokens/s", "step tokens/s", "MFU rollout", "MFU optimise", "MFU step"]
+    rows = [[*titles, "peak MiB", "above start", *(["GPU peak MiB"] if on_gpu else [])]]
     for case, name, group in by_engine(runs):
         tokens = mid(group, "tokens")
         rates = [tokens / mid(group, unit, phase) for phase in ("rollout", "total")]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gspo_lightning.bench.cases import ENGINES, Case, check, heading, one_run, say, write_line
+from gspo_lightning.bench.cases import ENGINES, Case, check, heading, one_run, remark, write_line
 from gspo_lightning.bench.report import derived, number, table, unit_of
 
 BASE = Case.parse("S/32/64/8")
@@ -49,12 +49,12 @@ def scaling(options: argparse.Namespace) -> int:
         runs.append(run | derived(run, runs))
         write_line(options.out, runs[-1])
         spent = runs[-1]["wall_seconds"]["total"]
-        say(f"[{count}/{len(wanted)}] {factor} {value} {name}: {spent:.2f} s per RL step")
+        remark(f"[{count}/{len(wanted)}] {factor} {value} {name}: {spent:.2f} s per RL step")
     options.picture.parent.mkdir(parents=True, exist_ok=True)
     draw(runs).savefig(options.picture)
     print(heading(options, runs))
     print(scaling_table(runs))
-    say(f"drawn: {options.picture}")
+    remark(f"drawn: {options.picture}")
     return 0
 
 

@@ -11,7 +11,6 @@ The module hands over, as ``outputs`` of ``on_train_batch_end``, a dict with ``r
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,17 +18,12 @@ import numpy
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from gspo_lightning.bounds import check_at_least
 from gspo_lightning.callbacks.json_lines import keep_rollouts_before, write_json_lines
 from gspo_lightning.callbacks.report import draw_curves, markdown_table, sample_rows
+from gspo_lightning.checkpoint.io import replacing
 from gspo_lightning.kl import KLRule, MultiplicativeKL
 from gspo_lightning.metrics import CURVES
-
-
-def check_at_least(low: int, **values: int | None) -> None:
-    """Raise ValueError, naming argument, bound and value, for a value below ``low``."""
-    for name, value in values.items():
-        if value is not None and value < low:
-            raise ValueError(f"{name} must be >= {low}, got {value}")
 
 
 def check_file_name(path: str) -> None:
@@ -178,9 +172,8 @@ class CurvePlot(Callback):
         )
         file = Path(trainer.default_root_dir) / self.path
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".partial")
-        figure.savefig(partial, format="png")
-        os.replace(partial, file)  # who watches the picture never sees half of it
+        with replacing(file) as new:  # who watches the picture never sees half of it
+            figure.savefig(new, format="png")
         for writer in tensorboards(trainer):
             # an image, not add_figure, which imports pyplot and its global state
             pixels = numpy.asarray(figure.canvas.buffer_rgba())[..., :3]

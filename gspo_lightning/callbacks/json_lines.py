@@ -7,11 +7,11 @@ the objects say (``report``) and when they are written (``callbacks``).
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from gspo_lightning.callbacks.report import plain
+from gspo_lightning.checkpoint.io import replacing
 
 
 def write_json_lines(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -24,9 +24,7 @@ def write_json_lines(file: Path, rows: list[dict[str, Any]]) -> None:
 
 def keep_rollouts_before(file: Path, rollout: int) -> None:
     """Drop the lines of ``rollout`` and later ones, and a last line that was cut off."""
-    partial = file.with_name(file.name + ".partial")
-    with file.open("rb") as old, partial.open("wb") as new:
+    with file.open("rb") as old, replacing(file) as new:
         for line in old:
             if line.endswith(b"\n") and json.loads(line)["rollout"] < rollout:
                 new.write(line)
-    os.replace(partial, file)

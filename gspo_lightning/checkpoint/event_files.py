@@ -3,13 +3,14 @@
 Decides which logged points survive a kill. Leaves out what is logged, and all other files of a run.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+
+from gspo_lightning.checkpoint.io import replacing
 
 
 def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
@@ -50,18 +51,12 @@ def cut_event_files(trainer: Trainer, sizes: dict[str, int], rollouts: int) -> N
 
 def _cut(path: Path, size: int, rollouts: int) -> None:
     """Keep the first bytes and, of what follows, the points of rollouts that are done."""
-    # A kill leaves the old file or the new one; and TensorBoard must not take both for curves.
-    partial = path.with_name("." + path.name.replace("tfevents", "partial"))
-    try:
-        with path.open("rb") as old, partial.open("wb") as new:
-            while size > 0 and (data := old.read(min(size, 2**20))):
-                new.write(data)
-                size -= len(data)
-            # Lightning logs what a step gave to `self.log` just after the checkpoint.
-            new.writelines(raw for raw, step in _records(old) if step < rollouts)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with path.open("rb") as old, replacing(path) as new:
+        while size > 0 and (data := old.read(min(size, 2**20))):
+            new.write(data)
+            size -= len(data)
+        # Lightning logs what a step gave to `self.log` just after the checkpoint.
+        new.writelines(raw for raw, step in _records(old) if step < rollouts)
 
 
 def _records(file: BinaryIO) -> Iterator[tuple[bytes, int]]:

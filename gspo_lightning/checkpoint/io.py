@@ -15,6 +15,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,7 +43,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write to a temporary file beside `path`, force it to disk, rename it.
+        """Write to a file beside `path`, force it to disk, rename it.
 
         Raises:
             CheckpointError: If the disk is full or refuses; what was there before is untouched.
@@ -50,20 +51,11 @@ class AtomicCheckpointIO(CheckpointIO):
         if storage_options is not None:
             raise TypeError("storage_options are for remote file systems: not supported")
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             new_folder = not path.parent.exists()
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with temporary.open("wb", buffering=2**20) as file:
-                    _write(checkpoint, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)  # still there only when something above raised
-            # The rename lives in the folder: without this a power cut may bring the old entry back.
-            _sync_folder(path.parent)
+            with replacing(path, durable=True) as file:
+                _write(checkpoint, file)
             if new_folder:
                 _sync_folder(path.parent.parent)
         except OSError as error:
@@ -182,18 +174,33 @@ class _Sealed:
         self.file.write(data)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file so that a kill or a power cut leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextmanager
+def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
+    """Write a file so that a kill at any instant leaves the old one or the new one.
+
+    Args:
+        path: The file; its folder is there.
+        durable: Force the new one to disk, so that a power cut leaves one of them, too.
+
+    Yields:
+        A hidden file beside `path`, which takes its place unless the block raises.
+    """
+    # what a kill leaves: of checkpoints the next run removes it, of others the next write takes it
+    ending = f"{os.getpid()}.tmp" if durable else "partial"
+    hidden = path.name.replace("tfevents", "events")  # TensorBoard must not take both for curves
+    beside = path.with_name(f".{hidden}.{ending}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with beside.open("wb", buffering=2**20) as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(beside, path)
     finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+        beside.unlink(missing_ok=True)  # still there only when something above raised
+    if durable:
+        # The rename lives in the folder: without this a power cut may bring the old entry back.
+        _sync_folder(path.parent)
 
 
 def _sync_folder(path: Path) -> None:

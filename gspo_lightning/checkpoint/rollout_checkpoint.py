@@ -20,7 +20,7 @@ from gspo_lightning.checkpoint.event_files import cut_event_files, event_file_si
 from gspo_lightning.checkpoint.files import BEST, FOLDER, checkpoint_number, list_checkpoints
 from gspo_lightning.checkpoint.fingerprints import collect, differences, refuse_changes
 from gspo_lightning.checkpoint.finite import broken_weights
-from gspo_lightning.checkpoint.io import AtomicCheckpointIO, write_text
+from gspo_lightning.checkpoint.io import AtomicCheckpointIO, replacing
 from gspo_lightning.checkpoint.signals import StopSignals
 
 _TEMPORARY = re.compile(r"\..+\.(?:ckpt|yaml)\.\d+\.tmp")
@@ -208,7 +208,8 @@ class RolloutCheckpoint(Checkpoint):
             return
         kept = [{"file": _file_name(n), self.monitor: value} for value, n in self._best]
         text = yaml.safe_dump({"mode": self.mode, "kept": kept}, sort_keys=False)
-        write_text(folder / BEST, text)
+        with replacing(folder / BEST, durable=True) as file:
+            file.write(text.encode())
 
     # ---- continuing -----------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ Leaves out which runs there are and what is made of them (``compare``).
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,8 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
+from gspo_lightning.bounds import check_at_least
+from gspo_lightning.checkpoint.io import replacing
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.rollout import Rollout
 
@@ -39,8 +40,7 @@ class RunRecord(Callback):
     FILE = "record.json"
 
     def __init__(self, completions: int) -> None:
-        if completions < 1:
-            raise ValueError(f"completions must be >= 1, got {completions}")
+        check_at_least(1, completions=completions)
         self.completions = completions
         self.sampled = 0
         self.rollouts: list[dict[str, float]] = []
@@ -74,9 +74,8 @@ class RunRecord(Callback):
             "validations": self.validations,
         }
         file = Path(trainer.default_root_dir, self.FILE)
-        partial = file.with_name(f"{file.name}.partial")
-        partial.write_text(json.dumps(record))
-        os.replace(partial, file)
+        with replacing(file) as new:
+            new.write(json.dumps(record).encode())
 
     def state_dict(self) -> dict[str, Any]:
         names = ("sampled", "rollouts", "validations")
@@ -107,8 +106,7 @@ class ExpertShift(Callback):
     """
 
     def __init__(self, completions: int = 32) -> None:
-        if completions < 1:
-            raise ValueError(f"completions must be >= 1, got {completions}")
+        check_at_least(1, completions=completions)
         self.completions = completions
         self.rollout: Rollout | None = None
         self.first: list[Tensor] | None = None

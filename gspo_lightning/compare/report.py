@@ -127,9 +127,9 @@ def grouped(runs: Sequence[Run]) -> dict[tuple[str, int], list[Run]]:
     return groups
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table in Markdown."""
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    return [f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *rows)]
 
 
 def accuracy_table(groups: Mapping[tuple[str, int], list[Run]], experts: bool) -> list[str]:
@@ -181,9 +181,15 @@ def cost_table(groups: Mapping[tuple[str, int], list[Run]]) -> list[str]:
                 f"{mean(len(run.record['rollouts']) for run in runs):.1f}",
             ]
         )
-    head = ["algorithm", "updates", "seconds per rollout", "peak memory, GiB", "trained parameters"]
-    head += ["networks", "completions per prompt", "completions", "rollouts"]
-    return table(head, rows)
+    titles = [
+        "algorithm",
+        "updates",
+        "seconds per rollout",
+        "peak memory, GiB",
+        "trained parameters",
+    ]
+    titles += ["networks", "completions per prompt", "completions", "rollouts"]
+    return table(titles, rows)
 
 
 # --- figure ---------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from gspo_lightning.bounds import check_positive
 from gspo_lightning.critic.gae import (
     ValueLoss,
     check_unit_interval,
@@ -25,14 +26,14 @@ from gspo_lightning.critic.gae import (
     whiten,
 )
 from gspo_lightning.engine.attention import open_attention
-from gspo_lightning.engine.products import speed_up
+from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.logprobs import layer_states
 from gspo_lightning.policy.folder import check_model_folder, check_model_path, load_weights
 from gspo_lightning.policy.policy import (
     DTYPES,
     PolicyConfig,
     checkpoint_activations,
-    disable_dropout,
+    make_ready,
 )
 from gspo_lightning.rollout import Rollout, Samples
 
@@ -80,9 +81,7 @@ class CriticConfig:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate_ratio", "value_coef", "value_clip"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"critic.{name} must be above 0, got {value}")
+            check_positive("critic.", **{name: getattr(self, name)})
         check_unit_interval("critic.gamma", self.gamma)
         check_unit_interval("critic.lam", self.lam)
         if self.path is None:
@@ -248,9 +247,7 @@ class Critic(nn.Module):
 
 def decoder(model: Any) -> Any:
     """The layers of a causal language model below its output head, adapters included."""
-    model = getattr(model, "_orig_mod", model)  # torch.compile
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
-    return model.base_model
+    return unwrapped(model).base_model
 
 
 def fit_critic(state: dict[str, Any], config: CriticConfig | None, training: bool) -> None:
@@ -309,9 +306,8 @@ def load_critic(config: CriticConfig, policy_config: PolicyConfig, policy: Any) 
             f"critic.path: {path} embeds {rows} tokens, the policy {needed}; the critic reads the "
             "policy's tokens, so it must be a model with the same vocabulary"
         )
-    disable_dropout(backbone)
+    make_ready(backbone)
     open_attention(backbone)  # so that its rows are packed
-    speed_up(backbone)
     if policy_config.gradient_checkpointing:
         checkpoint_activations(backbone)
     backbone.train()  # dropout is off in either mode; checkpointing works in this one alone

@@ -16,20 +16,15 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint.fingerprints import digest
 from gspo_lightning.data.stream import ResumableStream, pad
 from gspo_lightning.data.tables import check_file, read_rows, text_column
+from gspo_lightning.rollout import Movable
 
 
-def check_settings(counts: Mapping[str, int | None], files: Mapping[str, str | None]) -> None:
-    """Refuse counts below 1 and files that are not there; ``None`` is a setting left open.
-
-    Raises:
-        ValueError: Naming the setting under ``data``.
-    """
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"data.{name} must be >= 1, got {value}")
+def check_files(files: Mapping[str, str | None]) -> None:
+    """Refuse files that are not there, naming the setting; ``None`` is a setting left open."""
     for key, file in files.items():
         if file is not None:
             check_file(f"data.{key}", file)
@@ -113,7 +108,8 @@ class SupervisedData(TokenizedData):
     ) -> None:
         super().__init__()
         counts = {"batch_size": batch_size, "num_steps": num_steps, "max_tokens": max_tokens}
-        check_settings(counts, {"path": path, "val_path": val_path})
+        check_at_least(1, "data.", **counts)
+        check_files({"path": path, "val_path": val_path})
         self.path = path
         self.val_path = val_path
         self.batch_size = batch_size
@@ -147,23 +143,14 @@ class SupervisedData(TokenizedData):
         )
 
 
-@dataclass(frozen=True)
-class SFTBatch:
+@dataclass(frozen=True, eq=False)
+class SFTBatch(Movable):
     """Demonstrations: prompts (B, L) left-padded, completions (B, T) right-padded, EOS included."""
 
     prompt_ids: Tensor
     prompt_mask: Tensor
     completion_ids: Tensor
     mask: Tensor
-
-    def to(self, device: Any, **kwargs: Any) -> SFTBatch:
-        """The same batch on ``device``."""
-        return SFTBatch(
-            *(
-                getattr(self, name).to(device, **kwargs)
-                for name in ("prompt_ids", "prompt_mask", "completion_ids", "mask")
-            )
-        )
 
 
 def collate_demonstrations(examples: list[tuple[list[int], list[int]]]) -> SFTBatch:

@@ -6,17 +6,17 @@ Decides how two texts of one prompt become batches for training a reward model. 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from gspo_lightning.data.demonstrations import SupervisedData
 from gspo_lightning.data.stream import pad
 from gspo_lightning.data.tables import read_rows, text_column
+from gspo_lightning.rollout import Movable
 
 
-@dataclass(frozen=True)
-class PreferenceBatch:
+@dataclass(frozen=True, eq=False)
+class PreferenceBatch(Movable):
     """B pairs as 2B texts, right-padded: ids and mask (2B, T), first all chosen, then all rejected.
 
     Padded ids are 0 here. Sequence classifiers look for the last id that is not their padding, so
@@ -25,10 +25,6 @@ class PreferenceBatch:
 
     ids: Tensor
     mask: Tensor
-
-    def to(self, device: Any, **kwargs: Any) -> PreferenceBatch:
-        """The same batch on ``device``."""
-        return PreferenceBatch(self.ids.to(device, **kwargs), self.mask.to(device, **kwargs))
 
 
 def collate_pairs(pairs: list[tuple[list[int], list[int]]]) -> PreferenceBatch:

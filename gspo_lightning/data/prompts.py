@@ -13,12 +13,13 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
+from gspo_lightning.bounds import check_at_least
 from gspo_lightning.data.demonstrations import (
     SFTBatch,
     SFTData,
     TokenizedData,
+    check_files,
     check_kind_of_data,
-    check_settings,
 )
 from gspo_lightning.data.preferences import PreferenceData
 from gspo_lightning.data.stream import pad
@@ -77,7 +78,8 @@ class PromptData(TokenizedData):
             raise ValueError("data.system_prompt needs data.chat_template: true")
         self.paths = {"path": path, "val_path": val_path, "test_path": test_path or val_path}
         self.paths["predict_path"] = predict_path or val_path or path
-        check_settings(counts, self.paths)
+        check_at_least(1, "data.", **counts)
+        check_files(self.paths)
         self.prompts_per_rollout = prompts_per_rollout
         self.num_rollouts = num_rollouts
         self.prompt_column = prompt_column

@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gspo_lightning.engine.packed_attention import PREFIX
+from gspo_lightning.engine.padded import unwrapped
 
 
 class Attend(Protocol):
@@ -56,7 +57,7 @@ def open_attention(model: Any) -> bool:
         Whether the model can; models that do not call the interface cannot, nor can those whose
         implementation is neither ``eager`` nor ``sdpa``.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     config = getattr(base, "config", None)
     name = getattr(config, "_attn_implementation", None) or ""
     if name.startswith(PREFIX):

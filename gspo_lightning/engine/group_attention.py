@@ -8,8 +8,10 @@ Leaves out which rows run, and all of the model but its attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from gspo_lightning.engine.group_layout import Layout
+
+Attend = Callable[..., Tensor]  # see ``attention.Attend``
 
 
 class Buffers(NamedTuple):
@@ -28,9 +32,89 @@ class Buffers(NamedTuple):
     values: Tensor
 
 
+class Arranged:
+    """What is computed once a layout.
+
+    Attributes:
+        layout: Of the rows.
+        rows: 0 to N - 1.
+        bias: -inf on the padding of prompts, 0 elsewhere, (N, 1, 1, prompt + own tokens).
+    """
+
+    def __init__(self, layout: Layout, num_rows: int, length: int) -> None:
+        device = layout.cell.device
+        self.layout = layout
+        self.rows = torch.arange(num_rows, device=device)
+        self._indices: dict[int, tuple[Tensor, Tensor]] = {}
+        columns = torch.arange(layout.longest, device=device)
+        hidden = columns >= layout.prompt_lengths
+        bias = torch.zeros(num_rows, layout.longest + length, device=device)
+        bias[:, : layout.longest].masked_fill_(hidden, -torch.inf)
+        self.bias = bias[:, None, None]
+
+    def indices(self, num_heads: int) -> tuple[Tensor, Tensor]:
+        """The layout's way to its grid and back, once a number of heads."""
+        if num_heads not in self._indices:
+            layout = self.layout
+            self._indices[num_heads] = layout.to_grid(num_heads), layout.to_rows(num_heads)
+        return self._indices[num_heads]
+
+
+class DecodeStep:
+    """One token of each row: where it goes, and what it must not see.
+
+    Args:
+        arranged: Of the rows' layout.
+        lengths: Tokens in the cache of each row, this one included, (N,) int64.
+        longest: The largest of them.
+        equal: Whether all of them are the largest.
+    """
+
+    def __init__(self, arranged: Arranged, lengths: Tensor, longest: int, equal: bool) -> None:
+        self.arranged = arranged
+        self.lengths, self.columns, self.longest = lengths, lengths - 1, longest
+        self.equal = equal
+        self._biases: dict[int | None, Tensor | None] = {}
+
+    def write(self, buffer: Tensor, new: Tensor) -> None:
+        """Put the newest (1, K, N, d) behind what each row has."""
+        rows = self.arranged.rows
+        new = new[0, :, : len(rows)].transpose(0, 1)
+        if self.equal:
+            buffer[: len(new), :, self.longest - 1] = new
+        else:
+            buffer[rows, :, self.columns] = new
+
+    def bias(self, window: int | None) -> Tensor | None:
+        """-inf on what a row must not see, (N, 1, 1, prompt + own), once a window.
+
+        ``None`` where it sees all.
+        """
+        if window not in self._biases:
+            sees_all = self.equal and window is None and not self.arranged.layout.padded
+            self._biases[window] = None if sees_all else self._make_bias(window)
+        return self._biases[window]
+
+    def _make_bias(self, window: int | None) -> Tensor:
+        layout, lengths = self.arranged.layout, self.lengths[:, None]
+        prompt = layout.longest
+        bias = self.arranged.bias[..., : prompt + self.longest]
+        if not self.equal or window is not None:
+            # positions count from a prompt's first token
+            position = torch.arange(bias.shape[-1], device=bias.device).expand(len(lengths), -1)
+            hidden = position >= lengths + prompt
+            position = torch.where(
+                position < prompt, position, position - prompt + layout.prompt_lengths
+            )
+            if window is not None:  # the newest token sees `window` tokens, itself included
+                hidden |= position < layout.prompt_lengths + lengths - window
+            bias = bias.masked_fill(hidden[:, None, None], -torch.inf)
+        return bias
+
+
 @dataclass
 class GroupAttention:
-    """The cache of a rollout and its two ways to attend: ``read`` prompts, ``extend`` rows.
+    """The cache of a rollout and its two ways to attend: ``reading`` prompts, ``extending`` rows.
 
     Args:
         num_prompts: Prompts that are in use at the same time.
@@ -45,57 +129,46 @@ class GroupAttention:
     length: int
     layers: dict[int, Buffers] = field(default_factory=dict)
     windows: dict[int, int | None] = field(default_factory=dict)  # of each layer, as it said
-    _layout: Layout = field(init=False)
+    _arranged: Arranged | None = None  # of the last step, which many steps share
 
-    def begin_reading(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
-        """The next forward pass brings these prompts, one after the other in one row."""
-        self._pieces = []
-        start = 0
-        for slot, length in zip(slots, lengths, strict=True):
-            self._pieces.append((slot, start, start + length))
-            start += length
+    def reading(self, slots: Sequence[int], lengths: Sequence[int]) -> Attend:
+        """For a forward pass that brings these prompts, one after the other in one row."""
+        borders = itertools.pairwise(itertools.accumulate(lengths, initial=0))
+        pieces = [(slot, *border) for slot, border in zip(slots, borders, strict=True)]
+        return partial(self._read, pieces)
 
-    def read(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    def _read(
+        self,
+        pieces: Sequence[tuple[int, int, int]],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **options: Any,
     ) -> Tensor:
-        """Attend within each prompt and keep its keys and values; see ``attention.Attend``."""
+        """Attend within each prompt (slot, start, end) and keep its keys and values."""
         index: int = module.layer_idx  # type: ignore[assignment]
         buffers = self.layers.get(index)
         if buffers is None:
             buffers = self.layers[index] = self._make(key, value)
         self.windows[index] = options.get("sliding_window")
         output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-        for slot, start, end in self._pieces:
+        for slot, start, end in pieces:
             keys, values = key[:, :, start:end], value[:, :, start:end]
             buffers.prompt_keys[slot, :, : end - start] = keys[0]
             buffers.prompt_values[slot, :, : end - start] = values[0]
             output[:, start:end] = attend_within(query[:, :, start:end], keys, values, **options)
         return output
 
-    def begin_step(self, layout: Layout, lengths: Tensor, longest: int, equal: bool) -> None:
-        """The next forward pass brings one token of each row.
+    def extending(self, layout: Layout, lengths: Tensor, longest: int, equal: bool) -> Attend:
+        """For a forward pass that brings one token of each row; see :class:`DecodeStep`."""
+        if self._arranged is None or layout is not self._arranged.layout:
+            self._arranged = Arranged(layout, len(lengths), self.length)
+        return partial(self._extend, DecodeStep(self._arranged, lengths, longest, equal))
 
-        Args:
-            layout: Of the rows.
-            lengths: Tokens in the cache of each row, this one included, (N,) int64.
-            longest: The largest of them.
-            equal: Whether all of them are the largest.
-        """
-        if layout is not getattr(self, "_layout", None):
-            self._layout = layout
-            self._rows = torch.arange(len(lengths), device=lengths.device)
-            self._indices: dict[int, tuple[Tensor, Tensor]] = {}
-            columns = torch.arange(layout.longest, device=lengths.device)
-            hidden = columns >= layout.prompt_lengths
-            bias = torch.zeros(len(lengths), layout.longest + self.length, device=lengths.device)
-            bias[:, : layout.longest].masked_fill_(hidden, -torch.inf)
-            self._bias_of_layout = bias[:, None, None]
-        self._lengths, self._columns, self._longest = lengths, lengths - 1, longest
-        self._equal = equal
-        self._biases: dict[int | None, Tensor | None] = {}
-
-    def extend(
+    def _extend(
         self,
+        step: DecodeStep,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
@@ -108,14 +181,14 @@ class GroupAttention:
         **_: Any,
     ) -> Tensor:
         """Attend from one token of each row to its prompt and to what it added itself."""
-        layout, num_rows = self._layout, len(self._rows)
+        layout, num_rows = step.arranged.layout, len(step.lengths)
         more = query.shape[2] - num_rows  # behind them, which nobody reads
         prompt_keys, prompt_values, keys, values = self.layers[module.layer_idx]  # type: ignore[index]
-        self._write(keys, key)
-        self._write(values, value)
+        step.write(keys, key)
+        step.write(values, value)
         heads, size = keys.shape[1], query.shape[3]
-        to_grid, to_rows = self._indices_of(heads)
-        groups, prompt, own = layout.num_groups * heads, layout.longest, self._longest
+        to_grid, to_rows = step.arranged.indices(heads)
+        groups, prompt, own = layout.num_groups * heads, layout.longest, step.longest
         count = num_rows * heads
         # query heads that share a key-value head are rows of one product: nothing is repeated
         grouped = query[0, :, :num_rows].transpose(0, 1).reshape(count, -1, size)
@@ -125,7 +198,7 @@ class GroupAttention:
         near = torch.bmm(grouped, keys.flatten(0, 1)[:count, :own].mT)
 
         scores = torch.cat([far, near], dim=-1).view(num_rows, heads, -1, prompt + own)
-        weights = _softmax(scores, scaling, self._bias(sliding_window), softcap, s_aux)
+        weights = _softmax(scores, scaling, step.bias(sliding_window), softcap, s_aux)
         weights = weights.to(value.dtype).view(count, -1, prompt + own)
         grid = weights[..., :prompt].contiguous().index_select(0, to_grid)
         far = torch.bmm(
@@ -159,47 +232,6 @@ class GroupAttention:
             empty(key, self.num_rows, self.length),
             empty(value, self.num_rows, self.length),
         )
-
-    def _write(self, buffer: Tensor, new: Tensor) -> None:
-        """Put the newest (1, K, N, d) behind what each row has."""
-        new = new[0, :, : len(self._rows)].transpose(0, 1)
-        if self._equal:
-            buffer[: len(new), :, self._longest - 1] = new
-        else:
-            buffer[self._rows, :, self._columns] = new
-
-    def _indices_of(self, num_heads: int) -> tuple[Tensor, Tensor]:
-        """The layout's way to its grid and back, once a layout and number of heads."""
-        if num_heads not in self._indices:
-            layout = self._layout
-            self._indices[num_heads] = layout.to_grid(num_heads), layout.to_rows(num_heads)
-        return self._indices[num_heads]
-
-    def _bias(self, window: int | None) -> Tensor | None:
-        """-inf on what a row must not see, (N, 1, 1, prompt + own), once a step and window.
-
-        ``None`` where it sees all.
-        """
-        if window not in self._biases:
-            sees_all = self._equal and window is None and not self._layout.padded
-            self._biases[window] = None if sees_all else self._make_bias(window)
-        return self._biases[window]
-
-    def _make_bias(self, window: int | None) -> Tensor:
-        layout, lengths = self._layout, self._lengths[:, None]
-        prompt = layout.longest
-        bias = self._bias_of_layout[..., : prompt + self._longest]
-        if not self._equal or window is not None:
-            # positions count from a prompt's first token
-            position = torch.arange(bias.shape[-1], device=bias.device).expand(len(lengths), -1)
-            hidden = position >= lengths + prompt
-            position = torch.where(
-                position < prompt, position, position - prompt + layout.prompt_lengths
-            )
-            if window is not None:  # the newest token sees `window` tokens, itself included
-                hidden |= position < layout.prompt_lengths + lengths - window
-            bias = bias.masked_fill(hidden[:, None, None], -torch.inf)
-        return bias
 
 
 def attend_within(

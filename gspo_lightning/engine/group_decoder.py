@@ -21,8 +21,7 @@ from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.drawing import draw
 from gspo_lightning.engine.group_attention import GroupAttention
 from gspo_lightning.engine.group_layout import Layout
-from gspo_lightning.engine.padded import forward_arguments
-from gspo_lightning.engine.products import FEW_ROWS_PACKED, filled, has_packed
+from gspo_lightning.engine.padded import forward_arguments, unwrapped
 from gspo_lightning.engine.step_graphs import Play, StepGraphs, rounded
 
 log = logging.getLogger(__name__)
@@ -47,6 +46,7 @@ class Wanted:
         eos_ids: All ids that end a sequence.
         pad_id: Stands behind the end.
         num_rows: Rows that run at once.
+        computed: How many rows a step computes where so many run; what comes on top is not read.
         record: Makes a recording of a decode step of fixed shape (``step_graphs``); ``None``
             computes each step anew, with no more rows and tokens than there are.
     """
@@ -58,12 +58,13 @@ class Wanted:
     eos_ids: list[int]
     pad_id: int
     num_rows: int
+    computed: Callable[[int], int] = lambda count: count
     record: Callable[[Play], Play] | None = None
 
 
 def check_decodable(model: Any) -> None:
     """Raise ``NotDecodable`` unless tokens meet each other in the model's attention only."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     kinds = set(getattr(base.config, "layer_types", None) or [])
     unknown = kinds - {"full_attention", "sliding_attention"}
     if unknown or getattr(base, "_is_stateful", False):
@@ -113,7 +114,6 @@ class GroupDecoder:
         self.admitted: list[int] = []  # the step at which each row came in
         self.step = 0
         self.layout: Layout | None = None
-        self.packed = has_packed(model)
         record = wanted.record
         self.graphs = None if record is None else StepGraphs(self._compute, record)
 
@@ -168,21 +168,18 @@ class GroupDecoder:
             prompts = [self.wanted.prompts[group] for group in now]
             lengths = [len(prompt) for prompt in prompts]
             free = range(len(self.groups), len(self.groups) + len(now))
-            self.cache.begin_reading(free, lengths)
+            attend = self.cache.reading(free, lengths)
             self.groups += now
             positions = torch.cat([torch.arange(length) for length in lengths])
             ends = torch.tensor(lengths).cumsum(0) - 1
             device = self.ids.device
-            logits = self._call(
-                torch.cat(prompts), positions.to(device), self.cache.read, ends.to(device)
-            )
+            logits = self._call(torch.cat(prompts), positions.to(device), attend, ends.to(device))
             self.first_logits.update(zip(now, logits, strict=True))
             self._check_layers()
 
     def _check_layers(self) -> None:
         """What was attended must be what the config promises: all layers, each with its window."""
-        base = self.model
-        config = (base.get_base_model() if hasattr(base, "get_base_model") else base).config
+        config = unwrapped(self.model).config
         kinds = getattr(config, "layer_types", None)
         windowed = [getattr(config, "sliding_window", None) is not None] * config.num_hidden_layers
         if kinds:
@@ -215,16 +212,12 @@ class GroupDecoder:
         """Logits of one step; reads nothing but the layout and tensors that stay where they are."""
         count = len(layout.prompt_lengths)
         lengths = self.lengths[:count]
-        self.cache.begin_step(layout, lengths, longest, equal)
+        attend = self.cache.extending(layout, lengths, longest, equal)
         positions = layout.prompt_lengths[:, 0] + lengths - 1
-        tokens, more = self.tokens[:count], 0
-        if self.packed and count >= FEW_ROWS_PACKED:
-            # rows that nobody reads, once a step instead of once a product
-            more = min(filled(count), self.slots) - count
-        if more:
-            tokens = self.tokens[: count + more]
-            positions = torch.nn.functional.pad(positions, (0, more))
-        return self._call(tokens, positions, self.cache.extend, 0)[:count]
+        computed = min(self.wanted.computed(count), self.slots)
+        if computed > count:
+            positions = torch.nn.functional.pad(positions, (0, computed - count))
+        return self._call(self.tokens[:computed], positions, attend, 0)[:count]
 
     def _call(self, ids: Tensor, positions: Tensor, attend: Any, keep: Tensor | int) -> Tensor:
         output = self.model(

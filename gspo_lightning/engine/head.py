@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gspo_lightning.engine.linear_logprobs import LinearLogprobs, Logits
-from gspo_lightning.engine.products import Linear
+from gspo_lightning.engine.linear_logprobs import LinearLogprobs, Logits, is_plain
 
 CHUNK = 256  # tokens whose float32 logits exist at the same time; on a CPU more are no faster
 CHUNK_ELSEWHERE = 1024  # a GPU is only busy with larger products
@@ -170,7 +169,7 @@ def token_logprobs(
     matrix = states.mT if head is None else getattr(head.embedding, "weight", states.mT)
     here = max(1, min(CHUNK, CHUNK_BYTES // (4 * matrix.shape[0])))
     size = chunk_size or (here if states.device.type == "cpu" else CHUNK_ELSEWHERE)
-    if head is not None and _is_plain(head.embedding):
+    if head is not None and is_plain(head.embedding):
         weight, bias = head.embedding.weight, head.embedding.bias
         logprobs, entropy = LinearLogprobs.apply(
             states, weight, bias, ids, head.finish, temperature, with_entropy, size
@@ -192,10 +191,3 @@ def token_logprobs(
     ]
     chosen, entropies = zip(*results, strict=True)
     return torch.cat(chosen), torch.cat(entropies) if with_entropy else None
-
-
-def _is_plain(embedding: Any) -> bool:
-    """Whether an output embedding is a matrix product and nothing besides."""
-    hooks = (embedding._forward_hooks, embedding._forward_pre_hooks, embedding._backward_hooks)
-    plain = type(embedding) in (nn.Linear, Linear) and not any(hooks)
-    return plain and type(embedding.weight) in (nn.Parameter, Tensor)

@@ -10,11 +10,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gspo_lightning.engine.products import inner_product, linear, uses_onednn
+from gspo_lightning.engine.products import Linear, inner_product, linear, uses_onednn
 
 Logits = Callable[[Tensor], Tensor]
+
+
+def is_plain(embedding: Any) -> bool:
+    """Whether an output embedding is a matrix product and nothing besides."""
+    hooks = (embedding._forward_hooks, embedding._forward_pre_hooks, embedding._backward_hooks)
+    plain = type(embedding) in (nn.Linear, Linear) and not any(hooks)
+    return plain and type(embedding.weight) in (nn.Parameter, Tensor)
 
 
 class LinearLogprobs(torch.autograd.Function):

@@ -71,12 +71,14 @@ class PackedAttention:
         slots, fill, starts = [], [], []
         offset = 0
         for members in _similar(self.sequences):
-            longest, head = members[0].length, members[0]
-            self.blocks.append(Block(len(members), longest, head.prompt_start, head.prompt_length))
+            longest, first = members[0].length, members[0]
+            self.blocks.append(
+                Block(len(members), longest, first.prompt_start, first.prompt_length)
+            )
             for sequence in members:
-                steps = torch.arange(longest)
-                real = steps < sequence.length
-                slots.append(torch.where(real, steps + sequence.start, 0))
+                columns = torch.arange(longest)
+                real = columns < sequence.length
+                slots.append(torch.where(real, columns + sequence.start, 0))
                 fill.append(~real)
                 starts.append((sequence.start, sequence.length, offset))
                 offset += longest

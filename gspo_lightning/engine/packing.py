@@ -73,12 +73,12 @@ def pack(
         bodies = []
         for row in group:
             count = facts[1][row]
-            steps = torch.arange(count)
+            offsets = torch.arange(count)
             forwarded = max(count - 1, 0)
-            tokens.append(steps[:forwarded] + (row * columns + width))
-            positions.append(steps[:forwarded] + prompt_length)
-            target.append(steps + row * length)
-            source.append(steps + (end - 1))
+            tokens.append(offsets[:forwarded] + (row * columns + width))
+            positions.append(offsets[:forwarded] + prompt_length)
+            target.append(offsets + row * length)
+            source.append(offsets + (end - 1))
             source[-1][:1] = first + prompt_length - 1  # the prompt predicts the first token
             if forwarded:
                 bodies.append(Sequence(end, forwarded, first, prompt_length))

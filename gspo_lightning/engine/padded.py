@@ -33,7 +33,7 @@ def run_padded(
     ids = torch.cat([prompt_ids[:, start:], completion_ids[:, : columns - 1]], dim=1)
     attention_mask = torch.cat([prompt_mask[:, start:], context[:, : columns - 1]], dim=1).long()
     position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    head = prompt_ids.shape[1] - start - 1  # tokens whose logits nobody needs
+    unread = prompt_ids.shape[1] - start - 1  # tokens whose logits nobody needs
 
     def run(rows: slice, columns: slice, num_logits: int, **cache: Any) -> Any:
         if "position_ids" in forward:  # some models count positions by themselves
@@ -45,12 +45,12 @@ def run_padded(
 
     every, end = slice(None), ids.shape[1]
     output = None
-    if group_size > 1 and head > 0 and not checkpoints(model):
-        prompt = run(slice(None, None, group_size), slice(0, head), 1, use_cache=True)
+    if group_size > 1 and unread > 0 and not checkpoints(model):
+        prompt = run(slice(None, None, group_size), slice(0, unread), 1, use_cache=True)
         cache: Any = getattr(prompt, "past_key_values", None)
         if _holds_attention_only(cache):
             cache.batch_repeat_interleave(group_size)
-            output = run(every, slice(head, end), columns, use_cache=True, past_key_values=cache)
+            output = run(every, slice(unread, end), columns, use_cache=True, past_key_values=cache)
     if output is None:
         output = run(every, slice(0, end), columns, use_cache=False)
     kept = mask[:, :columns]

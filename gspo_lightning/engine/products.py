@@ -3,7 +3,9 @@
 torch multiplies with MKL, which uses the wide registers of AVX-512 on CPUs of its own maker alone.
 oneDNN, also a part of torch, uses them everywhere and is about twice as fast there. Decides when it
 multiplies: a matter of the machine, the dtype and the sizes, never of a clock, so that a run that
-is continued computes what it would have computed. Leaves out every other operation.
+is continued computes what it would have computed. Leaves out every other operation. Three files
+know of it: ``policy`` makes models ready, ``sampling`` decodes within :func:`ordered_weights`, and
+``linear_logprobs`` multiplies by the output embedding.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -25,7 +27,7 @@ log = logging.getLogger(__name__)
 
 DTYPE = torch.float32
 FEW_ROWS = 8  # fewer are not worth bringing the weight into oneDNN's order for each product
-FEW_ROWS_PACKED = 3
+FEW_ROWS_ORDERED = 3
 SMALLEST_WEIGHT = 2**15  # numbers; with a smaller one the call takes longer than it saves
 LARGEST_WEIGHT = 2**24  # a larger one would be copied for each product
 KEPT = 160  # shapes that oneDNN and torch remember; a fourth to a half of a MB each
@@ -35,16 +37,16 @@ class Linear(nn.Linear):
     """``nn.Linear`` that lets oneDNN multiply where that is faster.
 
     Attributes:
-        packed: The weight in oneDNN's order, within :func:`packed`.
+        ordered: The weight in oneDNN's order, within :func:`ordered_weights`.
     """
 
-    packed: Tensor | None = None
+    ordered: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear``."""
-        if self.packed is not None and _pays(input, self.weight, FEW_ROWS_PACKED):
+        if self.ordered is not None and _pays(input, self.weight, FEW_ROWS_ORDERED):
             rows = input.flatten(0, -2)
-            found = _product(rows, self.weight, self.bias, self.packed)
+            found = _product(rows, self.weight, self.bias, self.ordered)
             return found.view(*input.shape[:-1], -1)
         return linear(input, self.weight, self.bias)
 
@@ -61,25 +63,24 @@ def speed_up(model: nn.Module) -> None:
 
 
 @contextmanager
-def packed(model: nn.Module) -> Iterator[None]:
+def ordered_weights(model: nn.Module) -> Iterator[Callable[[int], int]]:
     """Keep the weights in oneDNN's order as well, for many small products without gradient.
 
     Within, weights must not change and nothing may be trained.
+
+    Yields:
+        How many rows to compute where so many are wanted: rows that nobody reads are added once a
+        pass rather than once a product.
     """
     layers = [m for m in model.modules() if type(m) is Linear and uses_onednn(m.weight)]
     try:
         for layer in layers:
             weight = layer.weight.detach()
-            layer.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
-        yield
+            layer.ordered = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
+        yield lambda count: filled(count) if layers and count >= FEW_ROWS_ORDERED else count
     finally:
         for layer in layers:
-            layer.packed = None
-
-
-def has_packed(model: nn.Module) -> bool:
-    """Whether weights of a model are packed now."""
-    return any(type(m) is Linear and m.packed is not None for m in model.modules())
+            layer.ordered = None
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

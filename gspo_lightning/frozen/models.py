@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from gspo_lightning.bounds import check_at_least
 from gspo_lightning.engine.attention import open_attention
-from gspo_lightning.engine.products import speed_up
 from gspo_lightning.frozen.reward_model import RewardModel, freeze
 from gspo_lightning.logprobs import samples_logprobs
 from gspo_lightning.policy.folder import (
@@ -86,8 +86,7 @@ class ReferencePolicy:
     fingerprint: str | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"reference.batch_size must be >= 1, got {self.batch_size}")
+        check_at_least(1, "reference.", batch_size=self.batch_size)
         if self.path is not None:
             check_model_path("reference.path", self.path)
 
@@ -125,7 +124,6 @@ class ReferencePolicy:
             **options,
         )
         open_attention(model)
-        speed_up(model)
         self.model = freeze(model, device)
         self.fingerprint = fingerprint(self.model)
 

@@ -14,13 +14,14 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from gspo_lightning.engine.products import speed_up
+from gspo_lightning.bounds import check_at_least
 from gspo_lightning.guards.out_of_memory import Sizes
-from gspo_lightning.policy.policy import fingerprint
+from gspo_lightning.policy.policy import fingerprint, make_ready
 
 
 def freeze(model: Any, device: torch.device) -> Any:
     """Ready a model for scoring: on its device, dropout off, no gradients."""
+    make_ready(model)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -71,10 +72,8 @@ class RewardModel:
     counts: dict[str, int] = field(default_factory=lambda: {"truncated": 0}, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"a reward model's {name} must be >= 1, got {value}")
+        counts = {"batch_size": self.batch_size, "max_tokens": self.max_tokens}
+        check_at_least(1, "a reward model's ", **counts)
 
     @property
     def column(self) -> str:
@@ -119,7 +118,6 @@ class RewardModel:
                 f"model {self.path} reads"
             )
         model.config.pad_token_id = self.tokenizer.pad_token_id
-        speed_up(model)
         self.model = freeze(model, device)
         self.fingerprint = fingerprint(self.model)
 

@@ -71,7 +71,7 @@ class Health:
         if objective.ratio in ("sequence", "sequence_token"):
             widest = max(objective.clip_low, objective.clip_high)
             if widest > WIDE:
-                self._say(
+                self._say_once(
                     "range",
                     f"a clip range of {widest} never clips a length-normalised ratio; GSPO "
                     "uses clip_low 3e-4 and clip_high 4e-4",
@@ -98,7 +98,7 @@ class Health:
             if name in self.stop_when:
                 message += f"; the run ends here (model.stop_when: {name})"
                 self.stopped = self.stopped or message
-            self._say(name, message)
+            self._say_once(name, message)
         return self.stopped
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class Health:
         for name in ("start", "recent", "seen"):
             setattr(self.run, name, dict(state.get(name, {})))
 
-    def _say(self, topic: str, message: str) -> None:
+    def _say_once(self, topic: str, message: str) -> None:
         if topic not in self.said:
             self.said.add(topic)
             rank_zero_warn(message, category=HealthWarning)

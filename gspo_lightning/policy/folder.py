@@ -158,20 +158,20 @@ def load_weights(key: str, auto: Any, path: str, new_head: bool = False, **optio
     """
     try:
         with _without_load_report():
-            model, report = auto.from_pretrained(
+            model, loading = auto.from_pretrained(
                 path, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except (*BROKEN, UnpicklingError) as error:
         if "attn_implementation" in str(error):
             key = "policy.attention"
         raise ValueError(f"{key}: cannot load {path}: {reason(error)}") from error
-    for name, found, wanted in sorted(report["mismatched_keys"]):
+    for name, found, wanted in sorted(loading["mismatched_keys"]):
         raise ValueError(
             f"{key}: {path} has {name} in the shape {tuple(found)}, its config.json says "
             f"{tuple(wanted)}; weights and config do not belong together"
         )
     body = f"{model.base_model_prefix}." if new_head else ""
-    missing = sorted(name for name in report["missing_keys"] if name.startswith(body))
+    missing = sorted(name for name in loading["missing_keys"] if name.startswith(body))
     if missing:
         raise ValueError(
             f"{key}: {path} has no weights for {missing[0]}"

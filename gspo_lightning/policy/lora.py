@@ -16,6 +16,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gspo_lightning.bounds import check_at_least, check_positive
+from gspo_lightning.engine.padded import unwrapped
+
 
 @dataclass(frozen=True)
 class LoRAConfig:
@@ -48,10 +51,8 @@ class LoRAConfig:
     export: Literal["merged", "adapter"] = "merged"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"policy.lora.rank must be >= 1, got {self.rank}")
-        if not 0 < self.alpha < float("inf"):
-            raise ValueError(f"policy.lora.alpha must be above 0, got {self.alpha}")
+        check_at_least(1, "policy.lora.", rank=self.rank)
+        check_positive("policy.lora.", alpha=self.alpha)
         names = self.target_modules
         if not names or (isinstance(names, str) and names != "all-linear"):
             raise ValueError(
@@ -179,7 +180,7 @@ def merged_weights(model: Any) -> dict[str, Tensor]:
         A state dict under the names that the model had before it got adapters; weights without
         adapters are the model's own tensors.
     """
-    base = model.get_base_model()
+    base = unwrapped(model)
     weights = dict(base.state_dict())
     for name, layer in adapted_layers(base):
         own = layer.get_base_layer().weight.detach()

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gspo_lightning.engine.attention import open_attention
-from gspo_lightning.engine.products import speed_up
+from gspo_lightning.engine.padded import unwrapped
+from gspo_lightning.engine.products import speed_up, uses_onednn
 from gspo_lightning.policy.folder import (
     BROKEN,
     check_model_folder,
@@ -84,8 +85,7 @@ class Policy(nn.Module):
         pad = tokenizer.pad_token_id
         self.pad_id: int = self.eos_ids[0] if pad is None else pad
         check_vocabulary(model, tokenizer)
-        disable_dropout(model)
-        speed_up(model)
+        make_ready(model)
 
     def export(self, path: str | Path) -> None:
         """Write model and tokenizer as a folder that ``from_pretrained`` loads."""
@@ -121,7 +121,7 @@ class LoRAPolicy(Policy):
             self.model.save_pretrained(path, save_embedding_layers=False)
         else:
             weights = merged_weights(self.model)
-            self.model.get_base_model().save_pretrained(path, state_dict=weights)
+            unwrapped(self.model).save_pretrained(path, state_dict=weights)
         self.tokenizer.save_pretrained(path)
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -303,6 +303,17 @@ def _compare_vocabularies(ids: int, rows: int | None) -> None:
             f"policy.path: the tokenizer has {ids} ids, the model embeds {rows}; model and "
             "tokenizer do not belong together, save them as a pair"
         )
+
+
+def make_ready(model: nn.Module) -> None:
+    """What every model is given before its first pass: no dropout, and the faster products."""
+    disable_dropout(model)
+    speed_up(model)
+
+
+def multiplies_by_onednn(model: nn.Module) -> bool:
+    """Whether oneDNN multiplies by any of a model's weights, given rows enough."""
+    return any(map(uses_onednn, model.parameters()))
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from gspo_lightning.bounds import check_at_least
 from gspo_lightning.rewards.terms import overlong_penalty
 
 Unit = Literal["words", "characters"]
@@ -33,8 +34,7 @@ class LengthBonus:
     """
 
     def __init__(self, target: int, unit: Unit = "words") -> None:
-        if target < 1:
-            raise ValueError(f"LengthBonus.target must be >= 1, got {target}")
+        check_at_least(1, "LengthBonus.", target=target)
         self.target = target
         self.unit = unit
 
@@ -89,8 +89,7 @@ class RepetitionPenalty:
     """
 
     def __init__(self, n: int = 3, unit: Unit = "words") -> None:
-        if n < 1:
-            raise ValueError(f"RepetitionPenalty.n must be >= 1, got {n}")
+        check_at_least(1, "RepetitionPenalty.", n=n)
         self.n = n
         self.unit = unit
 

@@ -17,7 +17,7 @@ from gspo_lightning.checkpoint.signals import is_of_another_rank
 from gspo_lightning.guards.out_of_memory import OutOfMemory, is_out_of_memory
 from gspo_lightning.rewards.terms import RewardError
 from gspo_lightning.run.cli import LONGEST, condense, printable
-from gspo_lightning.run.folder import say
+from gspo_lightning.run.terminal_log import say
 
 # What a user's mistake raises: bad values, missing files, devices, packages.
 MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException)

@@ -6,7 +6,6 @@ checkpoints themselves (`checkpoint`) and what callbacks write.
 
 import itertools
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +18,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from gspo_lightning.checkpoint.files import checkpoint_number, list_checkpoints, numbered_files
 from gspo_lightning.checkpoint.fingerprints import settings
-from gspo_lightning.checkpoint.io import damage
+from gspo_lightning.checkpoint.io import damage, replacing
 from gspo_lightning.run.provenance import write_provenance
-from gspo_lightning.run.terminal_log import TerminalLog
+from gspo_lightning.run.terminal_log import TerminalLog, say
 
 CONFIG = "config.yaml"
 LOG = "log.txt"
@@ -94,9 +93,8 @@ class RunConfig(SaveConfigCallback):
     def _write(self, path: Path) -> None:
         config = self.config.clone()
         config.pop("accept_changes", None)  # was said once; a file would say it for ever
-        partial = path.with_name(f".{path.name}.partial")  # half a config would hinder the next run
-        self.parser.save(config, partial, skip_unset=False, overwrite=True, multifile=False)
-        os.replace(partial, path)
+        with replacing(path) as file:  # half a config would hinder the next run
+            file.write(self.parser.dump(config, skip_unset=False).encode())
 
 
 def check_folder(root: Path, checkpoint: Path | None) -> None:
@@ -203,9 +201,3 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: tree}
     parts = (flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in tree.items())
     return {key: value for part in parts for key, value in part.items()}
-
-
-@rank_zero_only
-def say(text: str) -> None:
-    """One line for the person at the terminal, not part of any result."""
-    print(text, file=sys.stderr, flush=True)

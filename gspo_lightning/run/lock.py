@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from gspo_lightning.run.folder import say
+from gspo_lightning.run.terminal_log import say
 
 FILE = ".lock"
 

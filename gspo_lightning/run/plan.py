@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from gspo_lightning.engine.products import uses_onednn
+from gspo_lightning.policy.policy import multiplies_by_onednn
 
 CHUNK = 256  # tokens whose float32 logits exist at a time on a CPU (``head``)
 
@@ -102,7 +102,8 @@ def _updates(trainer: Any, module: Any) -> str:
 
 
 def _policy(trainer: Any, module: Any) -> str:
-    parameters = list(getattr(module, "policy", module).parameters())
+    model = getattr(module, "policy", module)
+    parameters = list(model.parameters())
     count = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     share = "all trained" if trained == count else f"{trained:,} trained"
@@ -112,7 +113,7 @@ def _policy(trainer: Any, module: Any) -> str:
         place += f" and {trainer.world_size - 1} more"
     text = f"{count:,} parameters, {share}, {types} on {place}, precision {trainer.precision}"
     exact = trainer.precision == "32-true" and trainer.strategy.root_device.type == "cpu"
-    return text + (", products by oneDNN" if exact and any(map(uses_onednn, parameters)) else "")
+    return text + (", products by oneDNN" if exact and multiplies_by_onednn(model) else "")
 
 
 def _critic(module: Any) -> str:

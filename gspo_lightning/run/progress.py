@@ -18,6 +18,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from gspo_lightning.bounds import check_at_least
 from gspo_lightning.callbacks.files import CurvePlot, HFExport, SampleTable
 from gspo_lightning.callbacks.predictions import PredictionWriter
 from gspo_lightning.callbacks.report import figures, figures_line, rollout_line
@@ -28,14 +29,9 @@ from gspo_lightning.run.plan import (
     this_python,
     total_batches,
 )
+from gspo_lightning.run.terminal_log import say
 
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
-
-
-def say(text: str) -> None:
-    """Print a line above whatever bars are drawn; the one way to the terminal."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()  # who reads a pipe wants the line now
 
 
 def on_terminal() -> bool:
@@ -56,8 +52,7 @@ class RolloutProgress(ProgressBar):
 
     def __init__(self, every_n_steps: int = 50) -> None:
         super().__init__()
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be >= 1, got {every_n_steps}")
+        check_at_least(1, every_n_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self._enabled = True
         self._train_bar: tqdm | None = None
@@ -71,7 +66,7 @@ class RolloutProgress(ProgressBar):
 
     def print(self, *args: Any, **_: Any) -> None:
         if self._enabled:
-            say(" ".join(map(str, args)))
+            say(" ".join(map(str, args)), sys.stdout)
 
     def _bar(self, what: str, total: float | None, done: int, stay: bool) -> tqdm | None:
         if not (self._enabled and on_terminal()):
@@ -112,7 +107,8 @@ class RolloutProgress(ProgressBar):
         elif self._enabled and (is_rollout or done % self.every_n_steps == 0 or done == total):
             width = len(str(total or 9999))
             what = "rollout" if is_rollout else "step"
-            say(f"{what} {done:>{width}}" + (f"/{total}" if total else "") + f"  {text}")
+            of = f"/{total}" if total else ""
+            say(f"{what} {done:>{width}}{of}  {text}", sys.stdout)
 
     def on_train_end(self, *_: Any) -> None:
         self.on_phase("trained", 0)
@@ -140,7 +136,7 @@ class RolloutProgress(ProgressBar):
             self._other_bar.close()
             self._other_bar = None
         if self._enabled:
-            say(text)
+            say(text, sys.stdout)
 
     @staticmethod
     def _evaluation_name(trainer: Any, pl_module: Any) -> str:
@@ -209,7 +205,7 @@ class RunSummary(Callback):
 
     def _plan(self, trainer: Any, pl_module: Any) -> None:
         if not self._planned and trainer.is_global_zero:
-            say("\n".join(plan_lines(trainer, pl_module)))
+            say("\n".join(plan_lines(trainer, pl_module)), sys.stdout)
         self._planned = True
 
     on_sanity_check_start = _plan
@@ -239,7 +235,7 @@ class RunSummary(Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            say("\n".join(self.lines(trainer, pl_module)))
+            say("\n".join(self.lines(trainer, pl_module)), sys.stdout)
 
     def lines(self, trainer: Any, pl_module: Any) -> list[str]:
         """The five lines."""

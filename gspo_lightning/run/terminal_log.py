@@ -1,7 +1,7 @@
-"""A copy of the terminal's lines in a file, for a run whose terminal is gone.
+"""Lines on the terminal, and a copy of them in a file for a run whose terminal is gone.
 
-Decides what of a bar that redraws itself is kept: nothing but its last state. Leaves out what is
-printed, and where the file lies (``run_folder``).
+Decides how a line gets there, and what of a bar that redraws itself is kept in the copy: nothing
+but its last state. Leaves out what is said, and where the file lies (``run.folder``).
 """
 
 from __future__ import annotations
@@ -14,11 +14,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
+
 _CONTROL = re.compile(
     r"\x1b\[[0-9;?]*[A-Za-z]"  # colours and cursor movements
     r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # titles and links
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # what is left of others; who reads the log sees text
 )
+
+
+@rank_zero_only
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line above whatever bars are drawn; the one way to the terminal.
+
+    Args:
+        text: The line.
+        stream: Standard error where there is none: for what is no part of a result.
+    """
+    stream = stream or sys.stderr
+    tqdm.write(text, file=stream)
+    stream.flush()  # who reads a pipe wants the line now
 
 
 class TerminalLog:

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
-from gspo_lightning.run.folder import say
+from gspo_lightning.run.terminal_log import say
 
 FOLDER = "profile"  # inside the run folder
 

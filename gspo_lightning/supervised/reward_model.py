@@ -19,7 +19,6 @@ from torch.nn.functional import logsigmoid
 from torch.optim import Optimizer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from gspo_lightning.engine.products import speed_up
 from gspo_lightning.optim import (
     OptimizerConfig,
     build_optimizer,
@@ -32,8 +31,8 @@ from gspo_lightning.policy.policy import (
     PolicyConfig,
     check_vocabulary,
     checkpoint_activations,
-    disable_dropout,
     load_tokenizer,
+    make_ready,
 )
 from gspo_lightning.supervised.step_log import log_step
 
@@ -215,8 +214,7 @@ def load_classifier(config: PolicyConfig, tokenizer: Any) -> Any:
         options |= {"config": settings, "revision": config.revision}
         model = load_weights(key, auto, config.path, new_head=True, **options)
     check_vocabulary(model, tokenizer)
-    disable_dropout(model)
-    speed_up(model)
+    make_ready(model)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     return model

@@ -18,8 +18,8 @@ def log_step(module: Any, metrics: dict[str, Any], batch_size: int) -> None:
     """
     trainer = module.trainer
     batches, every = trainer.accumulate_grad_batches, trainer.log_every_n_steps
-    steps = (trainer.fit_loop.epoch_loop.batch_idx + 1) % batches == 0 or trainer.is_last_batch
-    if steps and every and (trainer.global_step + 1) % every == 0:
+    ends_step = (trainer.fit_loop.epoch_loop.batch_idx + 1) % batches == 0 or trainer.is_last_batch
+    if ends_step and every and (trainer.global_step + 1) % every == 0:
         values = {name: float(value) for name, value in metrics.items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)

@@ -10,7 +10,7 @@ from torch import nn
 
 from gspo_lightning.engine import products
 from gspo_lightning.engine.linear_logprobs import LinearLogprobs
-from gspo_lightning.engine.products import Linear, filled, linear, packed, speed_up, whole
+from gspo_lightning.engine.products import Linear, filled, linear, ordered_weights, speed_up, whole
 from gspo_lightning.policy.lora import LoRAConfig
 from gspo_lightning.policy.policy import LoRAPolicy, Policy
 from gspo_lightning.rollout import PromptBatch
@@ -97,7 +97,7 @@ def test_no_row_that_is_missing_comes_in(onednn):
     """Behind 61 rows stand 3 of zeros, of whose bias nothing may be seen."""
     model = Linear(24, 40)
     x = numbers(61, 24)
-    with torch.no_grad(), packed(model):
+    with torch.no_grad(), ordered_weights(model):
         found = model(x)
     assert onednn == [(64, 24)]
     assert found.shape == (61, 40)
@@ -147,8 +147,8 @@ def test_torchs_own_switch_leaves_all_to_mkl(onednn):
     with multiplying(False):
         linear(numbers(64, 24), numbers(40, 24))
         model = Linear(24, 40)
-        with torch.no_grad(), packed(model):
-            assert model.packed is None
+        with torch.no_grad(), ordered_weights(model):
+            assert model.ordered is None
     assert onednn == []
 
 
@@ -169,12 +169,12 @@ def test_a_model_keeps_its_names_and_weights(onednn):
     assert len(onednn) == 1
 
 
-def test_packed_weights_are_gone_afterwards_also_of_an_error(onednn):
+def test_ordered_weights_are_gone_afterwards_also_of_an_error(onednn):
     model = nn.Sequential(Linear(24, 40))
-    with pytest.raises(RuntimeError, match="in between"), packed(model):
-        assert model[0].packed is not None
+    with pytest.raises(RuntimeError, match="in between"), ordered_weights(model):
+        assert model[0].ordered is not None
         raise RuntimeError("in between")
-    assert model[0].packed is None
+    assert model[0].ordered is None
     with torch.no_grad():
         model[0].weight.add_(1)
         torch.testing.assert_close(
@@ -247,7 +247,7 @@ def test_a_torch_without_the_operation_multiplies_with_mkl_and_says_so(monkeypat
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "gpt_oss"])
 def test_a_rollout_draws_the_same_tokens(onednn, make_model, tokenizer, architecture):
-    """64 rows, of which few run in the end, with packed weights and without oneDNN."""
+    """64 rows, of which few run in the end, with ordered weights and without oneDNN."""
     batch = PromptBatch(
         prompt_ids=torch.tensor([[0, 3, 4, 5], [6, 7, 8, 9]]),
         prompt_mask=torch.tensor([[False, True, True, True], [True] * 4]),
@@ -259,7 +259,7 @@ def test_a_rollout_draws_the_same_tokens(onednn, make_model, tokenizer, architec
     for enabled in (True, False):
         with multiplying(enabled):
             found.append(sampler.sample(policy, batch, seed=0))
-        assert all(m.packed is None for m in policy.model.modules() if isinstance(m, Linear))
+        assert all(m.ordered is None for m in policy.model.modules() if isinstance(m, Linear))
     assert len({shape[0] for shape in onednn}) >= 5  # rows leave
     one, other = found
     assert torch.equal(one.completion_ids, other.completion_ids)

@@ -11,11 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from gspo_lightning.callbacks.files import AdaptiveKL
 from gspo_lightning.engine.attention import open_attention
-from gspo_lightning.engine.products import speed_up
 from gspo_lightning.frozen.models import FrozenModels, ReferencePolicy, RewardModel
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.policy.lora import LoRAConfig, adapters_off
-from gspo_lightning.policy.policy import LoRAPolicy, PolicyConfig, load_policy
+from gspo_lightning.policy.policy import LoRAPolicy, PolicyConfig, load_policy, make_ready
 from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.rollout import PromptBatch
 from gspo_lightning.run.plan import plan_lines
@@ -68,7 +67,7 @@ def folder(tmp_path, make_model, tokenizer):
 
 def logprobs(model, rollout, **options):
     open_attention(model)  # as a policy is: or its bits could not be compared
-    speed_up(model)
+    make_ready(model)
     return completion_logprobs(model, *inputs(rollout), **options).logprobs
 
 
