@@ -4,10 +4,12 @@ A name is imported when it is first asked for: a command that needs none of them
 package that does without torch, starts at once.
 """
 
+# ruff: noqa: F401
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what type checkers and readers see
     from gspo_lightning.callbacks import (
         AdaptiveKL,
         CurvePlot,
@@ -30,81 +32,41 @@ if TYPE_CHECKING:
     from gspo_lightning.sampling import GroupSampler
     from gspo_lightning.supervised import RewardModelModule, SFTModule
 
-_HOMES = {
-    "callbacks": (
-        "AdaptiveKL",
-        "CurvePlot",
-        "HFExport",
-        "PredictionWriter",
-        "SampleTable",
-    ),
-    "checkpoint": ("RolloutCheckpoint",),
-    "critic": ("CriticConfig",),
-    "data": (
-        "PreferenceData",
-        "PromptData",
-        "SFTData",
-    ),
-    "evaluation": ("Evaluation",),
-    "frozen": (
-        "ReferencePolicy",
-        "RewardModel",
-    ),
-    "module": ("GSPOModule",),
-    "objectives": ("Objective",),
-    "optim": ("OptimizerConfig",),
-    "policy": (
-        "LoRAConfig",
-        "PolicyConfig",
-    ),
-    "rewards": ("RewardTerm",),
-    "run.progress": (
-        "RolloutProgress",
-        "RunSummary",
-    ),
-    "run.tracing": ("RolloutProfile",),
-    "sampling": ("GroupSampler",),
-    "supervised": (
-        "RewardModelModule",
-        "SFTModule",
-    ),
+HOMES = {  # of each name: where it is imported from
+    "AdaptiveKL": "callbacks",
+    "CriticConfig": "critic",
+    "CurvePlot": "callbacks",
+    "Evaluation": "evaluation",
+    "GSPOModule": "module",
+    "GroupSampler": "sampling",
+    "HFExport": "callbacks",
+    "LoRAConfig": "policy",
+    "Objective": "objectives",
+    "OptimizerConfig": "optim",
+    "PolicyConfig": "policy",
+    "PredictionWriter": "callbacks",
+    "PreferenceData": "data",
+    "PromptData": "data",
+    "ReferencePolicy": "frozen",
+    "RewardModel": "frozen",
+    "RewardModelModule": "supervised",
+    "RewardTerm": "rewards",
+    "RolloutCheckpoint": "checkpoint",
+    "RolloutProfile": "run.tracing",
+    "RolloutProgress": "run.progress",
+    "RunSummary": "run.progress",
+    "SFTData": "data",
+    "SFTModule": "supervised",
+    "SampleTable": "callbacks",
 }
-
-__all__ = [
-    "AdaptiveKL",
-    "CriticConfig",
-    "CurvePlot",
-    "Evaluation",
-    "GSPOModule",
-    "GroupSampler",
-    "HFExport",
-    "LoRAConfig",
-    "Objective",
-    "OptimizerConfig",
-    "PolicyConfig",
-    "PredictionWriter",
-    "PreferenceData",
-    "PromptData",
-    "ReferencePolicy",
-    "RewardModel",
-    "RewardModelModule",
-    "RewardTerm",
-    "RolloutCheckpoint",
-    "RolloutProfile",
-    "RolloutProgress",
-    "RunSummary",
-    "SFTData",
-    "SFTModule",
-    "SampleTable",
-]
+__all__ = list(HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"gspo_lightning.{home}"), name)
-    raise AttributeError(f"module 'gspo_lightning' has no attribute {name!r}")
+    if name not in HOMES:
+        raise AttributeError(f"module 'gspo_lightning' has no attribute {name!r}")
+    return getattr(import_module(f"gspo_lightning.{HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *HOMES])

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from gspo_lightning.advantages import Kind, flat_groups, group_advantages
 from gspo_lightning.critic.critic import Critic
-from gspo_lightning.evaluation import score_or_keep
 from gspo_lightning.frozen.beside import Passes
 from gspo_lightning.frozen.models import FrozenModels, ReferencePolicy
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED, Sizes
 from gspo_lightning.kl import kl_estimate
 from gspo_lightning.masked import masked_mean
 from gspo_lightning.old_logprobs import OldLogProbs
+from gspo_lightning.rewards.failed import score_or_keep
 from gspo_lightning.rewards.terms import RewardTerm, overlong_penalty
 from gspo_lightning.rewards.time_limit import TimeLimit
 from gspo_lightning.rollout import PromptBatch, Rollout, Samples, join_samples

@@ -6,19 +6,16 @@ for it, apart from the settings that training samples with.
 
 from __future__ import annotations
 
-import inspect
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torchmetrics import MetricCollection
 
 from gspo_lightning.metrics import PassAtK, RolloutMetrics
-from gspo_lightning.rewards.terms import RewardError, RewardTerm, Scores, score
+from gspo_lightning.rewards.terms import RewardTerm, Scores, score
 from gspo_lightning.rollout import PromptBatch, Samples
 from gspo_lightning.sampling import GroupSampler
 
@@ -136,66 +133,6 @@ class Evaluator(torch.nn.Module):
         if self.settings.correct is not None:
             figures |= {name: value.item() for name, value in self.passes.compute().items()}
         return figures
-
-
-def score_or_keep(
-    terms: Mapping[str, RewardTerm], samples: Samples, file: Path, **options: Any
-) -> Scores:
-    """Score completions; if a term cannot, keep all of them in a file.
-
-    Args:
-        terms: The reward terms.
-        samples: B completions.
-        file: Where they are kept, one a line, with their rows of the data.
-        options: Of ``rewards.score``.
-
-    Raises:
-        RewardError: As ``rewards.score`` does, with the name of the file.
-    """
-    try:
-        return score(terms, samples.rows, samples.texts, **options)
-    except RewardError as error:
-        write_failed(file, samples, error)
-        raise RewardError(
-            f"{error}; all {len(samples)} completions are in {file}", error.term, error.row
-        ) from error
-
-
-def check_signatures(terms: Mapping[str, RewardTerm]) -> None:
-    """Refuse a reward function that cannot be called with rows and completions.
-
-    Raises:
-        ValueError: Naming the setting, before anything is sampled.
-    """
-    for name, term in terms.items():
-        try:
-            signature = inspect.signature(term.fn)
-        except (TypeError, ValueError):
-            continue  # written in C: seen when it is called
-        try:
-            signature.bind([], [])
-        except TypeError as error:
-            raise ValueError(
-                f"model.rewards.{name}.fn: a reward function takes (rows, completions), this one "
-                f"takes {signature}"
-            ) from error
-
-
-def write_failed(file: Path, samples: Samples, error: RewardError) -> None:
-    """Write completions that could not be scored, one a line, with their rows of the data."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8") as lines:
-        for i, text in enumerate(samples.texts):
-            record = {
-                "completion": i,
-                "term": error.term,
-                "error": str(error) if error.row in (i, None) else None,
-                "row": samples.rows[i],
-                "text": text,
-                "finished": bool(samples.finished[i]),
-            }
-            # rows of Parquet files may hold dates and arrays
-            lines.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
 
 
 def describe(samples: Samples, scores: Scores, prompts: list[str]) -> list[dict[str, Any]]:

@@ -15,23 +15,11 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 
+from gspo_lightning.bounds import check_at_least
 from gspo_lightning.collect import Collector
-from gspo_lightning.critic.critic import (
-    Critic,
-    CriticConfig,
-    check_critic,
-    fit_critic,
-    load_critic,
-)
-from gspo_lightning.evaluation import (
-    Evaluation,
-    Evaluator,
-    check_signatures,
-    describe,
-    score_or_keep,
-)
-from gspo_lightning.frozen.models import FrozenModels, ReferencePolicy
-from gspo_lightning.frozen.reward_model import RewardModel
+from gspo_lightning.critic import Critic, CriticConfig, check_critic, fit_critic, load_critic
+from gspo_lightning.evaluation import Evaluation, Evaluator, describe
+from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel
 from gspo_lightning.guards.faults import Faults
 from gspo_lightning.guards.health import Health
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED, TOKENS, Sizes
@@ -45,16 +33,18 @@ from gspo_lightning.optim import (
     learning_rate_factor,
     set_learning_rate,
 )
-from gspo_lightning.policy.policy import Policy, PolicyConfig, load_policy, load_tokenizer
-from gspo_lightning.rewards.terms import (
+from gspo_lightning.policy import Policy, PolicyConfig, load_policy, load_tokenizer
+from gspo_lightning.rewards import (
     RewardTerm,
+    TimeLimit,
+    check_signatures,
     columns_needed,
     count_names,
     load_whitening_state,
     ramp_tokens,
+    score_or_keep,
     whitening_state,
 )
-from gspo_lightning.rewards.time_limit import TimeLimit
 from gspo_lightning.rollout import PromptBatch, Rollout, stream_seed
 from gspo_lightning.sampling import GroupSampler, Sampler
 from gspo_lightning.step import Clock, Ranks, Step
@@ -153,20 +143,17 @@ class GSPOModule(LightningModule):
         sampler = sampler or GroupSampler()
         check_signatures(rewards)
         evaluation.check_terms(rewards)
-        _check_settings(
-            {
-                "num_epochs": num_epochs,
-                "num_minibatches": num_minibatches,
-                "micro_batch_size": micro_batch_size,
-                "micro_batch_tokens": micro_batch_tokens,
-                "max_draws": max_draws,
-            },
-            rewards,
-            sampler,
-            coefficients=(kl_coef, entropy_coef, max_grad_norm),
-            has_reference=reference is not None,
-            truncated=truncated,
+        check_at_least(
+            1,
+            "model.",
+            num_epochs=num_epochs,
+            num_minibatches=num_minibatches,
+            micro_batch_size=micro_batch_size,
+            micro_batch_tokens=micro_batch_tokens,
+            max_draws=max_draws,
         )
+        _check_rewards(rewards, sampler, truncated)
+        _check_coefficients(kl_coef, entropy_coef, max_grad_norm, reference)
         check_loss_kind(kl_estimator)
         check_critic(critic, advantages, sampler.group_size, drop_flat_groups)
         self.automatic_optimization = False
@@ -465,47 +452,32 @@ class GSPOModule(LightningModule):
             self.policy.export(path)  # type: ignore[union-attr]
 
 
-def _check_settings(
-    counts: Mapping[str, int | None],
-    rewards: Mapping[str, RewardTerm],
-    sampler: Sampler,
-    *,
-    coefficients: tuple[float, float, float | None],
-    has_reference: bool,
-    truncated: str,
-) -> None:
-    """Refuse settings that cannot work.
-
-    Args:
-        counts: Numbers that must be 1 or more, by name.
-        rewards: Reward terms.
-        sampler: Draws the completions.
-        coefficients: ``kl_coef``, ``entropy_coef`` and ``max_grad_norm``.
-        has_reference: Whether there is a reference policy.
-        truncated: What becomes of a completion that hit the limit.
-
-    Raises:
-        ValueError: Naming the setting, its bound and its value.
-    """
-    kl_coef, entropy_coef, max_grad_norm = coefficients
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"model.{name} must be >= 1, got {value}")
+def _check_rewards(rewards: Mapping[str, RewardTerm], sampler: Sampler, truncated: str) -> None:
+    """Refuse rewards that are none, or do not go with how completions are drawn and cut."""
     if not sampler.temperature > 0:
         raise ValueError(
             f"sampler.temperature must be above 0 in training, got {sampler.temperature}"
         )
     if not rewards:
         raise ValueError("model.rewards is empty; name at least one reward term")
-    if not 0 <= kl_coef < math.inf or not math.isfinite(entropy_coef):
-        raise ValueError(f"kl_coef {kl_coef} must be >= 0 and entropy_coef {entropy_coef} finite")
-    if kl_coef > 0 and not has_reference:
-        raise ValueError(f"kl_coef is {kl_coef} but there is no reference; set model.reference")
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm must be above 0 or null, got {max_grad_norm}")
     whitened = [name for name, term in rewards.items() if term.whiten]
     if truncated == "zero_reward" and whitened:
         raise ValueError(
             f"truncated: zero_reward gives 0, which is an average reward where {whitened[0]!r} "
             "is whitened; use keep or mask"
         )
+
+
+def _check_coefficients(
+    kl_coef: float,
+    entropy_coef: float,
+    max_grad_norm: float | None,
+    reference: ReferencePolicy | None,
+) -> None:
+    """Refuse coefficients out of range, and a KL penalty that nothing is compared with."""
+    if not 0 <= kl_coef < math.inf or not math.isfinite(entropy_coef):
+        raise ValueError(f"kl_coef {kl_coef} must be >= 0 and entropy_coef {entropy_coef} finite")
+    if kl_coef > 0 and reference is None:
+        raise ValueError(f"kl_coef is {kl_coef} but there is no reference; set model.reference")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be above 0 or null, got {max_grad_norm}")

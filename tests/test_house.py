@@ -253,6 +253,15 @@ def test_every_name_of_the_package_is_imported_when_it_is_asked_for():
     for name in gspo_lightning.__all__:
         assert getattr(gspo_lightning, name).__name__ == name
     assert set(gspo_lightning.__all__) <= set(dir(gspo_lightning))
+    # what type checkers see is what is imported
+    seen = {
+        alias.name: node.module
+        for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("gspo_lightning")
+        for alias in node.names
+    }
+    homes = {name: f"gspo_lightning.{home}" for name, home in gspo_lightning.HOMES.items()}
+    assert seen == homes
     with pytest.raises(AttributeError, match="nonsense"):
         gspo_lightning.nonsense  # noqa: B018
 

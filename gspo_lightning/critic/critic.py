@@ -27,7 +27,7 @@ from gspo_lightning.critic.gae import (
 )
 from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.padded import unwrapped
-from gspo_lightning.logprobs import layer_states
+from gspo_lightning.engine.states import layer_states
 from gspo_lightning.policy.folder import check_model_folder, check_model_path, load_weights
 from gspo_lightning.policy.policy import (
     DTYPES,

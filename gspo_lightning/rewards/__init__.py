@@ -1,10 +1,12 @@
 """What a completion is worth: reward terms, their weighted sum, verifiers, a time limit."""
 
 from gspo_lightning.rewards.calls import RewardError
+from gspo_lightning.rewards.failed import score_or_keep
 from gspo_lightning.rewards.terms import (
     MarkedAnswer,
     RewardTerm,
     Scores,
+    check_signatures,
     columns_needed,
     count_names,
     load_whitening_state,
@@ -40,6 +42,7 @@ __all__ = [
     "TagFormat",
     "TimeLimit",
     "ValidJSON",
+    "check_signatures",
     "columns_needed",
     "count_names",
     "load_whitening_state",
@@ -47,6 +50,7 @@ __all__ = [
     "ramp_tokens",
     "same_language",
     "score",
+    "score_or_keep",
     "variety",
     "whitening_state",
 ]

@@ -7,6 +7,7 @@ Decides what a missing reward is and how terms add up. Leaves out what happens w
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -285,3 +286,23 @@ def ramp_tokens(ramp: float | None, max_length: int) -> int | None:
             f"{ramp}"
         )
     return max(1, round(ramp * max_length)) if ramp < 1 else int(ramp)
+
+
+def check_signatures(terms: Mapping[str, RewardTerm]) -> None:
+    """Refuse a reward function that cannot be called with rows and completions.
+
+    Raises:
+        ValueError: Naming the setting, before anything is sampled.
+    """
+    for name, term in terms.items():
+        try:
+            signature = inspect.signature(term.fn)
+        except (TypeError, ValueError):
+            continue  # written in C: seen when it is called
+        try:
+            signature.bind([], [])
+        except TypeError as error:
+            raise ValueError(
+                f"model.rewards.{name}.fn: a reward function takes (rows, completions), this one "
+                f"takes {signature}"
+            ) from error

@@ -7,9 +7,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from gspo_lightning import logprobs
 from gspo_lightning.critic.critic import Critic, CriticConfig, decoder, load_critic
 from gspo_lightning.data.prompts import PromptData
+from gspo_lightning.engine import states
 from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.guards.out_of_memory import MICRO, TOKENS
 from gspo_lightning.objectives import Objective
@@ -69,7 +69,7 @@ def double_critic(path, backbone):
 def way(request, monkeypatch):
     """Both ways in which layers are run."""
     if request.param == "padded":
-        monkeypatch.setattr(logprobs, "_can_pack", lambda model, device: False)
+        monkeypatch.setattr(states, "_can_pack", lambda model, device: False)
     return request.param
 
 

@@ -1,0 +1,50 @@
+"""Completions that a reward term could not score: kept in a file of the run, for a look at them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gspo_lightning.rewards.calls import RewardError
+from gspo_lightning.rewards.terms import RewardTerm, Scores, score
+from gspo_lightning.rollout import Samples
+
+
+def score_or_keep(
+    terms: Mapping[str, RewardTerm], samples: Samples, file: Path, **options: Any
+) -> Scores:
+    """Score completions; if a term cannot, keep all of them in a file.
+
+    Args:
+        terms: The reward terms.
+        samples: B completions.
+        file: Where they are kept, one a line, with their rows of the data.
+        options: Of ``rewards.score``.
+
+    Raises:
+        RewardError: As ``rewards.score`` does, with the name of the file.
+    """
+    try:
+        return score(terms, samples.rows, samples.texts, **options)
+    except RewardError as error:
+        write_failed(file, samples, error)
+        raise RewardError(
+            f"{error}; all {len(samples)} completions are in {file}", error.term, error.row
+        ) from error
+
+
+def write_failed(file: Path, samples: Samples, error: RewardError) -> None:
+    """Write completions that could not be scored, one a line, with their rows of the data."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8") as lines:
+        for i, text in enumerate(samples.texts):
+            record = {
+                "completion": i,
+                "term": error.term,
+                "error": str(error) if error.row in (i, None) else None,
+                "row": samples.rows[i],
+                "text": text,
+                "finished": bool(samples.finished[i]),
+            }
+            # rows of Parquet files may hold dates and arrays
+            lines.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
