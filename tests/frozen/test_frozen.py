@@ -131,7 +131,7 @@ def test_reference_batches_are_groups_sorted_by_length(
         rollout.completion_ids,
         rollout.mask,
     ).logprobs
-    monkeypatch.setattr("gspo_lightning.frozen.models.completion_logprobs", spy)
+    monkeypatch.setattr("gspo_lightning.logprobs.completion_logprobs", spy)
     found = reference.logprobs(rollout, temperature=1.0)
     torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=0)  # in the old order
     assert sorted(seen) == sorted(longest)

@@ -245,10 +245,10 @@ def test_sampling_halves_what_it_decodes_and_draws_the_same(tmp_path, model_dir,
     _, rollouts, _ = ended(tmp_path, model_dir)
     decode = GroupSampler._decode
 
-    def tight(self, policy, batch, uniform):
+    def tight(self, policy, batch, uniform, *rest):
         if min(self.batch_size or len(uniform), len(uniform)) > 5:
             raise CUDA
-        return decode(self, policy, batch, uniform)
+        return decode(self, policy, batch, uniform, *rest)
 
     monkeypatch.setattr(GroupSampler, "_decode", tight)
     sampler = GroupSampler(group_size=4, max_new_tokens=6)
