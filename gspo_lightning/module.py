@@ -106,8 +106,6 @@ class GSPOModule(LightningModule):
 
     learns_from = "PromptData"
     checkpoint_key = "gspo"
-    collector: Collector
-    updater: Updater
 
     def __init__(
         self,
@@ -184,6 +182,8 @@ class GSPOModule(LightningModule):
         self.drop_flat_groups = drop_flat_groups
         self.max_draws = max_draws
         self.seed = 0
+        self.collector: Collector = None  # type: ignore[assignment]  # made as fitting starts
+        self.updater: Updater = None  # type: ignore[assignment]
         self.step: Step | None = None  # the one under way, for Lightning's hook around an update
         terms = {f"model.rewards.{name}.fn": term.fn for name, term in rewards.items()}
         self.reward_models = {k: fn for k, fn in terms.items() if isinstance(fn, RewardModel)}
@@ -200,7 +200,7 @@ class GSPOModule(LightningModule):
         self.health = Health(
             objective, num_epochs * num_minibatches, stop_when or (), sampler.max_new_tokens
         )
-        # no module: Lightning must not see it
+        # FrozenModels is no nn.Module, or Lightning would move, save and synchronise the models.
         self.frozen = FrozenModels(reference, self.reward_models, frozen_device)
 
     @property
@@ -227,21 +227,18 @@ class GSPOModule(LightningModule):
         optimizer: Any = self.optimizers()
         set_learning_rate(optimizer, self.optimizer_config, index, self._num_rollouts, ratio)
         self.tally.reset()
-        told = getattr(trainer.progress_bar_callback, "on_phase", None)
-        clock = Clock(
-            self.device,
-            self.frozen.devices.values(),
-            None if told is None else lambda name: told(name, index),
-        )
+        on_phase = getattr(trainer.progress_bar_callback, "on_phase", lambda name, index: None)
+        devices = self.frozen.devices.values()
+        clock = Clock(self.device, devices, lambda name: on_phase(name, index))
         ranks = Ranks(
             self.global_rank,
             trainer.world_size,
-            # the device's backend sums, so that a tensor made on the CPU goes there first
+            # A tensor made on the CPU goes to the device first: that device's backend adds up.
             sum=lambda x: trainer.strategy.reduce(x.to(self.device), reduce_op="sum"),
             gather=lambda x: self.all_gather(x.to(self.device)),  # type: ignore[arg-type, return-value]
         )
-        coef = self.kl_coef
-        self.step = Step(index, self.seed, ranks, clock, self.tally, self.choices, coef)
+        known = self.tally, self.choices, self.kl_coef
+        self.step = Step(index, self.seed, ranks, clock, *known)
         return self.step
 
     def report(self, rollout: Rollout, ratios: torch.Tensor, step: Step) -> dict[str, Any]:
@@ -256,10 +253,10 @@ class GSPOModule(LightningModule):
         figures["time/tokens_per_second"] = figures["rollout/tokens"] / seconds
         figures["policy/clip_range"] = self.health.width
         figures["optim/learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        for logger in self.loggers:  # at once: a stop right behind this loses no point
+        for logger in self.loggers:  # at once, so that a stop right after the step loses no point
             logger.log_metrics(figures, step=step.index)
         self.log_dict(figures, logger=False)  # for callbacks that monitor
-        if self.health.check(figures):  # of figures that all ranks share: all of them stop
+        if self.health.check(figures):  # the figures are those of all ranks, so all of them stop
             self.trainer.should_stop = True
         return {
             "rollout": rollout,
@@ -306,11 +303,11 @@ class GSPOModule(LightningModule):
             self.policy,
             self.sampler,
             self.objective,
-            self.old_logprobs,
-            self.num_epochs,
-            self.num_minibatches,
-            self.critic_config is not None and self.critic_config.kl_in_reward,
             self.sizes,
+            source=self.old_logprobs,
+            num_epochs=self.num_epochs,
+            num_minibatches=self.num_minibatches,
+            kl_in_reward=self.critic_config is not None and self.critic_config.kl_in_reward,
         )
         self.collector = Collector(
             self.policy,
@@ -343,7 +340,7 @@ class GSPOModule(LightningModule):
             num_minibatches=self.num_minibatches,
             max_grad_norm=self.max_grad_norm,
         )
-        # behind the checkpoint, so that nothing is said twice
+        # Health begins behind the checkpoint: what it has said before a stop is not said again.
         self.health.begin(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def configure_optimizers(self) -> Any:

@@ -43,21 +43,21 @@ class OldLogProbs:
         policy: The policy, its weights as they were when it sampled.
         sampler: Drew the completions.
         objective: Its clip range says which noise is small.
+        sizes: How much is computed at once.
         source: ``recompute``, ``sampler``, or ``auto``: the cheapest that is right.
         num_epochs: Passes over the rollout.
         num_minibatches: Optimizer steps per pass.
         kl_in_reward: Whether rewards need the KL of all rows before the first update.
-        sizes: How much is computed at once.
     """
 
     policy: Any
     sampler: Sampler
     objective: Objective
+    sizes: Sizes
     source: Source
     num_epochs: int
     num_minibatches: int
     kl_in_reward: bool
-    sizes: Sizes
 
     def find(self, samples: Samples, step: Step) -> Found:
         """The log-probs under the policy that sampled, in batches that fit into memory."""

@@ -57,7 +57,7 @@ class Clock:
         self,
         device: torch.device,
         devices: Iterable[torch.device] = (),
-        on_phase: Callable[[str], None] | None = None,
+        on_phase: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.device = device
         self.devices = {device, CPU, *devices}
@@ -68,8 +68,7 @@ class Clock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure time and peak memory of a phase."""
-        if self.on_phase is not None:
-            self.on_phase(name)
+        self.on_phase(name)
         reset_peaks(self.devices)
         with self.timed(name, self.device):
             yield
