@@ -12,7 +12,9 @@ from gspo_lightning.loss import micro_loss
 from gspo_lightning.objectives import token_weights
 from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.rollout import Rollout, Samples
-from gspo_lightning.run.cli import quiet
+from gspo_lightning.run.command import GSPOCLI
+from gspo_lightning.run.one_line import quiet
+from gspo_lightning.run.watch import Watch
 from support import paper_losses
 from support.observers import Probe
 from support.repository import ROOT
@@ -53,12 +55,12 @@ def test_an_overlay_trains_the_embedded_task(name, tmp_path):
 
 
 def instantiate(name, folder, *options):
-    class Dry(train.GSPOCLI):
+    class Dry(GSPOCLI):
         def _run_subcommand(self, subcommand):
             pass
 
     with quiet():
-        return Dry(stack(name, folder, *options), train.Watch()).model
+        return Dry(stack(name, folder, *options), Watch()).model
 
 
 def make_batch(model):

@@ -31,7 +31,7 @@ from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.policy import PolicyConfig
 from gspo_lightning.rewards.terms import RewardTerm
-from gspo_lightning.run.cli import quiet
+from gspo_lightning.run.one_line import quiet
 from gspo_lightning.sampling import GroupSampler
 
 CPU = torch.device("cpu")

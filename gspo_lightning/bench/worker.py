@@ -40,7 +40,7 @@ from gspo_lightning.module import GSPOModule
 from gspo_lightning.optim import OptimizerConfig
 from gspo_lightning.policy.policy import PolicyConfig
 from gspo_lightning.rewards.terms import RewardTerm
-from gspo_lightning.run.cli import quiet
+from gspo_lightning.run.one_line import quiet
 from gspo_lightning.sampling import GroupSampler
 from gspo_lightning.step import Clock, Step
 

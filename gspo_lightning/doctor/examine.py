@@ -1,23 +1,20 @@
 """`doctor`: examine a config in seconds, on the real model and data, without training.
 
-Decides what is examined and in which order; the checks are in the ``doctor_`` files. Everything is
-set up by ``fit`` itself, by the same parser, on the same devices, up to the first batch; then a few
+Decides what is examined and in which order, how it is printed, and the exit code. Everything is set
+up by ``fit`` itself, by the same parser, on the same devices, up to the first batch; then a few
 prompts are completed and looked at from all sides. Nothing is written, no weight changes.
 """
 
 from __future__ import annotations
 
 import copy
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from gspo_lightning.callbacks.files import AdaptiveKL
 from gspo_lightning.doctor import memory as doctor_memory
 from gspo_lightning.doctor import numbers as doctor_numbers
 from gspo_lightning.doctor import rewards as doctor_rewards
@@ -25,7 +22,7 @@ from gspo_lightning.doctor import text as doctor_text
 from gspo_lightning.doctor.findings import Finding, as_json, as_lines, attempt, worst
 from gspo_lightning.rewards.terms import overlong_penalty
 from gspo_lightning.rollout import Samples, join_samples, stream_seed
-from gspo_lightning.run.cli import printable
+from gspo_lightning.run.one_line import printable
 from gspo_lightning.run.plan import plan_lines
 
 Checks = dict[str, Callable[[], Finding | list[Finding]]]
@@ -146,109 +143,56 @@ def rewards(module: Any, samples: Samples, cap: int) -> list[Finding]:
     return [*found, doctor_rewards.flat(total, size, len(DRAWS))]
 
 
-class DoctorTrainer(Trainer):
-    """A Trainer that can also examine what it would train."""
-
-    _examination: tuple[int, int] | None = None
-    findings: list[Finding] = []  # noqa: RUF012 - replaced, never written into
-
-    def doctor(
-        self, model: Any, datamodule: Any, num_prompts: int = 4, max_new_tokens: int = 256
-    ) -> None:
-        """Examine a config in seconds, without training: each line ok, warning or error.
-
-        Args:
-            model: A GSPOModule.
-            datamodule: Its PromptData.
-            num_prompts: Prompts to complete, each twice group_size times.
-            max_new_tokens: Longest completion, in tokens, to save time; never above the sampler's.
-
-        Raises:
-            ValueError: If an argument is below 1, or module and data are of another kind.
-        """
-        for name, number in {"num_prompts": num_prompts, "max_new_tokens": max_new_tokens}.items():
-            if number < 1:
-                raise ValueError(f"{name} must be >= 1, got {number}")
-        if not (hasattr(model, "sampler") and hasattr(model, "objective")):
-            raise ValueError(f"doctor examines GSPOModule, and the model is {type(model).__name__}")
-        if not (hasattr(datamodule, "draw") and hasattr(datamodule, "examples")):
-            raise ValueError(
-                f"doctor needs PromptData, and the data is {type(datamodule).__name__}"
-            )
-        self._examination = (num_prompts, max_new_tokens)
-        try:
-            self.fit(model, datamodule=datamodule)
-        finally:
-            self._examination = None
-
-    def _run_stage(self) -> Any:
-        # Private, but the one place behind everything that `fit` sets up and before it trains.
-        if self._examination is None:
-            return super()._run_stage()
-        with self.strategy.precision_plugin.train_step_context():  # as around a training step
-            self.findings = examine(self, self.lightning_module, *self._examination)
-        return None
+# ---- the command ---------------------------------------------------------------------------------
 
 
-class DoctorCLI(LightningCLI):
-    """A LightningCLI with the command ``doctor``, whose exit code is 1 after an error.
+def set_up_and_examine(
+    trainer: Any, model: Any, datamodule: Any, num_prompts: int, max_new_tokens: int
+) -> list[Finding]:
+    """Let ``fit`` set everything up, and examine it where training would begin.
 
-    Attributes:
-        code: Exit code of a command that ran to its end.
+    Raises:
+        ValueError: If a number is below 1, or module and data are of another kind.
     """
+    for name, number in {"num_prompts": num_prompts, "max_new_tokens": max_new_tokens}.items():
+        if number < 1:
+            raise ValueError(f"{name} must be >= 1, got {number}")
+    if not (hasattr(model, "sampler") and hasattr(model, "objective")):
+        raise ValueError(f"doctor examines GSPOModule, and the model is {type(model).__name__}")
+    if not (hasattr(datamodule, "draw") and hasattr(datamodule, "examples")):
+        raise ValueError(f"doctor needs PromptData, and the data is {type(datamodule).__name__}")
+    found: list[Finding] = []
 
-    code = 0
-    watch: Any  # a callback that checks settings as `fit` begins
+    def look() -> None:
+        with trainer.strategy.precision_plugin.train_step_context():  # as around a training step
+            found.extend(examine(trainer, trainer.lightning_module, num_prompts, max_new_tokens))
 
-    def _prepare_subcommand_parser(
-        self, klass: type, subcommand: str, **kwargs: Any
-    ) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "doctor":
-            parser.add_argument(
-                "--json", action="store_true", help="Print a JSON list instead of lines."
-            )
-        return parser
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Leave out, for the doctor, whatever could write."""
-        if self.subcommand == "doctor":
-            self.save_config_callback = None
-            kwargs |= leaves_no_trace(kwargs.get("callbacks", ()), self.watch)
-        return super().instantiate_trainer(**kwargs)
-
-    def before_doctor(self) -> None:
-        """Look at the clock."""
-        self._started = time.perf_counter()
-
-    def after_doctor(self) -> None:
-        """Print what was found."""
-        findings = self.trainer.findings  # type: ignore[attr-defined]
-        self.code = int(worst(findings) == "error")
-        if not self.trainer.is_global_zero:
-            return
-        if self._get(self.config, "json"):
-            print(as_json(findings))
-            return
-        counts = {
-            status: sum(finding.status == status for finding in findings)
-            for status in ("error", "warning", "ok")
-        }
-        seconds = time.perf_counter() - self._started
-        lines = as_lines(findings)
-        lines.append(
-            ", ".join(f"{n} {status}" for status, n in counts.items()) + f"; {seconds:.1f} s"
-        )
-        print("\n".join(map(printable, lines)))  # prompts and tokens are quoted in them
-        sys.stdout.flush()
+    trainer.instead_of_training = look
+    try:
+        trainer.fit(model, datamodule=datamodule)
+    finally:
+        trainer.instead_of_training = None
+    return found
 
 
-def leaves_no_trace(callbacks: Iterable[Any], watch: Any) -> dict[str, Any]:
-    """Trainer options under which nothing is written: of the callbacks two may act."""
-    return {
-        "callbacks": [c for c in callbacks if isinstance(c, AdaptiveKL) or c is watch],
-        "logger": False,
-        "profiler": None,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-    }
+def main(
+    trainer: Any, model: Any, datamodule: Any, num_prompts: int, max_new_tokens: int, json: bool
+) -> int:
+    """Examine and print what was found, as lines or as ``json``.
+
+    Returns:
+        Exit code: 1 after a finding that is an error, else 0.
+    """
+    started = time.perf_counter()
+    findings = set_up_and_examine(trainer, model, datamodule, num_prompts, max_new_tokens)
+    code = int(worst(findings) == "error")
+    if not trainer.is_global_zero:
+        return code
+    if json:
+        print(as_json(findings))
+        return code
+    counts = Counter(finding.status for finding in findings)
+    said = ", ".join(f"{counts[status]} {status}" for status in ("error", "warning", "ok"))
+    lines = [*as_lines(findings), f"{said}; {time.perf_counter() - started:.1f} s"]
+    print("\n".join(map(printable, lines)), flush=True)  # prompts and tokens are quoted in them
+    return code

@@ -1,7 +1,6 @@
 """Config files: read before they are parsed, so that a broken one is named with its line.
 
-Decides what a config file must be: UTF-8 text, one YAML mapping, plain values, no key twice. Leaves
-out which keys there are (`cli`).
+Decides what a config file must be: UTF-8 text, one YAML mapping, plain values, no key twice.
 """
 
 from __future__ import annotations

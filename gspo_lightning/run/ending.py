@@ -1,6 +1,6 @@
 """How a command ends that did not end by itself: one line, and an exit code.
 
-Decides which errors a user can mend and how they are worded. Leaves out where they come from.
+Decides which errors a user can mend and how they are worded.
 """
 
 import os
@@ -16,7 +16,7 @@ from gspo_lightning.checkpoint.io import disk_fault
 from gspo_lightning.checkpoint.signals import is_of_another_rank
 from gspo_lightning.guards.out_of_memory import OutOfMemory, is_out_of_memory
 from gspo_lightning.rewards.terms import RewardError
-from gspo_lightning.run.cli import LONGEST, condense, printable
+from gspo_lightning.run.one_line import LONGEST, condense, printable
 from gspo_lightning.run.terminal_log import say
 
 # What a user's mistake raises: bad values, missing files, devices, packages.

@@ -1,7 +1,6 @@
 """The folder of a run: one run in each, with the config and the code it was made with.
 
-Decides when a folder is refused and what is written beside the checkpoints. Leaves out the
-checkpoints themselves (`checkpoint`) and what callbacks write.
+Decides when a folder is refused and what is written beside the checkpoints.
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """One training at a time in a run folder.
 
-Decides how a second process is kept out. Leaves out what a folder may hold (``run_folder``).
+Decides how a second process is kept out.
 
 A requeued job can start before the one before it has ended; both would write the same files, and
 each would remove the other's half-written checkpoint. The lock is the system's: it ends with its

@@ -1,7 +1,7 @@
 """What a run will do, what memory it needs, and how it is continued.
 
-Decides how the estimate is made. Leaves out when things are printed (``progress``). Reads modules
-and trainers by attribute, so a warm start, or a module of one's own, gets the lines that apply.
+Decides how the estimate is made. Modules and trainers are read by attribute, so a warm start, or a
+module of one's own, gets the lines that apply.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from gspo_lightning.policy.policy import multiplies_by_onednn
 
-CHUNK = 256  # tokens whose float32 logits exist at a time on a CPU (``head``)
+CHUNK = 256  # tokens whose float32 logits exist at a time on a CPU
 
 
 def plan_lines(trainer: Any, module: Any) -> list[str]:

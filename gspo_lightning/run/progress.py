@@ -1,7 +1,7 @@
 """What the terminal shows: the plan, a bar or lines while a run goes on, five lines at its end.
 
 Decides wording and layout; plain text without colours. A bar on a terminal, one line per rollout
-anywhere else. Leaves out the estimate behind the plan (``plan``) and every file (``callbacks``).
+anywhere else.
 """
 
 from __future__ import annotations

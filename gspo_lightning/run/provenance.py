@@ -1,7 +1,7 @@
 """What code a run was made with: versions, the commit and what it lacks, or a copy of the source.
 
-Decides what is recorded. Leaves out where and when (``run_folder``). Nothing here can stop a run:
-without git, or outside a repository, the source itself is kept.
+Decides what is recorded. Nothing here can stop a run: without git, or outside a repository, the
+source itself is kept.
 """
 
 from __future__ import annotations

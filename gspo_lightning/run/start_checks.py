@@ -1,8 +1,6 @@
 """What can be refused before a model is loaded, though Lightning would find it later or never.
 
-Decides which settings of the Trainer, which data and which checkpoint go with a module. Leaves out
-the run folder (`run_folder`), the search for a checkpoint (`checkpoint`) and model folders
-(`model_folder`).
+Decides which settings of the Trainer, which data and which checkpoint go with a module.
 """
 
 from __future__ import annotations

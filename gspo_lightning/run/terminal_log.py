@@ -1,7 +1,7 @@
 """Lines on the terminal, and a copy of them in a file for a run whose terminal is gone.
 
 Decides how a line gets there, and what of a bar that redraws itself is kept in the copy: nothing
-but its last state. Leaves out what is said, and where the file lies (``run.folder``).
+but its last state.
 """
 
 from __future__ import annotations

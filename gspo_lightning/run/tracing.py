@@ -2,7 +2,7 @@
 
 Decides which rollout is traced and where the file lies. The ranges in it (``rollout``, ``score``
 with ``reward``, ``old_logprobs`` and ``reference``, ``optimise``) are those that ``collect`` times;
-a trace changes no number. Leaves out how it is looked at: Perfetto, Chrome and TensorBoard do that.
+a trace changes no number.
 """
 
 from __future__ import annotations

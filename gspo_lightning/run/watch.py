@@ -1,7 +1,4 @@
-"""What a command knows of itself while it runs, and what it gives back at its end.
-
-Leaves out what is said at the end (``ending``).
-"""
+"""What a command knows of itself while it runs, and what it gives back at its end."""
 
 from pathlib import Path
 from typing import Any

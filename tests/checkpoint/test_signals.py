@@ -33,7 +33,7 @@ data: {class_path: support.dummies.DummyData, init_args: {num_rollouts: 6}}
 @pytest.fixture(autouse=True)
 def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("train.this_python", lambda: "python")
+    monkeypatch.setattr("gspo_lightning.run.command.this_python", lambda: "python")
     Path("run.yaml").write_text(CONFIG)
 
 

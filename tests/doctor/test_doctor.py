@@ -12,12 +12,13 @@ from tokenizers.processors import TemplateProcessing
 
 from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.doctor import memory as doctor_memory
-from gspo_lightning.doctor.examine import DoctorTrainer
+from gspo_lightning.doctor.examine import set_up_and_examine
 from gspo_lightning.doctor.rewards import flat, flat_share, terms, truncation
 from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.policy import load_policy
 from gspo_lightning.rewards.terms import RewardTerm
+from gspo_lightning.run.command import CommandTrainer
 from support.command import run
 from support.repository import ROOT
 from support.tiny_models import EOS, build_model, build_tokenizer
@@ -145,7 +146,7 @@ def test_the_groups_of_a_prompt_follow_one_another(capsys, monkeypatch, folder):
 def test_no_weight_changes_and_no_gradient_stays(tmp_path, model_dir):
     module = make_module(model_dir, reference=ReferencePolicy(device="cpu"), kl_coef=0.1)
     data = PromptData(str(write_prompts(tmp_path / "p.jsonl")), prompts_per_rollout=4)
-    trainer = DoctorTrainer(
+    trainer = CommandTrainer(
         accelerator="cpu",
         default_root_dir=tmp_path / "run",
         max_epochs=1,
@@ -155,8 +156,8 @@ def test_no_weight_changes_and_no_gradient_stays(tmp_path, model_dir):
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    trainer.doctor(module, data)
-    assert {f.status for f in trainer.findings} <= {"ok", "warning"}, trainer.findings
+    findings = set_up_and_examine(trainer, module, data, 4, 256)
+    assert {f.status for f in findings} <= {"ok", "warning"}, findings
     fresh = load_policy(module.policy_config).state_dict()
     assert all(
         torch.equal(fresh[name], value) for name, value in module.policy.state_dict().items()

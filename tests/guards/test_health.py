@@ -198,7 +198,7 @@ def test_stop_when_ends_the_run_with_a_checkpoint_and_continuing_goes_on(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    monkeypatch.setattr("train.this_python", lambda: "python")
+    monkeypatch.setattr("gspo_lightning.run.command.this_python", lambda: "python")
     Path("prompts.jsonl").write_text('{"prompt": "1+2=", "answer": "3"}\n' * 4)
     Path("real.yaml").write_text(REAL.replace("path: policy", f"path: {model_dir}"))
     command = "fit --config real.yaml --data.num_rollouts 12 --data.prompts_per_rollout 4"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import train
+from gspo_lightning.run.folder import find_leftovers
 from gspo_lightning.run.lock import FILE, RunLock, check_lock
 from support.run_folder import names
 
@@ -107,15 +108,14 @@ def test_a_training_holds_the_lock_to_its_end(monkeypatch):
 
 def test_a_run_that_ended_while_this_one_was_being_loaded_is_not_overwritten(capsys, monkeypatch):
     """Between the first look at the folder and the lock."""
-    find = train.find_leftovers
 
     def late(root):
         path = root / "checkpoints/rollout=000003.ckpt"
         path.parent.mkdir(parents=True)
         path.write_bytes(b"of another process")
-        return find(root)
+        return find_leftovers(root)
 
-    monkeypatch.setattr(train, "find_leftovers", late)
+    monkeypatch.setattr("gspo_lightning.run.command.find_leftovers", late)
     assert train.main(["fit", "--config", "run.yaml"]) == 2
     assert "run already holds a run" in capsys.readouterr().err
     assert list(contents().values()) == [b"of another process"]

@@ -13,8 +13,10 @@ import train
 from gspo_lightning.callbacks.report import markdown_table
 from gspo_lightning.frozen.reward_model import RewardModel
 from gspo_lightning.policy.policy import PolicyConfig
-from gspo_lightning.run.cli import quiet
+from gspo_lightning.run.ending import report
+from gspo_lightning.run.one_line import quiet
 from gspo_lightning.run.terminal_log import TerminalLog
+from gspo_lightning.run.watch import Watch
 from support.repository import ROOT
 from support.tiny_run import write_prompts
 
@@ -118,7 +120,7 @@ def calls(path):
             yield ast.unparse(node.func), node
 
 
-FILES = [ROOT / "train.py", *sorted((ROOT / "gspo_lightning").glob("*.py"))]
+FILES = [ROOT / "train.py", *sorted((ROOT / "gspo_lightning").rglob("*.py"))]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -200,9 +202,9 @@ def test_no_control_character_of_a_completion_reaches_terminal_or_log(folder, mo
 
 
 def test_a_traceback_has_no_control_characters(capsys):
-    watch = train.Watch()
+    watch = Watch()
     watch.begun = True
-    assert train.report(RuntimeError("\x1b[2J of a library"), watch, lambda _: "") == 1
+    assert report(RuntimeError("\x1b[2J of a library"), watch, lambda _: "") == 1
     err = capsys.readouterr().err
     assert err == "RuntimeError: \\x1b[2J of a library\n"
 

@@ -1,5 +1,6 @@
 import errno
 import os
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -9,9 +10,10 @@ import pytest
 import torch
 import yaml
 
-import train
 from gspo_lightning.checkpoint.io import damage
 from gspo_lightning.guards.out_of_memory import OutOfMemory
+from gspo_lightning.run.ending import report
+from gspo_lightning.run.watch import Watch
 from support import dummies
 from support.command import DUMMY, checkpoints, enter, refused, run
 from support.full_disk import FullDisk
@@ -23,7 +25,7 @@ from support.tiny_run import write_prompts
 @pytest.fixture(autouse=True)
 def plain_python(monkeypatch):
     """Commands are shown as if this Python were called `python` here."""
-    monkeypatch.setattr("train.this_python", lambda: "python")
+    monkeypatch.setattr("gspo_lightning.run.command.this_python", lambda: "python")
 
 
 @pytest.fixture(autouse=True)
@@ -464,6 +466,43 @@ def test_print_config_merges_overlays_in_their_order(capsys):
     assert shown["data"]["init_args"]["num_rollouts"] == 7
 
 
+# Forks for each command, so that none sees what another one has imported.
+APART = """
+import os, sys, train
+from gspo_lightning.run.command import GSPOCLI
+commands = {"fit": GSPOCLI.subcommands()["fit"]}  # the parsers of the others take most of the time
+GSPOCLI.subcommands = staticmethod(lambda: commands)
+for line in sys.stdin:
+    if os.fork() == 0:
+        code = train.main(line.split())
+        tools = [name for name in sys.modules if name.startswith("gspo_lightning.doctor.")]
+        sys.exit(f"{line} loads {tools}" if tools else code)
+    os.wait()
+"""
+
+
+def test_short_names_are_found_though_nothing_imports_their_classes_and_no_tool_is_loaded():
+    key = "--trainer.callbacks"
+    lines = [
+        f"fit --model GSPOModule --data PromptData {key} AdaptiveKL --print_config",
+        f"fit --model SFTModule --data SFTData {key}+=SampleTable --print_config",
+        f"fit --model RewardModelModule --data PreferenceData {key}+=RolloutProfile --print_config",
+        "fit --data SFTDat",
+    ]
+    program = [sys.executable, "-c", APART]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        program, input="\n".join(lines), env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "error: data: there is no class SFTDat, did you mean `SFTData`?\n"
+    shown = done.stdout.split("# lightning.pytorch==")[1:]
+    assert [re.findall(r"class_path: gspo_lightning\.(\w+)\n", text) for text in shown] == [
+        ["AdaptiveKL", "GSPOModule", "PromptData"],
+        ["SampleTable", "SFTModule", "SFTData"],
+        ["RolloutProfile", "RewardModelModule", "PreferenceData"],
+    ]
+
+
 def test_help_needs_no_libraries():
     command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
@@ -474,9 +513,9 @@ def test_help_needs_no_libraries():
 
 
 def test_a_numerical_fault_is_one_line_and_how_to_go_on(capsys):
-    watch = train.Watch()
+    watch = Watch()
     watch.begun = True
-    code = train.report(
+    code = report(
         FloatingPointError("the loss is nan; no step was taken"), watch, lambda _: "go on"
     )
     assert code == 1
@@ -497,9 +536,9 @@ def test_a_numerical_fault_is_one_line_and_how_to_go_on(capsys):
     ],
 )
 def test_short_memory_is_one_line_and_how_to_go_on(capsys, error, line):
-    watch = train.Watch()
+    watch = Watch()
     watch.begun = True
-    assert train.report(error, watch, lambda _: "go on") == 1
+    assert report(error, watch, lambda _: "go on") == 1
     assert capsys.readouterr().err == f"error: {line}\ngo on\n"
 
 
@@ -684,7 +723,7 @@ def test_only_the_newest_checkpoint_is_read_and_only_after_the_error_is_told(cap
         told.append((path.name, "the reward function broke" in capsys.readouterr().err))
         return "is damaged" if "000004" in path.name else None
 
-    monkeypatch.setattr(train, "damage", read)
+    monkeypatch.setattr("gspo_lightning.run.command.damage", read)
     assert run(capsys, "fit --config dummy.yaml --model.fail_at 5")[0] == 1
     assert told == [("rollout=000004.ckpt", True), ("rollout=000002.ckpt", False)]
 
@@ -693,14 +732,14 @@ def test_an_error_of_reading_does_not_hide_why_the_run_ended(capsys, monkeypatch
     def unreadable(path):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(train, "damage", unreadable)
+    monkeypatch.setattr("gspo_lightning.run.command.damage", unreadable)
     code, _, err = run(capsys, "fit --config dummy.yaml --model.fail_at 5")
     assert code == 1 and "RuntimeError: the reward function broke" in err
     assert "there is no checkpoint yet" not in err
 
 
 def test_a_stop_at_once_reads_no_checkpoint(capsys, monkeypatch):
-    monkeypatch.setattr(train, "damage", lambda path: pytest.fail("read"))
+    monkeypatch.setattr("gspo_lightning.run.command.damage", lambda path: pytest.fail("read"))
     key = "--trainer.callbacks"
     stop = f"{key}+=support.dummies.Signaller {key}.at=on_train_batch_start {key}.number=15"
     code, _, err = run(capsys, f"fit --config dummy.yaml {stop} {key}.rollout=5 {key}.times=2")

@@ -94,8 +94,10 @@ def main():
     import torch.utils.tensorboard
 
     import train  # noqa: F401
+    from gspo_lightning.run.command import import_classes
     from support import phases  # noqa: F401
 
+    import_classes()  # once, not in each process
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)

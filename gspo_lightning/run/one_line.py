@@ -1,6 +1,6 @@
-"""The manners of the command line: errors in one line, no noise of libraries.
+"""What a terminal sees of a mistake or a warning: one line, without the noise of libraries.
 
-Decides how a mistake is worded. Leaves out what a run consists of (`train.py`).
+Decides how a mistake that a parser found is worded, and what of the libraries' output is noise.
 """
 
 import contextlib

@@ -1,0 +1,345 @@
+"""The command line: Lightning's four commands, ``doctor`` and ``replay``.
+
+Decides which commands and options there are, what is refused before anything is loaded, and which
+callbacks, plugins and loggers a run has that its config does not name.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
+
+import gspo_lightning
+from gspo_lightning.callbacks.files import AdaptiveKL
+from gspo_lightning.callbacks.predictions import PredictionWriter
+from gspo_lightning.checkpoint.files import find_checkpoint, list_checkpoints
+from gspo_lightning.checkpoint.io import AtomicCheckpointIO, damage
+from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint
+from gspo_lightning.checkpoint.signals import forbid_requeueing
+from gspo_lightning.run.config_files import check_config_files
+from gspo_lightning.run.ending import report
+from gspo_lightning.run.folder import (
+    RunConfig,
+    check_folder,
+    check_writable,
+    find_leftovers,
+    mark_finished,
+    remove_traces,
+)
+from gspo_lightning.run.lock import check_lock
+from gspo_lightning.run.one_line import OneLineParser, quiet
+from gspo_lightning.run.plan import resume_command, this_python
+from gspo_lightning.run.progress import RolloutProgress, RunSummary
+from gspo_lightning.run.start_checks import (
+    check_checkpoint,
+    check_length,
+    check_manual,
+    check_seed,
+    check_trainer,
+)
+from gspo_lightning.run.terminal_log import say
+from gspo_lightning.run.tracing import add_profile_option, take_profile
+from gspo_lightning.run.watch import Watch
+
+# A tool stands above the command line, which knows its name and imports it when it is asked for.
+TOOLS = {
+    "doctor": "gspo_lightning.doctor.examine:main",
+    "replay": "gspo_lightning.doctor.replay:main",
+}
+
+
+class CommandTrainer(Trainer):
+    """A Trainer that can also examine what it would train.
+
+    Attributes:
+        instead_of_training: What ``fit`` does, if given, once everything is set up.
+    """
+
+    instead_of_training: Callable[[], None] | None = None
+
+    def doctor(
+        self,
+        model: Any,
+        datamodule: Any,
+        num_prompts: int = 4,
+        max_new_tokens: int = 256,
+        json: bool = False,
+    ) -> int:
+        """Examine a config in seconds, without training: each line ok, warning or error.
+
+        Args:
+            model: A GSPOModule.
+            datamodule: Its PromptData.
+            num_prompts: Prompts to complete, each twice group_size times.
+            max_new_tokens: Longest completion, in tokens, to save time; never above the sampler's.
+            json: Whether to print a JSON list instead of lines.
+
+        Returns:
+            Exit code: 1 after an error that was found, else 0.
+        """
+        tool = resolve_name(TOOLS["doctor"])
+        return tool(self, model, datamodule, num_prompts, max_new_tokens, json)
+
+    def _run_stage(self) -> Any:
+        # Private, but the one place behind everything that `fit` sets up and before it trains.
+        return (self.instead_of_training or super()._run_stage)()
+
+
+class GSPOCLI(LightningCLI):
+    """Lightning's commands and `doctor`, with this project's run folder and checkpoints.
+
+    Attributes:
+        code: Exit code of a command that ran to its end.
+    """
+
+    def __init__(self, argv: list[str], watch: Watch) -> None:
+        self.code = 0
+        self.watch = watch
+        self.argv = argv
+        self.checkpoint: Path | None = None
+        self.root = Path()
+        self.rehearsal = False  # `fast_dev_run`: leaves no files
+        self.traces: list[Callback] = []
+        import_classes()
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            trainer_class=CommandTrainer,
+            parser_class=OneLineParser,
+            save_config_callback=RunConfig,
+            seed_everything_default=0,  # True would draw another seed on continuing
+            trainer_defaults={
+                "default_root_dir": "runs/default",
+                "max_epochs": 1,  # data.num_rollouts is the length of a run
+                "log_every_n_steps": 1,  # of rollouts
+                "use_distributed_sampler": False,  # the data shares prompts among ranks itself
+                "enable_model_summary": False,  # the plan tells more
+            },
+            args=argv,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's four, without options that would do nothing here, and the doctor."""
+        four = {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
+        return four | {"doctor": {"model", "datamodule", "json"}}
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        """Options beside Lightning's own."""
+        add_profile_option(parser)
+
+    def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> Any:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--accept_changes",
+                type=bool,
+                default=False,
+                help="Continue although settings, data or models are not those of the checkpoint.",
+            )
+        if subcommand == "doctor":  # as an argument of the method it would want a value
+            parser.add_argument(
+                "--json", action="store_true", help="Print a JSON list instead of lines."
+            )
+        return parser
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse; Lightning's version warns when a program passes arguments, as tests do."""
+        check_config_files(args)
+        self.config = parser.parse_args(args)
+
+    def _set_seed(self) -> None:
+        """Refuse what numpy would, with the name of the key."""
+        check_seed(self._get(self.config, "seed_everything"))
+        super()._set_seed()
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the config alone: what a checkpoint holds must not win over it."""
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what cannot work before anything is loaded."""
+        config = self.config[self.subcommand]
+        self.root = Path(config.trainer.default_root_dir)
+        self.rehearsal = bool(config.trainer.fast_dev_run)
+        trains = self.subcommand == "fit" and not self.rehearsal
+        if trains:
+            check_lock(self.root)
+        path = config.get("ckpt_path")
+        self.checkpoint = find_checkpoint(self.root, path and str(path))
+        check_trainer(config.trainer)
+        if self.subcommand == "fit":
+            check_length(config.trainer)
+        self.traces = take_profile(config, self.subcommand)
+        if trains:
+            check_folder(self.root, self.checkpoint)
+        if self.subcommand in ("fit", "predict"):  # the others print
+            check_writable(self.root)
+        self.save_config_kwargs = {
+            "checkpoint": self.checkpoint,
+            "terminal": self.watch.terminal,
+            "leftovers": [] if self.checkpoint else find_leftovers(self.root),
+            "command": ["train.py", *self.argv],
+        }
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Fill in what the config leaves open."""
+        config = self._get(self.config_init, "trainer")
+        if not self.model.automatic_optimization:
+            check_manual(config)
+        if self.checkpoint is not None:
+            check_checkpoint(self.checkpoint, self.model)
+        plugins = as_list(config.plugins)
+        if not has(plugins, CheckpointIO):
+            plugins.append(AtomicCheckpointIO())
+        forbid_requeueing(plugins)
+        logger = config.logger
+        if self.subcommand != "fit" and logger is None:
+            logger = False  # the figures are printed; in the curves they would have no place
+        elif logger is None or logger is True:
+            logger = TensorBoardLogger(self.root, name="", version="", default_hp_metric=False)
+        callbacks = self._callbacks(config)
+        if self.subcommand == "doctor":  # nothing is written: of the callbacks two may act
+            self.save_config_callback = None
+            callbacks = [c for c in callbacks if isinstance(c, AdaptiveKL) or c is self.watch]
+            logger = False
+            kwargs |= {"profiler": None, "enable_checkpointing": False}
+            kwargs |= {"enable_progress_bar": False}
+        return super().instantiate_trainer(
+            callbacks=callbacks, plugins=plugins, logger=logger, **kwargs
+        )
+
+    def _callbacks(self, config: Any) -> list[Callback]:
+        """Those of the config, and for each kind that a run needs and that is missing, one."""
+        callbacks = [*as_list(config.callbacks), self.watch]
+        callbacks = [self.watch.signals, *callbacks, *self.traces]  # first: before others can wait
+        if config.enable_progress_bar is not False:
+            if not has(callbacks, ProgressBar):
+                callbacks.append(RolloutProgress())
+            if not has(callbacks, RunSummary):
+                callbacks.append(RunSummary())
+        if self.subcommand == "predict" and not has(callbacks, PredictionWriter):
+            callbacks.append(PredictionWriter())
+        if config.enable_checkpointing is not False and not has(callbacks, Checkpoint):
+            callbacks.append(RolloutCheckpoint())
+        for callback in callbacks:
+            if isinstance(callback, RolloutCheckpoint):
+                callback.accept_changes = bool(self._get(self.config, "accept_changes", False))
+        return callbacks
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "doctor":
+            return kwargs | {"json": self._get(self.config, "json")}
+        return kwargs | {"ckpt_path": self.checkpoint and str(self.checkpoint)}
+
+    def doctor(self, **arguments: Any) -> None:
+        """Keep the exit code; Lightning calls this in place of the Trainer's method."""
+        self.code = self.trainer.doctor(**arguments)  # type: ignore[attr-defined]
+
+    def before_fit(self) -> None:
+        """Say where the run begins, now that most of what could be refused was not."""
+        if not self.rehearsal:
+            self.watch.lock.take(self.root)
+            check_folder(self.root, self.checkpoint)  # another run may have ended here since
+        present = set(self.root.glob("*"))
+        self.watch.refuse = lambda: remove_traces(self.root, present)
+        if self.checkpoint is not None:
+            say(f"continuing from {self.checkpoint}")
+
+    def after_fit(self) -> None:
+        """Say so when a sign of run health ended the run, or there was nothing left to train."""
+        if getattr(getattr(self.model, "health", None), "stopped", None) is not None:
+            say(where_to_go_on(self.argv, self.root))
+            self.code = 1
+        elif not self.watch.signals.stopping and not self.rehearsal:
+            mark_finished(self.root)
+        if self.checkpoint is not None and self.watch.rollouts == 0:
+            say(
+                f"nothing to do: {self.checkpoint} is the end of the run; raise its length to go on"
+            )
+
+
+# ---- small things --------------------------------------------------------------------------------
+
+
+def import_classes() -> None:
+    """Import what a config names without a path: a short name is one of an imported class."""
+    for name in gspo_lightning.__all__:
+        getattr(gspo_lightning, name)
+
+
+def as_list(items: Any) -> list[Any]:
+    """None, one item or several, as a new list."""
+    return [] if items is None else [*items] if isinstance(items, list) else [items]
+
+
+def has(items: list[Any], kind: type) -> bool:
+    """Whether one of the items is of this kind."""
+    return any(isinstance(item, kind) for item in items)
+
+
+def where_to_go_on(argv: list[str], root: Path | None, read: bool = True) -> str:
+    """What is left of a training that ended early and how to continue it; empty if none began.
+
+    Args:
+        argv: The command.
+        root: The run folder.
+        read: Whether to read a checkpoint to its end; otherwise it has to look whole.
+    """
+    if root is None:
+        return ""
+    try:
+        found = reversed(list_checkpoints(root))
+        newest = next((path for path in found if not read or damage(path) is None), None)
+    except OSError as error:  # as an error of its own it would hide why the training ended
+        return f"the checkpoints of {root} cannot be read: {error.strerror}"
+    if newest is None:
+        return "there is no checkpoint yet; the same command starts again"
+    go_on = resume_command(["train.py", *argv], {}, this_python())
+    return f"last checkpoint {newest}; continue with: {go_on}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; None takes those of the process.
+
+    Returns:
+        Exit code: 0, 2 after a mistake of the user's, 1 after any other error, an error that the
+        doctor found or a stop by `model.stop_when`, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    watch = Watch()
+    umask = os.umask(0o022)  # what is written here, no group and no stranger may change
+    os.umask(umask | 0o022)
+    watch.signals.install()
+    try:
+        with quiet():
+            if argv[:1] == ["replay"]:
+                return resolve_name(TOOLS["replay"])(argv[1:])
+            code = GSPOCLI(argv, watch).code
+        if watch.signals.number is not None:
+            name = signal.Signals(watch.signals.number).name
+            say(f"{name}: stopped; {where_to_go_on(argv, watch.root)}")
+        return watch.signals.exit_code or code
+    except BaseException as error:
+        return report(error, watch, partial(where_to_go_on, argv, watch.root))
+    finally:
+        watch.signals.restore()
+        watch.terminal.close()
+        watch.lock.release()
+        os.umask(umask)
