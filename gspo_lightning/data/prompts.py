@@ -124,10 +124,6 @@ class PromptData(TokenizedData):
         """Tokens of the longest training prompt; 0 before ``setup``."""
         return max((len(ids) for ids, _ in self.examples.get("path", [])), default=0)
 
-    @property
-    def num_val_prompts(self) -> int:
-        return len(self.examples.get("val_path", []))
-
     def draw(self, counts: Sequence[int]) -> PromptBatch | None:
         """Further prompts of the training order, for groups that taught nothing.
 
