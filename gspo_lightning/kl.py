@@ -95,7 +95,16 @@ class KLRule:
     target: float
 
     def next_coef(self, coef: float, observed: float, sequences: int) -> float:
-        """Return the coefficient for the next rollout."""
+        """Return the coefficient for the next rollout.
+
+        Args:
+            coef: Coefficient used in this rollout, > 0.
+            observed: KL of this rollout's own samples, nats per token; NaN changes nothing.
+            sequences: Completions in the rollout.
+
+        Raises:
+            ValueError: If ``coef`` is not positive, or one rollout could make it so.
+        """
         raise NotImplementedError
 
     def marks(self) -> dict[str, Any]:
@@ -150,16 +159,7 @@ class MultiplicativeKL(KLRule):
             )
 
     def next_coef(self, coef: float, observed: float, sequences: int) -> float:
-        """Return the coefficient for the next rollout.
-
-        Args:
-            coef: Coefficient used in this rollout, > 0.
-            observed: KL of this rollout's own samples, nats per token; NaN changes nothing.
-            sequences: Completions in the rollout; this rule does not depend on it.
-
-        Raises:
-            ValueError: If ``coef`` is not positive.
-        """
+        """See :meth:`KLRule.next_coef`; this rule does not depend on ``sequences``."""
         del sequences  # part of what every rule is given
         _check_coef(coef)
         if math.isnan(observed):
@@ -199,16 +199,7 @@ class ProportionalKL(KLRule):
             raise ValueError(f"clip must be > 0, got {self.clip}")
 
     def next_coef(self, coef: float, observed: float, sequences: int) -> float:
-        """Return the coefficient for the next rollout.
-
-        Args:
-            coef: Coefficient used in this rollout, > 0.
-            observed: KL of this rollout's own samples, nats per token; NaN changes nothing.
-            sequences: Completions in the rollout.
-
-        Raises:
-            ValueError: If ``coef`` is not positive, or one rollout could make it so.
-        """
+        """See :meth:`KLRule.next_coef`."""
         _check_coef(coef)
         if self.clip * sequences >= self.horizon:
             bound = f"clip * sequences = {self.clip * sequences:g}"

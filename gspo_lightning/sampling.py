@@ -102,11 +102,9 @@ class GroupSampler:
             FloatingPointError: If the policy's logits are not finite.
             ValueError: If the model has no key-value cache.
         """
-        device = batch.prompt_ids.device
-        group = torch.arange(len(batch)).repeat_interleave(self.group_size)
-        uniform = torch.rand(
-            len(group), self.max_new_tokens, generator=torch.Generator().manual_seed(seed)
-        ).to(device)
+        shape = (len(batch) * self.group_size, self.max_new_tokens)
+        uniform = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+        uniform = uniform.to(batch.prompt_ids.device)
         was_training = policy.model.training
         policy.model.eval()  # gradient checkpointing would switch the KV cache off in train mode
         try:
@@ -114,24 +112,9 @@ class GroupSampler:
                 ids, logprobs = self._decode(policy, batch, uniform, computed)
         finally:
             policy.model.train(was_training)
-        mask, finished = completion_mask(ids, policy.eos_ids)
-        longest = int(mask.sum(1).max())
-        ids, mask = ids[:, :longest], mask[:, :longest]
-        index = group.to(device)
-        return Samples(
-            prompt_ids=batch.prompt_ids[index],
-            prompt_mask=batch.prompt_mask[index],
-            completion_ids=ids,
-            mask=mask,
-            finished=finished,
-            rows=[batch.rows[i] for i in group.tolist()],
-            texts=[
-                policy.tokenizer.decode(row[keep].tolist(), skip_special_tokens=True)
-                for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)
-            ],
-            group_size=self.group_size,
-            # at temperature 0 nothing is drawn from a distribution
-            logprobs=logprobs[:, :longest].masked_fill(~mask, 0) if self.temperature else None,
+        # at temperature 0 nothing is drawn from a distribution
+        return completed(
+            policy, batch, ids, self.group_size, logprobs if self.temperature else None
         )
 
     def _decode(
@@ -176,3 +159,36 @@ class GroupSampler:
         if line not in self._told:
             self._told.add(line)
             log.warning(line)
+
+
+def completed(
+    policy: Any, batch: PromptBatch, ids: Tensor, group_size: int, logprobs: Tensor | None = None
+) -> Samples:
+    """The samples that drawn tokens make, cut behind the longest completion.
+
+    Args:
+        policy: Has ``tokenizer`` and ``eos_ids``.
+        batch: P prompts.
+        ids: Drawn tokens of P * G rows, padded on the right, (B, T) int64.
+        group_size: G.
+        logprobs: Of the tokens, (B, T) float32, arbitrary behind the end.
+    """
+    mask, finished = completion_mask(ids, policy.eos_ids)
+    longest = int(mask.sum(1).max())
+    ids, mask = ids[:, :longest], mask[:, :longest]
+    group = torch.arange(len(batch)).repeat_interleave(group_size)
+    index = group.to(batch.prompt_ids.device)
+    return Samples(
+        prompt_ids=batch.prompt_ids[index],
+        prompt_mask=batch.prompt_mask[index],
+        completion_ids=ids,
+        mask=mask,
+        finished=finished,
+        rows=[batch.rows[i] for i in group.tolist()],
+        texts=[
+            policy.tokenizer.decode(row[keep].tolist(), skip_special_tokens=True)
+            for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)
+        ],
+        group_size=group_size,
+        logprobs=None if logprobs is None else logprobs[:, :longest].masked_fill(~mask, 0),
+    )

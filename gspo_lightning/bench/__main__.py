@@ -38,7 +38,7 @@ from gspo_lightning.bench.cases import (
     write_line,
 )
 from gspo_lightning.bench.report import derived, report
-from gspo_lightning.bench.worker import json_object
+from gspo_lightning.bench.worker import add_work_arguments, positive
 
 TABLES = {
     "main": ["S/32/geo/8", "S/256/geo/8", "S/32/128/8", "S/32/64/8/kl"],
@@ -88,20 +88,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def add_run_arguments(part: argparse.ArgumentParser) -> None:
     """What holds for every run of a comparison or of curves."""
-    part.add_argument("--steps", type=positive, default=3, help="RL steps timed in each run")
-    part.add_argument("--warmup", type=int, default=1, help="RL steps before them")
-    part.add_argument("--prompts-per-rollout", type=positive, default=8)
-    part.add_argument("--updates", type=positive, default=4, help="optimizer steps per rollout")
-    part.add_argument("--micro-batches", type=positive, default=1, help="per optimizer step")
-    part.add_argument("--threads", type=positive, default=1)
-    part.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    part.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    part.add_argument(
-        "--settings",
-        type=json_object,
-        default={},
-        help="further arguments of GSPOModule, such as '{\"micro_batch_size\": 8}'",
-    )
+    add_work_arguments(part)
     part.add_argument("--assets", default="runs/bench/assets", help="models and prompts")
     part.add_argument("--out", type=Path, default=Path("runs/bench/runs.jsonl"))
 
@@ -112,14 +99,6 @@ def as_case(text: str) -> Case:
         return Case.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be >= 1, got {text}")
-    return number
 
 
 def compare(options: argparse.Namespace) -> int:

@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-from gspo_lightning.bench.limits import Shape, Work
+from gspo_lightning.bench.limits import PHASES, Shape, Work
 
 Run = dict[str, Any]
-PHASES = ("total", "rollout", "reward", "old_logprobs", "reference", "optimise", "other")
 
 
 def report(runs: list[Run]) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from gspo_lightning.rollout import PromptBatch, Samples, completion_mask
+from gspo_lightning.rollout import PromptBatch, Samples
+from gspo_lightning.sampling import completed
 
 
 class GenerateSampler:
@@ -53,18 +54,4 @@ class GenerateSampler:
             drawn = sequences[:, prompt_ids.shape[1] - padding :]
             ids[rows, : drawn.shape[1]] = drawn
         policy.model.train(was_training)
-        mask, finished = completion_mask(ids, policy.eos_ids)
-        longest = int(mask.sum(1).max())
-        return Samples(
-            prompt_ids=prompt_ids,
-            prompt_mask=prompt_mask,
-            completion_ids=ids[:, :longest],
-            mask=mask[:, :longest],
-            finished=finished,
-            rows=[batch.rows[i] for i in group.tolist()],
-            texts=[
-                policy.tokenizer.decode(row[keep].tolist(), skip_special_tokens=True)
-                for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)
-            ],
-            group_size=self.group_size,
-        )
+        return completed(policy, batch, ids, self.group_size)

@@ -25,6 +25,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch import __version__ as lightning_version
 
 from gspo_lightning.bench.limits import (
+    PHASES,
     Work,
     data_sheet,
     measured_peak,
@@ -45,25 +46,17 @@ from gspo_lightning.sampling import GroupSampler
 from gspo_lightning.step import Clock, Step
 
 CPU = torch.device("cpu")
-PHASES = ("total", "rollout", "reward", "old_logprobs", "reference", "optimise", "other")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a run; names and defaults are those of ``benchmarks/trl_gspo.py``."""
+    add_work_arguments(parser)
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", required=True)
-    parser.add_argument("--steps", type=int, default=3, help="RL steps that are timed")
-    parser.add_argument("--warmup", type=int, default=1, help="RL steps before them")
-    parser.add_argument("--prompts-per-rollout", type=int, default=8)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--updates", type=int, default=4, help="optimizer steps per rollout")
-    parser.add_argument("--micro-batches", type=int, default=1, help="per optimizer step")
     parser.add_argument("--kl-coef", type=float, default=0.0)
     parser.add_argument("--learning-rate", type=float, default=1e-6)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--sampler",
@@ -72,9 +65,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="this project's; one `generate` call per completion; one per rollout",
     )
     parser.add_argument("--mkl", action="store_true", help="no matrix product by oneDNN")
+
+
+def add_work_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that a single run and a series of them have in common."""
+    parser.add_argument("--steps", type=positive, default=3, help="RL steps timed in each run")
+    parser.add_argument("--warmup", type=int, default=1, help="RL steps before them")
+    parser.add_argument("--prompts-per-rollout", type=positive, default=8)
+    parser.add_argument("--updates", type=positive, default=4, help="optimizer steps per rollout")
+    parser.add_argument("--micro-batches", type=positive, default=1, help="per optimizer step")
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument(
-        "--settings", type=json_object, default={}, help="further arguments of GSPOModule, as JSON"
+        "--settings",
+        type=json_object,
+        default={},
+        help="further arguments of GSPOModule, such as '{\"micro_batch_size\": 8}'",
     )
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, got {text}")
+    return number
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from gspo_lightning.callbacks.json_lines import keep_rollouts_before, write_json
 from gspo_lightning.callbacks.report import draw_curves, markdown_table, sample_rows
 from gspo_lightning.checkpoint.io import replacing
 from gspo_lightning.kl import KLRule, MultiplicativeKL
-from gspo_lightning.metrics import CURVES
+from gspo_lightning.metrics import CURVES, monitored
 
 
 def check_file_name(path: str) -> None:
@@ -269,13 +269,7 @@ class HFExport(Callback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if self.monitor is None or trainer.state.fn != "fit" or is_rehearsal(trainer):
             return
-        metrics = trainer.callback_metrics
-        if self.monitor not in metrics:
-            there = sorted(name for name in metrics if name.startswith("val/"))
-            raise ValueError(
-                f"HFExport.monitor {self.monitor!r} is no figure of the validation; it has {there}"
-            )
-        value = float(metrics[self.monitor])
+        value = monitored("HFExport", self.monitor, trainer.callback_metrics)
         better = self.best is None or (
             value > self.best if self.mode == "max" else value < self.best
         )

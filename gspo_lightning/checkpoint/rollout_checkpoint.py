@@ -22,6 +22,7 @@ from gspo_lightning.checkpoint.fingerprints import collect, differences, refuse_
 from gspo_lightning.checkpoint.finite import broken_weights
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, replacing
 from gspo_lightning.checkpoint.signals import StopSignals
+from gspo_lightning.metrics import monitored
 
 _TEMPORARY = re.compile(r"\..+\.(?:ckpt|yaml)\.\d+\.tmp")
 
@@ -167,14 +168,7 @@ class RolloutCheckpoint(Checkpoint):
         """The monitored figure of the validation that has just ended, NaN without one."""
         if self.monitor is None:
             return math.nan
-        metrics = trainer.callback_metrics
-        if self.monitor not in metrics:
-            there = sorted(name for name in metrics if name.startswith("val/"))
-            raise ValueError(
-                f"RolloutCheckpoint.monitor {self.monitor!r} is no figure of the validation; it "
-                f"has {there}"
-            )
-        return float(metrics[self.monitor])
+        return monitored("RolloutCheckpoint", self.monitor, trainer.callback_metrics)
 
     def _enters_best(self, value: float, number: int) -> bool:
         """Note a figure if it is among the best, and say whether it is."""

@@ -291,9 +291,7 @@ def load_critic(config: CriticConfig, policy_config: PolicyConfig, policy: Any) 
             "critic.backbone to policy"
         )
     path = config.path or policy_config.path
-    options: dict[str, Any] = {"trust_remote_code": policy_config.trust_remote_code}
-    if policy_config.attention is not None:
-        options["attn_implementation"] = policy_config.attention
+    options = policy_config.options()
     if config.path is None:
         options["revision"] = policy_config.revision
     check_model_folder("critic.path", path, policy_config.trust_remote_code)

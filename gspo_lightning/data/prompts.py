@@ -14,19 +14,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from gspo_lightning.bounds import check_at_least
-from gspo_lightning.data.demonstrations import (
-    SFTBatch,
-    SFTData,
-    TokenizedData,
-    check_files,
-    check_kind_of_data,
-)
-from gspo_lightning.data.preferences import PreferenceData
+from gspo_lightning.data.demonstrations import TokenizedData, check_files, check_kind_of_data
 from gspo_lightning.data.stream import pad
 from gspo_lightning.data.tables import column, read_rows
 from gspo_lightning.rollout import PromptBatch
-
-__all__ = ["PreferenceData", "PromptData", "SFTBatch", "SFTData", "collate_prompts"]
 
 
 class PromptData(TokenizedData):
@@ -123,10 +114,6 @@ class PromptData(TokenizedData):
     def longest_prompt(self) -> int:
         """Tokens of the longest training prompt; 0 before ``setup``."""
         return max((len(ids) for ids, _ in self.examples.get("path", [])), default=0)
-
-    @property
-    def num_val_prompts(self) -> int:
-        return len(self.examples.get("val_path", []))
 
     def draw(self, counts: Sequence[int]) -> PromptBatch | None:
         """Further prompts of the training order, for groups that taught nothing.

@@ -40,8 +40,8 @@ class Passes(ThreadPoolExecutor):
         Args:
             apart: Whether the work is for another device than the one this thread keeps busy.
             work: Called with the rest.
-            args: Positional arguments.
-            kwargs: Keyword arguments.
+            args: Its arguments.
+            kwargs: Its arguments by name.
 
         Returns:
             The result, or the error, once it is there. An error of work done here is raised now.

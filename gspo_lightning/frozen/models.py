@@ -109,9 +109,7 @@ class ReferencePolicy:
         Raises:
             ValueError: If the policy starts from random weights, which no folder holds.
         """
-        options: dict[str, Any] = {"trust_remote_code": policy.trust_remote_code}
-        if policy.attention is not None:  # other kernels would give other log-probs
-            options["attn_implementation"] = policy.attention
+        options = policy.options()
         if self.path is None:
             if policy.weights == "random":
                 raise ValueError("reference.path: a policy with random weights is in no folder")

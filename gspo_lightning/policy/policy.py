@@ -66,6 +66,13 @@ class PolicyConfig:
                 "alone; save the random weights in a folder first"
             )
 
+    def options(self) -> dict[str, Any]:
+        """What every model that is made like this policy is loaded with."""
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.attention is not None:  # other kernels would give other log-probs
+            options["attn_implementation"] = self.attention
+        return options
+
 
 class Policy(nn.Module):
     """A causal language model and its tokenizer.
@@ -216,21 +223,12 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
     """
     if tokenizer is None:
         tokenizer = load_tokenizer(config)
-    dtype = DTYPES[config.dtype]
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if config.attention is not None:
-        options["attn_implementation"] = config.attention
+    options = config.options() | {"dtype": DTYPES[config.dtype]}
     if config.weights == "random":
-        model = _random_model(config, dtype=dtype, **options)
+        model = _random_model(config, **options)
     else:
-        model = load_weights(
-            "policy.path",
-            AutoModelForCausalLM,
-            config.path,
-            dtype=dtype,
-            revision=config.revision,
-            **options,
-        )
+        options["revision"] = config.revision
+        model = load_weights("policy.path", AutoModelForCausalLM, config.path, **options)
     check_cache(model)
     open_attention(model)
     if config.lora is None:

@@ -34,10 +34,14 @@ class RewardError(ValueError):
         row: Which completion of the B failed, where that is known.
     """
 
-    def __init__(self, message: str, term: str, row: int | None = None) -> None:
+    def __init__(
+        self, message: str, term: str, row: int | None = None, cause: BaseException | None = None
+    ) -> None:
         super().__init__(message)
         self.term = term
         self.row = row
+        if cause is not None:
+            self.__cause__ = cause
 
 
 class ErrorPolicy(NamedTuple):
@@ -135,9 +139,8 @@ def _attempt(name: str, fn: RewardFn, rows: list[dict], completions: list[str]) 
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         text = " ".join(str(error).split())[:160]
         place = f"{Path(frame.filename).name}:{frame.lineno}"
-        cause = RewardError(f"reward {name!r} failed: {kind}{text} ({place})", name)
-        cause.__cause__ = error
-        return Called(None, {}, size, 0, cause)
+        line = f"reward {name!r} failed: {kind}{text} ({place})"
+        return Called(None, {}, size, 0, RewardError(line, name, cause=error))
     if len(values) != size:
         text = f"reward {name!r} gave {len(values)} values for {size} completions"
         return Called(None, {}, size, 0, RewardError(text, name))
@@ -157,20 +160,17 @@ def _number(name: str, value: Any, completion: str, row: int) -> float | RewardE
     """A value as a number, or what is wrong with it."""
     if isinstance(value, Exception):  # what happened to this completion alone
         text = f"reward {name!r} failed: {value}; for the completion {completion[:80]!r}"
-        problem = RewardError(text, name, row)
-        problem.__cause__ = value
-        return problem
+        return RewardError(text, name, row, value)
     try:
         number = None if value is None else float(value)
     except Exception as error:  # float() of tensors and arrays raises many kinds
-        problem = RewardError(
+        return RewardError(
             f"reward {name!r} gave something that is no number: {' '.join(str(error).split())}; "
             f"for the completion {completion[:80]!r}",
             name,
             row,
+            error,
         )
-        problem.__cause__ = error
-        return problem
     if number is not None and abs(number) > LARGEST:
         return RewardError(
             f"reward {name!r} gave {number} for the completion {completion[:80]!r}; a reward must "
@@ -214,15 +214,13 @@ def _located(
                 break
     if not retries:
         return error
-    located = RewardError(f"{error}; called {retries + 1} times", error.term, error.row)
-    located.__cause__ = error.__cause__
-    return located
+    text = f"{error}; called {retries + 1} times"
+    return RewardError(text, error.term, error.row, error.__cause__)
 
 
 def _at(error: RewardError, row: dict, completion: str, number: int) -> RewardError:
     """The error of a completion that was scored alone, which then names it."""
     where = f"; row with prompt {str(row.get('prompt'))[:60]!r}, completion {completion[:60]!r}"
     # an error about a value names its completion already
-    located = RewardError(str(error) + where * (error.row is None), error.term, number)
-    located.__cause__ = error.__cause__
-    return located
+    text = str(error) + where * (error.row is None)
+    return RewardError(text, error.term, number, error.__cause__)

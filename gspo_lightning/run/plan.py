@@ -14,9 +14,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from gspo_lightning.engine.head import CHUNK
+from gspo_lightning.engine.packed_attention import PREFIX
+from gspo_lightning.engine.padded import checkpoints
 from gspo_lightning.policy.policy import multiplies_by_onednn
-
-CHUNK = 256  # tokens whose float32 logits exist at a time on a CPU
 
 
 def plan_lines(trainer: Any, module: Any) -> list[str]:
@@ -154,9 +155,7 @@ def policy_memory(trainer: Any, module: Any) -> dict[str, float] | None:
             module, min(module.micro_batch_size or minibatch, minibatch), data.longest_prompt
         ),
         half_precision="16" in str(trainer.precision),
-        checkpointing=any(
-            getattr(part, "gradient_checkpointing", False) for part in model.modules()
-        ),
+        checkpointing=checkpoints(model),
     )
 
 
@@ -185,7 +184,7 @@ def _memory(trainer: Any, module: Any) -> str | None:
 def _tokens_at_once(module: Any, rows: int, prompt_tokens: int) -> int:
     """Tokens of the largest micro-batch: packed rows share a prompt within their group."""
     config = getattr(module.policy.model, "config", None)
-    packed = str(getattr(config, "_attn_implementation", "")).startswith("gspo_")
+    packed = str(getattr(config, "_attn_implementation", "")).startswith(PREFIX)
     prompts = math.ceil(rows / module.sampler.group_size) if packed else rows
     new_tokens = module.sampler.max_new_tokens
     tokens = prompts * prompt_tokens + rows * new_tokens

@@ -19,12 +19,7 @@ from torch.nn.functional import logsigmoid
 from torch.optim import Optimizer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from gspo_lightning.optim import (
-    OptimizerConfig,
-    build_optimizer,
-    num_optimizer_steps,
-    set_learning_rate,
-)
+from gspo_lightning.optim import OptimizerConfig, build_optimizer
 from gspo_lightning.policy.folder import BROKEN, load_weights, reason
 from gspo_lightning.policy.policy import (
     DTYPES,
@@ -34,7 +29,7 @@ from gspo_lightning.policy.policy import (
     load_tokenizer,
     make_ready,
 )
-from gspo_lightning.supervised.step_log import log_step
+from gspo_lightning.supervised.step_log import log_step, set_rate
 
 
 class PairLoss(NamedTuple):
@@ -154,12 +149,7 @@ class RewardModelModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One batch; Lightning runs backward, clips and steps."""
-        rate = set_learning_rate(
-            self.trainer.optimizers[0],
-            self.optimizer_config,
-            self.global_step,
-            num_optimizer_steps(self.trainer),
-        )
+        rate = set_rate(self)
         found = self.loss(batch)
         metrics = {f"train/{name}": value.detach() for name, value in found._asdict().items()}
         metrics["train/learning_rate"] = rate

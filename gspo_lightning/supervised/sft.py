@@ -17,14 +17,9 @@ from torch.optim import Optimizer
 
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.masked import masked_mean
-from gspo_lightning.optim import (
-    OptimizerConfig,
-    build_optimizer,
-    num_optimizer_steps,
-    set_learning_rate,
-)
+from gspo_lightning.optim import OptimizerConfig, build_optimizer
 from gspo_lightning.policy.policy import Policy, PolicyConfig, load_policy, load_tokenizer
-from gspo_lightning.supervised.step_log import log_step
+from gspo_lightning.supervised.step_log import log_step, set_rate
 
 
 class SFTModule(LightningModule):
@@ -81,12 +76,7 @@ class SFTModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One batch; Lightning runs backward, clips and steps."""
-        rate = set_learning_rate(
-            self.trainer.optimizers[0],
-            self.optimizer_config,
-            self.global_step,
-            num_optimizer_steps(self.trainer),
-        )
+        rate = set_rate(self)
         loss = self.loss(batch)
         metrics = {"train/loss": loss.detach(), "train/learning_rate": rate}
         log_step(self, metrics, batch_size=len(batch.mask))

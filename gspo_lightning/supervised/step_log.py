@@ -1,4 +1,4 @@
-"""The curves of a supervised step, logged before a checkpoint can be written.
+"""A supervised step: its learning rate, and its curves, logged before a checkpoint can be written.
 
 Decides when and against what they are logged. What a module gives to `self.log` reaches the loggers
 only after the callbacks have saved: a kill in between would lose the point, as the step is in the
@@ -6,6 +6,19 @@ checkpoint and does not run again.
 """
 
 from typing import Any
+
+from gspo_lightning.optim import num_optimizer_steps, set_learning_rate
+
+
+def set_rate(module: Any) -> float:
+    """Give the optimizer the learning rate of this step, and return it."""
+    trainer = module.trainer
+    return set_learning_rate(
+        trainer.optimizers[0],
+        module.optimizer_config,
+        module.global_step,
+        num_optimizer_steps(trainer),
+    )
 
 
 def log_step(module: Any, metrics: dict[str, Any], batch_size: int) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gspo_lightning.data.prompts import PromptData, SFTData
+from gspo_lightning.data import PromptData, SFTData
 from gspo_lightning.data.stream import ResumableStream, pad
 from gspo_lightning.data.tables import read_rows
 from support.tiny_data import attach, write

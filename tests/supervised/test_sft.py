@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gspo_lightning.data.prompts import SFTBatch, SFTData
+from gspo_lightning.data import SFTBatch, SFTData
 from gspo_lightning.optim import OptimizerConfig
 from gspo_lightning.policy.lora import LoRAConfig
 from gspo_lightning.policy.policy import PolicyConfig
