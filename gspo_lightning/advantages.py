@@ -1,8 +1,7 @@
 """Group-relative advantages: how much better a completion was than its siblings.
 
 Decides the baseline, the scale, and what counts as a group without information (flat: advantages
-exactly 0). A missing reward is NaN: it takes part in no statistic and gets advantage 0. Leaves out
-where rewards come from and the replacement of flat groups.
+exactly 0). A missing reward is NaN: it takes part in no statistic and gets advantage 0.
 """
 
 from typing import Literal, get_args
@@ -48,7 +47,7 @@ def group_advantages(rewards: Tensor, kind: Kind = "normalized", eps: float = 1e
     valid = ~rewards.isnan()
     count = valid.sum(dim=1, keepdim=True)
     mean = masked_mean(rewards, valid, dim=1)[:, None]
-    # flat groups by decision, not by subtraction: the mean of eight 0.1 is not 0.1 in float32
+    # Flat groups are 0 by decision, not by subtraction: in float32 the mean of eight 0.1 is not 0.1.
     centered = torch.where(valid & ~flat, rewards - mean, 0)
     if kind == "relative":
         return centered
@@ -59,7 +58,7 @@ def group_advantages(rewards: Tensor, kind: Kind = "normalized", eps: float = 1e
         variance = masked_sum(spread**2, valid) / (valid.sum() - 1).clamp(min=1)
     else:
         variance = masked_sum(centered**2, valid, dim=1)[:, None] / (count - 1).clamp(min=1)
-    # where: with eps 0 a flat group would be 0 / 0
+    # where() keeps a flat group from becoming 0 / 0 when eps is 0.
     return torch.where(centered == 0, 0, centered / (variance.sqrt() + eps))
 
 
@@ -87,5 +86,5 @@ def flat_groups(rewards: Tensor) -> Tensor:
     valid = ~rewards.isnan()
     largest = torch.where(valid, rewards, -torch.inf).amax(dim=1)
     smallest = torch.where(valid, rewards, torch.inf).amin(dim=1)
-    # with one reward the difference is 0, with none -inf: flat as well
+    # A group with one reward has the difference 0, one with none -inf: both count as flat.
     return largest - smallest <= 1e-6 * largest.abs().clamp(min=1)

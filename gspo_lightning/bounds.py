@@ -1,7 +1,7 @@
 """Bounds of numbers that a user sets, in one wording.
 
-Decides how a number out of range is refused: by its name, its bound and its value. Leaves out
-bounds that depend on another setting: who knows both words them.
+Decides how a number out of range is refused: by its name, its bound and its value. A bound that
+depends on another setting is worded by whoever knows both.
 """
 
 from __future__ import annotations

@@ -84,12 +84,12 @@ class Collector:
         if self.truncated == "mask":
             samples = replace(samples, mask=samples.mask & samples.finished[:, None])
         with step.clock.phase("score"), Passes() as passes:
-            # on other devices, and in other processes, rewards are made while the policy works
+            # Rewards of other devices and processes are made while the policy computes.
             apart = scores is None and self.rewards_apart(step)
             reward = passes.begin(apart, lambda: scores or self.score(drawn, step))
             reference = None
             if self.reference is not None:
-                # moved first: a copy that is asked for later queues up behind the policy's pass
+                # Samples move first: a copy asked for later queues up behind the policy's pass.
                 there = samples.to(self.frozen.devices["model.reference"])
                 apart = self.frozen.apart("model.reference")
                 reference = passes.begin(apart, self._ref_logprobs, self.reference, there, step)
@@ -124,7 +124,7 @@ class Collector:
         try:
             rows = len(batch) * self.sampler.group_size
             return self.sizes.fit(SAMPLED, rows, f"{step.name}, sampling", work)
-        except FloatingPointError as error:  # nothing to skip: every further rollout is the same
+        except FloatingPointError as error:  # every further rollout would be the same
             raise FloatingPointError(f"{step.name}: {error}; no completion can be drawn") from error
 
     def score(
@@ -133,7 +133,7 @@ class Collector:
         """Rewards as the group statistics are to see them, and their parts, (B,) each."""
         with step.clock.timed("reward"):
             lengths, finished = samples.mask.sum(1).cpu(), samples.finished.cpu()
-            # whitening learns once a rollout: further draws are of prompts chosen by their reward
+            # Whitening learns from the first draw alone: later prompts were chosen by their reward.
             rewards, parts, counts = score_or_keep(
                 self.rewards, samples, self.failed, learn=draw == 0, reduce=step.ranks.sum
             )
@@ -158,7 +158,7 @@ class Collector:
             return False
         processes = any(isinstance(term.fn, TimeLimit) for term in self.rewards.values())
         places = [d for key, d in self.frozen.devices.items() if key.startswith("model.rewards")]
-        # a reward model on the policy's device would want its memory at the same time
+        # A reward model on the policy's device would want memory while the policy does.
         return self.frozen.apart("model.rewards") or (
             processes and self.frozen.policy_device not in places
         )
@@ -230,7 +230,7 @@ class Collector:
             samples = join_samples([samples, more])
             rewards = torch.cat([rewards, more_rewards])
             parts = {name: torch.cat([part, more_parts[name]]) for name, part in parts.items()}
-        # groups with spread first, in the order drawn; flat ones only fill what is missing
+        # Groups with spread come first, in the order drawn; flat ones only fill what is missing.
         flat = flat_groups(rewards.view(-1, size))
         step.tally.update("rollout/flat_groups_kept", max(0, wanted - int((~flat).sum())), 1)
         groups = torch.sort(flat.int(), stable=True).indices[:wanted].sort().values

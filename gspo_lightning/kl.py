@@ -1,8 +1,6 @@
 """KL estimators per token, and the rules that adapt the KL coefficient.
 
 Decides the estimators' formulas, where the exponent is clamped, and which of them may be a loss.
-Leaves out the reduction (``objectives.token_weights``), who calls a rule and who stores the
-coefficient (``callbacks.AdaptiveKL``).
 """
 
 import math
@@ -49,7 +47,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: Estimator = "k3") 
         return d
     if kind == "k2":
         return d**2 / 2
-    # a plain clamp would leave the gradient of "+ d" alone, which has the wrong sign there
+    # A plain clamp would leave the gradient of "+ d" alone, which has the wrong sign out there.
     exponent = -d + (d - d.clamp(-MAX_EXPONENT, MAX_EXPONENT)).detach()
     return exponent.expm1() + d  # expm1: for small d, exp(-d) - 1 would lose every digit of d**2
 
@@ -160,7 +158,7 @@ class MultiplicativeKL(KLRule):
 
     def next_coef(self, coef: float, observed: float, sequences: int) -> float:
         """See :meth:`KLRule.next_coef`; this rule does not depend on ``sequences``."""
-        del sequences  # part of what every rule is given
+        del sequences
         _check_coef(coef)
         if math.isnan(observed):
             return coef

@@ -2,8 +2,6 @@
 
 Decides how a padded tensor is reduced: what lies under a False mask is replaced before any
 arithmetic, so that NaN or infinity there does no harm, and reductions run in float32 at least.
-Leaves out which tokens the mask selects (``rollout.completion_mask``) and how tokens are weighted
-in a loss (``objectives.token_weights``).
 """
 
 import torch
@@ -24,7 +22,7 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None
     >>> masked_sum(torch.tensor([1.0, 2.0, float("nan")]), torch.tensor([True, True, False]))
     tensor(3.)
     """
-    # where, not a product: NaN * 0 is NaN, in the value and in the gradient
+    # where() and no product: NaN * 0 is NaN, in the value and in the gradient.
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device)).sum(dim)
 

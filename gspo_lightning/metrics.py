@@ -1,7 +1,7 @@
 """Metrics: sums and counts over a rollout's updates, unbiased pass@k, and the names of the curves.
 
 Sums and counts are reduced over mini-batches and ranks, never means of means; extremes by maximum
-and minimum. Leaves out the logger.
+and minimum.
 """
 
 from __future__ import annotations

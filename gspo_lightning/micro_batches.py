@@ -1,7 +1,7 @@
 """Cut the rows of a mini-batch into pieces that fit into memory.
 
 Decides which rows share a forward and backward pass. That never changes a gradient: weights are
-made for the whole mini-batch before. Leaves out the passes themselves.
+made for the whole mini-batch before.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def cut_rows(
     groups.sort(key=lambda group: -prompts[group[0]] - max(lengths[row] for row in group))
 
     pieces: list[list[int]] = []
-    used = tokens + 1  # of the last piece; so that the first rows open one
+    used = tokens + 1  # tokens of the last piece: as if full, so that the first rows open a piece
 
     def open_piece() -> None:
         nonlocal used
@@ -64,7 +64,9 @@ def cut_rows(
     for group in groups:
         prompt = prompts[group[0]]
         cost = prompt + sum(lengths[row] for row in group)
-        if cost <= tokens and len(group) <= most:  # whole, here or in the next piece
+        if (
+            cost <= tokens and len(group) <= most
+        ):  # the group stays whole, in this piece or the next
             if not pieces or not fits(cost, len(group)):
                 open_piece()
             pieces[-1] += group

@@ -1,8 +1,7 @@
 """Importance ratios, clipped surrogates, aggregation weights, and the policy loss made of them.
 
 Decides what an algorithm is: a row of choices (``Objective``), no class per paper. All arithmetic
-is float32 at least, since 1 + 4e-4 is exactly 1 in bfloat16, and masked before it begins. Leaves
-out the advantages, the KL and entropy terms (which take the same weights), and when to step.
+is float32 at least, since 1 + 4e-4 is exactly 1 in bfloat16, and masked before it begins.
 """
 
 import math
@@ -127,7 +126,7 @@ def importance_log_ratio(
     sequence = masked_mean(difference, mask, dim=1)[:, None].expand_as(difference)
     if level == "sequence":
         return sequence
-    # the bracket is exactly 0; added in another order, rounding exceeds the clip range
+    # The bracket is exactly 0. Added in another order, its rounding exceeds the clip range.
     return sequence.detach() + (logprobs - logprobs.detach())
 
 
@@ -148,7 +147,7 @@ def clipped(log_ratio: Tensor, advantages: Tensor, mask: Tensor, objective: Obje
         (B, T) bool, False under a False mask.
     """
     advantages = _per_token(advantages, mask)
-    # compared as logs: around 1 float32 resolves a ratio to 1e-7 only, a log-ratio much finer
+    # Logs are compared: around 1 float32 resolves a ratio to 1e-7 only, a log-ratio much finer.
     above = log_ratio.detach() > math.log1p(objective.clip_high)
     below = log_ratio.detach() < math.log1p(-objective.clip_low)
     if objective.surrogate == "cispo":
@@ -195,7 +194,7 @@ def token_weights(
         raise ValueError(f"fixed_length needs max_length of at least 1 token, got {max_length}")
     lengths = mask.sum(dim=1, keepdim=True)
     counts = torch.stack([(lengths > 0).sum(), lengths.sum()])
-    # before the division: an average of ranks' averages would depend on how rows are dealt out
+    # Ranks add up before the division: a mean of their means would depend on who has which rows.
     num_sequences, num_tokens = (counts if reduce is None else reduce(counts)).clamp(min=1)
     if aggregation == "token_mean":
         return mask.to(dtype) / num_tokens

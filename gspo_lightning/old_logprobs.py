@@ -105,13 +105,13 @@ class OldLogProbs:
         again = samples_logprobs(self.policy.model, few, self.sampler.temperature).logprobs
         level = self.objective.ratio
         difference = importance_log_ratio(again, few.logprobs, few.mask, level)  # type: ignore[arg-type]
-        # a sequence's ratio stands in each of its columns
+        # A sequence's ratio stands in each of its columns: one column is enough.
         noise = difference[few.mask] if level == "token" else difference[few.mask.any(1), 0]
-        # around 0, not around their mean: a shift of all ratios would do harm, too; of all ranks
+        # Spread around 0, not around the mean: a shift of all ratios would do harm, too.
         squares = step.ranks.sum((noise.double() ** 2).sum()).item()
         count = step.ranks.sum(torch.tensor(float(len(noise)))).item()
         deviation = math.sqrt(squares / count) if count else math.inf
-        # a mean over many tokens may look small where each token's noise does not
+        # In half precision a mean over many tokens may look small where a token's noise is not.
         small = deviation < SMALL * self.objective.clip_width and not self._in_half_precision(step)
         chosen = self.source == "sampler" or small
         if math.isfinite(deviation):

@@ -2,7 +2,6 @@
 
 The unit of a schedule is its owner's: rollouts in ``GSPOModule``, optimizer steps in
 ``SFTModule`` and ``RewardModelModule``.
-Leaves out clipping, which the modules do.
 """
 
 from __future__ import annotations
@@ -72,9 +71,8 @@ def build_optimizer(
 
 
 def _parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    embeddings = {
-        id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)
-    }  # a tied head is the same tensor, so it is in here too
+    # A head that is tied to the embedding is the same tensor, so it does not decay either.
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in module.parameters():

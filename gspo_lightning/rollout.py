@@ -2,8 +2,7 @@
 
 Decides the layout (row = p * G + g, prompts padded on the left, completions on the right), which
 completion tokens count, and how a rollout is cut into mini-batches and micro-batches. A value is
-built whole, checked once, sliced, and never written into. Leaves out how completions are drawn and
-scored, and every average.
+built whole, checked once, sliced, and never written into.
 """
 
 import hashlib
@@ -144,7 +143,7 @@ class Samples(Movable):
                 return {name: pick(part) for name, part in value.items()}
             return [value[i] for i in numbers] if isinstance(value, list) else value
 
-        # consecutive rows from a group's first row on: code that shares a prompt trusts this
+        # A group is consecutive rows from its first one on: code that shares a prompt trusts that.
         size = self.group_size
         firsts = [first for first in numbers[::size] if first % size == 0]
         whole = numbers == [first + g for first in firsts for g in range(size)]
@@ -169,7 +168,7 @@ class Samples(Movable):
             raise ValueError(
                 f"num_minibatches must divide the {size} rows of a rollout, got {count}"
             )
-        # groups stay together, so that a mini-batch can compute each prompt once
+        # Groups stay together, so that a mini-batch can compute each prompt once.
         order = torch.randperm(size // self.group_size, generator=generator)
         rows = order[:, None] * self.group_size + torch.arange(self.group_size)
         return list(rows.flatten().chunk(count))

@@ -1,8 +1,7 @@
 """Draw G completions for each prompt, all in one batch.
 
 Decides which engine decodes, and what a seed means: one uniform number per (seed, row, position),
-so that a row's completion does not depend on which rows share its batch. Leaves out scoring, and
-every log-prob that trains unless the module is told to use the sampler's.
+so that a row's completion does not depend on which rows share its batch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is counted of a rollout, and under which name it is logged.
 
 A metric is defined here, by its expression. Means are over sequences (or tokens, where the name
-says so) of all mini-batches and ranks. Leaves out when to count and where the numbers go.
+says so) of all mini-batches and ranks.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class RolloutTally(RolloutMetrics):
         if samples.group_size > 1:  # a single completion has no group to differ from
             spread = group_advantages(groups, "relative").flatten()[valid] ** 2
             self.update("group variance", spread)
-        # a flat group at the rollout's best reward is solved, at its worst hopeless
+        # A flat group at the rollout's best reward is solved, one at its worst reward is hopeless.
         if samples.group_size > 1 and valid.any():
             flat = flat_groups(groups)
             means = masked_mean(groups, ~groups.isnan(), dim=1)
@@ -138,7 +138,7 @@ class RolloutTally(RolloutMetrics):
             self.update("policy/kl_clamped_tokens", (kl_clamped(old, ref) & mask).sum(), 1)
 
     def _update_finite(self, name: str, values: Tensor) -> None:
-        # a broken row is counted as a fault, and must not hide what the others show
+        # A broken row is counted as a fault; as NaN it would hide what the other rows show.
         self.update(name, values[values.isfinite()])
 
     def count_losses(

@@ -130,7 +130,7 @@ class Updater:
             except Exception as error:
                 self._check_repeatable(error, step)
             optimizer.zero_grad()
-            self.shell.untoggle_optimizer(optimizer)  # which the error has left toggled
+            self.shell.untoggle_optimizer(optimizer)  # the error has left it toggled
             what = f"{self._place(step)}, an update"
             self.sizes.halve(MICRO, len(minibatch), what, rollout.micro_batch_indices)
             # In the batches of the update again, or rounding would look like a ratio that moved.
@@ -224,14 +224,14 @@ class Updater:
                 f"smaller model.init_args.{key}"
             ) from error
         if step.synced and step.ranks.count > 1:
-            # other ranks may have the half of a gradient that this one was sending
+            # Other ranks may have the half of a gradient that this rank was sending.
             raise OutOfMemory(
                 f"out of memory in {self._place(step)} ({key} {size}), in a pass that other ranks "
                 f"share; continue with a smaller model.init_args.{key}"
             ) from error
 
     def _count_step(self, step: Step, skipped: bool, fault: bool) -> None:
-        # by one rank: totals are summed over ranks, and all take or skip a step together
+        # Rank 0 counts for all: totals are summed over ranks, which take or skip a step together.
         first = step.ranks.rank == 0
         step.tally.update("optim/skipped_steps", float(skipped and first))
         step.tally.update("optim/faults", float(fault and first))
