@@ -47,7 +47,7 @@ def group_advantages(rewards: Tensor, kind: Kind = "normalized", eps: float = 1e
     valid = ~rewards.isnan()
     count = valid.sum(dim=1, keepdim=True)
     mean = masked_mean(rewards, valid, dim=1)[:, None]
-    # Flat groups are 0 by decision, not by subtraction: in float32 the mean of eight 0.1 is not 0.1.
+    # Flat groups are 0 by decision, not by subtraction: in float32 eight 0.1 have another mean.
     centered = torch.where(valid & ~flat, rewards - mean, 0)
     if kind == "relative":
         return centered

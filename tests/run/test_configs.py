@@ -155,7 +155,7 @@ def test_an_algorithm_is_its_row(stack, name):
     # the limit of base.yaml, of which the slopes are a fifth
     long = ["--model.sampler.max_new_tokens", "1024"]
     model = stack("task/gsm8k", "hardware/cpu", f"algorithm/{name}", options=long).model
-    row = (model.objective, model.advantage_kind, model.kl_coef, model.drop_flat_groups)
+    row = (model.objective, model.advantages, model.kl_coef, model.drop_flat_groups)
     assert (*row, model.overlong_ramp, model.num_minibatches) == ROWS[name]
     assert (model.reference is not None) == (model.kl_coef > 0)
     origin = name.startswith("origin")
@@ -185,7 +185,7 @@ def test_the_stack_that_base_shows_is_instantiated(stack):
 
 def test_base_alone_is_gspo(stack):
     model = stack("task/gsm8k").model
-    assert (model.objective, model.advantage_kind, model.reference) == (GSPO, "normalized", None)
+    assert (model.objective, model.advantages, model.reference) == (GSPO, "normalized", None)
 
 
 def test_a_slope_is_a_share_of_the_limit_or_a_number_of_tokens(stack):
