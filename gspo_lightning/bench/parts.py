@@ -19,9 +19,8 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gspo_lightning.bench.cases import heading, in_process, remark
+from gspo_lightning.bench.cases import heading, in_process, letters_a_to_m, remark, resident
 from gspo_lightning.bench.report import number, table
-from gspo_lightning.bench.worker import letters_a_to_m, resident
 from gspo_lightning.checkpoint.files import find_checkpoint
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO
 from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint

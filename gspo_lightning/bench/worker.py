@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ import transformers
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch import __version__ as lightning_version
 
+from gspo_lightning.bench.cases import letters_a_to_m, resident
 from gspo_lightning.bench.limits import (
     PHASES,
     Work,
@@ -172,11 +171,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def letters_a_to_m(rows: list[dict], completions: list[str]) -> list[float | None]:
-    """Share of the characters a to m: cheap, deterministic and different within a group."""
-    return [sum("a" <= c <= "m" for c in text) / max(len(text), 1) for text in completions]
-
-
 class InFileOrder(PromptData):
     """Rollout k takes the prompts k*P to k*P+P-1 of the file, around its end."""
 
@@ -302,9 +296,3 @@ def _on_the_cpu(module: TimedModule) -> list[float]:
     """Peaks of the phases in the process's resident memory, GiB."""
     ending = "_gib" if module.device.type == "cpu" else "_gib_cpu"
     return [gib for name, gib in module.clock.peak_memory.items() if name.endswith(ending)]
-
-
-def resident() -> float:
-    """Resident memory of this process now, MiB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
