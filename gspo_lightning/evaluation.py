@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torchmetrics import MetricCollection
 
+from gspo_lightning.bounds import check_at_least
 from gspo_lightning.metrics import PassAtK, RolloutMetrics
 from gspo_lightning.rewards.terms import RewardTerm, Scores, score
 from gspo_lightning.rollout import PromptBatch, Samples
@@ -44,14 +45,12 @@ class Evaluation:
     ks: tuple[int, ...] = (1, 4)
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise ValueError(f"evaluation.num_samples must be >= 1, got {self.num_samples}")
+        counts = {"num_samples": self.num_samples, "max_new_tokens": self.max_new_tokens}
+        check_at_least(1, "evaluation.", **counts)
         if not math.isfinite(self.threshold):  # nothing would ever count as right, or all
             raise ValueError(f"evaluation.threshold must be finite, got {self.threshold}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"evaluation.temperature must be above 0, got {self.temperature}")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"evaluation.max_new_tokens must be >= 1, got {self.max_new_tokens}")
         if any(not 1 <= k <= self.num_samples for k in self.ks):
             raise ValueError(
                 f"evaluation.ks must lie in [1, num_samples = {self.num_samples}], got {self.ks}"
