@@ -4,8 +4,6 @@ Decides how a number out of range is refused: by its name, its bound and its val
 depends on another setting is worded by whoever knows both.
 """
 
-from __future__ import annotations
-
 import math
 
 

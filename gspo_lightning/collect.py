@@ -3,8 +3,6 @@
 Decides what runs when, what runs beside what, and which prompts are replaced.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace

@@ -4,8 +4,6 @@ Decides what "correct" means (a reward term at or above a threshold) and how com
 for it, apart from the settings that training samples with.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Sums and counts are reduced over mini-batches and ranks, never means of means; e
 and minimum.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ Decides which rows share a forward and backward pass. That never changes a gradi
 made for the whole mini-batch before.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

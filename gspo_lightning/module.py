@@ -3,8 +3,6 @@
 Decides the settings, what Lightning's hooks do, and what is logged of a step.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ Decides between three sources: the first update's own forward pass, the sampler 
 its log-probs is small, and a pass in the batches of the update.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple

@@ -4,8 +4,6 @@ The unit of a schedule is its owner's: rollouts in ``GSPOModule``, optimizer ste
 ``SFTModule`` and ``RewardModelModule``.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

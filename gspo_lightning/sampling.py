@@ -4,8 +4,6 @@ Decides which engine decodes, and what a seed means: one uniform number per (see
 so that a row's completion does not depend on which rows share its batch.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import Any, Protocol

@@ -4,8 +4,6 @@ Decides what is remembered between the two halves of a step, what ranks share, h
 streams are named, and how its seconds and its peak memory are measured.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

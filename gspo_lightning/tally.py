@@ -4,8 +4,6 @@ A metric is defined here, by its expression. Means are over sequences (or tokens
 says so) of all mini-batches and ranks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 

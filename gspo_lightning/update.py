@@ -3,8 +3,6 @@
 Decides when a step is skipped, what is counted of it, and what is done again when memory is short.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

@@ -2,5 +2,3 @@
 
 from gspo_lightning.callbacks.files import AdaptiveKL, CurvePlot, HFExport, SampleTable
 from gspo_lightning.callbacks.predictions import PredictionWriter
-
-__all__ = ["AdaptiveKL", "CurvePlot", "HFExport", "PredictionWriter", "SampleTable"]

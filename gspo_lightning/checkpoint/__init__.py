@@ -1,5 +1,3 @@
 """What a run needs to stop at any instant and go on exactly."""
 
 from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint
-
-__all__ = ["RolloutCheckpoint"]

@@ -2,5 +2,3 @@
 
 from gspo_lightning.critic.critic import Critic, CriticConfig, check_critic, fit_critic, load_critic
 from gspo_lightning.critic.gae import ValueLoss
-
-__all__ = ["Critic", "CriticConfig", "ValueLoss", "check_critic", "fit_critic", "load_critic"]

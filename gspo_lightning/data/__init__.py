@@ -3,5 +3,3 @@
 from gspo_lightning.data.demonstrations import SFTBatch, SFTData
 from gspo_lightning.data.preferences import PreferenceData
 from gspo_lightning.data.prompts import PromptData, collate_prompts
-
-__all__ = ["PreferenceData", "PromptData", "SFTBatch", "SFTData", "collate_prompts"]

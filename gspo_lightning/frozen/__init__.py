@@ -2,5 +2,3 @@
 
 from gspo_lightning.frozen.models import FrozenModels, ReferencePolicy
 from gspo_lightning.frozen.reward_model import RewardModel
-
-__all__ = ["FrozenModels", "ReferencePolicy", "RewardModel"]

@@ -2,5 +2,3 @@
 
 from gspo_lightning.policy.lora import LoRAConfig
 from gspo_lightning.policy.policy import Policy, PolicyConfig, load_policy, load_tokenizer
-
-__all__ = ["LoRAConfig", "Policy", "PolicyConfig", "load_policy", "load_tokenizer"]

@@ -2,5 +2,3 @@
 
 from gspo_lightning.supervised.reward_model import RewardModelModule
 from gspo_lightning.supervised.sft import SFTModule
-
-__all__ = ["RewardModelModule", "SFTModule"]
