@@ -58,9 +58,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        part = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        part.set_defaults(run=run)
-        return part
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
 
     engines = command("compare", compare, "engines in turn on the same work (the default)")
     work = engines.add_mutually_exclusive_group()
@@ -71,10 +71,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     engines.add_argument("--repeats", type=positive, default=2)
     curves = command("scaling", scaling.scaling, "curves of time and memory, as a picture")
     scaling.add_arguments(curves)
-    for part in (engines, curves):
-        add_run_arguments(part)
-        part.add_argument("--assets", default="runs/bench/assets", help="models and prompts")
-        part.add_argument("--out", type=Path, default=Path("runs/bench/runs.jsonl"))
+    for several in (engines, curves):
+        add_run_arguments(several)
+        several.add_argument("--assets", default="runs/bench/assets", help="models and prompts")
+        several.add_argument("--out", type=Path, default=Path("runs/bench/runs.jsonl"))
     loss = command("loss", parts.loss, "log-probs and their gradient against full logits")
     parts.add_loss_arguments(loss)
     checkpoint = command("checkpoint", parts.checkpoint, "seconds to write one, to go on from it")

@@ -182,7 +182,7 @@ def roofline(shape: Shape, work: Work, width: int, flops: float, bandwidth: floa
     """Seconds below which a GPU cannot do it, from its data sheet.
 
     Args:
-        shape: The model.
+        shape: Of the model.
         work: What is sampled and trained on.
         width: Bytes of a weight.
         flops: Peak FLOP/s.
@@ -210,10 +210,10 @@ def _forward_backward(weights: Sequence[Tensor], rows: int) -> None:
         linear(gradient.T, x.T)
 
 
-def _clocked(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+def _clocked(action: Callable[[], Any], device: torch.device) -> tuple[float, float]:
     """Wall and CPU seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
-    work()
+    action()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - wall, time.process_time() - cpu

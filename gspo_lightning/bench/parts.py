@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -30,6 +30,7 @@ from gspo_lightning.run.terminal_log import say
 from gspo_lightning.step import CPU
 
 DEMO = Path(__file__).parents[2] / "data" / "arithmetic"
+Clocks = tuple[float, float]  # wall and CPU seconds
 
 
 def plain_logprobs(model: Any, prompt: Tensor, completion: Tensor) -> Tensor:
@@ -57,9 +58,8 @@ def add_loss_arguments(part: argparse.ArgumentParser) -> None:
     part.add_argument("--tokens", type=int, default=128, help="of each completion")
     part.add_argument("--repeats", type=int, default=2)
     part.add_argument("--threads", type=int, default=1)
-    part.add_argument(
-        "--way", choices=LOGPROBS, help="measure this one here, JSON on the last line"
-    )
+    way = "measure this one here, JSON on the last line"
+    part.add_argument("--way", choices=LOGPROBS, help=way)
     part.add_argument("--frozen", action="store_true", help="with it: the embedding is not trained")
 
 
@@ -109,13 +109,13 @@ def measure_loss(options: argparse.Namespace) -> dict[str, float]:
     )
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.get_input_embeddings().weight.requires_grad_(not options.frozen)  # the head's, too
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     prompt = torch.randint(2, options.vocabulary, (1, 8)).expand(options.sequences, -1)
 
     def step(length: int) -> None:
         completion = torch.randint(2, options.vocabulary, (options.sequences, length))
         logprobs = LOGPROBS[options.way](model, prompt, completion)
-        torch.autograd.grad(logprobs.mean(), parameters)
+        torch.autograd.grad(logprobs.mean(), trained)
 
     step(2)  # what is made once is no part of the figures
     reset_peaks([CPU])
@@ -124,7 +124,7 @@ def measure_loss(options: argparse.Namespace) -> dict[str, float]:
     return {
         "cpu_seconds": time.process_time() - start,
         "extra_mib": 1024 * peaks([CPU])[CPU] - base,
-        "gradients_mib": sum(p.numel() * p.element_size() for p in parameters) / 2**20,
+        "gradients_mib": sum(p.numel() * p.element_size() for p in trained) / 2**20,
     }
 
 
@@ -157,13 +157,6 @@ def checkpoint(options: argparse.Namespace) -> int:
     return 0
 
 
-class Clocks(NamedTuple):
-    """Seconds."""
-
-    wall: float
-    cpu: float
-
-
 def starts(pairs: list[tuple[Clocks, Clocks]]) -> list[list[str]]:
     """Rows of a table: fresh and continued starts, medians, and the median of their ratios."""
     fresh, continued = zip(*pairs, strict=True)
@@ -178,7 +171,7 @@ def short_run(
     options: argparse.Namespace, folder: Path, callbacks: list[Callback], ckpt: str | None = None
 ) -> Clocks:
     """One rollout of a run, the first or the next one; how long it took until it began."""
-    start, begun = Clocks(time.perf_counter(), time.process_time()), Begun()
+    wall, cpu, begun = time.perf_counter(), time.process_time(), Begun()
     seed_everything(0, verbose=False)
     module = gspo.GSPOModule(
         gspo.PolicyConfig(options.model),
@@ -197,14 +190,14 @@ def short_run(
     path = find_checkpoint(folder, ckpt)
     trainer.fit(module, data, ckpt_path=path, weights_only=True if path else None)
     assert begun.rollout == rollouts
-    return Clocks(begun.at.wall - start.wall, begun.at.cpu - start.cpu)
+    return begun.at[0] - wall, begun.at[1] - cpu
 
 
 class Begun(Callback):
     """Reads the clocks when the first rollout of a run begins, and says which one that was."""
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        self.at = Clocks(time.perf_counter(), time.process_time())
+        self.at: Clocks = (time.perf_counter(), time.process_time())
         self.rollout = trainer.fit_loop.total_batch_idx + 1
 
 

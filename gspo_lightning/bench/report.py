@@ -136,8 +136,8 @@ def utilisation(group: list[Run], runs: list[Run], unit: str) -> tuple[float, fl
         works = [Work(tuple(r["prompts"]), tuple(r["lengths"])) for r in run["rollouts"]]
         forward = sum(work.forward_flops(shape) for work in works) / len(works)
         passes = 5 if run["options"]["kl_coef"] else 4  # sampling, forward, backward, reference
-        work = {"rollout": forward, "optimise": 3 * forward, "total": passes * forward}
-        shares.append([flops / run[unit][phase] for phase, flops in work.items()])
+        needed = {"rollout": forward, "optimise": 3 * forward, "total": passes * forward}
+        shares.append([flops / run[unit][phase] for phase, flops in needed.items()])
     peak = peak_flops(known)
     rollout, optimise, total = (median(values) / peak for values in zip(*shares, strict=True))
     return rollout, optimise, total
@@ -145,8 +145,7 @@ def utilisation(group: list[Run], runs: list[Run], unit: str) -> tuple[float, fl
 
 def peak_flops(runs: list[Run]) -> float:
     """FLOP/s of the data sheet, else the measured ones."""
-    sheet = runs[0]["limits"].get("sheet_flops")
-    return sheet or median(run["limits"]["measured_flops"] for run in runs)
+    return runs[0]["limits"].get("sheet_flops") or mid(runs, "limits", "measured_flops")
 
 
 def by_engine(runs: list[Run]) -> list[tuple[str, str, list[Run]]]:
@@ -190,12 +189,12 @@ def table(rows: list[list[str]]) -> str:
     | ---- | --: |
     | a    | 1.5 |
     """
-    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
-    texts = [all(not row[i][:1].isdigit() for row in rows[1:]) for i in range(len(widths))]
-
-    def fit(cell: str, i: int) -> str:
-        return cell.ljust(widths[i]) if texts[i] else cell.rjust(widths[i])
-
-    lines = [[fit(cell, i) for i, cell in enumerate(row)] for row in rows]
-    rule = ["-" * w if text else "-" * (w - 1) + ":" for w, text in zip(widths, texts, strict=True)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+    columns = []
+    for title, *cells in zip(*rows, strict=True):
+        width = max(3, *map(len, (title, *cells)))
+        if any(cell[:1].isdigit() for cell in cells):
+            rule, fit = "-" * (width - 1) + ":", str.rjust
+        else:
+            rule, fit = "-" * width, str.ljust
+        columns.append([fit(cell, width) for cell in (title, rule, *cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))

@@ -1,4 +1,4 @@
-"""What a comparison says: a table with its noise, a figure, and which differences exceed the noise.
+"""What a comparison says: tables with their noise, pictures, which differences exceed the noise.
 
 Decides which test that is: a paired t-test over seeds, as the same seed gives every algorithm the
 same prompts in the same order and the same random numbers, with Holm's correction for the number
@@ -188,7 +188,7 @@ def cost_table(groups: Mapping[tuple[str, int], list[Run]]) -> list[str]:
     return table(rows)
 
 
-# --- figure ---------------------------------------------------------------------------------------
+# --- picture --------------------------------------------------------------------------------------
 
 
 def series(run: Run, key: str) -> tuple[list[float], list[float], list[float]]:
@@ -206,10 +206,10 @@ def draw(path: Path, groups: Mapping[tuple[str, int], list[Run]]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 18), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
+    picture = Figure(figsize=(12, 18), dpi=100, layout="constrained")
+    FigureCanvasAgg(picture)
     several = len({updates for _, updates in groups}) > 1
-    for row, (title, key) in zip(figure.subplots(len(PANELS), 2), PANELS, strict=True):
+    for row, (title, key) in zip(picture.subplots(len(PANELS), 2), PANELS, strict=True):
         for colour, ((algorithm, updates), runs) in zip(COLOURS, groups.items(), strict=False):
             found = [series(run, key) for run in runs]
             # as far as the shortest run of the group goes
@@ -232,16 +232,16 @@ def draw(path: Path, groups: Mapping[tuple[str, int], list[Run]]) -> None:
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(labelsize=8, colors="0.35")
             axes.grid(color="0.92", linewidth=0.8)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False)
-    figure.savefig(path, format="png")
+    handles, labels = picture.axes[0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False)
+    picture.savefig(path, format="png")
 
 
 # --- report ---------------------------------------------------------------------------------------
 
 
 def write_report(out: Path, plan: Plan, runs: Mapping[str, list[Run]], command: str) -> None:
-    """Write the report and its figures.
+    """Write the report and its pictures.
 
     Args:
         out: Path without ending; ``out.md``, and ``out_SECTION.png`` for each section.
