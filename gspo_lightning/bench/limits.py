@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from gspo_lightning.engine.linear_logprobs import linear
 
-PHASES = ("total", "rollout", "reward", "old_logprobs", "reference", "optimise", "other")
 # dense FLOP/s of tensor cores in bfloat16, of plain cores in float32, bytes/s; from data sheets
 DATA_SHEETS = {
     "H100 PCIe": (756e12, 51e12, 2.0e12),

@@ -25,7 +25,7 @@ from gspo_lightning.checkpoint.files import find_checkpoint
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO
 from gspo_lightning.guards.memory import peaks, reset_peaks
 from gspo_lightning.logprobs import completion_logprobs
-from gspo_lightning.run.cli import quiet
+from gspo_lightning.run.one_line import quiet
 from gspo_lightning.run.terminal_log import say
 from gspo_lightning.step import CPU
 

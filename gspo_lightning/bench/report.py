@@ -11,7 +11,7 @@ from operator import getitem
 from statistics import median
 from typing import Any
 
-from gspo_lightning.bench.limits import PHASES, Shape, Work
+from gspo_lightning.bench.limits import Shape, Work
 
 Run = dict[str, Any]
 PHASES = ("total", "rollout", "reward", "old_logprobs", "reference", "optimise", "other")

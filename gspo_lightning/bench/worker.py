@@ -27,7 +27,7 @@ from gspo_lightning.bench.cases import add_run_arguments
 from gspo_lightning.bench.report import PHASES
 from gspo_lightning.bench.samplers import GenerateSampler
 from gspo_lightning.guards.memory import peaks
-from gspo_lightning.run.cli import quiet
+from gspo_lightning.run.one_line import quiet
 from gspo_lightning.step import CPU, Clock, Step
 
 
