@@ -1,6 +1,7 @@
 """Runs of a benchmark: the work, its models, and one process for each run.
 
-Decides what a case is, how an engine is started on it, and what is kept of a run.
+Decides what a case is, how an engine is started on it, what is kept of a run, and what measured
+runs have in common.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any, Self
 
 import torch
 import transformers
+from lightning.pytorch import Callback, Trainer
 
 from gspo_lightning.bench.report import Run, derived
 from gspo_lightning.run.terminal_log import say
@@ -209,3 +211,21 @@ def machine(device: str) -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
+
+
+def bare_trainer(folder: str | Path, callbacks: list[Callback], **settings: Any) -> Trainer:
+    """A trainer of one epoch on one device that logs, draws and, unless asked to, keeps nothing."""
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    settings = {"devices": 1, "max_epochs": 1, **dict.fromkeys(off, False), **settings}
+    return Trainer(default_root_dir=folder, callbacks=callbacks, **settings)
+
+
+def letters_a_to_m(rows: list[dict], completions: list[str]) -> list[float | None]:
+    """Share of the characters a to m: cheap, deterministic and different within a group."""
+    return [sum("a" <= c <= "m" for c in text) / max(len(text), 1) for text in completions]
+
+
+def resident() -> float:
+    """Resident memory of this process now, MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

@@ -18,9 +18,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gspo_lightning as gspo
-from gspo_lightning.bench.cases import heading, in_process
+from gspo_lightning.bench.cases import bare_trainer, heading, in_process, letters_a_to_m, resident
 from gspo_lightning.bench.report import number, table
-from gspo_lightning.bench.worker import bare_trainer, letters_a_to_m, resident
 from gspo_lightning.checkpoint.files import find_checkpoint
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO
 from gspo_lightning.guards.memory import peaks, reset_peaks

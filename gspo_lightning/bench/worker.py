@@ -6,13 +6,11 @@ busy machine does not stretch. Reward, prompts, order and updates are those of t
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -23,7 +21,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 import gspo_lightning as gspo
 from gspo_lightning.bench import limits
-from gspo_lightning.bench.cases import add_run_arguments
+from gspo_lightning.bench.cases import add_run_arguments, bare_trainer, letters_a_to_m, resident
 from gspo_lightning.bench.report import PHASES
 from gspo_lightning.bench.samplers import GenerateSampler
 from gspo_lightning.guards.memory import peaks
@@ -109,18 +107,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "limits": limits_here(module, timed[-1]["work"], options),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, lightning)},
     }
-
-
-def bare_trainer(folder: str | Path, callbacks: list[Callback], **settings: Any) -> Trainer:
-    """A trainer of one epoch on one device that logs, draws and, unless asked to, keeps nothing."""
-    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    settings = {"devices": 1, "max_epochs": 1, **dict.fromkeys(off, False), **settings}
-    return Trainer(default_root_dir=folder, callbacks=callbacks, **settings)
-
-
-def letters_a_to_m(rows: list[dict], completions: list[str]) -> list[float | None]:
-    """Share of the characters a to m: cheap, deterministic and different within a group."""
-    return [sum("a" <= c <= "m" for c in text) / max(len(text), 1) for text in completions]
 
 
 class InFileOrder(gspo.PromptData):
@@ -238,9 +224,3 @@ def _phases(seconds: dict[str, float], total: float) -> dict[str, float]:
 
 def _medians(steps: list[dict[str, float]]) -> dict[str, float]:
     return {name: median(step[name] for step in steps) for name in PHASES}
-
-
-def resident() -> float:
-    """Resident memory of this process now, MiB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
