@@ -16,29 +16,26 @@ is a line of JSON in --out; the tables on standard output are Markdown. Ratios a
 which a busy machine does not stretch; on a GPU of seconds.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from gspo_lightning.bench import parts as bench_parts
-from gspo_lightning.bench import scaling as bench_scaling
-from gspo_lightning.bench import worker as bench_worker
+from gspo_lightning.bench import parts, scaling, worker
 from gspo_lightning.bench.cases import (
     ENGINES,
     BenchError,
     Case,
+    add_run_arguments,
     check,
     heading,
+    keep,
     one_run,
-    remark,
-    write_line,
+    positive,
 )
-from gspo_lightning.bench.report import derived, report
-from gspo_lightning.bench.worker import add_work_arguments, positive
+from gspo_lightning.bench.report import Run, report
+from gspo_lightning.run.terminal_log import say
 
 TABLES = {
     "main": ["S/32/geo/8", "S/256/geo/8", "S/32/128/8", "S/32/64/8/kl"],
@@ -61,44 +58,30 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        part = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        part.set_defaults(run=run)
-        return part
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
 
-    part = command("compare", compare, "engines in turn on the same work (the default)")
-    work = part.add_mutually_exclusive_group()
+    engines = command("compare", compare, "engines in turn on the same work (the default)")
+    work = engines.add_mutually_exclusive_group()
     work.add_argument("--table", choices=TABLES, help="cases by name; without it main")
-    work.add_argument("--cases", nargs="+", type=as_case, metavar="CASE")
+    work.add_argument("--cases", nargs="+", type=Case.parse, metavar="CASE")
     work.add_argument("--quick", action="store_true", help="one tiny case, once")
-    part.add_argument("--engines", nargs="+", choices=ENGINES, default=["gspo_lightning", "trl"])
-    part.add_argument("--repeats", type=positive, default=2)
-    add_run_arguments(part)
-    part = command("scaling", bench_scaling.scaling, "curves of time and memory, as a picture")
-    bench_scaling.add_arguments(part)
-    add_run_arguments(part)
-    part = command("loss", bench_parts.loss, "log-probs and their gradient against full logits")
-    bench_parts.add_loss_arguments(part)
-    part = command("checkpoint", bench_parts.checkpoint, "seconds to write one, to go on from it")
-    bench_parts.add_checkpoint_arguments(part)
-    part = command("worker", bench_worker.print_run, "one run, JSON on the last line")
-    bench_worker.add_arguments(part)
+    engines.add_argument("--engines", nargs="+", choices=ENGINES, default=["gspo_lightning", "trl"])
+    engines.add_argument("--repeats", type=positive, default=2)
+    curves = command("scaling", scaling.scaling, "curves of time and memory, as a picture")
+    scaling.add_arguments(curves)
+    for several in (engines, curves):
+        add_run_arguments(several)
+        several.add_argument("--assets", default="runs/bench/assets", help="models and prompts")
+        several.add_argument("--out", type=Path, default=Path("runs/bench/runs.jsonl"))
+    loss = command("loss", parts.loss, "log-probs and their gradient against full logits")
+    parts.add_loss_arguments(loss)
+    checkpoint = command("checkpoint", parts.checkpoint, "seconds to write one, to go on from it")
+    parts.add_checkpoint_arguments(checkpoint)
+    worker.add_arguments(command("worker", worker.print_run, "one run, JSON on the last line"))
     known = {"-h", "--help", *commands.choices}
     return parser.parse_args(argv if argv and argv[0] in known else ["compare", *argv])
-
-
-def add_run_arguments(part: argparse.ArgumentParser) -> None:
-    """What holds for every run of a comparison or of curves."""
-    add_work_arguments(part)
-    part.add_argument("--assets", default="runs/bench/assets", help="models and prompts")
-    part.add_argument("--out", type=Path, default=Path("runs/bench/runs.jsonl"))
-
-
-def as_case(text: str) -> Case:
-    """A case, or what argparse shows if it is none."""
-    try:
-        return Case.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -108,15 +91,10 @@ def compare(options: argparse.Namespace) -> int:
     cases = options.cases or [Case.parse(text) for text in TABLES[options.table or "main"]]
     check(options, [(case, options.prompts_per_rollout) for case in cases])
     wanted = [(c, i, e) for c in cases for i in range(options.repeats) for e in options.engines]
-    runs: list[dict[str, Any]] = []
+    runs: list[Run] = []
     for done, (case, repeat, name) in enumerate(wanted, start=1):
-        result = {"case": str(case), "name": name, "repeat": repeat}
-        result |= one_run(case, name, options)
-        result |= derived(result, runs)
-        runs.append(result)
-        write_line(options.out, result)
-        spent = result["wall_seconds"]["total"]
-        remark(f"[{done}/{len(wanted)}] {case} {name}: {spent:.2f} s per RL step")
+        run = {"case": str(case), "name": name, "repeat": repeat} | one_run(case, name, options)
+        keep(run, runs, f"[{done}/{len(wanted)}] {case} {name}", options.out)
     print(heading(options, runs))
     print(report(runs))
     return 0
@@ -130,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except BenchError as error:
-        remark(f"error: {error}")
+        say(f"error: {error}")
         return 2
 
 

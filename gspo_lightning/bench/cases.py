@@ -1,28 +1,31 @@
 """Runs of a benchmark: the work, its models, and one process for each run.
 
-Decides what a case is and how an engine is started on it. Leaves out which runs are made
-(``bench``, ``bench_scaling``) and how they are timed (``bench_worker``, the script for TRL).
+Decides what a case is, how an engine is started on it, what is kept of a run, and what measured
+runs have in common.
 """
-
-from __future__ import annotations
 
 import argparse
 import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import transformers
+from lightning.pytorch import Callback, Trainer
+
+from gspo_lightning.bench.report import Run, derived
+from gspo_lightning.run.terminal_log import say
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
-MODELS = ("S", "M", "0.6B")  # sizes in benchmarks/make_models.py
+MODELS = ("S", "M", "0.6B")  # sizes that the script make_models.py knows
 ENGINES = ("gspo_lightning", "mkl", "trl", "one_by_one", "generate")  # mkl: without oneDNN
 
 
@@ -32,7 +35,7 @@ class BenchError(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of work; ``bench`` says how it is written.
+    """One kind of work; the help of the command says how it is written.
 
     >>> Case.parse("S/256/geo/16/kl")
     Case(model='S', prompt=256, length='geo32', limit=128, group=16, kl=True)
@@ -53,62 +56,89 @@ class Case:
         return f"{text}/kl" if self.kl else text
 
     @classmethod
-    def parse(cls, text: str) -> Case:
-        """Read a case.
+    def parse(cls, text: str) -> Self:
+        """Read a case from the command line.
 
         Raises:
-            ValueError: If it is not of that form.
+            argparse.ArgumentTypeError: If it is not of that form; argparse shows the text.
         """
-        parts = text.split("/")
-        kl = parts[4:] == ["kl"]
-        sized = len(parts) == 4 + kl and parts[1].isdigit() and parts[3].isdigit()
-        if not sized or not (parts[2] == "geo" or parts[2].isdigit()) or parts[0] not in MODELS:
-            raise ValueError(
+        models = "|".join(map(re.escape, MODELS))
+        found = re.fullmatch(rf"({models})/(\d+)/(geo|\d+)/(\d+)(/kl)?", text)
+        if not found:
+            raise argparse.ArgumentTypeError(
                 f"a case is MODEL/PROMPT/LENGTH/GROUP or that and /kl, with a model of "
                 f"{', '.join(MODELS)}, such as S/32/geo/8, got {text!r}"
             )
-        geometric = parts[2] == "geo"
-        return cls(
-            model=parts[0],
-            prompt=int(parts[1]),
-            length="geo32" if geometric else "full",
-            limit=128 if geometric else int(parts[2]),
-            group=int(parts[3]),
-            kl=kl,
-        )
+        model, prompt, length, group, kl = found.groups()
+        kind, limit = ("geo32", 128) if length == "geo" else ("full", int(length))
+        return cls(model, int(prompt), kind, limit, int(group), kl is not None)
 
 
-def one_run(case: Case, name: str, options: argparse.Namespace) -> dict[str, Any]:
+def add_run_arguments(part: argparse.ArgumentParser) -> None:
+    """What holds for every run of an engine on a case."""
+    part.add_argument("--steps", type=positive, default=3, help="RL steps timed in each run")
+    part.add_argument("--warmup", type=int, default=1, help="RL steps before them")
+    part.add_argument("--prompts-per-rollout", type=positive, default=8)
+    part.add_argument("--updates", type=positive, default=4, help="optimizer steps per rollout")
+    part.add_argument("--micro-batches", type=positive, default=1, help="per optimizer step")
+    part.add_argument("--threads", type=positive, default=1)
+    part.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    part.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    part.add_argument(
+        "--settings",
+        type=json_object,
+        default={},
+        help="further arguments of GSPOModule, such as '{\"micro_batch_size\": 8}'",
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, got {text}")
+    return number
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object; anything else is a ValueError."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+def one_run(case: Case, name: str, options: argparse.Namespace) -> Run:
     """One run in a process of its own.
 
     Raises:
         BenchError: If it failed; its output has gone to standard error.
     """
     model, prompts = assets(case, options)
-    arguments = [f"--model={model}", f"--prompts={prompts}", f"--max-new-tokens={case.limit}"]
-    arguments += [f"--group-size={case.group}", f"--kl-coef={0.05 if case.kl else 0.0}"]
-    for key in ("steps", "warmup", "prompts_per_rollout", "updates", "micro_batches", "threads"):
-        arguments.append(f"--{key.replace('_', '-')}={getattr(options, key)}")
-    arguments += [f"--device={options.device}", f"--dtype={options.dtype}"]
+    work = {"model": model, "prompts": prompts, "max_new_tokens": case.limit}
+    work |= {"group_size": case.group, "kl_coef": 0.05 if case.kl else 0.0}
+    same = ("steps", "warmup", "prompts_per_rollout", "updates", "micro_batches", "threads")
+    work |= {key: getattr(options, key) for key in (*same, "device", "dtype")}
+    arguments = [f"--{key.replace('_', '-')}={value}" for key, value in work.items()]
     if name == "trl":
         return in_process([str(SCRIPTS / "trl_gspo.py"), *arguments], options.threads)
     sampler = "group" if name in ("gspo_lightning", "mkl") else name
-    settings = f"--settings={json.dumps(options.settings)}"
-    worker = ["-m", "gspo_lightning.bench", "worker", f"--sampler={sampler}", settings]
-    # sampling by transformers is measured as it comes
+    worker = ["-m", "gspo_lightning.bench", "worker", f"--sampler={sampler}"]
+    # transformers' sampling is measured as it comes, without this project's matrix products
     worker += [] if name == "gspo_lightning" else ["--mkl"]
+    worker += [f"--settings={json.dumps(options.settings)}"]
     return in_process([*worker, *arguments], options.threads)
 
 
 def in_process(arguments: list[str], threads: int) -> dict[str, Any]:
     """Run Python with these arguments and read the JSON object of its last line."""
     limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, *arguments]
-    environment = {**os.environ, **limits, **quiet}
+    environment = os.environ | limits | offline
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        remark(done.stdout + done.stderr)
+        say(done.stdout + done.stderr)
         raise BenchError(f"{shlex.join(command)} ended with exit code {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -119,7 +149,7 @@ def assets(case: Case, options: argparse.Namespace) -> tuple[Path, Path]:
     model = folder / f"{case.model}-{case.length}"
     prompts = folder / f"{case.model}-{case.prompt}.jsonl"
     if not (model.is_dir() and prompts.is_file()):
-        remark(f"making {model} and {prompts}")
+        say(f"making {model} and {prompts}")
         command = [sys.executable, str(SCRIPTS / "make_models.py"), f"--out={folder}"]
         command += [f"--models={case.model}", f"--lengths={case.length}"]
         command += [f"--prompts={case.prompt}", f"--dtype={options.dtype}"]
@@ -135,12 +165,10 @@ def check(options: argparse.Namespace, cases: list[tuple[Case, int]]) -> None:
         cases: What is to be run, and with how many prompts per rollout.
 
     Raises:
-        BenchError: If the scripts of the benchmarks, an engine or a device is not there, or a
-            rollout cannot be cut into as many parts as are asked for.
+        BenchError: If scripts, an engine or a device are not there, or a rollout cannot be cut.
     """
     for case, prompts in cases:
-        completions, parts = prompts * case.group, options.updates * options.micro_batches
-        if completions % parts:
+        if prompts * case.group % (options.updates * options.micro_batches):
             raise BenchError(
                 f"{case}: {prompts} prompts x {case.group} completions cannot be cut into "
                 f"{options.updates} updates of {options.micro_batches} micro-batches"
@@ -156,14 +184,16 @@ def check(options: argparse.Namespace, cases: list[tuple[Case, int]]) -> None:
         )
 
 
-def write_line(path: Path, result: dict[str, Any]) -> None:
-    """Append a run to a file of JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(result) + "\n")
+def keep(run: Run, runs: list[Run], place: str, out: Path) -> None:
+    """Add a run and what follows from it to ``runs`` and to a file, and say how long it took."""
+    runs.append(run | derived(run, runs))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a") as file:
+        file.write(json.dumps(runs[-1]) + "\n")
+    say(f"{place}: {run['wall_seconds']['total']:.2f} s per RL step")
 
 
-def heading(options: argparse.Namespace, runs: list[dict[str, Any]]) -> str:
+def heading(options: argparse.Namespace, runs: list[Run]) -> str:
     """What stands above every table: the command, the machine and the versions."""
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     versions |= {name: version for run in runs for name, version in run["versions"].items()}
@@ -176,12 +206,18 @@ def machine(device: str) -> str:
     """The machine, in words."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = names[0].partition(":")[2].strip() if names else name
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
+
+
+def bare_trainer(folder: str | Path, callbacks: list[Callback], **settings: Any) -> Trainer:
+    """A trainer of one epoch on one device that logs, draws and, unless asked to, keeps nothing."""
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    settings = {"devices": 1, "max_epochs": 1, **dict.fromkeys(off, False), **settings}
+    return Trainer(default_root_dir=folder, callbacks=callbacks, **settings)
 
 
 def letters_a_to_m(rows: list[dict], completions: list[str]) -> list[float | None]:
@@ -193,8 +229,3 @@ def resident() -> float:
     """Resident memory of this process now, MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def remark(text: str) -> None:
-    """A line for the person who waits; tables alone go to standard output."""
-    print(text, file=sys.stderr, flush=True)

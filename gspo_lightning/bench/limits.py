@@ -3,13 +3,11 @@
 Decides the convention of "model FLOPs": only what cannot be left out is counted. A prompt is read
 once per group, padding and recomputation count nothing, the head runs on positions that predict a
 completion token, and a backward pass costs two forward passes. Old log-probs count nothing, since
-the sampler knows them. Leaves out clocks around real work (``bench_worker``).
+the sampler knows them.
 """
 
-from __future__ import annotations
-
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +16,6 @@ from torch import Tensor, nn
 
 from gspo_lightning.engine.linear_logprobs import linear
 
-PHASES = ("total", "rollout", "reward", "old_logprobs", "reference", "optimise", "other")
 # dense FLOP/s of tensor cores in bfloat16, of plain cores in float32, bytes/s; from data sheets
 DATA_SHEETS = {
     "H100 PCIe": (756e12, 51e12, 2.0e12),
@@ -69,13 +66,9 @@ class Work:
     lengths: tuple[int, ...]
 
     @property
-    def group_size(self) -> int:
-        return len(self.lengths) // len(self.prompts)
-
-    @property
     def tokens(self) -> int:
         """Tokens that the layers see: nothing follows the last token of a completion."""
-        return sum(self.prompts) + sum(self.lengths) - len(self.lengths)
+        return sum(self.prompts) + self.head_tokens - len(self.lengths)
 
     @property
     def head_tokens(self) -> int:
@@ -85,17 +78,15 @@ class Work:
     @property
     def attended(self) -> int:
         """Over all tokens, the positions that each attends to, itself included."""
-        total = sum(length * (length + 1) // 2 for length in self.prompts)
-        return total + self.attended_in_decoding
+        in_prompts = sum(length * (length + 1) // 2 for length in self.prompts)
+        return in_prompts + self.attended_in_decoding
 
     @property
     def attended_in_decoding(self) -> int:
         """The part of ``attended`` that belongs to completion tokens."""
-        total = 0
-        for row, length in enumerate(self.lengths):
-            fed = length - 1
-            total += fed * self.prompts[row // self.group_size] + fed * (fed + 1) // 2
-        return total
+        group_size = len(self.lengths) // len(self.prompts)
+        fed = [(self.prompts[row // group_size], n - 1) for row, n in enumerate(self.lengths)]
+        return sum(n * prompt + n * (n + 1) // 2 for prompt, n in fed)
 
     def running(self, step: int) -> int:
         """Completions that still run when their token number ``step`` is drawn, from 0."""
@@ -115,10 +106,9 @@ def shape_of(model: Any) -> Shape:
     """Read the sizes of a Hugging Face causal language model with dense layers."""
     body, head = linear_weights(model)
     config = model.config
-    heads = config.num_attention_heads
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    layers = config.num_hidden_layers
     return Shape(
         body=sum(weight.numel() for weight in body),
         head=head.numel(),
@@ -171,7 +161,7 @@ def products_alone(model: Any, work: Work, updates: int) -> dict[str, float]:
     """
     body, head = linear_weights(model)
     device = head.device
-    running = [work.running(t) for t in range(1, max(work.lengths))]
+    running = [work.running(step) for step in range(1, max(work.lengths))]  # no part of the time
 
     def rollout() -> None:
         _forward(body, sum(work.prompts))
@@ -184,17 +174,14 @@ def products_alone(model: Any, work: Work, updates: int) -> dict[str, float]:
             _forward_backward(body, max(1, work.tokens // updates))
             _forward_backward([head], max(1, work.head_tokens // updates))
 
-    return {
-        "rollout": _clocked(rollout, device)[1],
-        "optimise": _clocked(optimise, device)[1],
-    }
+    return {"rollout": _clocked(rollout, device)[1], "optimise": _clocked(optimise, device)[1]}
 
 
 def roofline(shape: Shape, work: Work, width: int, flops: float, bandwidth: float) -> dict:
     """Seconds below which a GPU cannot do it, from its data sheet.
 
     Args:
-        shape: The model.
+        shape: Of the model.
         work: What is sampled and trained on.
         width: Bytes of a weight.
         flops: Peak FLOP/s.
@@ -206,10 +193,7 @@ def roofline(shape: Shape, work: Work, width: int, flops: float, bandwidth: floa
     """
     decode_steps = max(work.lengths)
     read = decode_steps * (shape.body + shape.head) + shape.cache * work.attended_in_decoding
-    return {
-        "rollout": width * read / bandwidth,
-        "optimise": 3 * work.forward_flops(shape) / flops,
-    }
+    return {"rollout": width * read / bandwidth, "optimise": 3 * work.forward_flops(shape) / flops}
 
 
 def _forward(weights: Sequence[Tensor], rows: int) -> None:
@@ -225,10 +209,10 @@ def _forward_backward(weights: Sequence[Tensor], rows: int) -> None:
         linear(gradient.T, x.T)
 
 
-def _clocked(work: Any, device: torch.device) -> tuple[float, float]:
+def _clocked(action: Callable[[], Any], device: torch.device) -> tuple[float, float]:
     """Wall and CPU seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
-    work()
+    action()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - wall, time.process_time() - cpu

@@ -1,10 +1,8 @@
 """Parts measured by themselves: log-probs under a large vocabulary, checkpoints and continuing.
 
-Decides what they are compared with: log-probs with the plain way, a log-softmax over the logits of
-all positions. Leaves out whole RL steps (``bench_worker``).
+Decides what log-probs are compared with: the plain way, a log-softmax over the logits of all
+positions.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -12,30 +10,44 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gspo_lightning.bench.cases import heading, in_process, letters_a_to_m, remark, resident
+import gspo_lightning as gspo
+from gspo_lightning.bench.cases import bare_trainer, heading, in_process, letters_a_to_m, resident
 from gspo_lightning.bench.report import number, table
 from gspo_lightning.checkpoint.files import find_checkpoint
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO
-from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint
-from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.guards.memory import peaks, reset_peaks
 from gspo_lightning.logprobs import completion_logprobs
-from gspo_lightning.module import GSPOModule
-from gspo_lightning.policy.policy import PolicyConfig
-from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.run.one_line import quiet
-from gspo_lightning.sampling import GroupSampler
+from gspo_lightning.run.terminal_log import say
+from gspo_lightning.step import CPU
 
-CPU = torch.device("cpu")
-WAYS = ("full logits", "gspo_lightning")
 DEMO = Path(__file__).parents[2] / "data" / "arithmetic"
+Clocks = tuple[float, float]  # wall and CPU seconds
+
+
+def plain_logprobs(model: Any, prompt: Tensor, completion: Tensor) -> Tensor:
+    """Log-softmax over the logits of all positions."""
+    ids = torch.cat([prompt, completion], 1)
+    logits = model(input_ids=ids, use_cache=False).logits
+    distribution = logits[:, :-1].float().log_softmax(-1)
+    return distribution.gather(-1, ids[:, 1:, None])[:, prompt.shape[1] - 1 :, 0]
+
+
+def own_logprobs(model: Any, prompt: Tensor, completion: Tensor) -> Tensor:
+    """The same from ``completion_logprobs``, as an update calls it."""
+    masks = [torch.ones_like(ids, dtype=torch.bool) for ids in (prompt, completion)]
+    arguments = prompt, masks[0], completion, masks[1]
+    return completion_logprobs(model, *arguments, group_size=len(prompt)).logprobs
+
+
+LOGPROBS = {"full logits": plain_logprobs, "gspo_lightning": own_logprobs}
 
 
 def add_loss_arguments(part: argparse.ArgumentParser) -> None:
@@ -45,7 +57,8 @@ def add_loss_arguments(part: argparse.ArgumentParser) -> None:
     part.add_argument("--tokens", type=int, default=128, help="of each completion")
     part.add_argument("--repeats", type=int, default=2)
     part.add_argument("--threads", type=int, default=1)
-    part.add_argument("--way", choices=WAYS, help="measure this one here, JSON on the last line")
+    way = "measure this one here, JSON on the last line"
+    part.add_argument("--way", choices=LOGPROBS, help=way)
     part.add_argument("--frozen", action="store_true", help="with it: the embedding is not trained")
 
 
@@ -56,7 +69,7 @@ def loss(options: argparse.Namespace) -> int:
         return 0
     names = ("vocabulary", "hidden", "sequences", "tokens", "threads")
     arguments = [f"--{name}={getattr(options, name)}" for name in names]
-    kinds = [(way, frozen) for frozen in (True, False) for way in WAYS]
+    kinds = [(way, frozen) for frozen in (True, False) for way in LOGPROBS]
     found: dict[tuple[str, bool], list[dict[str, float]]] = {kind: [] for kind in kinds}
     for repeat in range(options.repeats):
         for way, frozen in kinds:
@@ -64,7 +77,7 @@ def loss(options: argparse.Namespace) -> int:
             command += ["--frozen"] if frozen else []
             result = in_process(command, options.threads)
             found[way, frozen].append(result)
-            remark(f"[{repeat + 1}/{options.repeats}] {way}: {result['cpu_seconds']:.2f} CPU s")
+            say(f"[{repeat + 1}/{options.repeats}] {way}: {result['cpu_seconds']:.2f} CPU s")
     rows = [["embedding", "log-probs", "CPU seconds", "peak MiB above start", "of which gradients"]]
     for (way, frozen), results in found.items():
         middle = {name: median(result[name] for result in results) for name in results[0]}
@@ -95,13 +108,13 @@ def measure_loss(options: argparse.Namespace) -> dict[str, float]:
     )
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.get_input_embeddings().weight.requires_grad_(not options.frozen)  # the head's, too
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     prompt = torch.randint(2, options.vocabulary, (1, 8)).expand(options.sequences, -1)
 
     def step(length: int) -> None:
         completion = torch.randint(2, options.vocabulary, (options.sequences, length))
         logprobs = LOGPROBS[options.way](model, prompt, completion)
-        torch.autograd.grad(logprobs.mean(), parameters)
+        torch.autograd.grad(logprobs.mean(), trained)
 
     step(2)  # what is made once is no part of the figures
     reset_peaks([CPU])
@@ -110,31 +123,8 @@ def measure_loss(options: argparse.Namespace) -> dict[str, float]:
     return {
         "cpu_seconds": time.process_time() - start,
         "extra_mib": 1024 * peaks([CPU])[CPU] - base,
-        "gradients_mib": sum(p.numel() * p.element_size() for p in parameters) / 2**20,
+        "gradients_mib": sum(p.numel() * p.element_size() for p in trained) / 2**20,
     }
-
-
-def plain_logprobs(model: Any, prompt: Tensor, completion: Tensor) -> Tensor:
-    """Log-softmax over the logits of all positions."""
-    logits = model(input_ids=torch.cat([prompt, completion], 1), use_cache=False).logits
-    distribution = logits[:, :-1].float().log_softmax(-1)
-    chosen = distribution.gather(-1, torch.cat([prompt, completion], 1)[:, 1:, None])
-    return chosen[:, prompt.shape[1] - 1 :, 0]
-
-
-def own_logprobs(model: Any, prompt: Tensor, completion: Tensor) -> Tensor:
-    """The same from ``completion_logprobs``, as an update calls it."""
-    return completion_logprobs(
-        model,
-        prompt,
-        torch.ones_like(prompt, dtype=torch.bool),
-        completion,
-        torch.ones_like(completion, dtype=torch.bool),
-        group_size=len(prompt),
-    ).logprobs
-
-
-LOGPROBS = {"full logits": plain_logprobs, "gspo_lightning": own_logprobs}
 
 
 def add_checkpoint_arguments(part: argparse.ArgumentParser) -> None:
@@ -154,8 +144,8 @@ def checkpoint(options: argparse.Namespace) -> int:
         short_run(options, Path(folder), [writes])
         for turn in range(options.starts):
             own = Path(folder, str(turn))
-            fresh = short_run(options, own, [RolloutCheckpoint(1)])
-            pairs.append((fresh, short_run(options, own, [RolloutCheckpoint(1)], "last")))
+            fresh = short_run(options, own, [gspo.RolloutCheckpoint(1)])
+            pairs.append((fresh, short_run(options, own, [gspo.RolloutCheckpoint(1)], "last")))
     milliseconds = [1000 * seconds for seconds in writes.seconds]
     cells = [writes.size / 1e6, median(milliseconds), max(milliseconds), 1000 * writes.cpu]
     rows = [["checkpoint MB", "median ms", "longest ms", "CPU ms"], [number(c) for c in cells]]
@@ -180,44 +170,33 @@ def short_run(
     options: argparse.Namespace, folder: Path, callbacks: list[Callback], ckpt: str | None = None
 ) -> Clocks:
     """One rollout of a run, the first or the next one; how long it took until it began."""
-    start, begun = Clocks(time.perf_counter(), time.process_time()), Begun()
+    wall, cpu, begun = time.perf_counter(), time.process_time(), Begun()
     seed_everything(0, verbose=False)
-    module = GSPOModule(
-        PolicyConfig(options.model),
-        rewards={"letters": RewardTerm(letters_a_to_m)},
-        sampler=GroupSampler(group_size=4, max_new_tokens=8),
+    module = gspo.GSPOModule(
+        gspo.PolicyConfig(options.model),
+        rewards={"letters": gspo.RewardTerm(letters_a_to_m)},
+        sampler=gspo.GroupSampler(group_size=4, max_new_tokens=8),
     )
-    trainer = Trainer(
-        default_root_dir=folder,
+    trainer = bare_trainer(
+        folder,
+        [begun, *callbacks],
         accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=any(isinstance(c, RolloutCheckpoint) for c in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(c, gspo.RolloutCheckpoint) for c in callbacks),
         plugins=[AtomicCheckpointIO()],
-        callbacks=[begun, *callbacks],
     )
     rollouts = 1 if ckpt is None else 2
-    data = PromptData(options.prompts, prompts_per_rollout=4, num_rollouts=rollouts)
+    data = gspo.PromptData(options.prompts, prompts_per_rollout=4, num_rollouts=rollouts)
     path = find_checkpoint(folder, ckpt)
     trainer.fit(module, data, ckpt_path=path, weights_only=True if path else None)
     assert begun.rollout == rollouts
-    return Clocks(begun.at.wall - start.wall, begun.at.cpu - start.cpu)
-
-
-class Clocks(NamedTuple):
-    """Seconds."""
-
-    wall: float
-    cpu: float
+    return begun.at[0] - wall, begun.at[1] - cpu
 
 
 class Begun(Callback):
     """Reads the clocks when the first rollout of a run begins, and says which one that was."""
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        self.at = Clocks(time.perf_counter(), time.process_time())
+        self.at: Clocks = (time.perf_counter(), time.process_time())
         self.rollout = trainer.fit_loop.total_batch_idx + 1
 
 

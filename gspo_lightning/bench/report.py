@@ -1,40 +1,35 @@
-"""Tables and a plot of benchmark runs.
+"""Tables of benchmark runs.
 
 Decides how runs become figures: medians over repeats; ratios within a repeat, whose engines ran one
-after another, then their median and range. Leaves out the runs themselves (``bench``). A run is the
-dict that ``bench_worker`` and ``benchmarks/trl_gspo.py`` print, with ``case``, ``name`` (of the
-engine) and ``repeat`` added.
+after another, then their median and range. A run is the dict that a worker and the script for TRL
+print, with ``case``, ``name`` (of the engine) and ``repeat`` added.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import getitem
 from statistics import median
 from typing import Any
 
-from gspo_lightning.bench.limits import PHASES, Shape, Work
+from gspo_lightning.bench.limits import Shape, Work
 
 Run = dict[str, Any]
+PHASES = ("total", "rollout", "reward", "old_logprobs", "reference", "optimise", "other")
+CLOCKS = {"cpu_seconds": "CPU seconds", "wall_seconds": "seconds"}  # in words
 
 
 def report(runs: list[Run]) -> str:
-    """All tables of a comparison, in Markdown; the first engine is compared with each other one.
-
-    Args:
-        runs: Of any number of cases, engines and repeats.
-    """
+    """All tables of a comparison, in Markdown; the first engine is compared with each other one."""
     unit = unit_of(runs)
-    clock = "CPU seconds" if unit == "cpu_seconds" else "seconds"
-    parts = [f"{clock} per RL step, medians:", seconds_table(runs, unit)]
+    parts = [f"{CLOCKS[unit]} per RL step, medians:", seconds_table(runs, unit)]
     parts += ["Tokens, utilisation and memory:", work_table(runs, unit)]
-    if len({run["name"] for run in runs}) > 1:
-        first = runs[0]["name"]
-        title = (
-            f"How many times as fast {first} is, median (range); its memory as a share of theirs:"
-        )
-        parts += [title, ratio_table(runs, unit)]
-    limited = limit_table(runs, unit)
-    if limited:
+    first = runs[0]["name"]
+    if any(run["name"] != first for run in runs):
+        parts += [
+            f"How many times as fast {first} is, median (range); its memory as a share of theirs:",
+            ratio_table(runs, unit),
+        ]
+    if limited := limit_table(runs, unit):
         parts += ["Distance to the limit:", limited]
     return "\n\n".join(parts)
 
@@ -46,19 +41,13 @@ def unit_of(runs: list[Run]) -> str:
 
 
 def derived(run: Run, before: list[Run]) -> dict[str, Any]:
-    """Tokens per second and utilisation of one run, for its line of JSON.
-
-    Args:
-        run: The run.
-        before: Earlier ones, which may know the model's sizes and the peak.
-    """
+    """Tokens per second and utilisation of a run; one before may know the sizes and the peak."""
     unit = unit_of([run])
     shares = utilisation([run], [run, *before], unit)
-    names = ("rollout", "optimise", "step")
     return {
         "rollout_tokens_per_second": run["tokens"] / run[unit]["rollout"],
         "step_tokens_per_second": run["tokens"] / run[unit]["total"],
-        "mfu": shares and dict(zip(names, shares, strict=True)),
+        "mfu": shares and dict(zip(("rollout", "optimise", "step"), shares, strict=True)),
     }
 
 
@@ -96,12 +85,11 @@ def ratio_table(runs: list[Run], unit: str) -> str:
     def seconds(*phases: str) -> Callable[[Run], float]:
         return lambda run: sum(run[unit][phase] for phase in phases)
 
-    update = ("old_logprobs", "reference", "optimise")
     measures: dict[str, Callable[[Run], float]] = {
         "whole step": seconds("total"),
         "per generated token": lambda run: run[unit]["total"] / run["tokens"],
         "rollout": seconds("rollout"),
-        "log-probs and update": seconds(*update),
+        "log-probs and update": seconds("old_logprobs", "reference", "optimise"),
         "update": seconds("optimise"),
     }
     memory: dict[str, Callable[[Run], float]] = {
@@ -109,12 +97,10 @@ def ratio_table(runs: list[Run], unit: str) -> str:
         "above start": lambda run: run["peak_mib"] - run["base_mib"],
     }
     rows = [["work", "against", *measures, *memory]]
-    cases = list(dict.fromkeys(run["case"] for run in runs))
-    for case in cases:
-        for other in dict.fromkeys(run["name"] for run in runs if run["name"] != first):
-            found = pairs(runs, case, first, other)
-            if not found:
-                continue
+    firsts = {(run["case"], run["repeat"]): run for run in runs if run["name"] == first}
+    for case, other, group in by_engine(runs):
+        same = [(firsts.get((case, run["repeat"])), run) for run in group if other != first]
+        if found := [(a, b) for a, b in same if a]:
             cells = [spread([get(b) / get(a) for a, b in found]) for get in measures.values()]
             cells += [f"{median(get(a) / get(b) for a, b in found):.2f}" for get in memory.values()]
             rows.append([case, other, *cells])
@@ -125,7 +111,7 @@ def limit_table(runs: list[Run], unit: str) -> str:
     """Seconds of the matrix products alone (CPU) or of the data sheet (GPU), and the distance."""
     rows = [["work", "engine", "rollout", "limit", "times", "optimise", "limit", "times", "FLOP/s"]]
     for case, name, group in by_engine(runs):
-        if "limits" not in group[0] or "rollout" not in group[0]["limits"]:
+        if "limits" not in group[0]:
             continue
         cells = [case, name]
         for phase in ("rollout", "optimise"):
@@ -150,8 +136,8 @@ def utilisation(group: list[Run], runs: list[Run], unit: str) -> tuple[float, fl
         works = [Work(tuple(r["prompts"]), tuple(r["lengths"])) for r in run["rollouts"]]
         forward = sum(work.forward_flops(shape) for work in works) / len(works)
         passes = 5 if run["options"]["kl_coef"] else 4  # sampling, forward, backward, reference
-        work = {"rollout": forward, "optimise": 3 * forward, "total": passes * forward}
-        shares.append([flops / run[unit][phase] for phase, flops in work.items()])
+        needed = {"rollout": forward, "optimise": 3 * forward, "total": passes * forward}
+        shares.append([flops / run[unit][phase] for phase, flops in needed.items()])
     peak = peak_flops(known)
     rollout, optimise, total = (median(values) / peak for values in zip(*shares, strict=True))
     return rollout, optimise, total
@@ -159,35 +145,20 @@ def utilisation(group: list[Run], runs: list[Run], unit: str) -> tuple[float, fl
 
 def peak_flops(runs: list[Run]) -> float:
     """FLOP/s of the data sheet, else the measured ones."""
-    sheet = runs[0]["limits"].get("sheet_flops")
-    return sheet or median(run["limits"]["measured_flops"] for run in runs)
+    return runs[0]["limits"].get("sheet_flops") or mid(runs, "limits", "measured_flops")
 
 
 def by_engine(runs: list[Run]) -> list[tuple[str, str, list[Run]]]:
     """Case, engine and their runs, in the order in which they first appear."""
-    groups: dict[tuple[str, str], list[Run]] = {}
-    order = list(dict.fromkeys(run["case"] for run in runs))
-    for run in sorted(runs, key=lambda run: order.index(run["case"])):
-        groups.setdefault((run["case"], run["name"]), []).append(run)
-    return [(*key, group) for key, group in groups.items()]
-
-
-def pairs(runs: list[Run], case: str, first: str, other: str) -> list[tuple[Run, Run]]:
-    """The two engines' runs of the same repeat."""
-    found = {(run["name"], run["repeat"]): run for run in runs if run["case"] == case}
-    repeats = sorted({run["repeat"] for run in runs})
-    both = [(found.get((first, i)), found.get((other, i))) for i in repeats]
-    return [(a, b) for a, b in both if a is not None and b is not None]
+    groups: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        groups.setdefault(run["case"], {}).setdefault(run["name"], []).append(run)
+    return [(case, *engine) for case, engines in groups.items() for engine in engines.items()]
 
 
 def mid(group: list[Run], *keys: str) -> float:
     """Median over runs of a value that lies under ``keys``."""
-    values = []
-    for run in group:
-        value: Any = run
-        for key in keys:
-            value = value[key]
-        values.append(value)
+    values: list[Any] = [reduce(getitem, keys, run) for run in group]
     return median(values)
 
 
@@ -218,12 +189,12 @@ def table(rows: list[list[str]]) -> str:
     | ---- | --: |
     | a    | 1.5 |
     """
-    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
-    texts = [all(not row[i][:1].isdigit() for row in rows[1:]) for i in range(len(widths))]
-
-    def fit(cell: str, i: int) -> str:
-        return cell.ljust(widths[i]) if texts[i] else cell.rjust(widths[i])
-
-    lines = [[fit(cell, i) for i, cell in enumerate(row)] for row in rows]
-    rule = ["-" * w if text else "-" * (w - 1) + ":" for w, text in zip(widths, texts, strict=True)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+    columns = []
+    for title, *cells in zip(*rows, strict=True):
+        width = max(3, *map(len, (title, *cells)))
+        if any(cell[:1].isdigit() for cell in cells):
+            rule, fit = "-" * (width - 1) + ":", str.rjust
+        else:
+            rule, fit = "-" * width, str.ljust
+        columns.append([fit(cell, width) for cell in (title, rule, *cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))

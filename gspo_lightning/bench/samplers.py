@@ -1,10 +1,8 @@
 """Sampling with transformers' ``generate``, for comparison only.
 
-Decides nothing of its own: one call per completion is what the script did that this project
-replaces, one call for all is what most trainers do.
+One call per completion is what the script did that this project replaces, one call for all is what
+most trainers do.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -40,7 +38,7 @@ class GenerateSampler:
         was_training = policy.model.training
         policy.model.eval()
         for rows in torch.arange(len(group)).split(1 if self.one_by_one else len(group)):
-            padding = int(prompt_mask[rows].int().argmax(1).min())  # that all these rows share
+            padding = int(prompt_mask[rows].int().argmax(1).min())  # columns that no row uses
             sequences = policy.model.generate(
                 prompt_ids[rows, padding:],
                 attention_mask=prompt_mask[rows, padding:].long(),

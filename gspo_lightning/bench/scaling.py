@@ -1,10 +1,7 @@
 """Curves of time and memory over group size, prompt length, completion length and batch.
 
-Decides the points: one factor moves, the others stay at the base. Leaves out how a point is
-measured (``bench_worker``, ``benchmarks/trl_gspo.py``).
+Decides the points: one factor moves, the others stay at the base.
 """
-
-from __future__ import annotations
 
 import argparse
 from copy import copy
@@ -12,15 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gspo_lightning.bench.cases import ENGINES, Case, check, heading, one_run, remark, write_line
-from gspo_lightning.bench.report import derived, number, table, unit_of
+from gspo_lightning.bench.cases import ENGINES, Case, check, heading, keep, one_run
+from gspo_lightning.bench.report import CLOCKS, Run, number, table, unit_of
+from gspo_lightning.run.terminal_log import say
 
 BASE = Case.parse("S/32/64/8")
-FACTORS = {  # in the order of the panels; the batch is of prompts
-    "group size": (4, 8, 16, 32),
-    "longest prompt, tokens": (32, 64, 128, 256),
-    "completion tokens": (16, 32, 64, 128),
-    "prompts per rollout": (4, 8, 16, 32),
+FACTORS = {  # in the order of the panels: the field of the case that moves, and its values
+    "group size": ("group", (4, 8, 16, 32)),
+    "longest prompt, tokens": ("prompt", (32, 64, 128, 256)),
+    "completion tokens": ("limit", (16, 32, 64, 128)),
+    "prompts per rollout": (None, (4, 8, 16, 32)),
 }
 COLOURS = dict(zip(ENGINES, ("#1b5e8a", "#5aa0a8", "#c9622b", "#6a8f3c", "#8a6a9c"), strict=True))
 LINES = {"total": ("-", 2.0), "rollout": ("--", 1.2), "optimise": (":", 1.4)}
@@ -33,11 +31,11 @@ def add_arguments(part: argparse.ArgumentParser) -> None:
 
 def scaling(options: argparse.Namespace) -> int:
     """Measure every point once and draw the picture."""
-    points = [point(f, v, options.prompts_per_rollout) for f in FACTORS for v in FACTORS[f]]
-    check(options, points)
-    wanted = [(f, v, e) for f, values in FACTORS.items() for v in values for e in options.engines]
-    done: dict[Any, dict[str, Any]] = {}
-    runs: list[dict[str, Any]] = []
+    places = [(factor, value) for factor, (_, values) in FACTORS.items() for value in values]
+    check(options, [point(*place, options.prompts_per_rollout) for place in places])
+    wanted = [(*place, engine) for place in places for engine in options.engines]
+    done: dict[tuple[Case, int, str], Run] = {}
+    runs: list[Run] = []
     for count, (factor, value, name) in enumerate(wanted, start=1):
         case, prompts = point(factor, value, options.prompts_per_rollout)
         if (case, prompts, name) not in done:  # the base is on every curve, and measured once
@@ -46,15 +44,12 @@ def scaling(options: argparse.Namespace) -> int:
             done[case, prompts, name] = one_run(case, name, changed)
         run = {"factor": factor, "value": value, "case": str(case), "name": name}
         run |= done[case, prompts, name]
-        runs.append(run | derived(run, runs))
-        write_line(options.out, runs[-1])
-        spent = runs[-1]["wall_seconds"]["total"]
-        remark(f"[{count}/{len(wanted)}] {factor} {value} {name}: {spent:.2f} s per RL step")
+        keep(run, runs, f"[{count}/{len(wanted)}] {factor} {value} {name}", options.out)
     options.picture.parent.mkdir(parents=True, exist_ok=True)
     draw(runs).savefig(options.picture)
     print(heading(options, runs))
     print(scaling_table(runs))
-    remark(f"drawn: {options.picture}")
+    say(f"drawn: {options.picture}")
     return 0
 
 
@@ -66,19 +61,18 @@ def point(factor: str, value: int, prompts_per_rollout: int) -> tuple[Case, int]
     >>> point("prompts per rollout", 2, 8)[1]
     2
     """
-    names = dict(zip(FACTORS, ("group", "prompt", "limit"), strict=False))
-    if factor in names:
-        change: dict[str, Any] = {names[factor]: value}
-        return replace(BASE, **change), prompts_per_rollout
-    return BASE, value
+    field, _ = FACTORS[factor]
+    if field is None:
+        return BASE, value
+    return replace(BASE, **{field: value}), prompts_per_rollout  # type: ignore[arg-type]
 
 
-def memory(run: dict[str, Any]) -> float:
+def memory(run: Run) -> float:
     """Peak above what was held before the first rollout, MiB; on a GPU the peak of its tensors."""
     return run["device_peak_mib"] or run["peak_mib"] - run["base_mib"]
 
 
-def scaling_table(runs: list[dict[str, Any]]) -> str:
+def scaling_table(runs: list[Run]) -> str:
     """The points as Markdown."""
     unit = unit_of(runs)
     rows = [["factor", "value", "engine", *LINES, "memory MiB", "tokens"]]
@@ -89,7 +83,7 @@ def scaling_table(runs: list[dict[str, Any]]) -> str:
     return table(rows)
 
 
-def draw(runs: list[dict[str, Any]]) -> Any:
+def draw(runs: list[Run]) -> Any:
     """Draw seconds above memory, a column for each factor.
 
     Returns:
@@ -131,8 +125,7 @@ def draw(runs: list[dict[str, Any]]) -> Any:
             axes.grid(color="0.92", linewidth=0.8)
             axes.set_axisbelow(True)
         panels[1][column].set_xlabel(factor, fontsize=10)
-    clock = "CPU seconds" if unit == "cpu_seconds" else "seconds"
-    panels[0][0].set_ylabel(f"{clock} per RL step", fontsize=10)
+    panels[0][0].set_ylabel(f"{CLOCKS[unit]} per RL step", fontsize=10)
     panels[1][0].set_ylabel("peak memory above start, MiB", fontsize=10)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(

@@ -5,10 +5,8 @@ python -m gspo_lightning.compare configs/compare/arithmetic.yaml
 Reads a plan (which overlays, how many updates a rollout, which seeds), runs `train.py fit` for each
 of them, several at a time, and writes one CSV, one figure a section and one report. A complete run
 is not run again, one that was stopped goes on from its checkpoint: the same command ends the work.
-Decides what a run of a comparison is. Leaves out what is made of the figures (`compare_report`).
+Decides what a run of a comparison is.
 """
-
-from __future__ import annotations
 
 import argparse
 import csv
@@ -26,18 +24,10 @@ from typing import Any
 
 import yaml
 
-from gspo_lightning.compare.plan import (
-    Arm,
-    Plan,
-    arms,
-    merged,
-    overlay,
-    read_plan,
-    settings,
-)
+from gspo_lightning.compare.plan import RECORD, Arm, Plan, arms, merged, read_plan, settings
 from gspo_lightning.compare.report import Run, write_report
 
-RECORD = "record.json"  # of experiment.RunRecord; importing that would take seconds
+PLACE = ("section", "algorithm", "updates", "seed")
 COLUMNS = {  # of the CSV: the figure of a rollout behind each
     "completions": "completions",
     "reward": "train/reward",
@@ -51,10 +41,7 @@ COLUMNS = {  # of the CSV: the figure of a rollout behind each
     "expert_change": "moe/expert_change",
     "expert_change_rollout": "moe/expert_change_rollout",
 }
-VALIDATED = {
-    "accuracy_greedy": "val/accuracy_greedy",
-    "accuracy_sampled": "val/accuracy_sampled",
-}
+VALIDATED = {"accuracy_greedy": "val/accuracy_greedy", "accuracy_sampled": "val/accuracy_sampled"}
 
 
 # --- one run --------------------------------------------------------------------------------------
@@ -66,10 +53,9 @@ def command(plan: Plan, arm: Arm, folder: Path) -> list[str]:
     own.parent.mkdir(parents=True, exist_ok=True)
     text = f"# What the comparison adds to the overlay {arm.algorithm}.\n"
     own.write_text(text + yaml.safe_dump(settings(plan, arm), sort_keys=False))
-    files = [*plan.configs, *arm.configs, str(overlay(arm.algorithm)), str(own)]
     return [
         *(sys.executable, "train.py", "fit"),
-        *(part for file in files for part in ("--config", file)),
+        *(part for file in [*plan.files(arm), str(own)] for part in ("--config", file)),
         *("--seed_everything", str(arm.seed)),
         *("--trainer.default_root_dir", str(folder)),
         *("--trainer.enable_progress_bar", "false", "--ckpt_path", "auto"),
@@ -83,19 +69,19 @@ def run(plan: Plan, arm: Arm, root: Path) -> dict[str, Any]:
         RuntimeError: If the run fails; the message has its last line and its log.
     """
     folder = root / arm.name
-    files = [*plan.configs, *arm.configs, str(overlay(arm.algorithm))]
-    mark = json.dumps([asdict(arm), settings(plan, arm), merged(files)], sort_keys=True)
+    mark = [asdict(arm), settings(plan, arm), merged(plan.files(arm))]
+    text = json.dumps(mark, sort_keys=True)
     stamp = folder.with_suffix(".arm.json")
-    if stamp.exists() and stamp.read_text() != mark:
+    if stamp.exists() and stamp.read_text() != text:
         raise RuntimeError(
             f"{folder} was made for another plan; give another --runs, or remove the folder"
         )
-    log = folder.with_suffix(".log")
+    record, log = folder / RECORD, folder.with_suffix(".log")
     for _ in range(2):
-        if (folder / RECORD).exists():
+        if record.exists():
             break
         words = command(plan, arm, folder)
-        stamp.write_text(mark)
+        stamp.write_text(text)
         with log.open("w") as out:
             # one thread each: runs side by side are what the cores are for
             environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -103,9 +89,9 @@ def run(plan: Plan, arm: Arm, root: Path) -> dict[str, Any]:
         if code:
             said = log.read_text().strip().splitlines()[-1:]
             raise RuntimeError(f"{arm.name} failed: {' '.join(said)} (see {log})")
-        if not (folder / RECORD).exists():
+        if not record.exists():
             shutil.rmtree(folder)  # killed between its last checkpoint and its last evaluation
-    return json.loads((folder / RECORD).read_text())
+    return json.loads(record.read_text())
 
 
 def run_all(plan: Plan, root: Path, jobs: int) -> dict[Arm, dict[str, Any]]:
@@ -135,28 +121,26 @@ def run_all(plan: Plan, root: Path, jobs: int) -> dict[Arm, dict[str, Any]]:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def rows(plan: Plan, records: dict[Arm, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def csv_lines(plan: Plan, records: dict[Arm, dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Lines of the CSV: each rollout of each run; nothing that depends on the machine's speed."""
     for name, section in plan.sections.items():
         for arm in arms(section):
-            record = records[arm]
-            held_out = {int(v["rollouts"]): v for v in record["validations"]}
-            start = {"section": name, "algorithm": arm.algorithm, "updates": arm.updates}
-            start |= {"seed": arm.seed}
-            for done in range(len(record["rollouts"]) + 1):
-                line = start | {"rollouts": done}
+            rollouts, validations = (records[arm][key] for key in ("rollouts", "validations"))
+            held_out = {int(v["rollouts"]): v for v in validations}
+            place = dict(zip(PLACE, (name, arm.algorithm, arm.updates, arm.seed), strict=True))
+            for done in range(len(rollouts) + 1):
+                line: dict[str, Any] = {}
                 if done:
-                    figures = record["rollouts"][done - 1]
-                    line |= {column: figures.get(key) for column, key in COLUMNS.items()}
+                    line |= {column: rollouts[done - 1].get(key) for column, key in COLUMNS.items()}
                 if done in held_out:
-                    line |= {c: held_out[done].get(key) for c, key in VALIDATED.items()}
-                if len(line) > len(start) + 1:
-                    yield line
+                    line |= {column: held_out[done].get(key) for column, key in VALIDATED.items()}
+                if line:
+                    yield place | {"rollouts": done} | line
 
 
 def write_csv(path: Path, lines: Iterator[dict[str, Any]]) -> None:
     """Write the CSV; numbers as Python prints them, so that no digit is lost."""
-    names = ["section", "algorithm", "updates", "seed", "rollouts", *COLUMNS, *VALIDATED]
+    names = [*PLACE, "rollouts", *COLUMNS, *VALIDATED]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
@@ -183,13 +167,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(out.with_suffix(".csv"), rows(plan, records))
+    write_csv(out.with_suffix(".csv"), csv_lines(plan, records))
     runs = {
         name: [Run(arm.algorithm, arm.updates, arm.seed, records[arm]) for arm in arms(section)]
         for name, section in plan.sections.items()
     }
-    words = f"python -m gspo_lightning.compare {options.plan} --out {options.out}"
-    write_report(out, plan, runs, words)
+    again = f"python -m gspo_lightning.compare {options.plan} --out {options.out}"
+    write_report(out, plan, runs, again)
     print(f"{out}.md, {out}.csv, {out}_SECTION.png")
     return 0
 

@@ -1,14 +1,11 @@
 """Callbacks of experiments: the record of a run, and how a mixture's experts move.
 
 Decides when a compared run has had its share, and what "activated experts that differ" means.
-Leaves out which runs there are and what is made of them (``compare``).
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,10 @@ from torch import Tensor, nn
 
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint.io import replacing
+from gspo_lightning.compare.plan import RECORD
 from gspo_lightning.logprobs import completion_logprobs
-from gspo_lightning.rollout import Rollout
+
+TOKENS = ("prompt_ids", "prompt_mask", "completion_ids", "mask")
 
 
 class RunRecord(Callback):
@@ -37,8 +36,6 @@ class RunRecord(Callback):
         ValueError: If there are none.
     """
 
-    FILE = "record.json"
-
     def __init__(self, completions: int) -> None:
         check_at_least(1, completions=completions)
         self.completions = completions
@@ -48,17 +45,17 @@ class RunRecord(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
         figures = outputs["metrics"]
-        # prompts over all ranks
-        self.sampled += int(figures["rollout/prompts_drawn"]) * pl_module.sampler.group_size
+        prompts = int(figures["rollout/prompts_drawn"])  # over all ranks
+        self.sampled += prompts * pl_module.sampler.group_size
         self.rollouts.append(figures | {"index": outputs["index"], "completions": self.sampled})
         if self.sampled >= self.completions:
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        after = {"rollouts": len(self.rollouts), "completions": self.sampled}
-        if not self.validations or self.validations[-1]["rollouts"] < after["rollouts"]:
-            self.validations.append(figures | after)
+        done = len(self.rollouts)
+        if not self.validations or self.validations[-1]["rollouts"] < done:
+            self.validations.append(figures | {"rollouts": done, "completions": self.sampled})
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the record, whole or not at all."""
@@ -73,17 +70,16 @@ class RunRecord(Callback):
             "rollouts": self.rollouts,
             "validations": self.validations,
         }
-        file = Path(trainer.default_root_dir, self.FILE)
-        with replacing(file) as new:
+        with replacing(Path(trainer.default_root_dir, RECORD)) as new:
             new.write(json.dumps(record).encode())
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("sampled", "rollouts", "validations")
-        return {name: getattr(self, name) for name in names}
+        return {"sampled": self.sampled, "rollouts": self.rollouts, "validations": self.validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, value in state_dict.items():
-            setattr(self, name, value)
+        self.sampled = state_dict["sampled"]
+        self.rollouts = state_dict["rollouts"]
+        self.validations = state_dict["validations"]
 
 
 class ExpertShift(Callback):
@@ -108,7 +104,7 @@ class ExpertShift(Callback):
     def __init__(self, completions: int = 32) -> None:
         check_at_least(1, completions=completions)
         self.completions = completions
-        self.rollout: Rollout | None = None
+        self.tokens: dict[str, Tensor] = {}  # of the rollout before
         self.first: list[Tensor] | None = None
         self.last: list[Tensor] | None = None
         self.changes: list[float] = []
@@ -122,16 +118,15 @@ class ExpertShift(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Look at the experts; the look before this one was one step ago."""
-        if self.rollout is None:
-            return
-        now = self._choices(pl_module)
-        if self.last is not None:
-            self.changes.append(share_changed(self.last, now))
-        self.first = self.first or now
-        self.last = now
+        if self.tokens:
+            now = self._choices(pl_module)
+            if self.last is not None:
+                self.changes.append(share_changed(self.last, now))
+            self.first = self.first or now
+            self.last = now
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
-        if self.rollout is not None and self.first is not None and self.last is not None:
+        if self.first is not None and self.last is not None:
             now = self._choices(pl_module)
             self.changes.append(share_changed(self.last, now))
             figures = {
@@ -141,48 +136,24 @@ class ExpertShift(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(figures, step=outputs["index"])
             outputs["metrics"].update(figures)  # for callbacks behind this one
-        self.rollout = outputs["rollout"].select(
-            torch.arange(min(self.completions, len(outputs["rollout"])))
-        )
+        rollout = outputs["rollout"]
+        rollout = rollout.select(torch.arange(min(self.completions, len(rollout))))
+        self.tokens = {name: getattr(rollout, name) for name in TOKENS}
         self.first, self.last, self.changes = None, None, []
 
     def state_dict(self) -> dict[str, Any]:
         """The tokens that the rollout after a restart is to be looked at with."""
-        if self.rollout is None:
-            return {}
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "mask")
-        return {name: getattr(self.rollout, name).cpu() for name in names}
+        return {name: tensor.cpu() for name, tensor in self.tokens.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict:
-            size, length = state_dict["mask"].shape
-            nothing = torch.zeros(size)
-            self.rollout = Rollout(
-                **state_dict,
-                finished=torch.zeros(size, dtype=torch.bool),
-                rows=[{}] * size,
-                texts=[""] * size,
-                group_size=1,
-                old_logprobs=torch.zeros(size, length),
-                ref_logprobs=None,
-                rewards=nothing,
-                reward_parts={},
-                advantages=torch.zeros(size, length),
-            )
+        self.tokens = dict(state_dict)
 
     @torch.no_grad()
     def _choices(self, pl_module: Any) -> list[Tensor]:
         """Experts of each token in each layer, sorted, (tokens, k) a layer."""
-        assert self.rollout is not None
-        rollout = self.rollout.to(pl_module.device)
+        tokens = (self.tokens[name].to(pl_module.device) for name in TOKENS)
         with recorded(pl_module.policy.model) as choices:
-            completion_logprobs(
-                pl_module.policy.model,
-                rollout.prompt_ids,
-                rollout.prompt_mask,
-                rollout.completion_ids,
-                rollout.mask,
-            )
+            completion_logprobs(pl_module.policy.model, *tokens)
         return choices
 
 
@@ -197,15 +168,12 @@ def recorded(model: nn.Module) -> Iterator[list[Tensor]]:
     choices: list[Tensor] = []
 
     def note(router: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
-        # transformers' routers give (logits, scores, indices)
-        choices.append(output[-1].sort(-1).values)
+        choices.append(output[-1].sort(-1).values)  # transformers: (logits, scores, indices)
 
-    handles = [router.register_forward_hook(note) for router in routers(model)]
-    try:
+    with ExitStack() as hooks:
+        for router in routers(model):
+            hooks.enter_context(router.register_forward_hook(note))
         yield choices
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def share_changed(before: list[Tensor], after: list[Tensor]) -> float:

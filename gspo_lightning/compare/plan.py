@@ -1,17 +1,17 @@
 """What a comparison consists of: a plan, its runs, and what each run adds to its algorithm.
 
-Decides which settings compared runs share. Leaves out how runs are started (`compare`) and what is
-made of them (`compare_report`).
+Decides which settings compared runs share.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+RECORD = "record.json"  # written into a run's folder at its end, so that it marks a complete run
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Section:
         seeds: What ``seed_everything`` takes; the same for every arm, so that arms are paired.
         configs: Config files on top of the plan's.
         baseline: Algorithm that the others are compared with, at the same number of updates.
-        experts: Whether to look at the experts of a mixture (``experiment.ExpertShift``).
+        experts: Whether to look at the experts of a mixture (``ExpertShift``).
         text: What the reader must know, put under the heading.
     """
 
@@ -37,6 +37,23 @@ class Section:
     baseline: str = "gspo"
     experts: bool = False
     text: str = ""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run: an algorithm, its number of updates, a seed. Equal arms are run once."""
+
+    algorithm: str
+    updates: int
+    seed: int
+    configs: tuple[str, ...]
+    experts: bool
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder."""
+        on_top = "".join(f"{Path(config).stem}-" for config in self.configs)
+        return f"{on_top}{self.algorithm}-{self.updates}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,10 @@ class Plan:
     validate_every: int
     sections: dict[str, Section]
     text: str = ""
+
+    def files(self, arm: Arm) -> list[str]:
+        """The config files of a run but the one that the comparison adds."""
+        return [*self.configs, *arm.configs, str(overlay(arm.algorithm))]
 
 
 def read_plan(path: str) -> Plan:
@@ -77,15 +98,13 @@ def read_plan(path: str) -> Plan:
     for name, section in sections.items():
         if not section.algorithms or not section.updates or not section.seeds:
             raise ValueError(f"{path}: sections.{name} needs algorithms, updates and seeds")
-        for algorithm in section.algorithms:
-            if not overlay(algorithm).is_file():
-                known = sorted(file.stem for file in overlay(algorithm).parent.glob("*.yaml"))
-                raise ValueError(
-                    f"{path}: sections.{name}: there is no {overlay(algorithm)}; there are {known}"
-                )
-    for file in [*plan.configs, *(file for s in sections.values() for file in s.configs)]:
-        if not Path(file).is_file():
-            raise ValueError(f"{path}: there is no config {file} (looked in {Path.cwd()})")
+        for file in map(overlay, section.algorithms):
+            if not file.is_file():
+                known = sorted(other.stem for other in file.parent.glob("*.yaml"))
+                raise ValueError(f"{path}: sections.{name}: there is no {file}; there are {known}")
+    for config in [*plan.configs, *(c for s in sections.values() for c in s.configs)]:
+        if not Path(config).is_file():
+            raise ValueError(f"{path}: there is no config {config} (looked in {Path.cwd()})")
     return plan
 
 
@@ -106,29 +125,10 @@ def overlay(algorithm: str) -> Path:
     return Path("configs", "algorithm", f"{algorithm}.yaml")
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One run: an algorithm, its number of updates, a seed. Equal arms are run once."""
-
-    algorithm: str
-    updates: int
-    seed: int
-    configs: tuple[str, ...]
-    experts: bool
-
-    @property
-    def name(self) -> str:
-        """Of the run's folder."""
-        on_top = "".join(f"{Path(config).stem}-" for config in self.configs)
-        return f"{on_top}{self.algorithm}-{self.updates}-seed{self.seed}"
-
-
 def arms(section: Section) -> Iterator[Arm]:
     """The runs of a section."""
-    for algorithm in section.algorithms:
-        for updates in section.updates:
-            for seed in section.seeds:
-                yield Arm(algorithm, updates, seed, tuple(section.configs), section.experts)
+    for algorithm, updates, seed in product(section.algorithms, section.updates, section.seeds):
+        yield Arm(algorithm, updates, seed, tuple(section.configs), section.experts)
 
 
 def settings(plan: Plan, arm: Arm) -> dict[str, Any]:
@@ -138,26 +138,19 @@ def settings(plan: Plan, arm: Arm) -> dict[str, Any]:
     without weight in the loss where the algorithm has none, so that the KL divergence is measured
     for all.
     """
-    known = merged([*plan.configs, *arm.configs, str(overlay(arm.algorithm))])
+    known = merged(plan.files(arm))
     model, data = known["model"]["init_args"], known["data"]["init_args"]
-    sampler = model["sampler"]["init_args"]
-    size = data["prompts_per_rollout"] * sampler["group_size"]
+    size = data["prompts_per_rollout"] * model["sampler"]["init_args"]["group_size"]
     own: dict[str, Any] = {"num_epochs": 1, "num_minibatches": arm.updates}
     if model.get("reference") is None:
         own["reference"] = {}
-    callbacks: list[dict[str, Any]] = []
-    if arm.experts:
-        callbacks.append({"class_path": "gspo_lightning.compare.experiment.ExpertShift"})
-    callbacks += [
-        {
-            "class_path": "gspo_lightning.compare.experiment.RunRecord",
-            "init_args": {"completions": plan.completions},
-        },
-        {
-            "class_path": "gspo_lightning.RolloutCheckpoint",
-            "init_args": {"every_n_rollouts": 20, "keep_last": 1},
-        },
+    share, kept = {"completions": plan.completions}, {"every_n_rollouts": 20, "keep_last": 1}
+    callbacks: list[dict[str, Any]] = [
+        {"class_path": "gspo_lightning.compare.experiment.RunRecord", "init_args": share},
+        {"class_path": "gspo_lightning.RolloutCheckpoint", "init_args": kept},
     ]
+    if arm.experts:  # first, so that the record finds the experts' figures
+        callbacks.insert(0, {"class_path": "gspo_lightning.compare.experiment.ExpertShift"})
     return {
         "trainer": {"callbacks": callbacks, "val_check_interval": plan.validate_every},
         "model": {"init_args": own},

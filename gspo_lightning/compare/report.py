@@ -1,21 +1,21 @@
-"""What a comparison says: a table with its noise, a figure, and which differences exceed the noise.
+"""What a comparison says: tables with their noise, pictures, which differences exceed the noise.
 
 Decides which test that is: a paired t-test over seeds, as the same seed gives every algorithm the
 same prompts in the same order and the same random numbers, with Holm's correction for the number
-of comparisons of a table. Leaves out the runs (`compare`).
+of comparisons of a table.
 """
-
-from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from gspo_lightning.compare.plan import Plan
 from gspo_lightning.compare.significance import holm, t_test
 
 LEVEL = 0.05  # of significance, over all comparisons of a table
@@ -29,37 +29,56 @@ PANELS = (  # title, key of a rollout or of a validation
     ("KL to the start, nats per token", "train/kl_divergence"),
     ("Completion length, tokens", "train/avg_response_length"),
 )
+FIGURES = (  # title, key of a validation or of a rollout, digits
+    ("greedy accuracy", "val/accuracy_greedy", 3),
+    ("sampled accuracy", "val/accuracy_sampled", 3),
+    ("entropy", "policy/entropy", 3),
+    ("KL", "train/kl_divergence", 3),
+    ("length", "train/avg_response_length", 1),
+    ("clipped sequences", "train/clip_fraction_sequences", 3),
+    ("clipped tokens", "train/clip_fraction_tokens", 3),
+    ("sd of log-ratio, token", "policy/token_log_ratio_std", 4),
+    ("sd of log-ratio, sequence", "policy/sequence_log_ratio_std", 4),
+    ("experts changed, one update", "moe/expert_change", 4),
+    ("experts changed, one rollout", "moe/expert_change_rollout", 4),
+)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run and its record (`experiment.RunRecord`)."""
+    """A run and its record (``RunRecord``)."""
 
     algorithm: str
     updates: int
     seed: int
     record: Mapping[str, Any]
 
-    def late(self, key: str) -> float:
-        """Mean of a figure over the last rollouts that have it."""
+    def figure(self, key: str) -> float:
+        """A held-out figure of the last evaluation, or the mean of another over the last rollouts.
+
+        NaN where none of them has it.
+        """
+        if key.startswith("val/"):
+            return self.record["validations"][-1].get(key, math.nan)
         values = [r[key] for r in self.record["rollouts"][-LATE:] if key in r]
         return mean(values) if values else math.nan
-
-    def final(self, key: str) -> float:
-        """A figure of the last evaluation on held-out prompts."""
-        return self.record["validations"][-1].get(key, math.nan)
 
     def seconds(self) -> list[float]:
         """Seconds of each rollout: sampling, scoring and updating.
 
         Without the reference pass where the algorithm has no KL term: it only measures there.
         """
-        measured = 0.0 if self.record["kl"] else 1.0
-        return [
-            sum(r.get(f"time/{name}", 0.0) for name in ("rollout", "score", "optimise"))
-            - measured * r.get("time/reference", 0.0)
-            for r in self.record["rollouts"]
-        ]
+        spent = []
+        for figures in self.record["rollouts"]:
+            times = [figures.get(f"time/{name}", 0.0) for name in ("rollout", "score", "optimise")]
+            measuring = 0.0 if self.record["kl"] else figures.get("time/reference", 0.0)
+            spent.append(sum(times) - measuring)
+        return spent
+
+    def peak_memory(self) -> float:
+        """Highest memory of a phase on any device, GiB."""
+        rollouts = self.record["rollouts"]
+        return max(v for r in rollouts for key, v in r.items() if key.startswith("memory/"))
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -70,7 +89,7 @@ def differences(runs: Sequence[Run], baseline: str, key: str) -> list[tuple[str,
 
     A run without the figure is in no pair.
     """
-    final = {(r.algorithm, r.updates, r.seed): r.final(key) for r in runs}
+    final = {(r.algorithm, r.updates, r.seed): r.figure(key) for r in runs}
     found: dict[str, list[float]] = {}
     for (algorithm, updates, seed), value in final.items():
         other = final.get((baseline, updates, seed), math.nan)
@@ -89,17 +108,19 @@ def statements(runs: Sequence[Run], baseline: str) -> list[str]:
         if len(values) > 1
     ]
     corrected = holm([t_test(values) for _, values in pairs])
-    clear: list[str] = []
-    unclear: list[str] = []
-    for (name, values), p in zip(pairs, corrected, strict=True):
-        (clear if p < LEVEL else unclear).append(f"{name} {mean(values):+.3f} (p {p:.3f})")
+    titles = {
+        True: f"**Differs from {baseline}**",
+        False: f"**No difference from {baseline} that exceeds the noise**",
+    }
     lines = []
-    if clear:
-        lines.append(f"**Differs from {baseline}**: " + "; ".join(clear) + ".")
-    if unclear:
-        lines.append(
-            f"**No difference from {baseline} that exceeds the noise**: " + "; ".join(unclear) + "."
-        )
+    for clear, title in titles.items():
+        found = [
+            f"{name} {mean(values):+.3f} (p {p:.3f})"
+            for (name, values), p in zip(pairs, corrected, strict=True)
+            if (p < LEVEL) == clear
+        ]
+        if found:
+            lines.append(f"{title}: {'; '.join(found)}.")
     return lines
 
 
@@ -127,35 +148,22 @@ def grouped(runs: Sequence[Run]) -> dict[tuple[str, int], list[Run]]:
     return groups
 
 
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table in Markdown."""
-    return [f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *rows)]
+def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """A table in Markdown; each row holds its cells by their titles."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def accuracy_table(groups: Mapping[tuple[str, int], list[Run]], experts: bool) -> list[str]:
     """What was learned: means over seeds with their standard errors."""
-    columns: dict[str, Callable[[Run], float]] = {
-        "greedy accuracy": lambda r: r.final("val/accuracy_greedy"),
-        "sampled accuracy": lambda r: r.final("val/accuracy_sampled"),
-        "entropy": lambda r: r.late("policy/entropy"),
-        "KL": lambda r: r.late("train/kl_divergence"),
-        "length": lambda r: r.late("train/avg_response_length"),
-        "clipped sequences": lambda r: r.late("train/clip_fraction_sequences"),
-        "clipped tokens": lambda r: r.late("train/clip_fraction_tokens"),
-        "sd of log-ratio, token": lambda r: r.late("policy/token_log_ratio_std"),
-        "sd of log-ratio, sequence": lambda r: r.late("policy/sequence_log_ratio_std"),
-    }
-    if experts:
-        columns["experts changed, one update"] = lambda r: r.late("moe/expert_change")
-        columns["experts changed, one rollout"] = lambda r: r.late("moe/expert_change_rollout")
-    digits = {"length": 1, "sd of log-ratio, token": 4, "sd of log-ratio, sequence": 4}
-    digits |= {name: 4 for name in columns if name.startswith("experts")}
-    rows = [
-        [algorithm, str(updates)]
-        + [with_error([f(r) for r in runs], digits.get(name, 3)) for name, f in columns.items()]
-        for (algorithm, updates), runs in groups.items()
-    ]
-    return table(["algorithm", "updates", *columns], rows)
+    rows = []
+    for (algorithm, updates), runs in groups.items():
+        row = {"algorithm": algorithm, "updates": str(updates)}
+        for title, key, digits in FIGURES:
+            if experts or not key.startswith("moe/"):
+                row[title] = with_error([run.figure(key) for run in runs], digits)
+        rows.append(row)
+    return table(rows)
 
 
 def cost_table(groups: Mapping[tuple[str, int], list[Run]]) -> list[str]:
@@ -164,47 +172,32 @@ def cost_table(groups: Mapping[tuple[str, int], list[Run]]) -> list[str]:
     for (algorithm, updates), runs in groups.items():
         record = runs[0].record
         critic = record["trained"] > record["parameters"]
-        memory = [
-            max(v for r in run.record["rollouts"] for k, v in r.items() if k.startswith("memory/"))
-            for run in runs
-        ]
-        rows.append(
-            [
-                algorithm,
-                str(updates),
-                f"{mean(mean(run.seconds()) for run in runs):.2f}",
-                f"{mean(memory):.2f}",
-                f"{record['trained']:,}",
-                str(1 + record["kl"] + critic),
-                str(record["group_size"]),
-                f"{mean(run.record['rollouts'][-1]['completions'] for run in runs):,.0f}",
-                f"{mean(len(run.record['rollouts']) for run in runs):.1f}",
-            ]
-        )
-    titles = [
-        "algorithm",
-        "updates",
-        "seconds per rollout",
-        "peak memory, GiB",
-        "trained parameters",
-    ]
-    titles += ["networks", "completions per prompt", "completions", "rollouts"]
-    return table(titles, rows)
+        completions = mean(run.record["rollouts"][-1]["completions"] for run in runs)
+        row = {
+            "algorithm": algorithm,
+            "updates": str(updates),
+            "seconds per rollout": f"{mean(mean(run.seconds()) for run in runs):.2f}",
+            "peak memory, GiB": f"{mean(run.peak_memory() for run in runs):.2f}",
+            "trained parameters": f"{record['trained']:,}",
+            "networks": str(1 + record["kl"] + critic),
+            "completions per prompt": str(record["group_size"]),
+            "completions": f"{completions:,.0f}",
+            "rollouts": f"{mean(len(run.record['rollouts']) for run in runs):.1f}",
+        }
+        rows.append(row)
+    return table(rows)
 
 
-# --- figure ---------------------------------------------------------------------------------------
+# --- picture --------------------------------------------------------------------------------------
 
 
 def series(run: Run, key: str) -> tuple[list[float], list[float], list[float]]:
     """Rollouts, seconds and values of a figure."""
-    spent = [0.0]
-    for seconds in run.seconds():
-        spent.append(spent[-1] + seconds)
+    spent = list(accumulate(run.seconds(), initial=0.0))
+    figures = list(enumerate(run.record["rollouts"], start=1))
     if key.startswith("val/"):
-        points = [(int(v["rollouts"]), v[key]) for v in run.record["validations"] if key in v]
-    else:
-        rollouts = run.record["rollouts"]
-        points = [(i + 1, r[key]) for i, r in enumerate(rollouts) if key in r]
+        figures = [(int(v["rollouts"]), v) for v in run.record["validations"]]
+    points = [(x, found[key]) for x, found in figures if key in found]
     return [float(x) for x, _ in points], [spent[x] for x, _ in points], [y for _, y in points]
 
 
@@ -213,24 +206,24 @@ def draw(path: Path, groups: Mapping[tuple[str, int], list[Run]]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 18), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
+    picture = Figure(figsize=(12, 18), dpi=100, layout="constrained")
+    FigureCanvasAgg(picture)
     several = len({updates for _, updates in groups}) > 1
-    for row, (title, key) in zip(figure.subplots(len(PANELS), 2), PANELS, strict=True):
+    for row, (title, key) in zip(picture.subplots(len(PANELS), 2), PANELS, strict=True):
         for colour, ((algorithm, updates), runs) in zip(COLOURS, groups.items(), strict=False):
             found = [series(run, key) for run in runs]
-            length = min(len(values) for _, _, values in found)
-            if not length:
+            # as far as the shortest run of the group goes
+            values = list(zip(*(of_run for _, _, of_run in found), strict=False))
+            if not values:
                 continue
-            values = [[values[i] for _, _, values in found] for i in range(length)]
             middle = [mean(v) for v in values]
             spread = [stdev(v) if len(v) > 1 else 0.0 for v in values]
+            low = [m - s for m, s in zip(middle, spread, strict=True)]
+            high = [m + s for m, s in zip(middle, spread, strict=True)]
             label = f"{algorithm}, {updates}" if several else algorithm
-            for axes, place in zip(row, (0, 1), strict=True):
-                x = [mean(run[place][i] for run in found) for i in range(length)]
+            for place, axes in enumerate(row):
+                x = [mean(v) for v in zip(*(run[place] for run in found), strict=False)]
                 axes.plot(x, middle, color=colour, linewidth=1.6, label=label)
-                low = [m - s for m, s in zip(middle, spread, strict=True)]
-                high = [m + s for m, s in zip(middle, spread, strict=True)]
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         for axes, unit in zip(row, ("rollout", "seconds"), strict=True):
             axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
@@ -239,20 +232,20 @@ def draw(path: Path, groups: Mapping[tuple[str, int], list[Run]]) -> None:
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(labelsize=8, colors="0.35")
             axes.grid(color="0.92", linewidth=0.8)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False)
-    figure.savefig(path, format="png")
+    handles, labels = picture.axes[0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False)
+    picture.savefig(path, format="png")
 
 
 # --- report ---------------------------------------------------------------------------------------
 
 
-def write_report(out: Path, plan: Any, runs: Mapping[str, list[Run]], command: str) -> None:
-    """Write the report and its figures.
+def write_report(out: Path, plan: Plan, runs: Mapping[str, list[Run]], command: str) -> None:
+    """Write the report and its pictures.
 
     Args:
         out: Path without ending; ``out.md``, and ``out_SECTION.png`` for each section.
-        plan: What was compared (`compare.Plan`).
+        plan: What was compared.
         runs: Runs by section.
         command: What makes this report again.
     """
@@ -273,10 +266,10 @@ def write_report(out: Path, plan: Any, runs: Mapping[str, list[Run]], command: s
         lines += [f"## {section.title}", ""]
         lines += [*section.text.strip().splitlines(), ""] if section.text else []
         lines += [*accuracy_table(groups, section.experts), "", *cost_table(groups), ""]
-        seeds = len(section.seeds)
-        found = statements(runs[name], section.baseline)
-        if found:
-            lines += [f"Paired t-test over {seeds} seeds, Holm's correction, level {LEVEL}:", ""]
-            lines += [f"- {line}" for line in found] + [""]
+        if found := statements(runs[name], section.baseline):
+            test = (
+                f"Paired t-test over {len(section.seeds)} seeds, Holm's correction, level {LEVEL}:"
+            )
+            lines += [test, "", *(f"- {line}" for line in found), ""]
         lines += [f"![{section.title}]({picture.name})", ""]
     out.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")

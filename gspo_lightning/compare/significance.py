@@ -1,9 +1,4 @@
-"""Whether differences between pairs exceed the noise.
-
-Leaves out what is compared (``compare_report``). Written out, as nothing else here needs SciPy.
-"""
-
-from __future__ import annotations
+"""Whether differences between pairs exceed the noise; written out, as nothing here needs SciPy."""
 
 import math
 from collections.abc import Sequence
