@@ -1,11 +1,8 @@
 """Prompts for rollouts: read, checked, tokenised, served in an order that can be resumed.
 
-``PromptData`` alone counts the prompts served. Leaves out rewards (other columns travel along as
-``rows``) and devices. The tokenizer is the module's (``trainer.lightning_module.tokenizer``), so
-that no config can name two.
+``PromptData`` alone counts the prompts served. Columns that only rewards read travel along as
+``rows``.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -59,17 +56,18 @@ class PromptData(TokenizedData):
         val_batch_size: int = 64,
     ) -> None:
         super().__init__()
-        counts = {
-            "prompts_per_rollout": prompts_per_rollout,
-            "num_rollouts": num_rollouts,
-            "max_prompt_tokens": max_prompt_tokens,
-            "val_batch_size": val_batch_size,
-        }
         if system_prompt is not None and not chat_template:
             raise ValueError("data.system_prompt needs data.chat_template: true")
         self.paths = {"path": path, "val_path": val_path, "test_path": test_path or val_path}
         self.paths["predict_path"] = predict_path or val_path or path
-        check_at_least(1, "data.", **counts)
+        check_at_least(
+            1,
+            "data.",
+            prompts_per_rollout=prompts_per_rollout,
+            num_rollouts=num_rollouts,
+            max_prompt_tokens=max_prompt_tokens,
+            val_batch_size=val_batch_size,
+        )
         check_files(self.paths)
         self.prompts_per_rollout = prompts_per_rollout
         self.num_rollouts = num_rollouts
@@ -198,23 +196,17 @@ class PromptData(TokenizedData):
                 "messages"
             ) from error
 
-    def _loader(self, key: str) -> DataLoader | list:
-        if key not in self.examples:
-            return []
-        return DataLoader(
-            self.examples[key],  # type: ignore[arg-type]  # a list is a map-style dataset
-            batch_size=self.val_batch_size,
-            collate_fn=collate_prompts,
-        )
+    def _batches(self, key: str) -> DataLoader | list:
+        return self._loader(self.examples.get(key, []), collate_prompts, self.val_batch_size)
 
     def val_dataloader(self) -> DataLoader | list:
-        return self._loader("val_path")
+        return self._batches("val_path")
 
     def test_dataloader(self) -> DataLoader | list:
-        return self._loader("test_path")
+        return self._batches("test_path")
 
     def predict_dataloader(self) -> DataLoader | list:
-        return self._loader("predict_path")
+        return self._batches("predict_path")
 
 
 def is_message(message: Any) -> bool:
