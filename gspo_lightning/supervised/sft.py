@@ -1,12 +1,9 @@
 """Warm start: supervised fine-tuning of a policy on demonstrations, before any reward.
 
 Decides the loss (mean negative log-prob of the completion tokens, end of sequence included) and the
-unit of the schedule (optimizer steps). Leaves out the data (``SFTData``), gradient clipping and
-accumulation (the Trainer's ``gradient_clip_val`` and ``accumulate_grad_batches``), and everything
-about rewards.
+unit of the schedule (optimizer steps). Gradient clipping and accumulation are the Trainer's
+(``gradient_clip_val`` and ``accumulate_grad_batches``).
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.masked import masked_mean
 from gspo_lightning.optim import OptimizerConfig, build_optimizer
 from gspo_lightning.policy.policy import Policy, PolicyConfig, load_policy, load_tokenizer
-from gspo_lightning.supervised.step_log import log_step, set_rate
+from gspo_lightning.supervised.step_log import set_rate_and_log
 
 
 class SFTModule(LightningModule):
@@ -49,7 +46,7 @@ class SFTModule(LightningModule):
             self.policy.train()  # dropout is 0, so this only keeps one mode for all modules
 
     def configure_optimizers(self) -> Optimizer:
-        """AdamW; ``training_step`` sets its learning rate."""
+        """AdamW; each training step sets its learning rate."""
         assert self.policy is not None
         return build_optimizer(self.policy, self.optimizer_config)
 
@@ -66,20 +63,14 @@ class SFTModule(LightningModule):
         """
         assert self.policy is not None
         logprobs = completion_logprobs(
-            self.policy.model,
-            batch.prompt_ids,
-            batch.prompt_mask,
-            batch.completion_ids,
-            batch.mask,
+            self.policy.model, batch.prompt_ids, batch.prompt_mask, batch.completion_ids, batch.mask
         ).logprobs
         return -masked_mean(logprobs, batch.mask)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One batch; Lightning runs backward, clips and steps."""
-        rate = set_rate(self)
         loss = self.loss(batch)
-        metrics = {"train/loss": loss.detach(), "train/learning_rate": rate}
-        log_step(self, metrics, batch_size=len(batch.mask))
+        set_rate_and_log(self, {"loss": loss.detach()}, batch_size=len(batch.mask))
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
