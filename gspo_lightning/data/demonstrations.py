@@ -62,8 +62,7 @@ class TokenizedData(LightningDataModule):
     def _stream(
         self, examples: list, collate: Callable, batch_size: int, num_batches: int | None, **kw: Any
     ) -> ResumableStream:
-        trainer = self.trainer
-        assert trainer is not None
+        trainer: Any = self.trainer
         one_pass = max(1, len(examples) // (batch_size * trainer.world_size))
         return ResumableStream(
             examples,
@@ -111,8 +110,9 @@ class SupervisedData(TokenizedData):
         max_tokens: int,
     ) -> None:
         super().__init__()
-        counts = {"batch_size": batch_size, "num_steps": num_steps, "max_tokens": max_tokens}
-        check_at_least(1, "data.", **counts)
+        check_at_least(
+            1, "data.", batch_size=batch_size, num_steps=num_steps, max_tokens=max_tokens
+        )
         check_files({"path": path, "val_path": val_path})
         self.path = path
         self.val_path = val_path

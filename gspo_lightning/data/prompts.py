@@ -105,10 +105,6 @@ class PromptData(TokenizedData):
             self.num_rollouts = len(self.stream)
 
     @property
-    def num_train_prompts(self) -> int:
-        return len(self.examples.get("path", []))
-
-    @property
     def longest_prompt(self) -> int:
         """Tokens of the longest training prompt; 0 before ``setup``."""
         return max((len(ids) for ids, _ in self.examples.get("path", [])), default=0)
@@ -128,14 +124,12 @@ class PromptData(TokenizedData):
         needed = getattr(self.trainer.lightning_module, "columns_needed", {})  # type: ignore[union-attr]
         for term, name in needed.items():
             column(key, path, rows, name, why=f", which reward {term!r} needs")
-        examples, overlong = [], 0
+        examples = []
         for number, prompt in enumerate(column(key, path, rows, self.prompt_column), start=1):
             ids = self._encode(f"{key}: {path}: row {number}", prompt)
             if len(ids) <= self.max_prompt_tokens:
                 examples.append((ids, rows[number - 1]))
-                continue
-            overlong += 1
-            if self.overlong_prompts == "error":
+            elif self.overlong_prompts == "error":
                 raise ValueError(
                     f"{key}: {path}: row {number} has {len(ids)} tokens, above "
                     f"data.max_prompt_tokens {self.max_prompt_tokens}; raise it, or set "
@@ -146,12 +140,11 @@ class PromptData(TokenizedData):
                 f"{key}: {path}: all {len(rows)} prompts are longer than data.max_prompt_tokens "
                 f"{self.max_prompt_tokens}"
             )
+        overlong = len(rows) - len(examples)
         self.dropped[key.removeprefix("data.")] = overlong
         if overlong:
-            rank_zero_info(
-                f"{key}: dropped {overlong} of {len(rows)} prompts longer than "
-                f"{self.max_prompt_tokens} tokens"
-            )
+            limit = f"{self.max_prompt_tokens} tokens"
+            rank_zero_info(f"{key}: dropped {overlong} of {len(rows)} prompts longer than {limit}")
         return examples
 
     def _encode(self, where: str, prompt: Any) -> list[int]:

@@ -150,7 +150,7 @@ def read_with_datasets(key: str, file: Path) -> list[dict]:
             f"{key}: reading {file} needs the datasets package: pip install gspo_lightning[data]"
         ) from error
     level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it also raises
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are logged and raised
     try:
         if file.is_dir():
             table = datasets.load_from_disk(str(file))

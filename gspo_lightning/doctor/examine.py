@@ -178,5 +178,6 @@ def main(
     counts = Counter(finding.status for finding in findings)
     said = ", ".join(f"{counts[status]} {status}" for status in ("error", "warning", "ok"))
     lines = [*as_lines(findings), f"{said}; {time.perf_counter() - started:.1f} s"]
-    print("\n".join(map(printable, lines)), flush=True)  # prompts and tokens are quoted in them
+    # Prompts and tokens are quoted in the lines, and not every terminal can print them.
+    print("\n".join(map(printable, lines)), flush=True)
     return code

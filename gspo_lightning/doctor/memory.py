@@ -51,7 +51,7 @@ def needs(trainer: Any, module: Any) -> dict[torch.device, dict[str, float]] | N
     larger = max("KV cache", "micro-batch", key=parts.__getitem__)  # they are never held together
     own = {name: parts[name] for name in ("gradients", "Adam", larger)}
     device = trainer.strategy.root_device
-    if device.type == "cpu":  # the ranks of a run share it
+    if device.type == "cpu":  # the ranks of a run share one memory
         own = {name: size * trainer.world_size for name, size in own.items()}
     found = {device: own}
     for key, place in module.frozen.devices.items():

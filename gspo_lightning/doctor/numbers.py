@@ -19,7 +19,7 @@ from gspo_lightning.masked import masked_mean
 from gspo_lightning.objectives import importance_log_ratio, token_weights
 from gspo_lightning.rollout import Rollout, Samples
 
-DROPOUTS = tuple(vars(nn)[name] for name in vars(nn) if "Dropout" in name)
+DROPOUTS = tuple(kind for name, kind in vars(nn).items() if "Dropout" in name)
 ROWS = 16  # completions that noise and KL are measured on
 PADDING = 8  # tokens; with masked columns attention takes another path through its kernels
 GRADIENT_ROWS = 8  # completions whose gradient is computed in several cuts
@@ -89,9 +89,7 @@ def as_rollout(module: Any, samples: Samples) -> Rollout:
     return Rollout(
         **{field.name: getattr(samples, field.name) for field in fields(Samples)},
         old_logprobs=old,
-        old_known=torch.zeros_like(
-            samples.finished
-        ),  # before any step the first pass replaces them
+        old_known=torch.zeros_like(samples.finished),  # no step yet: the first pass replaces them
         ref_logprobs=ref,
         rewards=torch.zeros(len(samples)),
         reward_parts={},

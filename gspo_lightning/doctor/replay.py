@@ -89,9 +89,7 @@ def build_policy(dump: dict[str, Any], device: torch.device) -> Policy:
         policy.double()
     policy.to(device)
     one = torch.ones(1, 1, dtype=torch.long, device=device)
-    with (
-        torch.no_grad()
-    ):  # a first pass on sound weights, as in the run, decides how the model runs
+    with torch.no_grad():  # a first pass on sound weights decides how the model is run
         completion_logprobs(policy.model, one, one.bool(), one, one.bool())
     policy.load_state_dict(dump["policy"])
     return policy

@@ -46,7 +46,7 @@ def terms(rewards: Mapping[str, RewardTerm], samples: Any) -> tuple[list[Finding
         A finding per term, and the scores of the terms that could score.
     """
     working, broken = dict(rewards), []
-    while True:  # all at once, as in a run; a judge that is asked costs money
+    while True:  # all completions at once, as in a run: a judge that is asked costs money
         try:
             scores = score(working, samples.rows, samples.texts)
             break

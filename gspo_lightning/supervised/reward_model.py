@@ -93,10 +93,10 @@ class RewardModelModule(LightningModule):
         self.policy_config = policy
         self.optimizer_config = optimizer or OptimizerConfig(learning_rate=1e-5)
         self.centring = centring
-        self.tokenizer = load_tokenizer(policy)  # the data needs it before there is a model
+        self.tokenizer = load_tokenizer(policy)  # data is set up before there is a model
         self.tokenizer.padding_side = "right"  # as RewardModel pads what it scores
         if self.tokenizer.pad_token_id is None:
-            # Many causal models have none; a classifier cannot find the end of a text without it.
+            # Many causal models have no padding token; a classifier finds no end of a text without.
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if self.tokenizer.pad_token_id is None:
             raise ValueError(
@@ -109,7 +109,7 @@ class RewardModelModule(LightningModule):
         """Load the model; Lightning calls this again for every fit and validate."""
         if self.model is None:
             self.model = load_classifier(self.policy_config, self.tokenizer)
-            self.model.train()  # dropout is 0, so this only keeps one mode for all modules
+            self.model.train()  # dropout is 0: only so that all modules are in one mode
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW; each training step sets its learning rate."""
