@@ -1,11 +1,8 @@
 """Demonstrations: read, checked, tokenised, served in a resumable order.
 
-Decides how texts become batches for the warm start, and what all kinds of data have in common.
-Leaves out preference pairs, prompts for rollouts (``data.PromptData``), losses and devices. The
+Decides how texts become batches for the warm start, and what all kinds of data have in common. The
 tokenizer is the module's (``trainer.lightning_module.tokenizer``), so that no config can name two.
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
@@ -65,8 +62,7 @@ class TokenizedData(LightningDataModule):
     def _stream(
         self, examples: list, collate: Callable, batch_size: int, num_batches: int | None, **kw: Any
     ) -> ResumableStream:
-        trainer = self.trainer
-        assert trainer is not None
+        trainer: Any = self.trainer
         one_pass = max(1, len(examples) // (batch_size * trainer.world_size))
         return ResumableStream(
             examples,
@@ -78,6 +74,13 @@ class TokenizedData(LightningDataModule):
             world_size=trainer.world_size,
             **kw,
         )
+
+    def _loader(self, examples: list, collate: Callable, batch_size: int) -> DataLoader | list:
+        if not examples:
+            return []
+        dataset: Any = examples  # a list is a map-style dataset
+        # Lightning makes a loader again for ``predict``, and cannot if batch_size has no keyword
+        return DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
 
     def fingerprints(self) -> dict[str, str]:
         """A mark of the training examples in their order, with all their columns."""
@@ -107,8 +110,9 @@ class SupervisedData(TokenizedData):
         max_tokens: int,
     ) -> None:
         super().__init__()
-        counts = {"batch_size": batch_size, "num_steps": num_steps, "max_tokens": max_tokens}
-        check_at_least(1, "data.", **counts)
+        check_at_least(
+            1, "data.", batch_size=batch_size, num_steps=num_steps, max_tokens=max_tokens
+        )
         check_files({"path": path, "val_path": val_path})
         self.path = path
         self.val_path = val_path
@@ -134,13 +138,7 @@ class SupervisedData(TokenizedData):
         raise NotImplementedError
 
     def val_dataloader(self) -> DataLoader | list:
-        if not self.val_examples:
-            return []
-        return DataLoader(
-            self.val_examples,  # type: ignore[arg-type]  # a list is a map-style dataset
-            batch_size=self.batch_size,
-            collate_fn=self.collate,
-        )
+        return self._loader(self.val_examples, self.collate, self.batch_size)
 
 
 @dataclass(frozen=True, eq=False)

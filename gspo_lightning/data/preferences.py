@@ -1,9 +1,4 @@
-"""Preference pairs: read, checked, tokenised, served in a resumable order.
-
-Decides how two texts of one prompt become batches for training a reward model. Leaves out losses.
-"""
-
-from __future__ import annotations
+"""Preference pairs: how two texts of one prompt become batches for training a reward model."""
 
 from dataclasses import dataclass
 
@@ -19,8 +14,8 @@ from gspo_lightning.rollout import Movable
 class PreferenceBatch(Movable):
     """B pairs as 2B texts, right-padded: ids and mask (2B, T), first all chosen, then all rejected.
 
-    Padded ids are 0 here. Sequence classifiers look for the last id that is not their padding, so
-    the module writes its own padding id in.
+    Padded ids are 0. Sequence classifiers look for the last id that is not their padding, so the
+    module writes its own padding id in.
     """
 
     ids: Tensor

@@ -1,11 +1,8 @@
 """Prompts for rollouts: read, checked, tokenised, served in an order that can be resumed.
 
-``PromptData`` alone counts the prompts served. Leaves out rewards (other columns travel along as
-``rows``) and devices. The tokenizer is the module's (``trainer.lightning_module.tokenizer``), so
-that no config can name two.
+``PromptData`` alone counts the prompts served. Columns that only rewards read travel along as
+``rows``.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -59,17 +56,18 @@ class PromptData(TokenizedData):
         val_batch_size: int = 64,
     ) -> None:
         super().__init__()
-        counts = {
-            "prompts_per_rollout": prompts_per_rollout,
-            "num_rollouts": num_rollouts,
-            "max_prompt_tokens": max_prompt_tokens,
-            "val_batch_size": val_batch_size,
-        }
         if system_prompt is not None and not chat_template:
             raise ValueError("data.system_prompt needs data.chat_template: true")
         self.paths = {"path": path, "val_path": val_path, "test_path": test_path or val_path}
         self.paths["predict_path"] = predict_path or val_path or path
-        check_at_least(1, "data.", **counts)
+        check_at_least(
+            1,
+            "data.",
+            prompts_per_rollout=prompts_per_rollout,
+            num_rollouts=num_rollouts,
+            max_prompt_tokens=max_prompt_tokens,
+            val_batch_size=val_batch_size,
+        )
         check_files(self.paths)
         self.prompts_per_rollout = prompts_per_rollout
         self.num_rollouts = num_rollouts
@@ -107,10 +105,6 @@ class PromptData(TokenizedData):
             self.num_rollouts = len(self.stream)
 
     @property
-    def num_train_prompts(self) -> int:
-        return len(self.examples.get("path", []))
-
-    @property
     def longest_prompt(self) -> int:
         """Tokens of the longest training prompt; 0 before ``setup``."""
         return max((len(ids) for ids, _ in self.examples.get("path", [])), default=0)
@@ -130,14 +124,12 @@ class PromptData(TokenizedData):
         needed = getattr(self.trainer.lightning_module, "columns_needed", {})  # type: ignore[union-attr]
         for term, name in needed.items():
             column(key, path, rows, name, why=f", which reward {term!r} needs")
-        examples, overlong = [], 0
+        examples = []
         for number, prompt in enumerate(column(key, path, rows, self.prompt_column), start=1):
             ids = self._encode(f"{key}: {path}: row {number}", prompt)
             if len(ids) <= self.max_prompt_tokens:
                 examples.append((ids, rows[number - 1]))
-                continue
-            overlong += 1
-            if self.overlong_prompts == "error":
+            elif self.overlong_prompts == "error":
                 raise ValueError(
                     f"{key}: {path}: row {number} has {len(ids)} tokens, above "
                     f"data.max_prompt_tokens {self.max_prompt_tokens}; raise it, or set "
@@ -148,12 +140,11 @@ class PromptData(TokenizedData):
                 f"{key}: {path}: all {len(rows)} prompts are longer than data.max_prompt_tokens "
                 f"{self.max_prompt_tokens}"
             )
+        overlong = len(rows) - len(examples)
         self.dropped[key.removeprefix("data.")] = overlong
         if overlong:
-            rank_zero_info(
-                f"{key}: dropped {overlong} of {len(rows)} prompts longer than "
-                f"{self.max_prompt_tokens} tokens"
-            )
+            limit = f"{self.max_prompt_tokens} tokens"
+            rank_zero_info(f"{key}: dropped {overlong} of {len(rows)} prompts longer than {limit}")
         return examples
 
     def _encode(self, where: str, prompt: Any) -> list[int]:
@@ -198,23 +189,17 @@ class PromptData(TokenizedData):
                 "messages"
             ) from error
 
-    def _loader(self, key: str) -> DataLoader | list:
-        if key not in self.examples:
-            return []
-        return DataLoader(
-            self.examples[key],  # type: ignore[arg-type]  # a list is a map-style dataset
-            batch_size=self.val_batch_size,
-            collate_fn=collate_prompts,
-        )
+    def _batches(self, key: str) -> DataLoader | list:
+        return self._loader(self.examples.get(key, []), collate_prompts, self.val_batch_size)
 
     def val_dataloader(self) -> DataLoader | list:
-        return self._loader("val_path")
+        return self._batches("val_path")
 
     def test_dataloader(self) -> DataLoader | list:
-        return self._loader("test_path")
+        return self._batches("test_path")
 
     def predict_dataloader(self) -> DataLoader | list:
-        return self._loader("predict_path")
+        return self._batches("predict_path")
 
 
 def is_message(message: Any) -> bool:

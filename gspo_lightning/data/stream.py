@@ -1,9 +1,4 @@
-"""Batches in an order that can be resumed.
-
-Decides the order of the examples and counts how many were served. Leaves out what an example is.
-"""
-
-from __future__ import annotations
+"""Batches in an order that can be resumed: which examples come next, how many were served."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -93,9 +88,8 @@ class ResumableStream:
         if not self.shuffle:
             return self.examples[offset]
         if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(
-                stream_seed(self.seed, epoch, 0, "data order")
-            )
+            seed = stream_seed(self.seed, epoch, 0, "data order")
+            generator = torch.Generator().manual_seed(seed)
             self._order = (epoch, torch.randperm(len(self.examples), generator=generator).tolist())
         return self.examples[self._order[1][offset]]
 

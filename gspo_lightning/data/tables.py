@@ -1,11 +1,8 @@
 """Tables from files: JSON lines, Parquet, folders of the datasets library.
 
 Decides which files are read and how a broken one is reported: with the setting, the file and the
-line. A column ``id``, where there is one, must tell the rows apart. Leaves out what the other
-columns mean.
+line. A column ``id``, where there is one, must tell the rows apart.
 """
-
-from __future__ import annotations
 
 import codecs
 import json
@@ -15,8 +12,6 @@ from typing import Any
 READERS = (
     ".jsonl, .json (one object a line), .parquet, or a folder written by datasets.save_to_disk"
 )
-
-
 LONGEST_LINE = 16 << 20  # bytes; a longer line is a file without line ends, not a prompt
 
 
@@ -61,15 +56,12 @@ def check_ids(key: str, path: str, rows: list[dict]) -> None:
     """Refuse a column ``id`` whose values are not all different; rows without one do not count."""
     first: dict[str, int] = {}
     for number, row in enumerate(rows, start=1):
-        if row.get("id") is None:
-            continue
-        name = repr(row["id"])
-        if name in first:
+        name = repr(row.get("id"))
+        if row.get("id") is not None and first.setdefault(name, number) != number:
             raise ValueError(
                 f"{key}: {path}: row {number} has the id {name} of row {first[name]} again; take "
                 "one out, or give the column another name"
             )
-        first[name] = number
 
 
 def read_json_lines(key: str, file: Path) -> list[dict]:
@@ -77,18 +69,16 @@ def read_json_lines(key: str, file: Path) -> list[dict]:
     try:
         lines = file.open("rb")
     except OSError as error:
-        raise ValueError(
-            f"{key}: cannot read {file}: {error.strerror}; ask its owner, or copy it"
-        ) from error
+        text = f"{key}: cannot read {file}: {error.strerror}; ask its owner, or copy it"
+        raise ValueError(text) from error
     with lines:
         number = 0
         while line := lines.readline(LONGEST_LINE + 1):
             number += 1
             where = f"{key}: {file}:{number}"
             if len(line) > LONGEST_LINE:
-                raise ValueError(
-                    f"{where}: longer than {LONGEST_LINE >> 20} MiB; write one object a line"
-                )
+                limit = f"longer than {LONGEST_LINE >> 20} MiB"
+                raise ValueError(f"{where}: {limit}; write one object a line")
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)  # no part of the data
                 check_encoding(where, line)
@@ -113,30 +103,28 @@ def read_object(where: str, line: bytes) -> dict:
         row = json.loads(line.decode(), object_pairs_hook=columns, parse_constant=refuse)
         if b"\\ud" in line or b"\\uD" in line:  # half a character passes json, no tokenizer
             json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: not UTF-8 (byte {error.start} of the line); convert the file"
-        ) from error
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: a lone surrogate {error.object[error.start]!r}, which is no character; "
-            "take it out"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where}: not JSON: {error.msg} at character {error.pos + 1}; write one object a line"
-        ) from error
-    except RecursionError as error:
-        raise ValueError(f"{where}: nested too deeply; write one flat object a line") from error
-    except ValueError as error:  # from the two functions below, or a number of 4,300 digits
-        reason = str(error).partition("; use sys.")[0]
-        raise ValueError(f"{where}: cannot be read: {reason}; mend the line") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {why_unreadable(error)}") from error
     if not isinstance(row, dict):
-        raise ValueError(
-            f'{where}: expected an object like {{"prompt": ...}}, got {type(row).__name__}; write '
-            "one object a line"
-        )
+        wrong = f'expected an object like {{"prompt": ...}}, got {type(row).__name__}'
+        raise ValueError(f"{where}: {wrong}; write one object a line")
     return row
+
+
+def why_unreadable(error: Exception) -> str:
+    """What is wrong with a line, and what to do."""
+    match error:
+        case UnicodeDecodeError():
+            return f"not UTF-8 (byte {error.start} of the line); convert the file"
+        case UnicodeEncodeError():
+            surrogate = error.object[error.start]
+            return f"a lone surrogate {surrogate!r}, which is no character; take it out"
+        case json.JSONDecodeError():
+            return f"not JSON: {error.msg} at character {error.pos + 1}; write one object a line"
+        case RecursionError():
+            return "nested too deeply; write one flat object a line"
+    reason = str(error).partition("; use sys.")[0]  # of a number with more than 4,300 digits
+    return f"cannot be read: {reason}; mend the line"
 
 
 def columns(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -162,7 +150,7 @@ def read_with_datasets(key: str, file: Path) -> list[dict]:
             f"{key}: reading {file} needs the datasets package: pip install gspo_lightning[data]"
         ) from error
     level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it also raises
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are logged and raised
     try:
         if file.is_dir():
             table = datasets.load_from_disk(str(file))
@@ -174,9 +162,8 @@ def read_with_datasets(key: str, file: Path) -> list[dict]:
     finally:
         datasets.logging.set_verbosity(level)
     if isinstance(table, datasets.DatasetDict):
-        raise ValueError(
-            f"{key}: {file} holds several splits {list(table)}; give one split's folder"
-        )
+        splits = list(table)
+        raise ValueError(f"{key}: {file} holds several splits {splits}; give one split's folder")
     return list(table)
 
 

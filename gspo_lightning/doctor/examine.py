@@ -5,8 +5,6 @@ up by ``fit`` itself, by the same parser, on the same devices, up to the first b
 prompts are completed and looked at from all sides. Nothing is written, no weight changes.
 """
 
-from __future__ import annotations
-
 import copy
 import time
 from collections import Counter
@@ -15,10 +13,8 @@ from typing import Any
 
 import torch
 
-from gspo_lightning.doctor import memory as doctor_memory
-from gspo_lightning.doctor import numbers as doctor_numbers
-from gspo_lightning.doctor import rewards as doctor_rewards
-from gspo_lightning.doctor import text as doctor_text
+from gspo_lightning.bounds import check_at_least
+from gspo_lightning.doctor import memory, numbers, rewards, text
 from gspo_lightning.doctor.findings import Finding, as_json, as_lines, attempt, worst
 from gspo_lightning.rewards.terms import overlong_penalty
 from gspo_lightning.rollout import Samples, join_samples, stream_seed
@@ -43,37 +39,34 @@ def examine(trainer: Any, module: Any, num_prompts: int, max_new_tokens: int) ->
     prompts = [ids for ids, _ in examples]
     limit = module.sampler.max_new_tokens
     cap = min(max_new_tokens, limit)
-    found = attempt("plan", lambda: plan(trainer, module))
-    checks: Checks = {
-        "memory": lambda: doctor_memory.memory(trainer, module),
-        "vocabulary": lambda: doctor_text.vocabulary(policy, prompts),
-        "prompts": lambda: doctor_text.lengths(policy, data, prompts, limit),
-        "eos": lambda: doctor_text.eos(policy, data),
-        "pad": lambda: doctor_text.padding(policy),
-        "bos": lambda: doctor_text.bos(policy, data, prompts),
-        "prompt end": lambda: doctor_text.prompt_end(policy, prompts),
-        "template": lambda: doctor_text.template(policy, data, examples),
-        "clip range": lambda: clip_range(module),
-        "dropout": lambda: doctor_numbers.dropout(policy),
-    }
-    for check, look in checks.items():
-        found += attempt(check, look)
     drawn: list[Samples] = []
-    found += attempt("sampling", lambda: sampling(trainer, module, num_prompts, cap, drawn))
+    checks: Checks = {
+        "plan": lambda: plan(trainer, module),
+        "memory": lambda: memory.memory(trainer, module),
+        "vocabulary": lambda: text.vocabulary(policy, prompts),
+        "prompts": lambda: text.lengths(policy, data, prompts, limit),
+        "eos": lambda: text.eos(policy, data),
+        "pad": lambda: text.padding(policy),
+        "bos": lambda: text.bos(policy, data, prompts),
+        "prompt end": lambda: text.prompt_end(policy, prompts),
+        "template": lambda: text.template(policy, data, examples),
+        "clip range": lambda: clip_range(module),
+        "dropout": lambda: numbers.dropout(policy),
+        "sampling": lambda: sampling(trainer, module, num_prompts, cap, drawn),
+    }
+    found = [finding for check in checks.items() for finding in attempt(*check)]
     if not drawn:
         return found
     samples = drawn[0]
     checks = {
-        "prompt": lambda: doctor_text.example(policy, samples),
-        "truncated": lambda: doctor_rewards.truncation(samples.finished.cpu(), cap, limit),
-        "rewards": lambda: rewards(module, samples, cap),
-        "kl": lambda: doctor_numbers.start_kl(module, trainer, samples),
-        "ratio noise": lambda: doctor_numbers.noise(module, data, samples),
-        "gradient": lambda: doctor_numbers.first_step(module, trainer, data, samples),
+        "prompt": lambda: text.example(policy, samples),
+        "truncated": lambda: rewards.truncation(samples.finished.cpu(), cap, limit),
+        "rewards": lambda: earned(module, samples, cap),
+        "kl": lambda: numbers.start_kl(module, trainer, samples),
+        "ratio noise": lambda: numbers.noise(module, data, samples),
+        "gradient": lambda: numbers.first_step(module, trainer, data, samples),
     }
-    for check, look in checks.items():
-        found += attempt(check, look)
-    return found
+    return found + [finding for check in checks.items() for finding in attempt(*check)]
 
 
 def plan(trainer: Any, module: Any) -> list[Finding]:
@@ -84,14 +77,12 @@ def plan(trainer: Any, module: Any) -> list[Finding]:
 
 def clip_range(module: Any) -> Finding:
     """Whether the clip range was meant for another kind of ratio, as run health sees it."""
-    objective = module.objective
-    text = (
-        f"[1 - {objective.clip_low:g}, 1 + {objective.clip_high:g}] for a {objective.ratio} ratio"
-    )
+    low, high, ratio = (getattr(module.objective, n) for n in ("clip_low", "clip_high", "ratio"))
+    said = f"[1 - {low:g}, 1 + {high:g}] for a {ratio} ratio"
     if "range" in module.health.said:
         remedy = "a length-normalised ratio stays inside it; use clip_low 3e-4 and clip_high 4e-4"
-        return Finding("clip range", "warning", text, remedy)
-    return Finding("clip range", "ok", text)
+        return Finding("clip range", "warning", said, remedy)
+    return Finding("clip range", "ok", said)
 
 
 def sampling(
@@ -105,30 +96,26 @@ def sampling(
     sampler = copy.copy(module.sampler)  # not deep: an engine behind it stays the same one
     sampler.max_new_tokens = cap
     batch = trainer.datamodule.draw([num_prompts] * trainer.world_size).to(module.device)
+    seeds = [stream_seed(module.seed, 0, module.global_rank, purpose) for purpose in DRAWS]
     start = time.perf_counter()
-    parts = [
-        sampler.sample(
-            module.policy, batch, seed=stream_seed(module.seed, 0, module.global_rank, purpose)
-        )
-        for purpose in DRAWS
-    ]
+    parts = [sampler.sample(module.policy, batch, seed=seed) for seed in seeds]
     seconds = time.perf_counter() - start
     rows = torch.arange(len(DRAWS) * num_prompts * sampler.group_size)
     order = rows.view(len(DRAWS), num_prompts, sampler.group_size).transpose(0, 1).flatten()
     drawn.append(join_samples(parts).select(order))
     tokens = int(drawn[0].mask.sum())
     value = {"completions": len(rows), "tokens": tokens, "seconds": seconds, "cap": cap}
-    text = f"{len(rows)} completions of {num_prompts} prompts, {tokens} tokens in {seconds:.1f} s"
+    said = f"{len(rows)} completions of {num_prompts} prompts, {tokens} tokens in {seconds:.1f} s"
     limit = module.sampler.max_new_tokens
     if cap < limit:
-        text += f"; at most {cap} tokens each for speed (--max_new_tokens), not {limit}"
-    return Finding("sampling", "ok", text, value=value)
+        said += f"; at most {cap} tokens each for speed (--max_new_tokens), not {limit}"
+    return Finding("sampling", "ok", said, value=value)
 
 
-def rewards(module: Any, samples: Samples, cap: int) -> list[Finding]:
+def earned(module: Any, samples: Samples, cap: int) -> list[Finding]:
     """Each term, their sum as group statistics would see it, and flat groups."""
-    found, scores = doctor_rewards.terms(module.rewards, samples)
-    if any(finding.status == "error" for finding in found):
+    found, scores = rewards.terms(module.rewards, samples)
+    if worst(found) == "error":
         return found  # the sum would not be the one of the run
     total, finished = scores.total, samples.finished.cpu()
     if cap == module.sampler.max_new_tokens:  # else a cut completion is none that hit the limit
@@ -139,8 +126,7 @@ def rewards(module: Any, samples: Samples, cap: int) -> list[Finding]:
             cut = 0.0 if module.truncated == "zero_reward" else torch.nan
             total = torch.where(finished, total, cut)
     size = samples.group_size
-    found.append(doctor_rewards.total(total, size))
-    return [*found, doctor_rewards.flat(total, size, len(DRAWS))]
+    return [*found, rewards.total(total, size), rewards.flat(total, size, len(DRAWS))]
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -154,9 +140,7 @@ def set_up_and_examine(
     Raises:
         ValueError: If a number is below 1, or module and data are of another kind.
     """
-    for name, number in {"num_prompts": num_prompts, "max_new_tokens": max_new_tokens}.items():
-        if number < 1:
-            raise ValueError(f"{name} must be >= 1, got {number}")
+    check_at_least(1, num_prompts=num_prompts, max_new_tokens=max_new_tokens)
     if not (hasattr(model, "sampler") and hasattr(model, "objective")):
         raise ValueError(f"doctor examines GSPOModule, and the model is {type(model).__name__}")
     if not (hasattr(datamodule, "draw") and hasattr(datamodule, "examples")):
@@ -194,5 +178,6 @@ def main(
     counts = Counter(finding.status for finding in findings)
     said = ", ".join(f"{counts[status]} {status}" for status in ("error", "warning", "ok"))
     lines = [*as_lines(findings), f"{said}; {time.perf_counter() - started:.1f} s"]
-    print("\n".join(map(printable, lines)), flush=True)  # prompts and tokens are quoted in them
+    # Prompts and tokens are quoted in the lines, and not every terminal can print them.
+    print("\n".join(map(printable, lines)), flush=True)
     return code

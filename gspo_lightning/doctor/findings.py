@@ -1,9 +1,4 @@
-"""What an examination found: lines for people, JSON for programs, an exit code for scripts.
-
-Decides layout and meaning of the three levels. Leaves out every check (``doctor``).
-"""
-
-from __future__ import annotations
+"""What an examination found: three levels of it, as lines for people and as JSON for programs."""
 
 import json
 import math
@@ -80,7 +75,7 @@ def attempt(check: str, examine: Callable[[], Finding | list[Finding]]) -> list[
     """Run a check; an error in it is a finding, so that the later checks still run."""
     try:
         found = examine()
-    except Exception as error:  # whatever it is, it would end a run: it is what was looked for
+    except Exception as error:  # any error here would end a run, so every one is a finding
         if os.environ.get("GSPO_TRACEBACK") == "1":
             traceback.print_exception(error)
         text = " ".join(str(error).split())[:400] or type(error).__name__

@@ -1,9 +1,4 @@
-"""Examines whether a run fits: the plan's memory estimate against what each device has left.
-
-Decides what counts as available. Leaves out the estimate itself (``plan``).
-"""
-
-from __future__ import annotations
+"""Examines whether a run fits: the plan's memory estimate against what each device has left."""
 
 import contextlib
 import os
@@ -17,12 +12,10 @@ from gspo_lightning.run.plan import policy_memory, size_text
 
 TIGHT = 0.8  # of what is available: allocators lose a part, and other processes grow
 _MEMINFO = Path("/proc/meminfo")
-_CGROUPS = (  # limit and use of a container, versions 2 and 1
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
+_V2, _V1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")  # versions of cgroups
+_CGROUPS = (  # limit and use of a container
+    (_V2 / "memory.max", _V2 / "memory.current"),
+    (_V1 / "memory.limit_in_bytes", _V1 / "memory.usage_in_bytes"),
 )
 
 
@@ -30,7 +23,7 @@ def available(device: torch.device) -> int | None:
     """Bytes that this process can still take on a device; ``None`` where nobody says."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # what the allocator holds and does not use is free for us alone
+        # What the allocator of this process holds and does not use is free for this process alone.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     found = []
     with contextlib.suppress(OSError):
@@ -55,21 +48,19 @@ def needs(trainer: Any, module: Any) -> dict[torch.device, dict[str, float]] | N
     parts = policy_memory(trainer, module)
     if parts is None:
         return None
-    larger = max("KV cache", "micro-batch", key=lambda name: parts[name])  # never together
+    larger = max("KV cache", "micro-batch", key=parts.__getitem__)  # they are never held together
     own = {name: parts[name] for name in ("gradients", "Adam", larger)}
     device = trainer.strategy.root_device
-    if device.type == "cpu":  # the ranks of a run share it
+    if device.type == "cpu":  # the ranks of a run share one memory
         own = {name: size * trainer.world_size for name, size in own.items()}
     found = {device: own}
     for key, place in module.frozen.devices.items():
+        needed = found.setdefault(place, {})
         if key == "model.reference" and not module.reference.shared:
-            config = module.policy.model.config
-            rows, tokens = module.reference.batch_size, module.sampler.max_new_tokens
-            width = 2 if "16" in str(trainer.precision) else 4
-            logits = rows * tokens * getattr(config, "vocab_size", 0) * width
-            found.setdefault(place, {})["logits of the reference"] = logits
-        else:
-            found.setdefault(place, {})
+            values = module.reference.batch_size * module.sampler.max_new_tokens
+            values *= getattr(module.policy.model.config, "vocab_size", 0)
+            width = 2 if "16" in str(trainer.precision) else 4  # bytes
+            needed["logits of the reference"] = values * width
     return found
 
 

@@ -1,11 +1,9 @@
 """Examines the numbers an update starts from: ratio, KL, noise, and the gradient's invariance.
 
 Everything goes through the module's own forward and backward passes, in the precision of the run.
-Decides the tolerances. Takes no step and leaves no gradient behind. Leaves out rewards: advantages
-are made up here, since flat groups would leave no gradient to compare.
+Decides the tolerances. Takes no step and leaves no gradient behind. Advantages are made up, since
+flat groups would leave no gradient to compare.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -21,10 +19,7 @@ from gspo_lightning.masked import masked_mean
 from gspo_lightning.objectives import importance_log_ratio, token_weights
 from gspo_lightning.rollout import Rollout, Samples
 
-DROPOUTS = (
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
-)
+DROPOUTS = tuple(kind for name, kind in vars(nn).items() if "Dropout" in name)
 ROWS = 16  # completions that noise and KL are measured on
 PADDING = 8  # tokens; with masked columns attention takes another path through its kernels
 GRADIENT_ROWS = 8  # completions whose gradient is computed in several cuts
@@ -60,11 +55,8 @@ def configured_size(module: Any, data: Any) -> int:
 
 def dropout(policy: Any) -> Finding:
     """Find dropout that is still on: with it two passes over the same rows differ."""
-    layers = [
-        name
-        for name, part in policy.model.named_modules()
-        if isinstance(part, DROPOUTS) and part.p > 0
-    ]
+    parts = policy.model.named_modules()
+    layers = [name for name, part in parts if isinstance(part, DROPOUTS) and part.p > 0]
     if layers:
         text = f"{len(layers)} layers drop values at random, the first is {layers[0]}"
         remedy = "set their rates to 0 in config.json of policy.path: the ratio would not be 1"
@@ -88,20 +80,18 @@ def logprobs_in_run(module: Any, samples: Samples, **options: bool) -> LogProbs:
 
 def as_rollout(module: Any, samples: Samples) -> Rollout:
     """Samples with reference log-probs and made-up advantages between -1 and 1."""
-    size = len(samples)
-    reference = module.reference
-    advantages = torch.linspace(-1, 1, size, device=samples.mask.device)
+    advantages = torch.linspace(-1, 1, len(samples), device=samples.mask.device)
     with torch.no_grad():
         old = logprobs_in_run(module, samples).logprobs
         ref = None
-        if reference is not None:
-            ref = reference.logprobs(samples, module.sampler.temperature).to(old.device)
+        if module.reference is not None:
+            ref = module.reference.logprobs(samples, module.sampler.temperature).to(old.device)
     return Rollout(
         **{field.name: getattr(samples, field.name) for field in fields(Samples)},
         old_logprobs=old,
-        old_known=torch.zeros_like(samples.finished),  # before any step: its own pass stands in
+        old_known=torch.zeros_like(samples.finished),  # no step yet: the first pass replaces them
         ref_logprobs=ref,
-        rewards=torch.zeros(size),
+        rewards=torch.zeros(len(samples)),
         reward_parts={},
         advantages=advantages[:, None].expand_as(samples.mask),
     )
@@ -109,9 +99,8 @@ def as_rollout(module: Any, samples: Samples) -> Rollout:
 
 def gradient(module: Any, rollout: Rollout, size: int) -> Cut:
     """The gradient of one optimizer step, ``size`` rows at a time, by the update's code."""
-    weights = token_weights(
-        rollout.mask, module.objective.aggregation, module.sampler.max_new_tokens
-    )
+    aggregation, limit = module.objective.aggregation, module.sampler.max_new_tokens
+    weights = token_weights(rollout.mask, aggregation, limit)
     parameters = [p for p in module.policy.parameters() if p.requires_grad]
     module.policy.zero_grad(set_to_none=True)
     log_ratios, clipped = [], 0.0
@@ -225,7 +214,7 @@ def noise(module: Any, data: Any, samples: Samples) -> Finding:
         with torch.no_grad():
             again = logprobs_in_run(module, part, with_entropy=True).logprobs
             longer = with_longer_prompt(part)
-            # padded: packed rows have the same bits whatever else is in the batch
+            # Run the rows padded: packed ones have the same bits whatever else is in the batch.
             apart = logprobs_in_run(module, longer, packed=False).logprobs[:-1]
         for values, moved in ((same, again), (other, apart)):
             log_ratio = importance_log_ratio(graph, moved, part.mask, level)
@@ -253,17 +242,16 @@ def start_kl(module: Any, trainer: Any, samples: Samples) -> Finding:
     if module.reference is None:
         return Finding("kl", "ok", "no reference, so no KL is measured")
     part = samples.select(spread(len(samples), ROWS))
-    rows = [logprobs_in_run(module, row).logprobs for row in part.micro_batches(1)]
-    old = torch.cat(rows)
+    old = torch.cat([logprobs_in_run(module, row).logprobs for row in part.micro_batches(1)])
     ref = module.reference.logprobs(part, module.sampler.temperature).to(old.device)
     kl = masked_mean(kl_estimate(old, ref, "k3"), part.mask, dim=1).mean().item()
     types = [dtype_of(module, trainer), next(module.reference.model.parameters()).dtype]
     tolerance = max(KL_TOLERANCE[dtype] for dtype in types)
     value = {"kl": kl, "tolerance": tolerance}
     if not kl <= tolerance:
-        path = module.reference.path
         text = f"starts at {kl:.3g} nats per token, not at 0: the reference is another model"
-        text += f" ({path})" if path is not None else ""
+        if module.reference.path is not None:
+            text += f" ({module.reference.path})"
         remedy = (
             "leave reference.path out for the policy's own start; if another one is meant, set the "
             "KL target above this"

@@ -2,11 +2,9 @@
 
 ``python train.py replay DUMP`` loads the weights and the tensors of the dump, runs the code of the
 update, and looks at everything in the order in which it is computed: weights, what the loss is
-computed from, the output of each part of the model, log-probs, ratio, losses, gradients. Leaves out
-the optimizer, which a fault does not reach, and a critic, whose weights are in no dump.
+computed from, the output of each part of the model, log-probs, ratio, losses, gradients. The
+optimizer is left out, since a fault does not reach it, and so is a critic: no dump has its weights.
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib
@@ -29,7 +27,6 @@ from gspo_lightning.policy.policy import Policy, PolicyConfig, load_policy, load
 from gspo_lightning.rollout import Rollout, Samples
 
 FOUND, ALL_FINITE = 0, 1  # exit codes
-TERMS = {"policy": "policy", "kl": "KL", "entropy": "entropy"}  # of a loss, as they are written
 
 
 class Look(NamedTuple):
@@ -83,18 +80,16 @@ def load_dump(path: Path) -> dict[str, Any]:
 
 def build_policy(dump: dict[str, Any], device: torch.device) -> Policy:
     """The policy of the run with the weights of the dump."""
-    settings = dump["settings"]
-    entries = dict(settings["policy"])
-    if entries["lora"] is not None:
-        entries["lora"] = LoRAConfig(**entries["lora"])
-    config = PolicyConfig(**entries)
+    settings, entries = dump["settings"], dump["settings"]["policy"]
+    lora = None if entries["lora"] is None else LoRAConfig(**entries["lora"])
+    config = PolicyConfig(**entries | {"lora": lora})
     policy = load_policy(config, load_tokenizer(config))
     policy.train()  # as in the run; dropout is off in either mode
     if settings["precision"] == "64-true":
         policy.double()
     policy.to(device)
     one = torch.ones(1, 1, dtype=torch.long, device=device)
-    with torch.no_grad():  # on sound weights, as in the run, it shows how the model can be run
+    with torch.no_grad():  # a first pass on sound weights decides how the model is run
         completion_logprobs(policy.model, one, one.bool(), one, one.bool())
     policy.load_state_dict(dump["policy"])
     return policy
@@ -127,15 +122,14 @@ def replay(dump: dict[str, Any], device: torch.device) -> Looks:
             watched(policy.model, looks, micro, own),
             torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False),
         ):
-            found = samples_logprobs(
-                policy.model, micro, settings["temperature"], with_entropy=True
-            )
+            temperature = settings["temperature"]
+            found = samples_logprobs(policy.model, micro, temperature, with_entropy=True)
             loss = micro_loss(*found, micro, part, choices)
         looks.at("logprobs", found.logprobs, own.__getitem__)
         log_ratio = importance_log_ratio(found.logprobs, loss.old, micro.mask, "sequence")[:, 0]
         looks.at("ratio", log_ratio.exp(), own.__getitem__)
-        for name, written in TERMS.items():
-            looks.at(f"{written} loss", getattr(loss.parts, name))
+        for name in ("policy", "kl", "entropy"):
+            looks.at(f"{'KL' if name == 'kl' else name} loss", getattr(loss.parts, name))
         looks.at("loss", loss.total)
         for name, gradient in gradients(loss.total, trained):
             total[name] += gradient

@@ -1,10 +1,8 @@
 """Examines what sampled completions earn: spread of each term, flat groups, truncation.
 
-Decides when rewards give nothing to learn from, and what another group size would change. Leaves
-out sampling and whether the reward means what was wanted, which only reading completions tells.
+Decides when rewards give nothing to learn from, and what another group size would change. Whether
+a reward means what was wanted, only reading completions tells.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Mapping
@@ -32,14 +30,11 @@ def truncation(finished: Tensor, cap: int, limit: int) -> Finding:
     share = (~finished).float().mean().item()
     value = {"cut_share": share, "cap": cap, "limit": limit}
     text = f"{share:.0%} of {len(finished)} completions were cut at {cap} tokens"
+    remedy = "raise sampler.max_new_tokens, or see eos above"
     if cap < limit:
         text += f"; how many would be at the limit of {limit} is not known"
-        if share > MOST:
-            remedy = f"what rewards say below is not to be trusted; use --max_new_tokens {limit}"
-            return Finding("truncated", "warning", text, remedy, value)
-        return Finding("truncated", "ok", text, value=value)
+        remedy = f"what rewards say below is not to be trusted; use --max_new_tokens {limit}"
     if share > MOST:
-        remedy = "raise sampler.max_new_tokens, or see eos above"
         return Finding("truncated", "warning", text, remedy, value)
     return Finding("truncated", "ok", text, value=value)
 
@@ -51,7 +46,7 @@ def terms(rewards: Mapping[str, RewardTerm], samples: Any) -> tuple[list[Finding
         A finding per term, and the scores of the terms that could score.
     """
     working, broken = dict(rewards), []
-    while True:  # all at once, as in a run; a judge that is asked costs money
+    while True:  # all completions at once, as in a run: a judge that is asked costs money
         try:
             scores = score(working, samples.rows, samples.texts)
             break
@@ -75,11 +70,12 @@ def term_spread(name: str, term: RewardTerm, part: Tensor) -> Finding:
     low, mean, high = there.min().item(), there.mean().item(), there.max().item()
     value = {"min": low, "mean": mean, "max": high, "missing_share": missing}
     text = f"{low:.3g} to {high:.3g}, mean {mean:.3g}"
-    text += f", weight {term.weight:g}" + (f", {missing:.0%} missing" if missing else "")
+    rest = f", weight {term.weight:g}" + (f", {missing:.0%} missing" if missing else "")
     if _same(low, high):
-        text = f"always {low:.3g} for {len(there)} completions" + text[text.index(", weight") :]
+        text = f"always {low:.3g} for {len(there)} completions{rest}"
         remedy = "a constant teaches nothing: read the completions, then mend the term or prompts"
         return Finding(check, "warning", text, remedy, value)
+    text += rest
     if missing > MOST:
         remedy = "rows without a reward are left out of the update; see that the term applies"
         return Finding(check, "warning", text, remedy, value)
@@ -149,9 +145,9 @@ def flat(rewards: Tensor, group_size: int, draws: int) -> Finding:
     value: dict[str, Any] = {"measured": measured, "groups": len(groups), "expected": {}}
     text = f"{measured:.0%} of {len(groups)} groups"
     remedy = "raise sampler.group_size, or set drop_flat_groups: true"
-    if len(valid) and not _same(valid.min().item(), valid.max().item()):
-        best = (rewards - valid.max()).abs() <= SAME * max(1.0, valid.max().abs().item())
-        least = (rewards - valid.min()).abs() <= SAME * max(1.0, valid.min().abs().item())
+    low, high = (valid.min().item(), valid.max().item()) if len(valid) else (0.0, 0.0)
+    if not _same(low, high):
+        best, least = ((rewards - v).abs() <= SAME * max(1.0, abs(v)) for v in (high, low))
         if bool((best | least | rewards.isnan()).all()):
             per_prompt = (len(groups) // draws, draws * group_size)
             won = best.view(per_prompt).sum(1)

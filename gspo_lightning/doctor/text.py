@@ -1,13 +1,11 @@
 """Examines what the policy reads: end, padding and beginning of texts, chat template, lengths.
 
-Decides which combinations of tokenizer, model and prompts are mistakes. Leaves out the model's
-numbers (``doctor_numbers``) and what completions earn (``doctor_rewards``).
+Decides which combinations of tokenizer, model and prompts are mistakes.
 """
-
-from __future__ import annotations
 
 import re
 import statistics
+from functools import partial
 from typing import Any
 
 from gspo_lightning.doctor.findings import Finding
@@ -22,6 +20,11 @@ def named(tokenizer: Any, ids: list[int]) -> str:
     return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in ids)
 
 
+def vocabulary_size(policy: Any) -> int:
+    """Number of ids that the model embeds."""
+    return policy.model.get_input_embeddings().weight.shape[0]
+
+
 def turn_end(tokenizer: Any) -> list[int]:
     """What the chat template writes behind an answer, as ids; empty if that cannot be seen."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
@@ -32,13 +35,12 @@ def turn_end(tokenizer: Any) -> list[int]:
 
 def eos(policy: Any, data: Any) -> Finding:
     """Compare the ids that end a completion with what tokenizer and template end a text with."""
-    tokenizer, ids = policy.tokenizer, policy.eos_ids
-    rows = policy.model.get_input_embeddings().weight.shape[0]
+    tokenizer, ids, size = policy.tokenizer, policy.eos_ids, vocabulary_size(policy)
     own = tokenizer.eos_token_id
     value = {"eos_ids": ids, "tokenizer": own}
     mend = "set eos_token_id in generation_config.json of policy.path"
-    if beyond := [i for i in ids if not 0 <= i < rows]:
-        text = f"{beyond} end a completion, but the model has ids 0 to {rows - 1}"
+    if beyond := [i for i in ids if not 0 <= i < size]:
+        text = f"{beyond} end a completion, but the model has ids 0 to {size - 1}"
         return Finding("eos", "error", text, mend, value)
     if own is not None and own not in ids:
         text = (
@@ -49,19 +51,19 @@ def eos(policy: Any, data: Any) -> Finding:
     if getattr(data, "chat_template", False):
         behind = turn_end(tokenizer)
         value["turn_end"] = behind
-        special = [i for i in behind if i in tokenizer.all_special_ids]
         if behind and not set(behind) & set(ids):
-            shown = named(tokenizer, special[:1] or behind[:1])
+            special = [i for i in behind if i in tokenizer.all_special_ids]
+            end = named(tokenizer, special[:1] or behind[:1])
             text = f"completions end at {named(tokenizer, ids)}, the chat template ends a turn with"
-            return Finding("eos", "error", f"{text} {shown}", f"{mend} to a list with both", value)
+            return Finding("eos", "error", f"{text} {end}", f"{mend} to a list with both", value)
     return Finding("eos", "ok", f"completions end at {named(tokenizer, ids)}", value=value)
 
 
 def padding(policy: Any) -> Finding:
     """Say what stands in padded positions; every choice is fine, as masks come from lengths."""
-    pad, rows = policy.tokenizer.pad_token_id, policy.model.get_input_embeddings().weight.shape[0]
-    if pad is not None and not 0 <= pad < rows:
-        text = f"the pad token is id {pad}, the model has ids 0 to {rows - 1}"
+    pad, size = policy.tokenizer.pad_token_id, vocabulary_size(policy)
+    if pad is not None and not 0 <= pad < size:
+        text = f"the pad token is id {pad}, the model has ids 0 to {size - 1}"
         return Finding("pad", "error", text, "choose another pad_token in policy.path", pad)
     text = f"padded with {named(policy.tokenizer, [policy.pad_id])}"
     if pad is None:
@@ -95,10 +97,10 @@ def bos(policy: Any, data: Any, prompts: list[list[int]]) -> Finding:
         text = f"the tokenizer begins texts with {name}, {without} of {len(prompts)} prompts do not"
         remedy = "add {{ bos_token }} to the start of the chat template in policy.path"
         return Finding("bos", "warning", text, remedy, value)
+    text = f"prompts begin with {name}, once"
     if without == len(prompts):
         text = f"no prompt begins with {name}; the tokenizer adds none to other texts either"
-        return Finding("bos", "ok", text, value=value)
-    return Finding("bos", "ok", f"prompts begin with {name}, once", value=value)
+    return Finding("bos", "ok", text, value=value)
 
 
 def prompt_end(policy: Any, prompts: list[list[int]]) -> Finding:
@@ -118,11 +120,8 @@ def template(policy: Any, data: Any, examples: list[tuple[list[int], dict]]) -> 
     value = {"tokenizer": has, "used": used}
     if used:
         messages = [{"role": "user", "content": "a"}]
-        plain, opened = (
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begin)
-            for begin in (False, True)
-        )
-        if plain == opened:
+        render = partial(tokenizer.apply_chat_template, messages, tokenize=False)
+        if render(add_generation_prompt=False) == render(add_generation_prompt=True):
             text = "the chat template opens no turn for the answer (add_generation_prompt)"
             remedy = "the policy would have to write the header itself; mend the chat template"
             return Finding("template", "warning", text, remedy, value)
@@ -144,11 +143,10 @@ def template(policy: Any, data: Any, examples: list[tuple[list[int], dict]]) -> 
 
 def vocabulary(policy: Any, prompts: list[list[int]]) -> Finding:
     """Compare sizes and count tokens that the tokenizer does not know."""
-    rows = policy.model.get_input_embeddings().weight.shape[0]
-    unk = policy.tokenizer.unk_token_id
+    size, unk = vocabulary_size(policy), policy.tokenizer.unk_token_id
     unknown = 0 if unk is None else sum(ids.count(unk) for ids in prompts)
-    value = {"tokenizer": len(policy.tokenizer), "model": rows, "unknown": unknown}
-    text = f"{len(policy.tokenizer)} ids in the tokenizer, {rows} in the model"
+    value = {"tokenizer": len(policy.tokenizer), "model": size, "unknown": unknown}
+    text = f"{len(policy.tokenizer)} ids in the tokenizer, {size} in the model"
     if unknown:
         text += f"; {unknown} of {sum(map(len, prompts))} prompt tokens are unknown to it"
         remedy = "the policy cannot read them: use another tokenizer or other prompts"
@@ -197,11 +195,9 @@ def example(policy: Any, samples: Any) -> list[Finding]:
     """The first prompt and completion as the policy sees them, special tokens included."""
     prompt = samples.prompt_ids[0][samples.prompt_mask[0]].tolist()
     completion = samples.completion_ids[0][samples.mask[0]].tolist()
-    texts = [policy.tokenizer.decode(ids) for ids in (prompt, completion)]
-    end = "" if samples.finished[0] else ", cut off"
+    asked, answered = (policy.tokenizer.decode(ids) for ids in (prompt, completion))
+    size = f"{len(completion)} tokens" + ("" if samples.finished[0] else ", cut off")
     return [
-        Finding("prompt", "ok", shown(texts[0]), value=texts[0]),
-        Finding(
-            "completion", "ok", f"{shown(texts[1])} ({len(completion)} tokens{end})", value=texts[1]
-        ),
+        Finding("prompt", "ok", shown(asked), value=asked),
+        Finding("completion", "ok", f"{shown(answered)} ({size})", value=answered),
     ]

@@ -3,16 +3,14 @@
 Decides what an error of a reward function is (it raises, gives another number of values than there
 are completions, something that is no number, an infinite number, or an exception in a number's
 place; ``None`` and NaN are answers, and a device without memory is nobody's fault) and what becomes
-of it. Leaves out sums and shaping (``rewards``) and time limits (``time_limit``).
+of the run and of the completion.
 """
-
-from __future__ import annotations
 
 import math
 import re
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +99,7 @@ def call(
         policy: What becomes of errors.
 
     Raises:
-        RewardError: If it cannot score and the policy is to stop.
+        RewardError: If the function cannot score and the policy is to stop.
     """
     retries = 0
     found = _attempt(name, fn, rows, completions)
@@ -110,7 +108,7 @@ def call(
         retries += 1
         found = _attempt(name, fn, rows, completions)
     if found.cause is not None and not policy.skip:
-        raise _located(found.cause, fn, rows, completions, retries) from found.cause.__cause__
+        raise _located(found.cause, fn, rows, completions, retries)
     if found.values is None:
         found = _one_by_one(name, fn, rows, completions, found.cause)
     return found._replace(retries=retries)
@@ -129,7 +127,7 @@ def _attempt(name: str, fn: RewardFn, rows: list[dict], completions: list[str]) 
             raise TypeError(f"gave {type(given).__name__} instead of a list of numbers")
         values = list(given)
     except Exception as error:
-        # a MemoryError of Python comes of the text, such as a number too long, not of the machine
+        # A MemoryError of Python comes of the text, such as a number too long, not of the machine.
         if is_out_of_memory(error) and not isinstance(error, MemoryError):
             if isinstance(error, OutOfMemory):
                 raise
@@ -139,67 +137,61 @@ def _attempt(name: str, fn: RewardFn, rows: list[dict], completions: list[str]) 
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         text = " ".join(str(error).split())[:160]
         place = f"{Path(frame.filename).name}:{frame.lineno}"
-        line = f"reward {name!r} failed: {kind}{text} ({place})"
-        return Called(None, {}, size, 0, RewardError(line, name, cause=error))
+        text = f"reward {name!r} failed: {kind}{text} ({place})"
+        return Called(None, {}, size, cause=RewardError(text, name, cause=error))
     if len(values) != size:
         text = f"reward {name!r} gave {len(values)} values for {size} completions"
-        return Called(None, {}, size, 0, RewardError(text, name))
-    first = None
-    numbers, errors = [], 0
-    for i, value in enumerate(values):
-        number = _number(name, value, completions[i], i)
-        if isinstance(number, RewardError):
-            first = first or number
-            errors += 1
-            number = math.nan
-        numbers.append(number)
-    return Called(numbers, dict(getattr(fn, "counts", {})), errors, 0, first)
+        return Called(None, {}, size, cause=RewardError(text, name))
+    read = [_number(name, value, completions[i], i) for i, value in enumerate(values)]
+    errors = [number for number in read if isinstance(number, RewardError)]
+    numbers = [math.nan if isinstance(number, RewardError) else number for number in read]
+    counts = dict(getattr(fn, "counts", {}))
+    return Called(numbers, counts, len(errors), cause=errors[0] if errors else None)
 
 
 def _number(name: str, value: Any, completion: str, row: int) -> float | RewardError | None:
     """A value as a number, or what is wrong with it."""
+    place = f"for the completion {completion[:80]!r}"
     if isinstance(value, Exception):  # what happened to this completion alone
-        text = f"reward {name!r} failed: {value}; for the completion {completion[:80]!r}"
-        return RewardError(text, name, row, value)
+        return RewardError(f"reward {name!r} failed: {value}; {place}", name, row, value)
     try:
         number = None if value is None else float(value)
     except Exception as error:  # float() of tensors and arrays raises many kinds
-        return RewardError(
-            f"reward {name!r} gave something that is no number: {' '.join(str(error).split())}; "
-            f"for the completion {completion[:80]!r}",
-            name,
-            row,
-            error,
-        )
+        reason = " ".join(str(error).split())
+        text = f"reward {name!r} gave something that is no number: {reason}; {place}"
+        return RewardError(text, name, row, error)
     if number is not None and abs(number) > LARGEST:
-        return RewardError(
-            f"reward {name!r} gave {number} for the completion {completion[:80]!r}; a reward must "
-            "be finite, or None where there is none",
-            name,
-            row,
-        )
+        text = f"reward {name!r} gave {number} {place}; a reward must be finite, or None where "
+        return RewardError(text + "there is none", name, row)
     return number
 
 
+def _alone(name: str, fn: RewardFn, rows: list[dict], completions: list[str]) -> Iterator[Called]:
+    """Score one completion after the other; an error names the completion that it is of."""
+    for i, (row, completion) in enumerate(zip(rows, completions, strict=True)):
+        called = _attempt(name, fn, [row], [completion])
+        if called.cause is not None:
+            text, cause = str(called.cause), called.cause.__cause__
+            if called.cause.row is None:  # else the error is about a value, and names its text
+                text += f"; row with prompt {str(row.get('prompt'))[:60]!r}, "
+                text += f"completion {completion[:60]!r}"
+            called = called._replace(cause=RewardError(text, name, i, cause))
+        yield called
+
+
 def _one_by_one(
-    name: str,
-    fn: RewardFn,
-    rows: list[dict],
-    completions: list[str],
-    together: RewardError | None,
+    name: str, fn: RewardFn, rows: list[dict], completions: list[str], together: RewardError | None
 ) -> Called:
     """Score what can be scored alone; ``together`` is what happened to all at once."""
     values: list[float | None] = []
     counts: dict[str, float] = dict.fromkeys(getattr(fn, "counts", {}), 0)
     errors, first = 0, None
-    for i, (row, completion) in enumerate(zip(rows, completions, strict=True)):
-        alone = _attempt(name, fn, [row], [completion])
+    for alone in _alone(name, fn, rows, completions):
         values += [math.nan] if alone.values is None else alone.values
         errors += alone.errors
         counts = {key: n + alone.counts.get(key, 0) for key, n in counts.items()}
-        if alone.cause is not None and first is None:
-            first = _at(alone.cause, row, completion, i)
-    return Called(values, counts, errors, 0, first or together)
+        first = first or alone.cause
+    return Called(values, counts, errors, cause=first or together)
 
 
 def _located(
@@ -207,20 +199,10 @@ def _located(
 ) -> RewardError:
     """The error with the completion that causes it, if one does, and how often it was tried."""
     if error.row is None and error.__cause__ is not None:
-        for i, (row, completion) in enumerate(zip(rows, completions, strict=True)):
-            alone = _attempt(error.term, fn, [row], [completion]).cause
-            if alone is not None:  # else together they fail, alone they do not
-                error = _at(alone, row, completion, i)
-                break
+        causes = (alone.cause for alone in _alone(error.term, fn, rows, completions))
+        # completions that fail together need not fail alone
+        error = next((cause for cause in causes if cause is not None), error)
     if not retries:
         return error
     text = f"{error}; called {retries + 1} times"
     return RewardError(text, error.term, error.row, error.__cause__)
-
-
-def _at(error: RewardError, row: dict, completion: str, number: int) -> RewardError:
-    """The error of a completion that was scored alone, which then names it."""
-    where = f"; row with prompt {str(row.get('prompt'))[:60]!r}, completion {completion[:60]!r}"
-    # an error about a value names its completion already
-    text = str(error) + where * (error.row is None)
-    return RewardError(text, error.term, number, error.__cause__)

@@ -18,11 +18,11 @@ def score_or_keep(
     Args:
         terms: The reward terms.
         samples: B completions.
-        file: Where they are kept, one a line, with their rows of the data.
-        options: Of ``rewards.score``.
+        file: Where they are kept.
+        options: Of ``score``.
 
     Raises:
-        RewardError: As ``rewards.score`` does, with the name of the file.
+        RewardError: As ``score`` does, with the name of the file.
     """
     try:
         return score(terms, samples.rows, samples.texts, **options)

@@ -1,13 +1,8 @@
-"""Shaping: what is done to a raw reward before it is weighted and summed.
-
-Decides the order (whiten, scale, clip) and what the running statistics of whitening are. Leaves out
-the terms themselves and the sum (``rewards``), and when statistics learn (``module``).
-"""
-
-from __future__ import annotations
+"""Whitening: the running statistics that put raw rewards of different units on one scale."""
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,11 +11,12 @@ from torch import Tensor
 EPSILON = 1e-6  # added to the standard deviation: equal rewards whiten to 0
 
 
+@dataclass
 class RunningStatistics:
     """Mean and standard deviation of every value seen so far, merged batch by batch.
 
-    The one owner of these numbers; a checkpoint keeps ``state_dict``. Batches are merged, not
-    values added one at a time, so that the result does not depend on how ranks share a rollout.
+    A checkpoint keeps ``state_dict``. Batches are merged, not values added one at a time, so that
+    the result does not depend on how ranks share a rollout.
 
     Source:
         Welford's method for batches: Chan, Golub and LeVeque, 1979, "Updating Formulae and a
@@ -33,10 +29,9 @@ class RunningStatistics:
     (3, 3.0, 2.1602)
     """
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = 0.0
-        self.squares = 0.0  # sum of squared differences from the mean
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0  # sum of squared differences from the mean
 
     @property
     def std(self) -> float:
@@ -57,7 +52,8 @@ class RunningStatistics:
         if count == 0:
             return
         mean = total / count
-        # around the mean of all ranks: a sum of squares minus a squared sum would lose digits
+        # Squares are taken around the mean of all ranks: a sum of squares minus a squared sum would
+        # lose digits.
         squares = reduce(((values - mean) ** 2).sum()).item()
         difference, before = mean - self.mean, self.count
         self.count += int(count)
@@ -66,15 +62,12 @@ class RunningStatistics:
 
     def whiten(self, values: Tensor) -> Tensor:
         """(value - mean) / std, same shape; unchanged before two values were seen."""
-        if self.count < 2:
-            return values
-        return (values - self.mean) / (self.std + EPSILON)
+        return values if self.count < 2 else (values - self.mean) / (self.std + EPSILON)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+        return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``."""
-        self.count, self.mean = state["count"], state["mean"]
-        self.squares = state["squares"]
+        self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]

@@ -1,11 +1,8 @@
 """Reward terms: functions of rows and completions, weighted and summed into one reward a sequence.
 
-Decides what a missing reward is and how terms add up. Leaves out what happens when a function fails
-(``reward_calls``), advantages, the arithmetic of whitening (``shaping``), further terms
-(``verifiers``, ``text_rewards``), and the frozen reward model (``RewardModel``), one more callable.
+Decides what a missing reward is, how a term is shaped (whitened, scaled, clipped) and how terms add
+up.
 """
-
-from __future__ import annotations
 
 import inspect
 import math
@@ -141,11 +138,10 @@ def score(
     counts: dict[str, float] = {}
     for name, term in terms.items():
         called = call(name, term.fn, rows, completions, term.policy)
-        values = called.values or []
         _say_once(name, term, called, len(completions))
-        part = torch.tensor(
-            [math.nan if value is None else value for value in values], dtype=torch.float64
-        )
+        values = called.values or []
+        numbers = [math.nan if value is None else value for value in values]
+        part = torch.tensor(numbers, dtype=torch.float64)
         if learn and term.whiten:
             term.statistics.update(part, reduce)
         present = torch.tensor([value is not None for value in values], dtype=torch.bool)
@@ -153,8 +149,7 @@ def score(
         applies |= present
         parts[name] = part.float()
         counts |= {f"{name}_{key}": n for key, n in called.counts.items()}
-        own = {"errors": called.errors, "retries": called.retries}
-        counts |= {f"{name}_{key}": own[key] for key in _own_counts(term)}
+        counts |= {f"{name}_{key}": getattr(called, key) for key in _own_counts(term)}
     rewards = torch.where(applies, total, math.nan).float()
     if rewards.isinf().any():
         largest = max(parts, key=lambda part: parts[part].nan_to_num(0).abs().max().item())
@@ -176,7 +171,7 @@ def _say_once(name: str, term: RewardTerm, called: Called, size: int) -> None:
 
 
 def _own_counts(term: RewardTerm) -> list[str]:
-    """What is counted of calls whose errors do not end the run at once."""
+    """What is counted where an error does not end the run at once: attributes of ``Called``."""
     return ["errors"] * term.policy.skip + ["retries"] * bool(term.policy.retries)
 
 
@@ -226,18 +221,18 @@ class MarkedAnswer:
 
     def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
         """Score B completions; a row without the column is a ``ValueError`` that names it."""
-        rewards: list[float | None] = []
-        for row, completion in zip(rows, completions, strict=True):
-            if self.column not in row:
-                raise ValueError(
-                    f"the row with prompt {str(row.get('prompt'))[:60]!r} has no column "
-                    f"{self.column!r} to compare with; it has {sorted(row)}"
-                )
-            _, found, answer = (
-                completion.rpartition(self.marker) if self.marker else ("", "x", completion)
+        return [self._judge(row, text) for row, text in zip(rows, completions, strict=True)]
+
+    def _judge(self, row: dict, text: str) -> float:
+        if self.column not in row:
+            raise ValueError(
+                f"the row with prompt {str(row.get('prompt'))[:60]!r} has no column "
+                f"{self.column!r} to compare with; it has {sorted(row)}"
             )
-            rewards.append(float(bool(found) and answer.strip() == str(row[self.column]).strip()))
-        return rewards
+        if self.marker not in text:
+            return 0.0
+        answer = text.rpartition(self.marker)[2] if self.marker else text
+        return float(answer.strip() == str(row[self.column]).strip())
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, ramp: int) -> Tensor:

@@ -2,10 +2,8 @@
 
 Decides how length and repetition are measured in a text, for any row of data. Lengths are those of
 the decoded text; the penalty for coming close to the limit in *tokens* is the module's
-``overlong_ramp``. Leaves out weights and shaping (``rewards``).
+``overlong_ramp``.
 """
-
-from __future__ import annotations
 
 from typing import Literal
 

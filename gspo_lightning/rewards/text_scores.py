@@ -1,10 +1,7 @@
 """Simple scores of a text, for prompts that have no right answer.
 
-Rules that a person can check by eye; a frozen reward model is the serious way. Leaves out verifiers
-of answers (``rewards``) and everything about weights.
+Rules that a person can check by eye; a frozen reward model is the serious way.
 """
-
-from __future__ import annotations
 
 
 def same_language(rows: list[dict], completions: list[str]) -> list[float | None]:
@@ -44,7 +41,6 @@ def variety(rows: list[dict], completions: list[str]) -> list[float | None]:
     >>> variety([{}] * 2, ["abcabc", "no"])
     [0.75, 0.0]
     """
-    del rows  # part of what every reward function is given
     scores: list[float | None] = []
     for text in completions:
         runs = [text[i : i + 3] for i in range(len(text) - 2)]

@@ -6,8 +6,6 @@ does. Run as a program, the file is that process; it imports nothing but the sta
 what the function needs.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import pickle
@@ -74,14 +72,13 @@ class TimeLimit:
                 f"TimeLimit.fn must be importable by another process, by the name of its module; "
                 f"got {fn!r}: {error}"
             ) from error
-        module = getattr(fn, "__module__", None)
+        module = str(getattr(fn, "__module__", None))
         if module == "__main__":
             raise ValueError(
                 "TimeLimit.fn must lie in a module that another process can import, not in the "
                 f"program itself; got {fn!r}"
             )
-        own = str(module).startswith(f"{PACKAGE}.")
-        self.package = PACKAGE if own else None
+        self.package = PACKAGE if module.startswith(f"{PACKAGE}.") else None
         self.column = getattr(fn, "column", None)
         self.seconds = seconds
         self.on_timeout = on_timeout
@@ -107,9 +104,9 @@ class TimeLimit:
         try:
             values = [self._score(*pair) for pair in zip(rows, completions, strict=True)]
         except ValueError:
-            raise  # an answer, too: the process waits for the next question
+            raise  # an error of the function is an answer: the process waits for a question
         except BaseException:
-            self.release()  # after Ctrl-C an answer may be on its way, to no question
+            self.release()  # after Ctrl-C an answer may be on its way that no question awaits
             raise
         if self.counts["timeouts"] and self.on_timeout is not None and not self.warned:
             self.warned = True

@@ -1,11 +1,7 @@
 """Verifiers: reward functions that compare a completion with the answer in its row, or its form.
 
-Decides what counts as equal. Every verifier gives 1 or 0, and None where it does not apply. Leaves
-out weights (``rewards``) and time limits (``time_limit``); ``rewards.MarkedAnswer`` is the verifier
-of the embedded task.
+Decides what counts as equal. Every verifier gives 1 or 0, and None where it does not apply.
 """
-
-from __future__ import annotations
 
 import json
 import logging
@@ -13,6 +9,8 @@ import re
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, Literal
+
+Missing = Literal["error", "skip"]
 
 
 class AnswerVerifier:
@@ -31,10 +29,7 @@ class AnswerVerifier:
     """
 
     def __init__(
-        self,
-        column: str = "answer",
-        missing: Literal["error", "skip"] = "error",
-        pattern: str | None = None,
+        self, column: str = "answer", missing: Missing = "error", pattern: str | None = None
     ) -> None:
         # ``column`` is what a term declares: rows are checked for it before training
         self.column = column if missing == "error" else None
@@ -82,7 +77,7 @@ class ExactMatch(AnswerVerifier):
         self,
         column: str = "answer",
         ignore_case: bool = False,
-        missing: Literal["error", "skip"] = "error",
+        missing: Missing = "error",
         pattern: str | None = None,
     ) -> None:
         super().__init__(column, missing, pattern)
@@ -137,7 +132,7 @@ class LastNumber(AnswerVerifier):
         self,
         column: str = "answer",
         tolerance: float = 0.0,
-        missing: Literal["error", "skip"] = "error",
+        missing: Missing = "error",
         pattern: str | None = None,
     ) -> None:
         super().__init__(column, missing, pattern)
@@ -173,10 +168,7 @@ class MathVerify(AnswerVerifier):
     """
 
     def __init__(
-        self,
-        column: str = "answer",
-        missing: Literal["error", "skip"] = "error",
-        pattern: str | None = None,
+        self, column: str = "answer", missing: Missing = "error", pattern: str | None = None
     ) -> None:
         super().__init__(column, missing, pattern)
         self.counts = {"unreadable_answers": 0}
@@ -190,7 +182,7 @@ class MathVerify(AnswerVerifier):
     def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
         """1 or 0 for each of B completions, None where the answer is missing or unreadable."""
         self.counts = {"unreadable_answers": 0}
-        # it warns in every process that it has no time limit of its own
+        # math-verify warns in every process that it has no time limit of its own
         logging.getLogger("math_verify").setLevel(logging.ERROR)
         return super().__call__(rows, completions)
 
@@ -198,11 +190,10 @@ class MathVerify(AnswerVerifier):
         """Whether both are equal, as mathematics; None if the answer cannot be read."""
         from math_verify import parse, verify
 
-        # LaTeX is only read between dollar signs; in an answer without them, put them there
         gold = str(answer)
-        right = parse(
-            gold if "$" in gold or "\\boxed" in gold else f"${gold}$", parsing_timeout=None
-        )
+        if "$" not in gold and "\\boxed" not in gold:
+            gold = f"${gold}$"  # LaTeX is only read between dollar signs
+        right = parse(gold, parsing_timeout=None)
         if not right:
             self.counts["unreadable_answers"] += 1
             return None
@@ -256,20 +247,16 @@ class TagFormat:
         if not tags or len(set(tags)) < len(tags):
             raise ValueError(f"TagFormat.tags must be different names, at least one, got {tags}")
         self.marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
+        blocks = [re.escape(f"<{tag}>") + ".*" + re.escape(f"</{tag}>") for tag in tags]
+        self.form = re.compile(r"\s*" + r"\s*".join(blocks) + r"\s*", re.DOTALL)
 
     def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
         """1 or 0 for each of B completions."""
         return [float(self._follows(text)) for text in completions]
 
     def _follows(self, text: str) -> bool:
-        if any(text.count(mark) != 1 for mark in self.marks):
-            return False
-        # what stands before the first mark, behind each closing one, and behind the last
-        for i, mark in enumerate(self.marks):
-            before, found, text = text.partition(mark)
-            if not found or (i % 2 == 0 and before.strip()):
-                return False
-        return not text.strip()
+        once = all(text.count(mark) == 1 for mark in self.marks)
+        return once and self.form.fullmatch(text) is not None
 
 
 class ValidJSON:
@@ -285,7 +272,7 @@ class ValidJSON:
     """
 
     def __init__(self, required: Sequence[str] = ()) -> None:
-        self.required = list(required)
+        self.required = set(required)
 
     def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
         """1 or 0 for each of B completions."""
@@ -296,9 +283,7 @@ class ValidJSON:
             value = json.loads(text, parse_constant=refuse_constant)
         except (ValueError, RecursionError):  # a policy may well open ten thousand brackets
             return False
-        if not self.required:
-            return True
-        return isinstance(value, dict) and all(key in value for key in self.required)
+        return not self.required or (isinstance(value, dict) and value.keys() >= self.required)
 
 
 def refuse_constant(name: str) -> None:
@@ -311,6 +296,5 @@ def compile_pattern(owner: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise ValueError(
-            f"{owner}.pattern {pattern!r} is no regular expression: {error}"
-        ) from error
+        text = f"{owner}.pattern {pattern!r} is no regular expression: {error}"
+        raise ValueError(text) from error

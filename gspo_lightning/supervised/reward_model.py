@@ -1,12 +1,9 @@
 """Reward model: a sequence classifier with one output, fitted to pairs of completions.
 
 Decides the loss (Bradley-Terry, with an optional term that keeps scores near 0) and what counts as
-a pair put right. Leaves out the pairs (``PreferenceData``), gradient clipping and accumulation (the
-Trainer's ``gradient_clip_val`` and ``accumulate_grad_batches``), and the use of the result: what is
-exported is what ``frozen.RewardModel`` loads.
+a pair put right. Gradient clipping and accumulation are the Trainer's (``gradient_clip_val`` and
+``accumulate_grad_batches``); what is exported is what ``RewardModel`` loads.
 """
-
-from __future__ import annotations
 
 import math
 from pathlib import Path
@@ -29,7 +26,7 @@ from gspo_lightning.policy.policy import (
     load_tokenizer,
     make_ready,
 )
-from gspo_lightning.supervised.step_log import log_step, set_rate
+from gspo_lightning.supervised.step_log import set_rate_and_log
 
 
 class PairLoss(NamedTuple):
@@ -88,10 +85,7 @@ class RewardModelModule(LightningModule):
     learns_from = "PreferenceData"
 
     def __init__(
-        self,
-        policy: PolicyConfig,
-        optimizer: OptimizerConfig | None = None,
-        centring: float = 0.0,
+        self, policy: PolicyConfig, optimizer: OptimizerConfig | None = None, centring: float = 0.0
     ) -> None:
         super().__init__()
         if not 0 <= centring < math.inf:
@@ -99,10 +93,10 @@ class RewardModelModule(LightningModule):
         self.policy_config = policy
         self.optimizer_config = optimizer or OptimizerConfig(learning_rate=1e-5)
         self.centring = centring
-        self.tokenizer = load_tokenizer(policy)  # the data needs it before there is a model
+        self.tokenizer = load_tokenizer(policy)  # data is set up before there is a model
         self.tokenizer.padding_side = "right"  # as RewardModel pads what it scores
         if self.tokenizer.pad_token_id is None:
-            # Many causal models have none; a classifier cannot find the end of a text without it.
+            # Many causal models have no padding token; a classifier finds no end of a text without.
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if self.tokenizer.pad_token_id is None:
             raise ValueError(
@@ -115,10 +109,10 @@ class RewardModelModule(LightningModule):
         """Load the model; Lightning calls this again for every fit and validate."""
         if self.model is None:
             self.model = load_classifier(self.policy_config, self.tokenizer)
-            self.model.train()  # dropout is 0, so this only keeps one mode for all modules
+            self.model.train()  # dropout is 0: only so that all modules are in one mode
 
     def configure_optimizers(self) -> Optimizer:
-        """AdamW; ``training_step`` sets its learning rate."""
+        """AdamW; each training step sets its learning rate."""
         return build_optimizer(self.model, self.optimizer_config)
 
     def scores(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -149,11 +143,9 @@ class RewardModelModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One batch; Lightning runs backward, clips and steps."""
-        rate = set_rate(self)
         found = self.loss(batch)
-        metrics = {f"train/{name}": value.detach() for name, value in found._asdict().items()}
-        metrics["train/learning_rate"] = rate
-        log_step(self, metrics, batch_size=len(batch.ids) // 2)
+        metrics = {name: value.detach() for name, value in found._asdict().items()}
+        set_rate_and_log(self, metrics, batch_size=len(batch.ids) // 2)
         return found.loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -182,7 +174,7 @@ def load_classifier(config: PolicyConfig, tokenizer: Any) -> Any:
             weights of the model's body.
     """
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    key = "policy.path"
+    key, auto = "policy.path", AutoModelForSequenceClassification
     try:
         settings = AutoConfig.from_pretrained(config.path, revision=config.revision, **options)
         architecture = (getattr(settings, "architectures", None) or [""])[0]
@@ -192,10 +184,9 @@ def load_classifier(config: PolicyConfig, tokenizer: Any) -> Any:
             )
         settings.num_labels = 1
         settings.pad_token_id = tokenizer.pad_token_id  # before the export: saved along
-        options |= {"dtype": DTYPES[config.dtype]}
+        options["dtype"] = DTYPES[config.dtype]
         if config.attention is not None:
             options["attn_implementation"] = config.attention
-        auto = AutoModelForSequenceClassification
         if config.weights == "random":
             model = auto.from_config(settings, **options)
     except BROKEN as error:

@@ -1,12 +1,9 @@
 """Warm start: supervised fine-tuning of a policy on demonstrations, before any reward.
 
 Decides the loss (mean negative log-prob of the completion tokens, end of sequence included) and the
-unit of the schedule (optimizer steps). Leaves out the data (``SFTData``), gradient clipping and
-accumulation (the Trainer's ``gradient_clip_val`` and ``accumulate_grad_batches``), and everything
-about rewards.
+unit of the schedule (optimizer steps). Gradient clipping and accumulation are the Trainer's
+(``gradient_clip_val`` and ``accumulate_grad_batches``).
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
@@ -18,8 +15,8 @@ from torch.optim import Optimizer
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.masked import masked_mean
 from gspo_lightning.optim import OptimizerConfig, build_optimizer
-from gspo_lightning.policy.policy import Policy, PolicyConfig, load_policy, load_tokenizer
-from gspo_lightning.supervised.step_log import log_step, set_rate
+from gspo_lightning.policy.policy import PolicyConfig, load_policy, load_tokenizer
+from gspo_lightning.supervised.step_log import set_rate_and_log
 
 
 class SFTModule(LightningModule):
@@ -39,18 +36,17 @@ class SFTModule(LightningModule):
         super().__init__()
         self.policy_config = policy
         self.optimizer_config = optimizer or OptimizerConfig(learning_rate=1e-5)
-        self.tokenizer = load_tokenizer(policy)  # the data needs it before there is a model
-        self.policy: Policy | None = None
+        self.tokenizer = load_tokenizer(policy)  # data is set up before there is a model
+        self.policy: Any = None
 
     def configure_model(self) -> None:
         """Load the policy; Lightning calls this again for every fit and validate."""
         if self.policy is None:
             self.policy = load_policy(self.policy_config, self.tokenizer)
-            self.policy.train()  # dropout is 0, so this only keeps one mode for all modules
+            self.policy.train()  # dropout is 0: only so that all modules are in one mode
 
     def configure_optimizers(self) -> Optimizer:
-        """AdamW; ``training_step`` sets its learning rate."""
-        assert self.policy is not None
+        """AdamW; each training step sets its learning rate."""
         return build_optimizer(self.policy, self.optimizer_config)
 
     def loss(self, batch: Any) -> Tensor:
@@ -64,22 +60,15 @@ class SFTModule(LightningModule):
         Returns:
             Nats per token, () float32. Over this rank's batch: several ranks average their means.
         """
-        assert self.policy is not None
         logprobs = completion_logprobs(
-            self.policy.model,
-            batch.prompt_ids,
-            batch.prompt_mask,
-            batch.completion_ids,
-            batch.mask,
+            self.policy.model, batch.prompt_ids, batch.prompt_mask, batch.completion_ids, batch.mask
         ).logprobs
         return -masked_mean(logprobs, batch.mask)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One batch; Lightning runs backward, clips and steps."""
-        rate = set_rate(self)
         loss = self.loss(batch)
-        metrics = {"train/loss": loss.detach(), "train/learning_rate": rate}
-        log_step(self, metrics, batch_size=len(batch.mask))
+        set_rate_and_log(self, {"loss": loss.detach()}, batch_size=len(batch.mask))
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -89,6 +78,5 @@ class SFTModule(LightningModule):
 
     def export(self, path: str | Path) -> None:
         """Write the policy as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
-        assert self.policy is not None
         if self.global_rank == 0:
             self.policy.export(path)

@@ -127,7 +127,7 @@ def test_prompts_over_the_limit_can_be_dropped_and_are_counted(prompts, tokenize
     data = PromptData(prompts, max_prompt_tokens=3, overlong_prompts="drop")
     with caplog.at_level("INFO"):
         attach(data, tokenizer).setup("fit")
-    assert data.num_train_prompts == 7
+    assert len(data.examples["path"]) == 7
     assert "dropped 3 of 10 prompts longer than 3 tokens" in caplog.text
 
 
@@ -141,7 +141,7 @@ def test_prompt_column_by_name(tmp_path, tokenizer):
     path = write(tmp_path / "p.jsonl", [{"question": "1+1="}])
     data = attach(PromptData(path, prompt_column="question"), tokenizer)
     data.setup("fit")
-    assert data.num_train_prompts == 1
+    assert len(data.examples["path"]) == 1
     with pytest.raises(ValueError, match=r"row 1 has no column 'prompt'; it has \['question'\]"):
         attach(PromptData(path), tokenizer).setup("fit")
 
