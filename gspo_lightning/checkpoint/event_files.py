@@ -1,6 +1,6 @@
 """TensorBoard files of a run: how long they are at a checkpoint, and cutting them back to it.
 
-Decides which logged points survive a kill. Leaves out what is logged, and all other files of a run.
+Decides which logged points survive a kill.
 """
 
 from collections.abc import Iterator
@@ -28,11 +28,10 @@ def event_file_sizes(trainer: Trainer) -> dict[str, int]:
 
 
 def cut_event_files(trainer: Trainer, sizes: dict[str, int], rollouts: int) -> None:
-    """Take the curves back to where they were at the checkpoint.
+    """Take the curves back to the checkpoint: what was logged after it will be logged again.
 
-    What a killed run logged after its last checkpoint is logged again. TensorBoard's own remedy,
-    dropping everything from a step on, cannot tell the validation after n rollouts, which is in the
-    checkpoint, from the rollout with index n, which is not: both stand at n.
+    TensorBoard's own remedy, dropping everything from a step on, cannot tell the validation after n
+    rollouts, which is in the checkpoint, from the rollout with index n, which is not.
     """
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 

@@ -1,7 +1,7 @@
 """What a continued run must have in common with its beginning, or it would be another run.
 
-Decides which settings count and how a difference is told. Leaves out how models and data make
-their own marks: whoever has something that must not change has a method `fingerprints`.
+Decides which settings count and how a difference is told. Whoever has something that must not
+change, such as a model or the data, has a method `fingerprints`.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ from gspo_lightning.checkpoint.moved import moved
 
 # Settings that may change at will. Paths: what they lead to has a fingerprint of its own, or comes
 # from the checkpoint. Devices, and how much is computed at once: so that a run can move, or go on
-# with less memory; what they change is rounding, and the checkpoint has the sizes that an unchanged
-# config continues with. Length, learning rate, evaluation: the point of continuing with another
-# config. What ends a run early changes nothing before that.
+# with less memory; only rounding changes, and the checkpoint has the sizes that an unchanged config
+# continues with. Length, learning rate, evaluation: the point of continuing with another config.
+# Limits that end a run early: they change nothing before that.
 _FREE = re.compile(
     r"(?:data\.init_args\.(?:num_rollouts|num_steps|path|val_path|test_path|predict_path"
     r"|val_batch_size)"
@@ -27,6 +27,7 @@ _FREE = re.compile(
     r"|reference\.(?:path|device|batch_size)|rewards\..*\.(?:device|batch_size)))"
 )
 _COMPARED = ("model.", "data.", "trainer.precision")
+_MARK = re.compile(r"[0-9a-f]{16}")  # what `digest` returns
 LONGEST_VALUE = 60  # characters
 
 
@@ -85,9 +86,6 @@ def _difference(key: str, old: Any, new: Any) -> str:
     if key.startswith("model.") and isinstance(old, str) and _MARK.fullmatch(old):
         return f"{key} has other weights" if new is not None else f"{key} is gone"
     return f"{key} {_short(old)} -> {_short(new)}"
-
-
-_MARK = re.compile(r"[0-9a-f]{16}")
 
 
 def _short(value: Any) -> str:

@@ -1,8 +1,7 @@
 """Class paths that changed when the package got rooms, and what they are now.
 
-Decides which old paths are recognised. A config with an old path is refused in one line that says
-the new one; a checkpoint whose config had it is compared as if it had the new one, so that a run
-begun before goes on.
+A config with an old path is refused in one line that says the new one; a checkpoint whose config
+had it is compared as if it had the new one, so that a run begun before goes on.
 """
 
 # By module, or by class where the module's name is a room's now and holds something else.
