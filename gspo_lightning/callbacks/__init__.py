@@ -1,6 +1,11 @@
 """What a run leaves to look at, and the KL coefficient that follows a target."""
 
-from gspo_lightning.callbacks.files import AdaptiveKL, CurvePlot, HFExport, SampleTable
-from gspo_lightning.callbacks.predictions import PredictionWriter
+from gspo_lightning.callbacks.files import (
+    AdaptiveKL,
+    CurvePlot,
+    HFExport,
+    PredictionWriter,
+    SampleTable,
+)
 
 __all__ = ["AdaptiveKL", "CurvePlot", "HFExport", "PredictionWriter", "SampleTable"]

@@ -20,8 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 
 import gspo_lightning
-from gspo_lightning.callbacks.files import AdaptiveKL
-from gspo_lightning.callbacks.predictions import PredictionWriter
+from gspo_lightning.callbacks import AdaptiveKL, PredictionWriter
 from gspo_lightning.checkpoint.files import find_checkpoint, list_checkpoints
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, damage
 from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint

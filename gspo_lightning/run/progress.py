@@ -19,8 +19,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from gspo_lightning.bounds import check_at_least
-from gspo_lightning.callbacks.files import CurvePlot, HFExport, SampleTable
-from gspo_lightning.callbacks.predictions import PredictionWriter
+from gspo_lightning.callbacks import CurvePlot, HFExport, PredictionWriter, SampleTable
 from gspo_lightning.callbacks.report import figures, figures_line, rollout_line
 from gspo_lightning.run.plan import (
     longer_run,

@@ -6,8 +6,7 @@ import torch
 from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gspo_lightning.callbacks.files import CurvePlot, HFExport, SampleTable
-from gspo_lightning.callbacks.predictions import PredictionWriter
+from gspo_lightning.callbacks import CurvePlot, HFExport, PredictionWriter, SampleTable
 from gspo_lightning.engine import products
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.run import plan, progress
