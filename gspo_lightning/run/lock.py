@@ -1,11 +1,9 @@
-"""One training at a time in a run folder.
-
-Decides how a second process is kept out.
+"""One training at a time in a run folder: how a second process is kept out.
 
 A requeued job can start before the one before it has ended; both would write the same files, and
 each would remove the other's half-written checkpoint. The lock is the system's: it ends with its
-process, however that ends, and children do not inherit it. The file that it is on names the
-process; it is removed at the end, and after a kill the next run takes it over.
+process, however that ends, and children do not inherit it. The locked file names the process; it is
+removed at the end, and after a kill the next run takes it over.
 """
 
 import errno

@@ -19,7 +19,7 @@ from support.rollout_dummies import RolloutData, RolloutDummy, fit, make_trainer
 @pytest.fixture(autouse=True)
 def plain_python(monkeypatch):
     """Commands are shown as if this Python were called `python` here."""
-    monkeypatch.setattr("gspo_lightning.run.progress.this_python", lambda: "python")
+    monkeypatch.setattr("gspo_lightning.run.plan.this_python", lambda: "python")
 
 
 class Supervised(DummyModule):
