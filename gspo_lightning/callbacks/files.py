@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import numpy
 from lightning.pytorch import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.callbacks.report import draw_curves, markdown_table, plain, sample_rows
+from gspo_lightning.checkpoint.event_files import tensorboards
 from gspo_lightning.checkpoint.io import replacing
 from gspo_lightning.kl import KLRule, MultiplicativeKL
 from gspo_lightning.metrics import CURVES, monitored
@@ -41,11 +41,6 @@ def due(index: int, period: int | None) -> bool:
 def is_rehearsal(trainer: Any) -> bool:
     """Whether nothing may be written: the folder may hold a run that is worth keeping."""
     return bool(getattr(trainer, "fast_dev_run", False))
-
-
-def tensorboards(trainer: Any) -> list[Any]:
-    """The SummaryWriters of the run (stand-ins that do nothing on ranks other than 0)."""
-    return [log.experiment for log in trainer.loggers if isinstance(log, TensorBoardLogger)]
 
 
 def write_json_lines(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -177,10 +172,10 @@ class CurvePlot(Callback):
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as new:  # who watches the picture never sees half of it
             figure.savefig(new, format="png")
-        for writer in tensorboards(trainer):
-            # an image, not add_figure, which imports pyplot and its global state
-            pixels = numpy.asarray(figure.canvas.buffer_rgba())[..., :3]
-            writer.add_image("curves", pixels, index, dataformats="HWC")
+        # An image of pixels, not add_figure: that imports pyplot and its global state.
+        pixels = numpy.asarray(figure.canvas.buffer_rgba())[..., :3]
+        for logger in tensorboards(trainer):
+            logger.experiment.add_image("curves", pixels, index, dataformats="HWC")
 
 
 class SampleTable(Callback):
@@ -208,8 +203,7 @@ class SampleTable(Callback):
             num_samples=num_samples,
             text_every_n_rollouts=text_every_n_rollouts,
         )
-        self.every_n_rollouts = every_n_rollouts
-        self.num_samples = num_samples
+        self.every_n_rollouts, self.num_samples = every_n_rollouts, num_samples
         self.text_every_n_rollouts = text_every_n_rollouts
 
     @staticmethod
@@ -237,8 +231,8 @@ class SampleTable(Callback):
         if lines_due:
             write_json_lines(self.file(trainer), samples)
         if text_due:
-            for writer in tensorboards(trainer):
-                writer.add_text("samples", markdown_table(samples), index)
+            for logger in tensorboards(trainer):
+                logger.experiment.add_text("samples", markdown_table(samples), index)
 
 
 class HFExport(Callback):

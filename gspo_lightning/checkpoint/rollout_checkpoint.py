@@ -90,9 +90,7 @@ class RolloutCheckpoint(Checkpoint):
 
     # ---- saving ---------------------------------------------------------------------------------
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Save now, or leave it to the validation that is about to run."""
         due, self._validates = self._is_due(trainer), _validation_follows(trainer)
         self._awaits_validation = due and self._validates
@@ -117,15 +115,12 @@ class RolloutCheckpoint(Checkpoint):
         if due or best or _stopped_by_signal(trainer):
             self._save(trainer)
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict) -> None:
         """Give every checkpoint the same loop counters, whether validation ran before it or not.
 
-        Lightning restarts in different ways from "batch end" and from "after validation"; the
-        second one asks the new configuration whether a validation is due and miscounts the logger's
-        axis when it is not. So the counters are always those of "batch end": one batch processed
-        and not yet counted as completed. That restart skips the validation, which has run.
+        From "after validation" Lightning asks the new configuration whether a validation is due,
+        and miscounts the logger's axis when it is not. So the counters are always those of "batch
+        end", one batch processed and not yet completed, from which a restart skips the validation.
         """
         if not self._saving:
             return
@@ -193,9 +188,7 @@ class RolloutCheckpoint(Checkpoint):
 
     # ---- continuing -----------------------------------------------------------------------------
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict) -> None:
         """Forget whether the saved rollout was the last: the run may have been made longer.
 
         Raises:

@@ -112,7 +112,6 @@ class StopSignals(Callback):
         self.install()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Stop here if a signal has come, on any rank."""
         self._stop_if_asked(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,13 +119,8 @@ class StopSignals(Callback):
         if self._training and not trainer.sanity_checking:
             self._stop_if_asked(trainer)
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Nothing is left to finish, here and on the ranks that this process has started.
-
-        They would only learn that this one is gone, and each would say so.
-        """
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """End the ranks that this process has started: each would only say that it is gone."""
         self._training = False
         if not is_of_another_rank(exception):  # the other rank may not have said yet why it ended
             self._kill_other_ranks()

@@ -172,9 +172,8 @@ class GSPOCLI(LightningCLI):
                 help="Continue although settings, data or models are not those of the checkpoint.",
             )
         if subcommand == "doctor":  # as an argument of the method it would want a value
-            parser.add_argument(
-                "--json", action="store_true", help="Print a JSON list instead of lines."
-            )
+            text = "Print a JSON list instead of lines."
+            parser.add_argument("--json", action="store_true", help=text)
         return parser
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
@@ -318,12 +317,9 @@ def has(items: list[Any], kind: type) -> bool:
 
 
 def where_to_go_on(argv: list[str], root: Path | None, read: bool = True) -> str:
-    """What is left of a training that ended early and how to continue it; empty if none began.
+    """What is left in ``root`` of a training that ended early, and how to continue it, if it began.
 
-    Args:
-        argv: The command.
-        root: The run folder.
-        read: Whether to read a checkpoint to its end; otherwise it has to look whole.
+    A checkpoint is read to its end if ``read``; otherwise it has only to look whole.
     """
     if root is None:
         return ""

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils import logging as transformers_logging
 
+from gspo_lightning.checkpoint.fingerprints import moved
 from gspo_lightning.checkpoint.io import disk_fault
-from gspo_lightning.checkpoint.moved import moved
 
 LONGEST = 400  # characters of an error line; beyond come dumps of whole configs
 
@@ -57,10 +57,8 @@ class OneLineParser(LightningArgumentParser):
             group = f"{match[1]}."
             inside = [dest.removeprefix(group) for dest in dests if dest.startswith(group)]
             return f'Parser key "{match[1]}":\n{unknown(match[2], inside)}'
-        not_accepted = (
-            r"Option '(.+)' is not accepted|Subcommand '.+' does not accept option '(.+)'"
-        )
-        if match := re.fullmatch(not_accepted, message):
+        refused = r"Option '(.+)' is not accepted|Subcommand '.+' does not accept option '(.+)'"
+        if match := re.fullmatch(refused, message):
             return unknown(match[1] or match[2], dests)
         if match := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             return f"unknown command `{match[1]}`; there are {match[2]}".replace("'", "")

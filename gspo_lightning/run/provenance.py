@@ -19,15 +19,10 @@ PACKAGE = Path(__file__).parents[1]
 
 
 class Provenance(NamedTuple):
-    """The code of a run.
+    """The code of a run."""
 
-    Attributes:
-        versions: The text of ``versions.yaml``.
-        diff: What the working tree has over the commit, empty if nothing, None outside git.
-    """
-
-    versions: str
-    diff: str | None
+    versions: str  # the text of ``versions.yaml``
+    diff: str | None  # of the working tree against the commit, maybe empty; None outside git
 
 
 def provenance(package: Path = PACKAGE) -> Provenance:
