@@ -76,12 +76,12 @@ class RolloutCheckpoint(Checkpoint):
         self.accept_changes = False
         self._best: list[tuple[float, int]] = []  # figure, rollouts; the best one first
         self._marks: dict[str, Any] = {}
-        self._validates = False  # as a run that is not stopped would
+        self._validates = False  # whether a run that is not stopped validates now
         self._awaits_validation = False
         self._saving = False
         self._resumed = False
-        self._over = False  # by `max_steps`, which the checkpoint has reached
-        self._max_steps: int | None = None  # while it is lifted
+        self._over = False  # whether the checkpoint has reached `max_steps`
+        self._max_steps: int | None = None  # the limit while it is lifted
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """See to it that files are written whole, also in a program that says nothing of it."""

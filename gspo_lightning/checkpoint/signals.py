@@ -92,7 +92,7 @@ class StopSignals(Callback):
     def _kill_other_ranks(self) -> None:
         launcher = self._trainer and self._trainer.strategy.launcher
         if launcher is not None and hasattr(launcher, "kill"):
-            launcher.kill(signal.SIGKILL)  # they would wait for this rank for ever
+            launcher.kill(signal.SIGKILL)  # other ranks would wait for this one for ever
             # Lightning watches this list, and kills this process once one of them has been killed
             getattr(launcher, "procs", []).clear()
 

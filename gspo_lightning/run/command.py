@@ -138,7 +138,7 @@ class GSPOCLI(LightningCLI):
             trainer_defaults={
                 "default_root_dir": "runs/default",
                 "max_epochs": 1,  # data.num_rollouts is the length of a run
-                "log_every_n_steps": 1,  # of rollouts
+                "log_every_n_steps": 1,  # counted in rollouts
                 "use_distributed_sampler": False,  # the data shares prompts among ranks itself
                 "enable_model_summary": False,  # the plan tells more
             },
@@ -171,7 +171,7 @@ class GSPOCLI(LightningCLI):
                 default=False,
                 help="Continue although settings, data or models are not those of the checkpoint.",
             )
-        if subcommand == "doctor":  # as an argument of the method it would want a value
+        if subcommand == "doctor":  # a flag: an argument of the method would want a value
             text = "Print a JSON list instead of lines."
             parser.add_argument("--json", action="store_true", help=text)
         return parser
@@ -346,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     watch = Watch()
-    umask = os.umask(0o022)  # what is written here, no group and no stranger may change
+    umask = os.umask(0o022)  # no group and no stranger may change the files of a run
     os.umask(umask | 0o022)
     watch.signals.install()
     try:

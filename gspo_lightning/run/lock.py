@@ -24,7 +24,7 @@ class RunLock:
 
     def __init__(self) -> None:
         self._file: Path | None = None
-        self._number = -1  # of the open file
+        self._number = -1  # descriptor of the open file
         self._new: list[Path] = []  # folders made for it, the innermost first
 
     @rank_zero_only
@@ -78,7 +78,7 @@ def check_lock(root: Path) -> None:
     try:
         lock(root, number)
     finally:
-        os.close(number)  # which unlocks it
+        os.close(number)  # closing unlocks the file
 
 
 def lock(root: Path, number: int) -> None:

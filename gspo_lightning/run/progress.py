@@ -85,7 +85,7 @@ class RolloutProgress(ProgressBar):
         is_rollout = isinstance(outputs, dict) and "rollout" in outputs
         metrics = outputs["metrics"] if is_rollout else trainer.callback_metrics
         done, total = trainer.fit_loop.total_batch_idx + 1, plan.total_batches(trainer)
-        if self._train_bar is not None:  # which has no room for seconds
+        if self._train_bar is not None:  # a bar has no room for seconds
             metrics = {k: v for k, v in metrics.items() if k.startswith("train/") or "tokens" in k}
         loss = f"loss {float(metrics['train/loss']):.4f}" if "train/loss" in metrics else ""
         text = rollout_line(metrics) if is_rollout else loss

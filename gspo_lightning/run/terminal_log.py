@@ -17,7 +17,7 @@ from tqdm import tqdm
 _CONTROL = re.compile(
     r"\x1b\[[0-9;?]*[A-Za-z]"  # colours and cursor movements
     r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # titles and links
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # what is left of others; who reads the log sees text
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # all other control characters: the log is plain text
 )
 
 
