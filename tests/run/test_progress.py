@@ -10,7 +10,13 @@ from gspo_lightning.callbacks import CurvePlot, HFExport, PredictionWriter, Samp
 from gspo_lightning.engine import products
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.run import plan, progress
-from gspo_lightning.run.plan import memory_parts, plan_lines, resume_command, total_batches
+from gspo_lightning.run.plan import (
+    memory_parts,
+    plan_lines,
+    resume_command,
+    this_python,
+    total_batches,
+)
 from gspo_lightning.run.progress import RolloutProgress, RunSummary
 from support.dummies import DummyModule
 from support.rollout_dummies import RolloutData, RolloutDummy, fit, make_trainer
@@ -282,13 +288,13 @@ def test_python_is_named_as_it_is_reached_from_here(monkeypatch, tmp_path):
     inside = str(tmp_path / ".venv/bin/python")
     monkeypatch.setattr(plan.sys, "executable", inside)
     monkeypatch.setattr(plan.shutil, "which", lambda name: inside)
-    assert plan.this_python() == "python"  # an activated environment
+    assert this_python() == "python"  # an activated environment
     monkeypatch.setattr(plan.shutil, "which", lambda name: "/usr/bin/python")
-    assert plan.this_python() == ".venv/bin/python"
+    assert this_python() == ".venv/bin/python"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert plan.this_python() == "OMP_NUM_THREADS=1 .venv/bin/python"
+    assert this_python() == "OMP_NUM_THREADS=1 .venv/bin/python"
     monkeypatch.setattr(plan.sys, "executable", "/opt/a b/python")
-    assert plan.this_python() == "OMP_NUM_THREADS=1 '/opt/a b/python'"
+    assert this_python() == "OMP_NUM_THREADS=1 '/opt/a b/python'"
 
 
 # --- the plan ------------------------------------------------------------------------------------
