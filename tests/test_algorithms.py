@@ -12,9 +12,8 @@ from gspo_lightning.loss import micro_loss
 from gspo_lightning.objectives import token_weights
 from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.rollout import Rollout, Samples
-from gspo_lightning.run.command import GSPOCLI
+from gspo_lightning.run.command import GSPOCLI, Watch
 from gspo_lightning.run.one_line import quiet
-from gspo_lightning.run.watch import Watch
 from support import paper_losses
 from support.observers import Probe
 from support.repository import ROOT

@@ -1,26 +1,23 @@
-"""What happens around rollouts: the KL coefficient, curves, samples, export.
+"""What happens around rollouts: the KL coefficient, curves, samples, export, predictions.
 
 Decides when these callbacks act and what their files hold; every file lies in the run folder
-(``trainer.default_root_dir``). Leaves out the rule that moves the coefficient (``kl``), the meaning
-of the metrics (``module``, ``metrics``) and all terminal output (``progress``).
+(``trainer.default_root_dir``).
 
 The module hands over, as ``outputs`` of ``on_train_batch_end``, a dict with ``rollout``, ``index``
 (0-based), ``metrics`` by full name, ``lengths`` (B,) in tokens and ``ratios`` (B,).
 """
 
-from __future__ import annotations
-
+import json
 import math
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy
 from lightning.pytorch import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from gspo_lightning.bounds import check_at_least
-from gspo_lightning.callbacks.json_lines import keep_rollouts_before, write_json_lines
-from gspo_lightning.callbacks.report import draw_curves, markdown_table, sample_rows
+from gspo_lightning.callbacks.report import draw_curves, markdown_table, plain, sample_rows
+from gspo_lightning.checkpoint.event_files import tensorboards
 from gspo_lightning.checkpoint.io import replacing
 from gspo_lightning.kl import KLRule, MultiplicativeKL
 from gspo_lightning.metrics import CURVES, monitored
@@ -46,17 +43,19 @@ def is_rehearsal(trainer: Any) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
-def tensorboards(trainer: Any) -> list[Any]:
-    """The SummaryWriters of the run (stand-ins that do nothing on ranks other than 0)."""
-    return [log.experiment for log in trainer.loggers if isinstance(log, TensorBoardLogger)]
+def write_json_lines(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Append one line per row, in one write."""
+    lines = "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8", newline="\n") as stream:
+        stream.write(lines)
 
 
 class AdaptiveKL(Callback):
     """Move the KL coefficient after each rollout, so that the KL divergence stays near a target.
 
-    The one owner of the coefficient: no other code writes ``module.kl_coef``, and the checkpoint
-    keeps it here. The rule sees the KL divergence that the module already reduced over all ranks,
-    so every rank comes to the same number.
+    The one owner of the coefficient: no other code writes ``module.kl_coef``. The rule sees the KL
+    divergence that the module reduced over all ranks, so every rank comes to the same number.
 
     Args:
         rule: How the next coefficient follows from the KL divergence.
@@ -102,7 +101,7 @@ class AdaptiveKL(Callback):
     on_train_start = on_fit_start  # sharded strategies load the checkpoint between the two
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
-        # absent where no token of the rollout trains (all of them truncated): nothing to learn from
+        # KL is absent where no token of the rollout trains, because all of them are truncated.
         observed = outputs["metrics"].get("train/kl_divergence", math.nan)
         sequences = outputs["rollout"].rewards.shape[0] * trainer.world_size
         coef = self.rule.next_coef(self.coef, observed, sequences)
@@ -113,7 +112,7 @@ class AdaptiveKL(Callback):
         pl_module.kl_coef = self.coef
 
     def fingerprints(self) -> dict[str, Any]:
-        """The rule, which is part of the mathematics: another one would make it another run."""
+        """The rule, which is part of the mathematics: with another one it is another run."""
         marks = {**self.rule.marks(), "initial": self.initial, "warmup": self.warmup}
         return {f"AdaptiveKL.{name}": value for name, value in marks.items()}
 
@@ -137,8 +136,7 @@ class CurvePlot(Callback):
     def __init__(self, every_n_rollouts: int = 10, path: str = "curves.png") -> None:
         check_at_least(1, every_n_rollouts=every_n_rollouts)
         check_file_name(path)
-        self.every_n_rollouts = every_n_rollouts
-        self.path = path
+        self.every_n_rollouts, self.path = every_n_rollouts, path
         self.points: dict[str, list[list[float]]] = {name: [] for name in CURVES}
         self._drawn = 0
 
@@ -174,10 +172,10 @@ class CurvePlot(Callback):
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as new:  # who watches the picture never sees half of it
             figure.savefig(new, format="png")
-        for writer in tensorboards(trainer):
-            # an image, not add_figure, which imports pyplot and its global state
-            pixels = numpy.asarray(figure.canvas.buffer_rgba())[..., :3]
-            writer.add_image("curves", pixels, index, dataformats="HWC")
+        # An image of pixels, not add_figure: that imports pyplot and its global state.
+        pixels = numpy.asarray(figure.canvas.buffer_rgba())[..., :3]
+        for logger in tensorboards(trainer):
+            logger.experiment.add_image("curves", pixels, index, dataformats="HWC")
 
 
 class SampleTable(Callback):
@@ -205,8 +203,7 @@ class SampleTable(Callback):
             num_samples=num_samples,
             text_every_n_rollouts=text_every_n_rollouts,
         )
-        self.every_n_rollouts = every_n_rollouts
-        self.num_samples = num_samples
+        self.every_n_rollouts, self.num_samples = every_n_rollouts, num_samples
         self.text_every_n_rollouts = text_every_n_rollouts
 
     @staticmethod
@@ -215,8 +212,14 @@ class SampleTable(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         file = self.file(trainer)
-        if trainer.is_global_zero and file.exists() and not is_rehearsal(trainer):
-            keep_rollouts_before(file, trainer.fit_loop.total_batch_idx + 1)
+        if not trainer.is_global_zero or not file.exists() or is_rehearsal(trainer):
+            return
+        done = trainer.fit_loop.total_batch_idx + 1
+        with file.open("rb") as old, replacing(file) as new:
+            for line in old:
+                # A kill may have cut the last line off.
+                if line.endswith(b"\n") and json.loads(line)["rollout"] < done:
+                    new.write(line)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
         index = outputs["index"]
@@ -228,8 +231,8 @@ class SampleTable(Callback):
         if lines_due:
             write_json_lines(self.file(trainer), samples)
         if text_due:
-            for writer in tensorboards(trainer):
-                writer.add_text("samples", markdown_table(samples), index)
+            for logger in tensorboards(trainer):
+                logger.experiment.add_text("samples", markdown_table(samples), index)
 
 
 class HFExport(Callback):
@@ -261,8 +264,7 @@ class HFExport(Callback):
         check_at_least(1, every_n_rollouts=every_n_rollouts)
         if mode not in ("max", "min"):
             raise ValueError(f"mode must be max or min, got {mode!r}")
-        self.path = path
-        self.every_n_rollouts = every_n_rollouts
+        self.path, self.every_n_rollouts = path, every_n_rollouts
         self.monitor, self.mode, self.best_path = monitor, mode, best_path
         self.best: float | None = None
 
@@ -270,13 +272,12 @@ class HFExport(Callback):
         if self.monitor is None or trainer.state.fn != "fit" or is_rehearsal(trainer):
             return
         value = monitored("HFExport", self.monitor, trainer.callback_metrics)
-        better = self.best is None or (
-            value > self.best if self.mode == "max" else value < self.best
-        )
-        if trainer.sanity_checking or math.isnan(value) or not better:
+        if trainer.sanity_checking or math.isnan(value):
             return
-        self.best = value
-        pl_module.export(Path(trainer.default_root_dir) / self.best_path)
+        sign = 1 if self.mode == "max" else -1
+        if self.best is None or sign * value > sign * self.best:
+            self.best = value
+            pl_module.export(Path(trainer.default_root_dir) / self.best_path)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.monitor is None else {"monitor": self.monitor, "best": self.best}
@@ -290,7 +291,31 @@ class HFExport(Callback):
             self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        # Every rank takes part: a sharded policy is gathered from all of them.
-        if is_rehearsal(trainer):
-            return
-        pl_module.export(Path(trainer.default_root_dir) / self.path)
+        if not is_rehearsal(trainer):  # on every rank: a sharded policy is gathered from all
+            pl_module.export(Path(trainer.default_root_dir) / self.path)
+
+
+class PredictionWriter(Callback):
+    """Write what ``predict`` returns as JSON lines, one prompt a line.
+
+    Ranks other than 0 write files of their own, ``predictions.rank1.jsonl`` and so on. A plain
+    callback: Lightning's prediction writer warns about every loader it cannot index.
+
+    Args:
+        path: Name of the file inside the run folder; a file of that name is replaced.
+    """
+
+    def __init__(self, path: str = "predictions.jsonl") -> None:
+        check_file_name(path)
+        self.path = path
+
+    def file(self, trainer: Any) -> Path:
+        file = Path(trainer.default_root_dir) / self.path
+        rank = trainer.global_rank
+        return file if rank == 0 else file.with_name(f"{file.stem}.rank{rank}{file.suffix}")
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        self.file(trainer).unlink(missing_ok=True)
+
+    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        write_json_lines(self.file(trainer), outputs)

@@ -1,10 +1,7 @@
 """What a person looks at: curves as a figure, samples as a table, metrics as a line.
 
-Decides how they look. Leaves out what the numbers mean (``metrics``, ``module``) and when and where
-they are written (``callbacks``).
+Decides how they look.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Mapping
@@ -130,12 +127,10 @@ def running_mean(values: list[float], width: int) -> list[float]:
 def sample_rows(outputs: dict[str, Any], tokenizer: Any, count: int) -> list[dict[str, Any]]:
     """The first ``count`` sequences of a rollout as plain values."""
     rollout = outputs["rollout"]
-    rows = []
-    for i in range(min(count, len(rollout.texts))):
-        prompt_ids = rollout.prompt_ids[i][rollout.prompt_mask[i]].tolist()
-        row = {
+    rows = [
+        {
             "rollout": outputs["index"],
-            "prompt": tokenizer.decode(prompt_ids),
+            "prompt": tokenizer.decode(rollout.prompt_ids[i][rollout.prompt_mask[i]].tolist()),
             "completion": rollout.texts[i],
             "reward": rollout.rewards[i],
             "parts": {name: part[i] for name, part in rollout.reward_parts.items()},
@@ -144,8 +139,9 @@ def sample_rows(outputs: dict[str, Any], tokenizer: Any, count: int) -> list[dic
             "truncated": not bool(rollout.finished[i]),
             "ratio": outputs["ratios"][i],
         }
-        rows.append(plain(row))
-    return rows
+        for i in range(min(count, len(rollout.texts)))
+    ]
+    return plain(rows)
 
 
 def plain(value: Any) -> Any:
@@ -166,22 +162,16 @@ def plain(value: Any) -> Any:
 
 def markdown_table(samples: list[dict[str, Any]], longest: int = 400) -> str:
     """The samples as a Markdown table; texts are escaped and cut to ``longest`` characters."""
-    parts = list(samples[0]["parts"])
-    numbers = ["reward", *parts, "advantage", "length", "truncated", "ratio"]
-    table = [
-        "| " + " | ".join(escape(title) for title in ["prompt", "completion", *numbers]) + " |",
-        "|" + " --- |" * (2 + len(numbers)),
-    ]
+    numbers = ["reward", *samples[0]["parts"], "advantage", "length", "truncated", "ratio"]
+    table = [["prompt", "completion", *numbers]]
     for sample in samples:
-        texts = [trim(sample["prompt"], longest), trim(sample["completion"], longest)]
+        texts = [sample["prompt"], sample["completion"]]
+        texts = [t if len(t) <= longest else t[: longest - 1] + "…" for t in texts]
         values = {**sample, **sample["parts"]}
         cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in map(values.get, numbers)]
-        table.append("| " + " | ".join(escape(cell) for cell in [*texts, *cells]) + " |")
-    return "\n".join(table)
-
-
-def trim(text: str, longest: int) -> str:
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+        table.append([*texts, *cells])
+    head, *lines = ("| " + " | ".join(map(escape, cells)) + " |" for cells in table)
+    return "\n".join([head, "|" + " --- |" * len(table[0]), *lines])
 
 
 def escape(text: str) -> str:
@@ -227,16 +217,11 @@ def word(name: str) -> str:
     >>> word("accuracy_greedy"), word("truncated_fraction")
     ('greedy', 'truncated')
     """
-    for long, short in {
-        "accuracy_": "",
-        "pass_at_": "pass@",
-        "response_": "",
-        "_fraction": "",
-    }.items():
-        name = name.replace(long, short)
+    name = name.replace("pass_at_", "pass@")
+    for part in ("accuracy_", "response_", "_fraction"):
+        name = name.replace(part, "")
     return name
 
 
 def figures_line(values: Mapping[str, float]) -> str:
-    """Figures in a row."""
     return "  ".join(f"{name} {value:.3f}" for name, value in values.items()) or "no figures"

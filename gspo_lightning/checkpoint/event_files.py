@@ -1,6 +1,6 @@
 """TensorBoard files of a run: how long they are at a checkpoint, and cutting them back to it.
 
-Decides which logged points survive a kill. Leaves out what is logged, and all other files of a run.
+Decides which logged points survive a kill.
 """
 
 from collections.abc import Iterator
@@ -13,14 +13,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from gspo_lightning.checkpoint.io import replacing
 
 
-def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    """The TensorBoard loggers of a run; their writers do nothing on ranks other than 0."""
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def event_file_sizes(trainer: Trainer) -> dict[str, int]:
     """Size in bytes of each TensorBoard file, with everything logged so far written out."""
     sizes = {}
-    for logger in _tensorboards(trainer) if trainer.is_global_zero else []:
+    for logger in tensorboards(trainer) if trainer.is_global_zero else []:
         logger.experiment.flush()
         for file in Path(logger.log_dir).glob("events.out.tfevents.*"):
             sizes[file.name] = file.stat().st_size
@@ -28,15 +29,14 @@ def event_file_sizes(trainer: Trainer) -> dict[str, int]:
 
 
 def cut_event_files(trainer: Trainer, sizes: dict[str, int], rollouts: int) -> None:
-    """Take the curves back to where they were at the checkpoint.
+    """Take the curves back to the checkpoint: what was logged after it will be logged again.
 
-    What a killed run logged after its last checkpoint is logged again. TensorBoard's own remedy,
-    dropping everything from a step on, cannot tell the validation after n rollouts, which is in the
-    checkpoint, from the rollout with index n, which is not: both stand at n.
+    TensorBoard's own remedy, dropping everything from a step on, cannot tell the validation after n
+    rollouts, which is in the checkpoint, from the rollout with index n, which is not.
     """
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-    for logger in _tensorboards(trainer):
+    for logger in tensorboards(trainer):
         writer = logger.experiment.file_writer
         current = Path(writer.event_writer._file_name).name  # just opened, by this process
         for path in Path(logger.log_dir).glob("events.out.tfevents.*"):

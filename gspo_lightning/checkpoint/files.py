@@ -1,7 +1,6 @@
 """The checkpoints of a run folder: their names, and which one to continue from.
 
-Decides what `--ckpt_path` means. Leaves out when checkpoints are written (`checkpoint`) and how
-(`checkpoint_io`).
+Decides what `--ckpt_path` means.
 """
 
 import re

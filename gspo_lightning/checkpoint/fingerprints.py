@@ -1,7 +1,7 @@
 """What a continued run must have in common with its beginning, or it would be another run.
 
-Decides which settings count and how a difference is told. Leaves out how models and data make
-their own marks: whoever has something that must not change has a method `fingerprints`.
+Decides which settings count and how a difference is told. Whoever has something that must not
+change, such as a model or the data, has a method `fingerprints`.
 """
 
 import hashlib
@@ -11,13 +11,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gspo_lightning.checkpoint.moved import moved
-
 # Settings that may change at will. Paths: what they lead to has a fingerprint of its own, or comes
 # from the checkpoint. Devices, and how much is computed at once: so that a run can move, or go on
-# with less memory; what they change is rounding, and the checkpoint has the sizes that an unchanged
-# config continues with. Length, learning rate, evaluation: the point of continuing with another
-# config. What ends a run early changes nothing before that.
+# with less memory; only rounding changes, and the checkpoint has the sizes that an unchanged config
+# continues with. Length, learning rate, evaluation: the point of continuing with another config.
+# Limits that end a run early: they change nothing before that.
 _FREE = re.compile(
     r"(?:data\.init_args\.(?:num_rollouts|num_steps|path|val_path|test_path|predict_path"
     r"|val_batch_size)"
@@ -27,7 +25,32 @@ _FREE = re.compile(
     r"|reference\.(?:path|device|batch_size)|rewards\..*\.(?:device|batch_size)))"
 )
 _COMPARED = ("model.", "data.", "trainer.precision")
+_MARK = re.compile(r"[0-9a-f]{16}")  # what `digest` returns
 LONGEST_VALUE = 60  # characters
+
+# Class paths that changed. A config with an old one is refused in one line that says the new one; a
+# checkpoint whose config had it is compared as if it had the new one, so that its run goes on.
+# By module, or by class where the module's name is a room's now and holds something else.
+MOVED = {
+    "gspo_lightning.checkpoint_io": "gspo_lightning.checkpoint.io",
+    "gspo_lightning.classifier": "gspo_lightning.frozen",
+    "gspo_lightning.experiment": "gspo_lightning.compare.experiment",
+    "gspo_lightning.gae": "gspo_lightning.critic.gae",
+    "gspo_lightning.lora": "gspo_lightning.policy",
+    "gspo_lightning.predictions": "gspo_lightning.callbacks",
+    "gspo_lightning.preferences": "gspo_lightning.data",
+    "gspo_lightning.progress": "gspo_lightning",
+    "gspo_lightning.reward_model": "gspo_lightning.supervised",
+    "gspo_lightning.sft": "gspo_lightning.supervised",
+    "gspo_lightning.signals": "gspo_lightning.checkpoint.signals",
+    "gspo_lightning.supervised.PreferenceData": "gspo_lightning.data.PreferenceData",
+    "gspo_lightning.supervised.SFTData": "gspo_lightning.data.SFTData",
+    "gspo_lightning.text_rewards": "gspo_lightning.rewards",
+    "gspo_lightning.text_scores": "gspo_lightning.rewards",
+    "gspo_lightning.time_limit": "gspo_lightning.rewards",
+    "gspo_lightning.tracing": "gspo_lightning",
+    "gspo_lightning.verifiers": "gspo_lightning.rewards",
+}
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,6 +86,18 @@ def collect(trainer: Any, module: Any) -> dict[str, Any]:
     return marks
 
 
+def moved(path: str) -> str:
+    """The class path as it is now; one that never changed comes back as it is.
+
+    >>> moved("gspo_lightning.verifiers.MathVerify"), moved("mine.reward")
+    ('gspo_lightning.rewards.MathVerify', 'mine.reward')
+    """
+    if path in MOVED:
+        return MOVED[path]
+    module, _, name = path.rpartition(".")
+    return f"{MOVED[module]}.{name}" if module in MOVED else path
+
+
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What is not as it was, one text each; an entry that is absent counts as null.
 
@@ -85,9 +120,6 @@ def _difference(key: str, old: Any, new: Any) -> str:
     if key.startswith("model.") and isinstance(old, str) and _MARK.fullmatch(old):
         return f"{key} has other weights" if new is not None else f"{key} is gone"
     return f"{key} {_short(old)} -> {_short(new)}"
-
-
-_MARK = re.compile(r"[0-9a-f]{16}")
 
 
 def _short(value: Any) -> str:

@@ -1,7 +1,6 @@
 """Checkpoint files: written whole or not at all, sealed with a checksum, loaded without code.
 
-Decides the way onto the disk and back, and what counts as damage. Leaves out when a checkpoint is
-written and which one is chosen (`checkpoint`), and what it holds.
+Decides the way onto the disk and back, and what counts as damage.
 
 A file is what `torch.save` writes, a zip archive, with a seal in the archive's comment: the CRC-32
 of every byte before it. `torch.load` and `unzip -t` take it as it is. Zip's own checksums cover the
@@ -26,6 +25,7 @@ _SEAL = re.compile(rb"gspo_lightning crc32 ([0-9a-f]{8})")
 _SEAL_BYTES = 29
 _CHUNK = 2**22  # bytes read at a time
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FAULTS = (*_NO_ROOM, errno.EIO, errno.EROFS)
 
 
 class CheckpointError(Exception):
@@ -78,7 +78,6 @@ class AtomicCheckpointIO(CheckpointIO):
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete one checkpoint, if it is still there."""
         Path(path).unlink(missing_ok=True)
 
 
@@ -111,8 +110,7 @@ def _damage(path: Path, size: int, changed: int, inode: int) -> str | None:
     crc, rest = 0, size - _SEAL_BYTES
     with path.open("rb") as file:
         while rest:
-            chunk = file.read(min(_CHUNK, rest))
-            if not chunk:
+            if not (chunk := file.read(min(_CHUNK, rest))):
                 return "shrank while it was read"
             crc = zlib.crc32(chunk, crc)
             rest -= len(chunk)
@@ -161,7 +159,7 @@ class _Sealed:
         return len(view)
 
     def flush(self) -> None:
-        """Part of what torch asks of a file."""
+        """Do nothing: torch calls it, and the file beneath is flushed at the end."""
 
     def finish(self) -> None:
         """Replace the empty comment by the seal."""
@@ -185,7 +183,7 @@ def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
     Yields:
         A hidden file beside `path`, which takes its place unless the block raises.
     """
-    # what a kill leaves: of checkpoints the next run removes it, of others the next write takes it
+    # The leftover of a kill: the next run removes that of a checkpoint, the next write others.
     ending = f"{os.getpid()}.tmp" if durable else "partial"
     hidden = path.name.replace("tfevents", "events")  # TensorBoard must not take both for curves
     beside = path.with_name(f".{hidden}.{ending}")
@@ -240,14 +238,13 @@ def disk_fault(error: BaseException) -> str | None:
     for cause in _causes(error):
         if isinstance(cause, CheckpointError):
             return str(cause)
-        if isinstance(cause, OSError) and cause.errno in (*_NO_ROOM, errno.EIO, errno.EROFS):
+        if isinstance(cause, OSError) and cause.errno in _DISK_FAULTS:
             where = f": {cause.filename}" if cause.filename else ""
             return f"{(cause.strerror or str(cause)).lower()}{where}; {intact}"
         # safetensors, tokenizers: "... Os { code: 28, kind: StorageFull, message: ..."
-        if match := re.search(r"\b(?:code: |os error )(\d+)\b", str(cause)):
-            number = int(match[1])
-            if number in (*_NO_ROOM, errno.EIO, errno.EROFS):
-                return f"{os.strerror(number).lower()}; {intact}"
+        match = re.search(r"\b(?:code: |os error )(\d+)\b", str(cause))
+        if match and int(match[1]) in _DISK_FAULTS:
+            return f"{os.strerror(int(match[1])).lower()}; {intact}"
     return None
 
 

@@ -1,25 +1,26 @@
 """Checkpoints at rollout boundaries: when to write, what to keep, and how to go on from there.
 
 Decides the moment of saving (after a rollout and after the validation that belongs to it) and which
-files stay. Leaves out names and choice of files (`checkpoint_files`), the way onto the disk
-(`checkpoint_io`) and what a checkpoint holds: each module, callback and loader has its own
-`state_dict`, and random streams are functions of the rollout index, so none is stored.
+files stay. What a checkpoint holds is decided elsewhere: each module, callback and loader has its
+own `state_dict`, and random streams are functions of the rollout index, so none is stored.
 """
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
 
 from gspo_lightning.checkpoint.event_files import cut_event_files, event_file_sizes
 from gspo_lightning.checkpoint.files import BEST, FOLDER, checkpoint_number, list_checkpoints
 from gspo_lightning.checkpoint.fingerprints import collect, differences, refuse_changes
-from gspo_lightning.checkpoint.finite import broken_weights
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, replacing
 from gspo_lightning.checkpoint.signals import StopSignals
 from gspo_lightning.metrics import monitored
@@ -63,30 +64,24 @@ class RolloutCheckpoint(Checkpoint):
         mode: Literal["max", "min"] = "max",
         keep_best: int = 1,
     ) -> None:
-        for name, value in {
-            "every_n_rollouts": every_n_rollouts,
-            "keep_last": keep_last,
-            "keep_best": keep_best,
-        }.items():
+        counts = dict(every_n_rollouts=every_n_rollouts, keep_last=keep_last, keep_best=keep_best)
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if mode not in ("max", "min"):
             raise ValueError(f"mode must be max or min, got {mode!r}")
-        self.every_n_rollouts = every_n_rollouts
-        self.keep_last = keep_last
-        self.save_at_end = save_at_end
-        self.monitor = monitor
-        self.mode = mode
-        self.keep_best = keep_best
+        self.every_n_rollouts, self.save_at_end = every_n_rollouts, save_at_end
+        self.keep_last, self.keep_best = keep_last, keep_best
+        self.monitor, self.mode = monitor, mode
         self.accept_changes = False
         self._best: list[tuple[float, int]] = []  # figure, rollouts; the best one first
         self._marks: dict[str, Any] = {}
-        self._validates = False  # as a run that is not stopped would
+        self._validates = False  # whether a run that is not stopped validates now
         self._awaits_validation = False
         self._saving = False
         self._resumed = False
-        self._over = False  # by `max_steps`, which the checkpoint has reached
-        self._max_steps: int | None = None  # while it is lifted
+        self._over = False  # whether the checkpoint has reached `max_steps`
+        self._max_steps: int | None = None  # the limit while it is lifted
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """See to it that files are written whole, also in a program that says nothing of it."""
@@ -95,23 +90,23 @@ class RolloutCheckpoint(Checkpoint):
 
     # ---- saving ---------------------------------------------------------------------------------
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Save now, or leave it to the validation that is about to run."""
         due, self._validates = self._is_due(trainer), _validation_follows(trainer)
         self._awaits_validation = due and self._validates
         if due and not self._validates:
             self._save(trainer)
         if _stopped_by_signal(trainer) and not self._validates:
-            # Lightning validates once more before a stop; who sends signals does not wait for that.
+            # Lightning validates once more before a stop; whoever signals does not wait so long.
             trainer.fit_loop.epoch_loop._skip_next_val = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the boundary whose validation has just been completed."""
         if trainer.state.fn != "fit":
             return
-        figure = self._figure(trainer)
+        figure = math.nan
+        if self.monitor is not None:
+            figure = monitored("RolloutCheckpoint", self.monitor, trainer.callback_metrics)
         due, self._awaits_validation = self._awaits_validation, False
         validates, self._validates = self._validates, False
         if not validates or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -120,15 +115,12 @@ class RolloutCheckpoint(Checkpoint):
         if due or best or _stopped_by_signal(trainer):
             self._save(trainer)
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict) -> None:
         """Give every checkpoint the same loop counters, whether validation ran before it or not.
 
-        Lightning restarts in different ways from "batch end" and from "after validation"; the
-        second one asks the new configuration whether a validation is due and miscounts the logger's
-        axis when it is not. So the counters are always those of "batch end": one batch processed
-        and not yet counted as completed. That restart skips the validation, which has run.
+        From "after validation" Lightning asks the new configuration whether a validation is due,
+        and miscounts the logger's axis when it is not. So the counters are always those of "batch
+        end", one batch processed and not yet completed, from which a restart skips the validation.
         """
         if not self._saving:
             return
@@ -141,7 +133,6 @@ class RolloutCheckpoint(Checkpoint):
         checkpoint["fingerprints"] = self._marks
 
     def state_dict(self) -> dict[str, Any]:
-        """The best figures, if there are any to keep."""
         if self.monitor is None:
             return {}
         return {"monitor": self.monitor, "mode": self.mode, "best": [list(b) for b in self._best]}
@@ -154,21 +145,11 @@ class RolloutCheckpoint(Checkpoint):
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a rehearsal leaves no files
             return False
-        if _stopped_by_signal(trainer):
-            return True
-        if self.save_at_end and (
-            trainer.is_last_batch
-            or trainer.should_stop
-            or 0 <= trainer.max_steps <= trainer.global_step
-        ):
+        at_limit = 0 <= trainer.max_steps <= trainer.global_step
+        ends = trainer.is_last_batch or trainer.should_stop or at_limit
+        if _stopped_by_signal(trainer) or (self.save_at_end and ends):
             return True
         return (trainer.fit_loop.total_batch_idx + 1) % self.every_n_rollouts == 0
-
-    def _figure(self, trainer: Trainer) -> float:
-        """The monitored figure of the validation that has just ended, NaN without one."""
-        if self.monitor is None:
-            return math.nan
-        return monitored("RolloutCheckpoint", self.monitor, trainer.callback_metrics)
 
     def _enters_best(self, value: float, number: int) -> bool:
         """Note a figure if it is among the best, and say whether it is."""
@@ -190,7 +171,7 @@ class RolloutCheckpoint(Checkpoint):
             self._saving = False
         if trainer.is_global_zero:
             self._write_best(path.parent)
-            # Later ones are no older: a run that goes on from before a damaged file has some.
+            # Keep later files: a run that goes on from before a damaged file has some.
             found = [p for p in list_checkpoints(trainer.default_root_dir) if _at(p) <= number]
             best = {number for _, number in self._best}
             for old in found[: -self.keep_last]:
@@ -207,9 +188,7 @@ class RolloutCheckpoint(Checkpoint):
 
     # ---- continuing -----------------------------------------------------------------------------
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict) -> None:
         """Forget whether the saved rollout was the last: the run may have been made longer.
 
         Raises:
@@ -230,8 +209,8 @@ class RolloutCheckpoint(Checkpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove what a kill in the middle of a save left behind."""
         if self._over:
-            # Lightning would leave out the end of training, too, with what callbacks do there; the
-            # run may have been killed just before. Lifted until training begins.
+            # Lift the limit until training begins: Lightning would leave out the end of training,
+            # too, with what callbacks do there, and the run may have been killed just before it.
             self._max_steps, self._over = trainer.max_steps, False
             trainer.fit_loop.epoch_loop.max_steps = -1
         folder = Path(trainer.default_root_dir, FOLDER)
@@ -248,15 +227,15 @@ class RolloutCheckpoint(Checkpoint):
         if self._max_steps is not None:
             trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
         folder = Path(trainer.default_root_dir, FOLDER)
-        # a run that goes on in another folder has left its best ones behind
+        # Forget best checkpoints that are not here: a run may go on in another folder.
         self._best = [best for best in self._best if (folder / _file_name(best[1])).exists()]
         if trainer.is_global_zero:
             self._write_best(folder)
         fit_loop = trainer.fit_loop
         progress = fit_loop.epoch_loop.batch_progress
         if progress.current.ready >= trainer.num_training_batches:
-            # The epoch is over. Lightning would read that from `is_last_batch`, which was true for
-            # the old number of rollouts; with it a longer run would stop at once.
+            # End the epoch here: Lightning would read its end from `is_last_batch`, which was true
+            # for the old number of rollouts, and a longer run would stop at once.
             fit_loop.epoch_progress.increment_processed()
             fit_loop.epoch_progress.increment_completed()
             # Without this the next epoch counts as the rest of this one.
@@ -287,6 +266,26 @@ def _refuse_broken_weights(trainer: Trainer, number: int) -> None:
     )
 
 
+def broken_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the trained tensors with a value that is not finite; of a sharded one the part here.
+
+    One pass over each tensor, one wait for the device.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, torch.inf]))
+    >>> broken_weights([("weight", weight)])
+    ['weight']
+    """
+    trained = {name: tensor for name, tensor in named if tensor.requires_grad}
+    here = {n: t.to_local() if hasattr(t, "to_local") else t for n, t in trained.items()}
+    parts = {name: part.detach() for name, part in here.items() if part.numel()}
+    if not parts:
+        return []
+    # ten times as fast as isfinite; both ends, as their difference could overflow by itself
+    ends = [torch.stack(torch.aminmax(part)).float() for part in parts.values()]
+    fine = torch.stack([pair.to(ends[0].device) for pair in ends]).isfinite().all(1).tolist()
+    return [name for name, good in zip(parts, fine, strict=True) if not good]
+
+
 def _at(path: Path) -> int:
     return checkpoint_number(path) or 0
 
@@ -297,10 +296,10 @@ def _stopped_by_signal(trainer: Trainer) -> bool:
 
 
 def _validation_follows(trainer: Trainer) -> bool:
-    # A stop brings a validation that an uninterrupted run would not have: not waited for, so that
-    # what callbacks make of it stays out of the checkpoint.
+    # Do not wait for the validation that a stop brings: an uninterrupted run has none there, and
+    # what callbacks make of it must stay out of the checkpoint.
     stopping, trainer.should_stop = trainer.should_stop, False
-    # Private, but the one place where Lightning decides this; a copy of its rules would drift.
+    # Call Lightning's private method: a copy of its rules would drift.
     fit_loop = trainer.fit_loop
     scheduled = fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher)  # type: ignore[arg-type]
     trainer.should_stop = stopping

@@ -1,7 +1,6 @@
 """Signals: the first one ends a run at the next rollout's end, a second one at once.
 
 Decides what SIGTERM, SIGINT and, under SLURM, SIGUSR1 do, and the exit codes (128 plus the number).
-Leaves out what is saved when a run ends (`checkpoint`) and what is printed last (`train.py`).
 
 Lightning's own handlers will not do: after SIGTERM its exit code is 0, with several ranks it hangs
 in a collective inside the handler, and its requeueing saves in the middle of a rollout.
@@ -93,29 +92,26 @@ class StopSignals(Callback):
     def _kill_other_ranks(self) -> None:
         launcher = self._trainer and self._trainer.strategy.launcher
         if launcher is not None and hasattr(launcher, "kill"):
-            launcher.kill(signal.SIGKILL)  # they would wait for this rank for ever
+            launcher.kill(signal.SIGKILL)  # other ranks would wait for this one for ever
             # Lightning watches this list, and kills this process once one of them has been killed
             getattr(launcher, "procs", []).clear()
 
     # ---- training -------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remember whose ranks there are."""
         self._trainer = trainer
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take back what Lightning has taken just before."""
+        """Take the signals back: Lightning has taken them just before."""
         self.install()
 
     on_validation_start = on_test_start = on_predict_start = on_sanity_check_start
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on there is something to finish."""
         self._training = True
         self.install()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Stop here if a signal has come, on any rank."""
         self._stop_if_asked(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -123,20 +119,16 @@ class StopSignals(Callback):
         if self._training and not trainer.sanity_checking:
             self._stop_if_asked(trainer)
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Nothing is left to finish, here and on the ranks that this process has started.
-
-        They would only learn that this one is gone, and each would say so.
-        """
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """End the ranks that this process has started: each would only say that it is gone."""
         self._training = False
-        if not is_of_another_rank(exception):  # that one may not have said yet why it ended
+        if not is_of_another_rank(exception):  # the other rank may not have said yet why it ended
             self._kill_other_ranks()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The run is over."""
-        self._stop_late()
+        """Note a signal after the last rollout: all is done, but its sender wants to hear of it."""
+        if self.number is None and self._received:
+            self.number = self._received[0]
         self._training, self._trainer = False, None
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
@@ -148,13 +140,8 @@ class StopSignals(Callback):
                     break
         if self.number is not None:
             trainer.should_stop = True
-            trainer.fit_loop.min_epochs = 0  # what asks to stop now does not ask for a minimum
+            trainer.fit_loop.min_epochs = 0  # a minimum would outlast the request to stop
             trainer.fit_loop.epoch_loop.min_steps = None
-
-    def _stop_late(self) -> None:
-        """A signal after the last rollout: all is done, but who sent it wants to hear of it."""
-        if self.number is None and self._received:
-            self.number = self._received[0]
 
 
 def is_of_another_rank(error: BaseException) -> bool:
@@ -167,9 +154,8 @@ def is_of_another_rank(error: BaseException) -> bool:
     """
     text = str(error)
     ours = isinstance(error, torch.distributed.DistError)  # of NCCL and of the store; gloo has none
-    return (ours or (isinstance(error, RuntimeError) and "gloo" in text)) and (
-        _PEER_IS_GONE.search(text) is not None
-    )
+    of_gloo = isinstance(error, RuntimeError) and "gloo" in text
+    return (ours or of_gloo) and _PEER_IS_GONE.search(text) is not None
 
 
 def forbid_requeueing(plugins: list[Any]) -> None:

@@ -3,8 +3,6 @@
 Decides what is looked at, how many faults in a row end a run, and what a dump holds.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
@@ -17,16 +15,8 @@ from torch import Tensor
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, CheckpointError
 from gspo_lightning.rollout import Rollout
 
-# in the order in which they are computed
-LOOKED_AT = (
-    "advantages",
-    "old_logprobs",
-    "ref_logprobs",
-    "logprobs",
-    "ratio",
-    "loss",
-    "gradient",
-)
+INPUTS = ("advantages", "old_logprobs", "ref_logprobs")
+LOOKED_AT = (*INPUTS, "logprobs", "ratio", "loss", "gradient")  # in the order of computation
 FOLDER = "faults"  # inside the run folder
 KEPT = 3  # newest dumps; each holds the policy's weights
 VERSION = 2  # of a dump
@@ -63,7 +53,7 @@ class Faults:
     def begin(self, minibatch: Rollout, with_reference: bool) -> None:
         """Start a step and look at what the loss is computed from, where it counts."""
         self.found, self.own, self.flags = (), False, {}
-        for name in ("advantages", "old_logprobs", "ref_logprobs"):
+        for name in INPUTS:
             tensor = getattr(minibatch, name)
             if tensor is not None and (with_reference or name != "ref_logprobs"):
                 self.look(name, tensor.masked_fill(~minibatch.mask, 0))
@@ -83,11 +73,11 @@ class Faults:
         self.look("gradient", norm)
         fine = torch.zeros((), dtype=torch.bool, device=norm.device)
         own = torch.stack([self.flags.get(name, fine) for name in LOOKED_AT]).double()
-        every = reduce(own.clone())  # a copy, because ranks may be summed in place
+        every = reduce(own.clone())  # a copy: ``reduce`` may sum in place
         counts = dict(zip(LOOKED_AT, every.tolist(), strict=True))
         self.found = tuple(name for name, count in counts.items() if count)
         self.in_a_row = self.in_a_row + 1 if self.found else 0
-        # the gradient is that of all ranks together: it shows nobody's fault
+        # The gradient is that of all ranks together: it cannot show which rank is at fault.
         self.own = bool(self.found) and (self.found == ("gradient",) or bool(own[:-1].any()))
         return bool(self.found)
 
@@ -136,16 +126,15 @@ def write_dump(path: Path, minibatch: Rollout, policy: Any, **rest: Any) -> Path
         want of a dump.
     """
     batch = {field.name: getattr(minibatch, field.name) for field in fields(Rollout)}
-    batch["rows"] = None  # of the data, which may hold anything; nothing is computed from them
-    state = {name: on_cpu(value) for name, value in policy.state_dict().items()}
-    content = {"version": VERSION, "minibatch": on_cpu(batch), "policy": state, **on_cpu(rest)}
+    batch["rows"] = None  # rows of the data may hold anything, and the loss reads none of them
+    content = {"version": VERSION, "minibatch": batch, "policy": policy.state_dict(), **rest}
     try:
-        AtomicCheckpointIO().save_checkpoint(content, path)
+        AtomicCheckpointIO().save_checkpoint(on_cpu(content), path)
     except CheckpointError as error:
         warnings.warn(f"{path} could not be written: {error.__cause__}", stacklevel=2)
         return None
     own = path.parent.glob(f"rollout=*-{path.stem.rpartition('-')[2]}.pt")  # of this rank
-    # by time: a run that was continued counts its rollouts from an earlier one on
+    # Sort by time, not by name: a run that was continued counts from an earlier rollout on.
     for old in sorted(own, key=lambda file: file.stat().st_mtime_ns)[:-KEPT]:
         old.unlink(missing_ok=True)
     return path

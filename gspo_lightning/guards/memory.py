@@ -1,11 +1,8 @@
 """Peak memory of a phase, by device.
 
 Decides what a peak is: bytes that tensors held on a GPU (``torch.cuda.max_memory_allocated``), and
-on the CPU the resident memory of the whole process. Leaves out what the phases are (``module``) and
-the estimate before a run (``plan``).
+on the CPU the resident memory of the whole process.
 """
-
-from __future__ import annotations
 
 import contextlib
 import resource
@@ -34,16 +31,13 @@ def reset_peaks(devices: Iterable[torch.device]) -> None:
 
 def peaks(devices: Iterable[torch.device]) -> dict[torch.device, float]:
     """Peak memory of each device since ``reset_peaks``, GiB."""
-    return {
-        device: torch.cuda.max_memory_allocated(device) / GIB
-        if device.type == "cuda"
-        else _resident_peak() / GIB
-        for device in devices
-    }
+    return {device: _peak(device) / GIB for device in devices}
 
 
-def _resident_peak() -> int:
-    """Highest resident memory of this process, in bytes."""
+def _peak(device: torch.device) -> int:
+    """Bytes held on a GPU; on the CPU the highest resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError):
         for line in (_PROCESS / "status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -3,8 +3,6 @@
 Decides that a size is halved, for the rest of the run, until the pass fits or one row is too much.
 """
 
-from __future__ import annotations
-
 import gc
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Sized
@@ -30,7 +28,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device, or the machine, has no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError | OutOfMemory):
         return True
-    # the CPU's allocator has no error of its own
+    # The CPU's allocator raises a plain RuntimeError.
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
@@ -75,7 +73,7 @@ class Sizes:
             except Exception as error:
                 if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
                     raise
-            # Not in the handler: its error keeps the tensors of the failed pass alive.
+            # Halve outside the handler: the error keeps the tensors of the failed pass alive.
             self.halve(key, rows, what, cut)
 
     def halve(self, key: str, rows: int, what: str, cut: Cut | None = None) -> None:
@@ -94,13 +92,11 @@ class Sizes:
         if tokens and cut is not None:
             pieces = cut(size, tokens)
             if tokens == 1 or max(map(len, pieces)) <= 1:
-                raise OutOfMemory(
-                    f"out of memory in {what}, with one row at once ({key} {size}, {TOKENS} "
-                    f"{tokens})"
-                )
-            if len(pieces) > len(cut(size, None)):  # it is tokens that bound the pass
+                sizes = f"{key} {size}, {TOKENS} {tokens}"
+                raise OutOfMemory(f"out of memory in {what}, with one row at once ({sizes})")
+            if len(pieces) > len(cut(size, None)):  # the limit on tokens bounds the pass
                 less = tokens // 2
-                while less > 1 and len(cut(size, less)) <= len(pieces):  # all would stay
+                while less > 1 and len(cut(size, less)) <= len(pieces):  # no piece shrinks
                     less //= 2
                 return self._change(TOKENS, tokens, less, what)
         if size <= 1:

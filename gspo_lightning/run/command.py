@@ -20,42 +20,56 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 
 import gspo_lightning
-from gspo_lightning.callbacks.files import AdaptiveKL
-from gspo_lightning.callbacks.predictions import PredictionWriter
+from gspo_lightning.callbacks import AdaptiveKL, PredictionWriter
+from gspo_lightning.checkpoint import RolloutCheckpoint
 from gspo_lightning.checkpoint.files import find_checkpoint, list_checkpoints
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, damage
-from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint
-from gspo_lightning.checkpoint.signals import forbid_requeueing
-from gspo_lightning.run.config_files import check_config_files
+from gspo_lightning.checkpoint.signals import StopSignals, forbid_requeueing
+from gspo_lightning.run import folder, start_checks
+from gspo_lightning.run.config_files import check_config_file, config_paths
 from gspo_lightning.run.ending import report
-from gspo_lightning.run.folder import (
-    RunConfig,
-    check_folder,
-    check_writable,
-    find_leftovers,
-    mark_finished,
-    remove_traces,
-)
-from gspo_lightning.run.lock import check_lock
+from gspo_lightning.run.lock import RunLock, check_lock
 from gspo_lightning.run.one_line import OneLineParser, quiet
 from gspo_lightning.run.plan import resume_command, this_python
 from gspo_lightning.run.progress import RolloutProgress, RunSummary
-from gspo_lightning.run.start_checks import (
-    check_checkpoint,
-    check_length,
-    check_manual,
-    check_seed,
-    check_trainer,
-)
-from gspo_lightning.run.terminal_log import say
-from gspo_lightning.run.tracing import add_profile_option, take_profile
-from gspo_lightning.run.watch import Watch
+from gspo_lightning.run.terminal_log import TerminalLog, say
+from gspo_lightning.run.tracing import RolloutProfile
 
 # A tool stands above the command line, which knows its name and imports it when it is asked for.
 TOOLS = {
     "doctor": "gspo_lightning.doctor.examine:main",
     "replay": "gspo_lightning.doctor.replay:main",
 }
+
+
+class Watch(Callback):
+    """Knows whether work has begun, which decides how an error is shown, and how much was done."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.rollouts = 0
+        self.root: Path | None = None  # the run folder, once training has begun
+        self.refuse = lambda: None  # takes back what was written before the run began
+        self.terminal = TerminalLog()
+        self.lock = RunLock()
+        self.signals = StopSignals()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            start_checks.check_interval(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.begun = True
+        self.root = Path(trainer.default_root_dir)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.rollouts += 1
+
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self.begun = not trainer.sanity_checking or self.begun
+
+    on_test_batch_start = on_validation_batch_start
+    on_predict_batch_start = on_validation_batch_start
 
 
 class CommandTrainer(Trainer):
@@ -91,7 +105,7 @@ class CommandTrainer(Trainer):
         return tool(self, model, datamodule, num_prompts, max_new_tokens, json)
 
     def _run_stage(self) -> Any:
-        # Private, but the one place behind everything that `fit` sets up and before it trains.
+        # Override a private method: nothing public runs after all setup and before training.
         return (self.instead_of_training or super()._run_stage)()
 
 
@@ -119,12 +133,12 @@ class GSPOCLI(LightningCLI):
             auto_configure_optimizers=False,
             trainer_class=CommandTrainer,
             parser_class=OneLineParser,
-            save_config_callback=RunConfig,
+            save_config_callback=folder.RunConfig,
             seed_everything_default=0,  # True would draw another seed on continuing
             trainer_defaults={
                 "default_root_dir": "runs/default",
                 "max_epochs": 1,  # data.num_rollouts is the length of a run
-                "log_every_n_steps": 1,  # of rollouts
+                "log_every_n_steps": 1,  # counted in rollouts
                 "use_distributed_sampler": False,  # the data shares prompts among ranks itself
                 "enable_model_summary": False,  # the plan tells more
             },
@@ -139,7 +153,14 @@ class GSPOCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Options beside Lightning's own."""
-        add_profile_option(parser)
+        parser.add_argument(
+            "--profile",
+            type=int | None,
+            nargs="?",
+            const=2,
+            help="fit: write a trace of this rollout, counted from the start of the command, into "
+            "the run folder (without a number: of the second)",
+        )
 
     def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> Any:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -150,20 +171,20 @@ class GSPOCLI(LightningCLI):
                 default=False,
                 help="Continue although settings, data or models are not those of the checkpoint.",
             )
-        if subcommand == "doctor":  # as an argument of the method it would want a value
-            parser.add_argument(
-                "--json", action="store_true", help="Print a JSON list instead of lines."
-            )
+        if subcommand == "doctor":  # a flag: an argument of the method would want a value
+            text = "Print a JSON list instead of lines."
+            parser.add_argument("--json", action="store_true", help=text)
         return parser
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse; Lightning's version warns when a program passes arguments, as tests do."""
-        check_config_files(args)
+        for path in config_paths(args):
+            check_config_file(path)
         self.config = parser.parse_args(args)
 
     def _set_seed(self) -> None:
         """Refuse what numpy would, with the name of the key."""
-        check_seed(self._get(self.config, "seed_everything"))
+        start_checks.check_seed(self._get(self.config, "seed_everything"))
         super()._set_seed()
 
     def _parse_ckpt_path(self) -> None:
@@ -179,18 +200,24 @@ class GSPOCLI(LightningCLI):
             check_lock(self.root)
         path = config.get("ckpt_path")
         self.checkpoint = find_checkpoint(self.root, path and str(path))
-        check_trainer(config.trainer)
+        start_checks.check_trainer(config.trainer)
         if self.subcommand == "fit":
-            check_length(config.trainer)
-        self.traces = take_profile(config, self.subcommand)
+            start_checks.check_length(config.trainer)
+        # Not kept in the config: a run that is continued with it should not be traced again.
+        profile, config.profile = config.profile, None
+        if profile is not None and self.subcommand != "fit":
+            raise ValueError(
+                f"profile: a trace is of a rollout in training; {self.subcommand} has none"
+            )
+        self.traces = [] if profile is None else [RolloutProfile(profile)]
         if trains:
-            check_folder(self.root, self.checkpoint)
+            folder.check_folder(self.root, self.checkpoint)
         if self.subcommand in ("fit", "predict"):  # the others print
-            check_writable(self.root)
+            folder.check_writable(self.root)
         self.save_config_kwargs = {
             "checkpoint": self.checkpoint,
             "terminal": self.watch.terminal,
-            "leftovers": [] if self.checkpoint else find_leftovers(self.root),
+            "leftovers": [] if self.checkpoint else folder.find_leftovers(self.root),
             "command": ["train.py", *self.argv],
         }
 
@@ -198,9 +225,9 @@ class GSPOCLI(LightningCLI):
         """Fill in what the config leaves open."""
         config = self._get(self.config_init, "trainer")
         if not self.model.automatic_optimization:
-            check_manual(config)
+            start_checks.check_manual(config)
         if self.checkpoint is not None:
-            check_checkpoint(self.checkpoint, self.model)
+            start_checks.check_checkpoint(self.checkpoint, self.model)
         plugins = as_list(config.plugins)
         if not has(plugins, CheckpointIO):
             plugins.append(AtomicCheckpointIO())
@@ -217,14 +244,13 @@ class GSPOCLI(LightningCLI):
             logger = False
             kwargs |= {"profiler": None, "enable_checkpointing": False}
             kwargs |= {"enable_progress_bar": False}
-        return super().instantiate_trainer(
-            callbacks=callbacks, plugins=plugins, logger=logger, **kwargs
-        )
+        kwargs |= {"callbacks": callbacks, "plugins": plugins, "logger": logger}
+        return super().instantiate_trainer(**kwargs)
 
     def _callbacks(self, config: Any) -> list[Callback]:
         """Those of the config, and for each kind that a run needs and that is missing, one."""
-        callbacks = [*as_list(config.callbacks), self.watch]
-        callbacks = [self.watch.signals, *callbacks, *self.traces]  # first: before others can wait
+        # Signals come first: a callback before them could keep a signal waiting.
+        callbacks = [self.watch.signals, *as_list(config.callbacks), self.watch, *self.traces]
         if config.enable_progress_bar is not False:
             if not has(callbacks, ProgressBar):
                 callbacks.append(RolloutProgress())
@@ -253,9 +279,9 @@ class GSPOCLI(LightningCLI):
         """Say where the run begins, now that most of what could be refused was not."""
         if not self.rehearsal:
             self.watch.lock.take(self.root)
-            check_folder(self.root, self.checkpoint)  # another run may have ended here since
+            folder.check_folder(self.root, self.checkpoint)  # another run may have ended here since
         present = set(self.root.glob("*"))
-        self.watch.refuse = lambda: remove_traces(self.root, present)
+        self.watch.refuse = lambda: folder.remove_traces(self.root, present)
         if self.checkpoint is not None:
             say(f"continuing from {self.checkpoint}")
 
@@ -265,11 +291,10 @@ class GSPOCLI(LightningCLI):
             say(where_to_go_on(self.argv, self.root))
             self.code = 1
         elif not self.watch.signals.stopping and not self.rehearsal:
-            mark_finished(self.root)
+            folder.mark_finished(self.root)
         if self.checkpoint is not None and self.watch.rollouts == 0:
-            say(
-                f"nothing to do: {self.checkpoint} is the end of the run; raise its length to go on"
-            )
+            end = f"{self.checkpoint} is the end of the run"
+            say(f"nothing to do: {end}; raise its length to go on")
 
 
 # ---- small things --------------------------------------------------------------------------------
@@ -292,19 +317,16 @@ def has(items: list[Any], kind: type) -> bool:
 
 
 def where_to_go_on(argv: list[str], root: Path | None, read: bool = True) -> str:
-    """What is left of a training that ended early and how to continue it; empty if none began.
+    """What is left in ``root`` of a training that ended early, and how to continue it, if it began.
 
-    Args:
-        argv: The command.
-        root: The run folder.
-        read: Whether to read a checkpoint to its end; otherwise it has to look whole.
+    A checkpoint is read to its end if ``read``; otherwise it has only to look whole.
     """
     if root is None:
         return ""
     try:
         found = reversed(list_checkpoints(root))
         newest = next((path for path in found if not read or damage(path) is None), None)
-    except OSError as error:  # as an error of its own it would hide why the training ended
+    except OSError as error:  # raised, the error would hide why the training ended
         return f"the checkpoints of {root} cannot be read: {error.strerror}"
     if newest is None:
         return "there is no checkpoint yet; the same command starts again"
@@ -324,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     watch = Watch()
-    umask = os.umask(0o022)  # what is written here, no group and no stranger may change
+    umask = os.umask(0o022)  # no group and no stranger may change the files of a run
     os.umask(umask | 0o022)
     watch.signals.install()
     try:

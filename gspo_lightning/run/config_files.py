@@ -3,8 +3,6 @@
 Decides what a config file must be: UTF-8 text, one YAML mapping, plain values, no key twice.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,21 +14,8 @@ FLAGS = ("--config", "-c")
 WAY_OUT = "a config looks like configs/arithmetic.yaml"
 
 
-def check_config_files(args: Sequence[str]) -> None:
-    """Read every config file that a command line names.
-
-    Args:
-        args: The command line without the program.
-
-    Raises:
-        ValueError: For the first file that is missing or broken, naming file, line and way out.
-    """
-    for path in config_paths(args):
-        check_config_file(path)
-
-
 def config_paths(args: Sequence[str]) -> Iterator[str]:
-    """The files that follow `--config`, in their order.
+    """The files that follow `--config` in a command line without the program, in their order.
 
     >>> list(config_paths(["fit", "--config", "a.yaml", "--config=b.yaml", "-c", "c.yaml"]))
     ['a.yaml', 'b.yaml', 'c.yaml']
@@ -42,7 +27,11 @@ def config_paths(args: Sequence[str]) -> Iterator[str]:
 
 
 def check_config_file(path: str) -> None:
-    """Raise ValueError unless ``path`` is a file with one YAML mapping of plain values."""
+    """Refuse what is not a file with one YAML mapping of plain values.
+
+    Raises:
+        ValueError: Naming file, line and way out.
+    """
     file = Path(path).expanduser()
     if not file.exists():
         raise ValueError(f"config: there is no file {path} (looked in {Path.cwd()}); {WAY_OUT}")

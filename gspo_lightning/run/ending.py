@@ -42,11 +42,11 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
         return stopped("terminated", watch.signals.exit_code or 143, go_on)
     if isinstance(error, SystemExit):  # the parser has said why, or printed help
         return error.code if isinstance(error.code, int) else 0
-    # a reward function is the user's, numbers and memory are the run's: all name what it was
-    known = isinstance(error, RewardError | FloatingPointError) or is_out_of_memory(error)
-    text = mistake(error) if known or not watch.begun else None
+    # A reward function is the user's, numbers and memory are the run's: the error names its cause.
+    of_run = isinstance(error, FloatingPointError) or is_out_of_memory(error)
+    known = of_run or isinstance(error, RewardError) or not watch.begun
     full = disk_fault(error)
-    text = full or text
+    text = full or (mistake(error) if known else None)
     gone = text is None and is_of_another_rank(error)
     if gone:
         text = "another rank failed; see its line above"
@@ -59,14 +59,12 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
             watch.refuse()
     if advice := go_on(True):
         say(advice)
-    ran = gone or isinstance(error, FloatingPointError) or is_out_of_memory(error)
-    return 1 if text is None or full or ran else 2
+    return 1 if text is None or full or gone or of_run else 2
 
 
 def stopped(how: str, code: int, go_on: Callable[[bool], str]) -> int:
     """Say that a signal ended the command at once."""
-    advice = go_on(False)
-    say(f"{how}; {advice}" if advice else how)
+    say("; ".join(filter(None, (how, go_on(False)))))
     return code
 
 

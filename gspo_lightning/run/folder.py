@@ -31,13 +31,11 @@ class RunConfig(SaveConfigCallback):
     """Saves what a run was started with, and beside it what each continuation was started with.
 
     Args:
-        args: What Lightning gives its own callback.
+        args: What Lightning gives its own callback, as are ``kwargs``.
         checkpoint: Where the run goes on, if it does.
         terminal: Copies the terminal into the run folder, if given.
-        leftovers: Files of an earlier run that ended without a checkpoint; they are moved aside
-            when this one begins.
+        leftovers: Files of an earlier run that ended without a checkpoint; they are moved aside.
         command: The command line, for the log.
-        kwargs: What Lightning gives its own callback.
     """
 
     def __init__(
@@ -50,10 +48,8 @@ class RunConfig(SaveConfigCallback):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.checkpoint = checkpoint
-        self.terminal = terminal
-        self.leftovers = leftovers
-        self.command = command
+        self.checkpoint, self.terminal = checkpoint, terminal
+        self.leftovers, self.command = leftovers, command
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write nothing yet: a run that cannot start should leave no trace."""
@@ -76,7 +72,10 @@ class RunConfig(SaveConfigCallback):
             path = folder / f"config.{mark}.yaml"
         if write_provenance(folder, mark) and mark:
             say(f"the code or a version changed since {first}: see {folder}/versions.{mark}.yaml")
-        self._write(path)
+        config = self.config.clone()
+        config.pop("accept_changes", None)  # given once: in the file it would hold for ever
+        with replacing(path) as file:  # half a config would hinder the next run
+            file.write(self.parser.dump(config, skip_unset=False).encode())
         if path != first:
             old, new = (flat(yaml.safe_load(file.read_text())) for file in (first, path))
             for key in sorted(old.keys() | new.keys()):
@@ -89,16 +88,9 @@ class RunConfig(SaveConfigCallback):
         """The settings that make this run the one it is."""
         return settings(flat(yaml.safe_load(self.parser.dump(self.config, skip_unset=False))))
 
-    def _write(self, path: Path) -> None:
-        config = self.config.clone()
-        config.pop("accept_changes", None)  # was said once; a file would say it for ever
-        with replacing(path) as file:  # half a config would hinder the next run
-            file.write(self.parser.dump(config, skip_unset=False).encode())
-
 
 def check_folder(root: Path, checkpoint: Path | None) -> None:
     """Raise ValueError where a run would mix with another one in the same folder."""
-    found = list_checkpoints(root)
     elsewhere = "start in another folder with --trainer.default_root_dir NEW"
     started = numbered_files(root)  # a damaged one, too, is of a run
     if checkpoint is None and started:
@@ -112,6 +104,7 @@ def check_folder(root: Path, checkpoint: Path | None) -> None:
             f"{root / FINISHED} to start again here"
         )
     number = None if checkpoint is None else checkpoint_number(checkpoint)
+    found = list_checkpoints(root)
     later = [path for path in found if number is None or (checkpoint_number(path) or 0) > number]
     whole = [path for path in later if damage(path) is None]  # damaged ones will be written again
     if checkpoint is not None and whole and checkpoint.resolve() != whole[-1].resolve():
@@ -144,10 +137,7 @@ def check_writable(root: Path) -> None:
 
 
 def find_leftovers(root: Path) -> list[Path]:
-    """The logs of a run that ended without a checkpoint.
-
-    Only beside a config that a run wrote, and only files that a run writes.
-    """
+    """The logs, beside a config that a run wrote, of a run that ended without a checkpoint."""
     names = ("events.out.tfevents.*", "samples.jsonl", "curves.png", LOG)
     return [file for name in names for file in root.glob(name)] if (root / CONFIG).exists() else []
 
@@ -174,13 +164,9 @@ def mark_finished(root: Path) -> None:
 
 @rank_zero_only
 def remove_traces(root: Path, present: set[Path]) -> None:
-    """Take back what a run wrote that was refused before it began.
+    """Take back what a run wrote into ``root`` that was refused; what was ``present`` stays.
 
     Lightning opens the curves before anything is checked.
-
-    Args:
-        root: The run folder.
-        present: What was in it before; that stays.
     """
     written = ("events.out.tfevents.*", "hparams.yaml", "config*.yaml", "versions*.yaml", LOG)
     for pattern in (*written, "uncommitted*.diff"):

@@ -1,11 +1,9 @@
-"""One training at a time in a run folder.
-
-Decides how a second process is kept out.
+"""One training at a time in a run folder: how a second process is kept out.
 
 A requeued job can start before the one before it has ended; both would write the same files, and
 each would remove the other's half-written checkpoint. The lock is the system's: it ends with its
-process, however that ends, and children do not inherit it. The file that it is on names the
-process; it is removed at the end, and after a kill the next run takes it over.
+process, however that ends, and children do not inherit it. The locked file names the process; it is
+removed at the end, and after a kill the next run takes it over.
 """
 
 import errno
@@ -26,7 +24,7 @@ class RunLock:
 
     def __init__(self) -> None:
         self._file: Path | None = None
-        self._number = -1  # of the open file
+        self._number = -1  # descriptor of the open file
         self._new: list[Path] = []  # folders made for it, the innermost first
 
     @rank_zero_only
@@ -80,7 +78,7 @@ def check_lock(root: Path) -> None:
     try:
         lock(root, number)
     finally:
-        os.close(number)  # which unlocks it
+        os.close(number)  # closing unlocks the file
 
 
 def lock(root: Path, number: int) -> None:

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils import logging as transformers_logging
 
+from gspo_lightning.checkpoint.fingerprints import moved
 from gspo_lightning.checkpoint.io import disk_fault
-from gspo_lightning.checkpoint.moved import moved
 
 LONGEST = 400  # characters of an error line; beyond come dumps of whole configs
 
@@ -53,14 +53,13 @@ class OneLineParser(LightningArgumentParser):
         dests = [action.dest for action in parser._actions]
         if match := re.fullmatch(r"unrecognized arguments: (--)?([^ =]+).*", message, re.DOTALL):
             return unknown(match[2], dests) if match[1] else f"unexpected argument `{match[2]}`"
-        if match := re.fullmatch(r"Option '(.+)' is not accepted", message):
-            return unknown(match[1], dests)
         if match := re.fullmatch(r"Group '(.+)' does not accept option '(.+)'", message):
             group = f"{match[1]}."
             inside = [dest.removeprefix(group) for dest in dests if dest.startswith(group)]
             return f'Parser key "{match[1]}":\n{unknown(match[2], inside)}'
-        if match := re.fullmatch(r"Subcommand '.+' does not accept option '(.+)'", message):
-            return unknown(match[1], dests)
+        refused = r"Option '(.+)' is not accepted|Subcommand '.+' does not accept option '(.+)'"
+        if match := re.fullmatch(refused, message):
+            return unknown(match[1] or match[2], dests)
         if match := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             return f"unknown command `{match[1]}`; there are {match[2]}".replace("'", "")
         if 'expected "subcommand"' in message:
@@ -123,9 +122,8 @@ def condense(message: str) -> str:
             value = match[1] or match[2]
         elif text and not _NOISE.match(text):
             reasons.append(text)
-    where = f"{'.'.join(keys)}: " if keys else ""
-    what = f"{renamed[0]} is {moved(renamed[0])} now" if renamed else _what(reasons, value)
-    text = where + what
+    text = f"{'.'.join(keys)}: " if keys else ""
+    text += f"{renamed[0]} is {moved(renamed[0])} now" if renamed else _what(reasons, value)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
@@ -151,9 +149,8 @@ def _what(reasons: list[str], value: str) -> str:
 def _import_trouble(reason: str) -> str | None:
     """What is wrong with a class_path, if that is what a reason is about."""
     if match := re.search(r"module '(\S+)' has no attribute '(\S+)'", reason):
-        return f"there is no {match[2]} in {match[1]}" + did_you_mean(
-            match[2], dir(sys.modules.get(match[1]))
-        )
+        meant = did_you_mean(match[2], dir(sys.modules.get(match[1])))
+        return f"there is no {match[2]} in {match[1]}{meant}"
     if match := re.search(r"No module named '(.+?)'", reason):
         advice = "; install it, or put its folder on PYTHONPATH"
         meant = did_you_mean(match[1], ["gspo_lightning"])
@@ -165,10 +162,15 @@ def _import_trouble(reason: str) -> str | None:
         return f"{match[1]} is no {match[2]}; give the class_path of one"
     if match := re.search(r"function or a callable class: .*but got (.*?)\. Got value", reason):
         return f"expected the import path of a function or of a callable class, got {match[1]}"
-    if re.search(r"Expected an instantiatable class", reason):
+    if "Expected an instantiatable class" in reason:
         return "has settings but no class; give its class_path, too"
     if match := re.search(r"Expected a dot import path string: (\S+)", reason):
-        return f"there is no class {match[1]}" + did_you_mean(match[1], _class_names())
+        import lightning.pytorch.callbacks
+
+        import gspo_lightning
+
+        names = [*gspo_lightning.__all__, *lightning.pytorch.callbacks.__all__]
+        return f"there is no class {match[1]}" + did_you_mean(match[1], names)
     return None
 
 
@@ -177,15 +179,7 @@ def _expected(reason: str) -> str:
     return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
 
 
-def _class_names() -> list[str]:
-    import lightning.pytorch.callbacks
-
-    import gspo_lightning
-
-    return [*gspo_lightning.__all__, *lightning.pytorch.callbacks.__all__]
-
-
-# also those that change the direction of text, or end a line for some readers only
+# Control characters, and those that change the direction of text or end a line for some readers.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 # Messages of Lightning that are advertising, or repeat what the plan and our own lines say.
@@ -224,15 +218,12 @@ def quiet() -> Iterator[None]:
         sys.stderr.write(f"warning: {printable(' '.join(str(message).split()))}\n")
 
     def end(arguments: threading.ExceptHookArgs) -> None:
-        # TensorBoard writes in a thread; what stopped it is raised again where it is waited for
+        # TensorBoard writes in a thread; its error is raised again where the thread is waited for.
         if arguments.exc_value is None or disk_fault(arguments.exc_value) is None:
             threading.__excepthook__(arguments)
 
-    loggers = [
-        logging.getLogger(f"lightning.{part}")
-        for part in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero")
-    ]
-    loggers.append(logging.getLogger("lightning.fabric.utilities.seed"))
+    noisy = ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed")
+    loggers = [logging.getLogger(f"lightning.{part}") for part in noisy]
     transformers_logging.disable_progress_bar()  # one per folder of weights, gone in no time
     # Lightning 2.6.6 calls jsonargparse by names that have been renamed since.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")

@@ -4,14 +4,12 @@ Decides how the estimate is made. Modules and trainers are read by attribute, so
 module of one's own, gets the lines that apply.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gspo_lightning.engine.head import CHUNK
@@ -30,20 +28,16 @@ def plan_lines(trainer: Any, module: Any) -> list[str]:
     Returns:
         Lines of a name and a text.
     """
-    lines = [("plan", "; ".join(_work(trainer, module)))]
-    if hasattr(module, "sampler"):
-        lines.append(("updates", _updates(trainer, module)))
-    lines.append(("policy", _policy(trainer, module)))
-    if getattr(module, "critic", None) is not None:
-        lines.append(("critic", _critic(module)))
-    frozen = _frozen(module)
-    if frozen:
-        lines.append(("scoring", frozen))
-    memory = _memory(trainer, module)
-    if memory:
-        lines.append(("memory", memory))
-    lines.append(("run", str(trainer.default_root_dir)))
-    return [f"{name:<9} {text}" for name, text in lines]
+    lines = {
+        "plan": _work(trainer, module),
+        "updates": _updates(trainer, module) if hasattr(module, "sampler") else None,
+        "policy": _policy(trainer, module),
+        "critic": _critic(module) if getattr(module, "critic", None) is not None else None,
+        "scoring": _frozen(module) or None,
+        "memory": _memory(trainer, module),
+        "run": trainer.default_root_dir,
+    }
+    return [f"{name:<9} {text}" for name, text in lines.items() if text is not None]
 
 
 def total_batches(trainer: Any) -> int | None:
@@ -64,25 +58,26 @@ def total_batches(trainer: Any) -> int | None:
     return int(total) if math.isfinite(total) else None
 
 
-def _work(trainer: Any, module: Any) -> list[str]:
+def _work(trainer: Any, module: Any) -> str:
     total, data = total_batches(trainer), trainer.datamodule
     done = trainer.fit_loop.total_batch_idx + 1
     count = "any number of" if total is None else f"{total:,}"
     if not hasattr(module, "sampler"):
         batch = getattr(data, "batch_size", None)
         text = f"{count} batches" + (f" of {batch * trainer.world_size}" if batch else "")
-        return [text + (f", {done:,} of them done" if done else "")]
+        return text + (f", {done:,} of them done" if done else "")
     prompts = data.prompts_per_rollout * trainer.world_size
-    sequences = prompts * module.sampler.group_size
-    tokens = sequences * module.sampler.max_new_tokens
+    group_size, longest = module.sampler.group_size, module.sampler.max_new_tokens
+    tokens = prompts * group_size * longest
     if getattr(module, "drop_flat_groups", False):  # every group may have to be replaced each time
         tokens *= 1 + module.max_draws
-    each = (
+    bound = f"{tokens:,} tokens each"
+    if total is not None:
+        bound = f"{tokens * (total - done):,} tokens to sample"
+    return (
         f"{count} rollouts{f' ({done:,} done)' if done else ''}, each {prompts} prompts x "
-        f"{module.sampler.group_size} completions of at most {module.sampler.max_new_tokens} tokens"
+        f"{group_size} completions of at most {longest} tokens; at most {bound}"
     )
-    bound = tokens if total is None else tokens * (total - done)
-    return [each, f"at most {bound:,} tokens {'each' if total is None else 'to sample'}"]
 
 
 def _updates(trainer: Any, module: Any) -> str:
@@ -91,15 +86,14 @@ def _updates(trainer: Any, module: Any) -> str:
     size = sequences // module.num_minibatches
     micro = min(module.micro_batch_size or size, size)
     epochs = f"{module.num_epochs} epoch{'s' if module.num_epochs > 1 else ''}"
-    text = (
-        f"{steps} optimizer steps per rollout ({epochs} x {module.num_minibatches} mini-batches of "
-    )
-    text += f"{size}" + (f", {micro} at a time" if micro < size else "")
+    parts = [f"{epochs} x {module.num_minibatches} mini-batches of {size}"]
+    if micro < size:
+        parts.append(f"{micro} at a time")
     if module.micro_batch_tokens is not None:
-        text += f", at most {module.micro_batch_tokens:,} tokens at a time"
-    text += ")"
+        parts.append(f"at most {module.micro_batch_tokens:,} tokens at a time")
+    text = f"{steps} optimizer steps per rollout ({', '.join(parts)})"
     total = total_batches(trainer)
-    return text + ("" if total is None else f", {steps * total:,} in all")
+    return text if total is None else f"{text}, {steps * total:,} in all"
 
 
 def _policy(trainer: Any, module: Any) -> str:
@@ -118,7 +112,7 @@ def _policy(trainer: Any, module: Any) -> str:
 
 
 def _critic(module: Any) -> str:
-    """What values come from; the layers of its own count, the policy's do not."""
+    """What values come from; parameters are those of its own layers, not the policy's."""
     count = sum(p.numel() for p in module.critic.parameters())
     config = module.critic.config
     layers = "layers of its own" if module.critic.backbone is not None else "the policy's layers"
@@ -146,39 +140,37 @@ def policy_memory(trainer: Any, module: Any) -> dict[str, float] | None:
     data, sampler = trainer.datamodule, module.sampler
     sequences = data.prompts_per_rollout * sampler.group_size
     minibatch = sequences // module.num_minibatches
+    rows = min(module.micro_batch_size or minibatch, minibatch)
     return memory_parts(
         model,
         prompt_tokens=data.longest_prompt,
         new_tokens=sampler.max_new_tokens,
         decoded=min(getattr(sampler, "batch_size", None) or sequences, sequences),
-        tokens_at_once=_tokens_at_once(
-            module, min(module.micro_batch_size or minibatch, minibatch), data.longest_prompt
-        ),
+        tokens_at_once=_tokens_at_once(module, rows, data.longest_prompt),
         half_precision="16" in str(trainer.precision),
         checkpointing=checkpoints(model),
     )
 
 
 def _memory(trainer: Any, module: Any) -> str | None:
-    """The estimate as a line."""
     parts = policy_memory(trainer, module)
     if parts is None:
         return None
     peak = sum(parts.values()) - min(parts["KV cache"], parts["micro-batch"])
-    text = f"about {size_text(peak)} for the policy: " + ", ".join(
-        f"{name} {size_text(value)}" for name, value in parts.items()
-    )
+    shares = ", ".join(f"{name} {size_text(value)}" for name, value in parts.items())
+    text = f"about {size_text(peak)} for the policy: {shares}"
     reference = getattr(module, "reference", None)
     if reference is not None and not getattr(reference, "shared", False):
-        size = sum(p.numel() * p.element_size() for p in module.policy.model.parameters())
-        text += f"; reference {size_text(size)}"
+        text += f"; reference {size_text(parts['weights'])}"
     critic = getattr(module, "critic", None)
-    if (
-        critic is not None and critic.backbone is not None
-    ):  # weights, gradients and Adam's two moments
-        size = 4 * sum(p.numel() * p.element_size() for p in critic.parameters())
+    if critic is not None and critic.backbone is not None:
+        size = 4 * _bytes(critic.parameters())  # weights, gradients and Adam's two moments
         text += f"; critic {size_text(size)} and its activations"
     return text
+
+
+def _bytes(parameters: Iterable[Any]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
 
 
 def _tokens_at_once(module: Any, rows: int, prompt_tokens: int) -> int:
@@ -188,10 +180,8 @@ def _tokens_at_once(module: Any, rows: int, prompt_tokens: int) -> int:
     prompts = math.ceil(rows / module.sampler.group_size) if packed else rows
     new_tokens = module.sampler.max_new_tokens
     tokens = prompts * prompt_tokens + rows * new_tokens
-    if module.micro_batch_tokens is None:
-        return tokens
-    # a limit cannot cut a single completion
-    return min(tokens, max(module.micro_batch_tokens, prompt_tokens + new_tokens))
+    limit = tokens if module.micro_batch_tokens is None else module.micro_batch_tokens
+    return min(tokens, max(limit, prompt_tokens + new_tokens))  # no limit cuts a single row
 
 
 def memory_parts(
@@ -240,20 +230,20 @@ def memory_parts(
     if layers is None or hidden is None or heads is None or vocabulary is None:
         return None
     head_size = getattr(config, "head_dim", None) or hidden // heads
-    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
     parameters = list(model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    trained = _bytes(p for p in parameters if p.requires_grad)
     width = 2 if half_precision else parameters[0].element_size()
-    length = prompt_tokens + new_tokens
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    per_layer = 2 * key_value_heads * head_size * width  # bytes of a token's keys and values
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     layer = 12 * hidden + 4 * inner
     kept = layers * hidden + layer if checkpointing else layers * layer
     logits = CHUNK * vocabulary * 4 + vocabulary * hidden * parameters[0].element_size()
     return {
-        "weights": sum(p.numel() * p.element_size() for p in parameters),
+        "weights": _bytes(parameters),
         "gradients": trained,
         "Adam": 2 * trained,
-        "KV cache": decoded * length * layers * 2 * key_value_heads * head_size * width,
+        "KV cache": decoded * (prompt_tokens + new_tokens) * layers * per_layer,
         "micro-batch": tokens_at_once * kept * width + logits,
     }
 

@@ -4,8 +4,6 @@ Decides wording and layout; plain text without colours. A bar on a terminal, one
 anywhere else.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import shlex
@@ -19,16 +17,9 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from gspo_lightning.bounds import check_at_least
-from gspo_lightning.callbacks.files import CurvePlot, HFExport, SampleTable
-from gspo_lightning.callbacks.predictions import PredictionWriter
+from gspo_lightning.callbacks import CurvePlot, HFExport, PredictionWriter, SampleTable
 from gspo_lightning.callbacks.report import figures, figures_line, rollout_line
-from gspo_lightning.run.plan import (
-    longer_run,
-    plan_lines,
-    resume_command,
-    this_python,
-    total_batches,
-)
+from gspo_lightning.run import plan
 from gspo_lightning.run.terminal_log import say
 
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
@@ -71,10 +62,9 @@ class RolloutProgress(ProgressBar):
     def _bar(self, what: str, total: float | None, done: int, stay: bool) -> tqdm | None:
         if not (self._enabled and on_terminal()):
             return None
-        total = total if total is not None and total != float("inf") else None
         return tqdm(
             desc=what,
-            total=total,
+            total=None if total == math.inf else total,
             initial=done,
             leave=stay,
             dynamic_ncols=True,
@@ -84,7 +74,7 @@ class RolloutProgress(ProgressBar):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         done = trainer.fit_loop.total_batch_idx + 1
-        self._train_bar = self._bar("training ", total_batches(trainer), done, stay=True)
+        self._train_bar = self._bar("training ", plan.total_batches(trainer), done, stay=True)
 
     def on_phase(self, name: str, index: int) -> None:
         """Show what the rollout is at: ``rollout``, ``score`` or ``optimise``."""
@@ -94,28 +84,25 @@ class RolloutProgress(ProgressBar):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
         is_rollout = isinstance(outputs, dict) and "rollout" in outputs
         metrics = outputs["metrics"] if is_rollout else trainer.callback_metrics
-        done, total = trainer.fit_loop.total_batch_idx + 1, total_batches(trainer)
+        done, total = trainer.fit_loop.total_batch_idx + 1, plan.total_batches(trainer)
+        if self._train_bar is not None:  # a bar has no room for seconds
+            metrics = {k: v for k, v in metrics.items() if k.startswith("train/") or "tokens" in k}
         loss = f"loss {float(metrics['train/loss']):.4f}" if "train/loss" in metrics else ""
         text = rollout_line(metrics) if is_rollout else loss
         if self._train_bar is not None:
-            short = {k: v for k, v in metrics.items() if k.startswith("train/") or "tokens" in k}
-            self._train_bar.set_postfix_str(
-                rollout_line(short) if is_rollout else loss, refresh=False
-            )
+            self._train_bar.set_postfix_str(text, refresh=False)
             self._train_bar.update(done - self._train_bar.n)
             self._train_bar.refresh()
         elif self._enabled and (is_rollout or done % self.every_n_steps == 0 or done == total):
-            width = len(str(total or 9999))
-            what = "rollout" if is_rollout else "step"
-            of = f"/{total}" if total else ""
-            say(f"{what} {done:>{width}}{of}  {text}", sys.stdout)
+            count = f"{done:>{len(str(total or 9999))}}" + (f"/{total}" if total else "")
+            say(f"{'rollout' if is_rollout else 'step'} {count}  {text}", sys.stdout)
 
     def on_train_end(self, *_: Any) -> None:
         self.on_phase("trained", 0)
         self._close()
 
     def on_exception(self, *_: Any) -> None:
-        self._close()  # or the message would stand in the middle of a bar
+        self._close()  # a bar that is left open would have the message in its middle
 
     def _close(self) -> None:
         for bar in (self._other_bar, self._train_bar):
@@ -205,7 +192,7 @@ class RunSummary(Callback):
 
     def _plan(self, trainer: Any, pl_module: Any) -> None:
         if not self._planned and trainer.is_global_zero:
-            say("\n".join(plan_lines(trainer, pl_module)), sys.stdout)
+            say("\n".join(plan.plan_lines(trainer, pl_module)), sys.stdout)
         self._planned = True
 
     on_sanity_check_start = _plan
@@ -215,19 +202,15 @@ class RunSummary(Callback):
         self._started = time.monotonic()
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        metrics = trainer.callback_metrics
-        seen = {
-            k: float(metrics[f"train/{k}"]) for k in ("reward", "loss") if f"train/{k}" in metrics
-        }
-        self.first = self.first or seen
-        self.newest = seen
+        found = {name: trainer.callback_metrics.get(f"train/{name}") for name in ("reward", "loss")}
+        self.newest = {name: float(value) for name, value in found.items() if value is not None}
+        self.first = self.first or self.newest
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if trainer.sanity_checking:
-            self.before = figures(metrics)
+            self.before = figures(trainer.callback_metrics)
         elif trainer.state.fn == "fit":
-            self.after = figures(metrics)
+            self.after = figures(trainer.callback_metrics)
             self.after_batches = trainer.fit_loop.total_batch_idx + 1
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -238,7 +221,6 @@ class RunSummary(Callback):
             say("\n".join(self.lines(trainer, pl_module)), sys.stdout)
 
     def lines(self, trainer: Any, pl_module: Any) -> list[str]:
-        """The five lines."""
         unit = "rollouts" if hasattr(pl_module, "sampler") else "steps"
         done = trainer.fit_loop.total_batch_idx + 1
         root = Path(trainer.default_root_dir)
@@ -248,16 +230,14 @@ class RunSummary(Callback):
             "checkpoint": sorted((root / "checkpoints").glob("*.ckpt"))[-1:],
             "model": [root / c.path for c in trainer.callbacks if isinstance(c, HFExport)],
         }
-        found = {
-            name: str(paths[0]) for name, paths in files.items() if paths and paths[0].exists()
-        }
-        curves = [found.pop("curves")] if "curves" in found else []
+        found = {name: f[0] for name, f in files.items() if f and f[0].exists()}
+        curves = [str(found.pop("curves"))] if "curves" in found else []
         if any(Path(logger.save_dir or "") == root for logger in trainer.loggers):
             curves.append(f"tensorboard --logdir {shlex.quote(str(root))}")
         if "checkpoint" in found:
-            finished = done >= (total_batches(trainer) or math.inf)
-            longer = longer_run(trainer, done) if finished else {}
-            command = resume_command(sys.argv, longer, this_python())
+            finished = done >= (plan.total_batches(trainer) or math.inf)
+            longer = plan.longer_run(trainer, done) if finished else {}
+            command = plan.resume_command(sys.argv, longer, plan.this_python())
             go_on = f"{'extend' if longer else 'resume':<9} {command}"
         else:
             go_on = "resume    not possible: no checkpoint was written"
@@ -273,19 +253,10 @@ class RunSummary(Callback):
         before, after = self.before, self.after
         where = f"held out, after {self.after_batches:,} {unit}"
         if not after:
-            before, after, where = (
-                self.first,
-                self.newest,
-                f"training, first and last of the {unit}",
-            )
-        accuracies = [name for name in ("greedy", "sampled") if name in after]
-        return (
-            ", ".join(
-                f"{name} {before[name]:.3f} -> {after[name]:.3f}"
-                if name in before
-                # a run that began without an evaluation has only the newest figure
-                else f"{name} {after[name]:.3f}"
-                for name in accuracies or after
-            )
-            + f" ({where})"
-        )
+            before, after = self.first, self.newest
+            where = f"training, first and last of the {unit}"
+        names = [name for name in ("greedy", "sampled") if name in after] or after
+        # A run that began without an evaluation has only the newest figure.
+        starts = {name: f"{before[name]:.3f} -> " if name in before else "" for name in names}
+        changes = (f"{name} {starts[name]}{after[name]:.3f}" for name in names)
+        return f"{', '.join(changes)} ({where})"

@@ -1,10 +1,7 @@
 """What code a run was made with: versions, the commit and what it lacks, or a copy of the source.
 
-Decides what is recorded. Nothing here can stop a run: without git, or outside a repository, the
-source itself is kept.
+Nothing here can stop a run: without git, or outside a repository, the source itself is kept.
 """
-
-from __future__ import annotations
 
 import hashlib
 import platform
@@ -22,15 +19,10 @@ PACKAGE = Path(__file__).parents[1]
 
 
 class Provenance(NamedTuple):
-    """The code of a run.
+    """The code of a run."""
 
-    Attributes:
-        versions: The text of ``versions.yaml``.
-        diff: What the working tree has over the commit, empty if nothing, None outside git.
-    """
-
-    versions: str
-    diff: str | None
+    versions: str  # the text of ``versions.yaml``
+    diff: str | None  # of the working tree against the commit, maybe empty; None outside git
 
 
 def provenance(package: Path = PACKAGE) -> Provenance:
@@ -41,7 +33,7 @@ def provenance(package: Path = PACKAGE) -> Provenance:
             facts[name] = version(name)
         except PackageNotFoundError:
             facts[name] = "run from a folder, not installed"
-    # a package installed into an environment inside some repository is no part of that
+    # Ask whether git tracks the package: an environment may lie inside some other repository.
     tracked = _git(package, "ls-files", "--error-unmatch", "__init__.py") is not None
     commit = _git(package, "rev-parse", "HEAD") if tracked else None
     diff = None if commit is None else _uncommitted(package)

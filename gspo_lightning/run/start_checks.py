@@ -1,9 +1,4 @@
-"""What can be refused before a model is loaded, though Lightning would find it later or never.
-
-Decides which settings of the Trainer, which data and which checkpoint go with a module.
-"""
-
-from __future__ import annotations
+"""What can be refused before a model is loaded, though Lightning would find it later or never."""
 
 from pathlib import Path
 from pickle import UnpicklingError
@@ -114,9 +109,8 @@ def check_length(config: Any) -> None:
     for name in ("limit_train_batches", "max_steps", "max_epochs"):
         value = getattr(config, name)
         if value == 0:
-            raise ValueError(
-                f"trainer.{name} is {value}, which trains nothing; leave it out, or run validate"
-            )
+            what = f"trainer.{name} is {value}, which trains nothing"
+            raise ValueError(f"{what}; leave it out, or run validate")
 
 
 def check_manual(config: Any) -> None:

@@ -1,10 +1,7 @@
 """Lines on the terminal, and a copy of them in a file for a run whose terminal is gone.
 
-Decides how a line gets there, and what of a bar that redraws itself is kept in the copy: nothing
-but its last state.
+Decides how a line gets there; of a bar that redraws itself the copy keeps its last state alone.
 """
-
-from __future__ import annotations
 
 import re
 import shlex
@@ -20,7 +17,7 @@ from tqdm import tqdm
 _CONTROL = re.compile(
     r"\x1b\[[0-9;?]*[A-Za-z]"  # colours and cursor movements
     r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # titles and links
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # what is left of others; who reads the log sees text
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # all other control characters: the log is plain text
 )
 
 
@@ -52,9 +49,8 @@ class TerminalLog:
         self._file.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n")
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
-            copy = _Copy(stream, self._file)
+            setattr(sys, name, copy := _Copy(stream, self._file))
             self._streams.append((name, stream, copy))
-            setattr(sys, name, copy)
 
     def close(self) -> None:
         """Give the streams back."""
@@ -71,8 +67,7 @@ class _Copy:
     """A stream that also writes its finished lines to a file."""
 
     def __init__(self, stream: Any, file: TextIO) -> None:
-        self._stream = stream
-        self._file = file
+        self._stream, self._file = stream, file
         self._rest = ""
 
     def write(self, text: str) -> int:
@@ -83,7 +78,7 @@ class _Copy:
             if shown and not self._file.closed:
                 self._file.write(shown + "\n")
         if lines and not self._file.closed:
-            self._file.flush()  # what comes before a kill is what one wants to read
+            self._file.flush()  # a kill must not take the last lines, which say why it came
         return written
 
     def __getattr__(self, name: str) -> Any:

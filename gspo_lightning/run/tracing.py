@@ -1,11 +1,9 @@
 """A trace of one rollout: what runs when, on which thread and device.
 
 Decides which rollout is traced and where the file lies. The ranges in it (``rollout``, ``score``
-with ``reward``, ``old_logprobs`` and ``reference``, ``optimise``) are those that ``collect`` times;
-a trace changes no number.
+with ``reward``, ``old_logprobs`` and ``reference``, ``optimise``) are those whose seconds are
+logged; a trace changes no number.
 """
-
-from __future__ import annotations
 
 import os
 from pathlib import Path
@@ -47,7 +45,7 @@ class RolloutProfile(Callback):
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
-        # otherwise the frozen models' passes, in threads of their own, would not be seen
+        # Frozen models run in threads of their own, which the profiler leaves out by default.
         threads = _ExperimentalConfig(profile_all_threads=True)
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences lines that say nothing to anyone
         self._profile = profile(activities=activities, experimental_config=threads)
@@ -73,35 +71,6 @@ class RolloutProfile(Callback):
             say(f"profile: no trace, the run ended before its rollout {self.rollout}")
 
     def on_exception(self, *_: Any) -> None:
-        if self._profile is not None:  # or it would go on in this process
+        if self._profile is not None:  # tracing would go on in this process
             self._profile.stop()
             self._profile = None
-
-
-def add_profile_option(parser: Any) -> None:
-    """Let a command take ``--profile [N]``."""
-    parser.add_argument(
-        "--profile",
-        type=int | None,
-        nargs="?",
-        const=2,
-        help="fit: write a trace of this rollout, counted from the start of the command, into the "
-        "run folder (without a number: of the second)",
-    )
-
-
-def take_profile(config: Any, subcommand: str | None) -> list[Callback]:
-    """The callback that ``--profile`` asks for, if it does.
-
-    The option leaves the config: it is of this command, not of the run, and a run that is
-    continued with its own config should not be traced again.
-
-    Raises:
-        ValueError: If the command is not ``fit``, or there is no such rollout.
-    """
-    rollout, config.profile = config.profile, None
-    if rollout is None:
-        return []
-    if subcommand != "fit":
-        raise ValueError(f"profile: a trace is of a rollout in training; {subcommand} has none")
-    return [RolloutProfile(rollout)]

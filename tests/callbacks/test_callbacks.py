@@ -10,8 +10,13 @@ import torch
 from lightning.pytorch import Callback
 from PIL import Image
 
-from gspo_lightning.callbacks.files import AdaptiveKL, CurvePlot, HFExport, SampleTable
-from gspo_lightning.callbacks.predictions import PredictionWriter
+from gspo_lightning.callbacks import (
+    AdaptiveKL,
+    CurvePlot,
+    HFExport,
+    PredictionWriter,
+    SampleTable,
+)
 from gspo_lightning.callbacks.report import (
     PANELS,
     draw_curves,

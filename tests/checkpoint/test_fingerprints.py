@@ -9,8 +9,12 @@ import pytest
 import torch
 
 import train
-from gspo_lightning.checkpoint.fingerprints import differences, tokenizer_fingerprint
-from gspo_lightning.checkpoint.moved import MOVED, moved
+from gspo_lightning.checkpoint.fingerprints import (
+    MOVED,
+    differences,
+    moved,
+    tokenizer_fingerprint,
+)
 from support.run_folder import assert_same, names, state
 from support.tiny_models import build_model, build_tokenizer
 from support.tiny_run import write_prompts

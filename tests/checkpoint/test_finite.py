@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from gspo_lightning.checkpoint.files import list_checkpoints
-from gspo_lightning.checkpoint.finite import broken_weights
-from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint
+from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint, broken_weights
 from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.optim import OptimizerConfig
 from support.tiny_run import make_module, make_trainer, write_prompts

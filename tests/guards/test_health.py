@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from gspo_lightning.callbacks.files import AdaptiveKL
-from gspo_lightning.guards.health import Health
-from gspo_lightning.guards.health_rules import PATIENCE, RULES, START, STEADY
+from gspo_lightning.guards.health import PATIENCE, RULES, START, STEADY, Health
 from gspo_lightning.kl import MultiplicativeKL, ProportionalKL
 from gspo_lightning.objectives import Objective
 from support.command import REAL, checkpoints, run

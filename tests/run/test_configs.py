@@ -14,9 +14,8 @@ from gspo_lightning.frozen.models import RewardModel
 from gspo_lightning.kl import MultiplicativeKL, ProportionalKL
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.objectives import Objective
-from gspo_lightning.run.command import GSPOCLI
+from gspo_lightning.run.command import GSPOCLI, Watch
 from gspo_lightning.run.one_line import quiet
-from gspo_lightning.run.watch import Watch
 from gspo_lightning.supervised.reward_model import RewardModelModule
 from gspo_lightning.supervised.sft import SFTModule
 from support.repository import ROOT

@@ -6,12 +6,17 @@ import torch
 from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gspo_lightning.callbacks.files import CurvePlot, HFExport, SampleTable
-from gspo_lightning.callbacks.predictions import PredictionWriter
+from gspo_lightning.callbacks import CurvePlot, HFExport, PredictionWriter, SampleTable
 from gspo_lightning.engine import products
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.run import plan, progress
-from gspo_lightning.run.plan import memory_parts, plan_lines, resume_command, total_batches
+from gspo_lightning.run.plan import (
+    memory_parts,
+    plan_lines,
+    resume_command,
+    this_python,
+    total_batches,
+)
 from gspo_lightning.run.progress import RolloutProgress, RunSummary
 from support.dummies import DummyModule
 from support.rollout_dummies import RolloutData, RolloutDummy, fit, make_trainer
@@ -20,7 +25,7 @@ from support.rollout_dummies import RolloutData, RolloutDummy, fit, make_trainer
 @pytest.fixture(autouse=True)
 def plain_python(monkeypatch):
     """Commands are shown as if this Python were called `python` here."""
-    monkeypatch.setattr("gspo_lightning.run.progress.this_python", lambda: "python")
+    monkeypatch.setattr("gspo_lightning.run.plan.this_python", lambda: "python")
 
 
 class Supervised(DummyModule):
@@ -283,13 +288,13 @@ def test_python_is_named_as_it_is_reached_from_here(monkeypatch, tmp_path):
     inside = str(tmp_path / ".venv/bin/python")
     monkeypatch.setattr(plan.sys, "executable", inside)
     monkeypatch.setattr(plan.shutil, "which", lambda name: inside)
-    assert plan.this_python() == "python"  # an activated environment
+    assert this_python() == "python"  # an activated environment
     monkeypatch.setattr(plan.shutil, "which", lambda name: "/usr/bin/python")
-    assert plan.this_python() == ".venv/bin/python"
+    assert this_python() == ".venv/bin/python"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert plan.this_python() == "OMP_NUM_THREADS=1 .venv/bin/python"
+    assert this_python() == "OMP_NUM_THREADS=1 .venv/bin/python"
     monkeypatch.setattr(plan.sys, "executable", "/opt/a b/python")
-    assert plan.this_python() == "OMP_NUM_THREADS=1 '/opt/a b/python'"
+    assert this_python() == "OMP_NUM_THREADS=1 '/opt/a b/python'"
 
 
 # --- the plan ------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def test_a_run_that_ended_while_this_one_was_being_loaded_is_not_overwritten(cap
         path.write_bytes(b"of another process")
         return find_leftovers(root)
 
-    monkeypatch.setattr("gspo_lightning.run.command.find_leftovers", late)
+    monkeypatch.setattr("gspo_lightning.run.folder.find_leftovers", late)
     assert train.main(["fit", "--config", "run.yaml"]) == 2
     assert "run already holds a run" in capsys.readouterr().err
     assert list(contents().values()) == [b"of another process"]

@@ -13,10 +13,10 @@ import train
 from gspo_lightning.callbacks.report import markdown_table
 from gspo_lightning.frozen.reward_model import RewardModel
 from gspo_lightning.policy.policy import PolicyConfig
+from gspo_lightning.run.command import Watch
 from gspo_lightning.run.ending import report
 from gspo_lightning.run.one_line import quiet
 from gspo_lightning.run.terminal_log import TerminalLog
-from gspo_lightning.run.watch import Watch
 from support.repository import ROOT
 from support.tiny_run import write_prompts
 

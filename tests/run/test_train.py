@@ -12,8 +12,8 @@ import yaml
 
 from gspo_lightning.checkpoint.io import damage
 from gspo_lightning.guards.out_of_memory import OutOfMemory
+from gspo_lightning.run.command import Watch
 from gspo_lightning.run.ending import report
-from gspo_lightning.run.watch import Watch
 from support import dummies
 from support.command import DUMMY, checkpoints, enter, refused, run
 from support.full_disk import FullDisk
