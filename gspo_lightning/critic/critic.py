@@ -5,8 +5,6 @@ the policy, saved in checkpoints, never exported. Leaves out the maths (``gae``)
 run (``logprobs``: a group's prompt is read once, and rows are packed where that can be done).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,14 +25,9 @@ from gspo_lightning.critic.gae import (
 )
 from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.padded import unwrapped
-from gspo_lightning.engine.states import layer_states
+from gspo_lightning.engine.states import predicting_states
 from gspo_lightning.policy.folder import check_model_folder, check_model_path, load_weights
-from gspo_lightning.policy.policy import (
-    DTYPES,
-    PolicyConfig,
-    checkpoint_activations,
-    make_ready,
-)
+from gspo_lightning.policy.policy import DTYPES, PolicyConfig, checkpoint_activations, make_ready
 from gspo_lightning.rollout import Rollout, Samples
 
 
@@ -165,13 +158,10 @@ class Critic(nn.Module):
             (B, T), float32 at least, 0 under a False mask.
         """
         backbone = decoder(policy) if self.backbone is None else self.backbone
-        states, target, _ = layer_states(
-            backbone,
-            samples.prompt_ids,
-            samples.prompt_mask,
-            samples.completion_ids,
-            samples.mask,
-            group_size=samples.group_size,
+        prompts, completions = (samples.prompt_ids, samples.prompt_mask), samples.completion_ids
+        batch = *prompts, completions, samples.mask
+        states, target, _ = predicting_states(
+            backbone, *batch, group_size=samples.group_size, with_head=False
         )
         # a value is compared with rewards of 1 to a few per cent: bfloat16 would round it away
         with torch.autocast(states.device.type, enabled=False):

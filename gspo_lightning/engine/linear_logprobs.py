@@ -1,10 +1,7 @@
 """Log-probs and entropy straight from hidden states, a chunk of tokens at a time.
 
-Decides what is kept for the backward pass: two numbers a token, and no logits. Leaves out how
-hidden states and the output embedding's matrix are come by (``head``).
+Decides what is kept for the backward pass: the hidden states and two numbers a token, no logits.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -25,11 +22,10 @@ def is_plain(embedding: Any) -> bool:
 
 
 class LinearLogprobs(torch.autograd.Function):
-    """Matrix product, log-softmax and choice in one, a chunk of tokens at a time.
+    """Matrix product, log-softmax and choice in one.
 
-    Kept for backward are the hidden states and two numbers a token, not the logits. The gradient of
-    a log-prob by the logits is (chosen - p) / temperature, that of an entropy H is
-    -p (log p + H) / temperature. The weight's is added up in one buffer.
+    The gradient of a log-prob by the logits is (chosen - p) / temperature, that of an entropy H is
+    -p (log p + H) / temperature. The weight's gradient is added up in one buffer.
     """
 
     @staticmethod
@@ -62,7 +58,7 @@ class LinearLogprobs(torch.autograd.Function):
                 total[part] = e.sum(-1)
                 log_total = total[part].log()
                 logprobs[part] = chosen - log_total
-                if with_entropy:  # 0 * -inf would be NaN
+                if with_entropy:  # clamped: 0 * -inf would be NaN
                     mean = torch.einsum("nv,nv->n", e, x.clamp_(min=torch.finfo(exact).min))
                     entropy[part] = log_total - mean / total[part]
         ctx.save_for_backward(hidden, weight, bias, ids, top, total, entropy)
@@ -155,8 +151,7 @@ class _Chunk:
                     logits = self.finish(raw.requires_grad_(for_backward))
             x = logits.detach().to(self.exact)
             if self.finish is not None and x.data_ptr() == logits.data_ptr():
-                # it may be needed for its own gradient
-                x = x.clone()
+                x = x.clone()  # the gradient of `finish` may need its own result unchanged
             if for_backward and self.finish is not None:
                 self.raw, self.logits = raw, logits
         return x if self.temperature == 1 else x.div_(self.temperature)

@@ -1,10 +1,8 @@
 """Decode with a model's own key-value cache: for models that ``GroupDecoder`` cannot read.
 
 Decides how rows share a batch that is padded on the left, and when finished ones leave it. Works
-for every model that fills a cache, recurrent layers included. Leaves out how a token is drawn.
+for every model that fills a cache, recurrent layers included.
 """
-
-from __future__ import annotations
 
 from typing import Any
 

@@ -3,12 +3,8 @@
 torch multiplies with MKL, which uses the wide registers of AVX-512 on CPUs of its own maker alone.
 oneDNN, also a part of torch, uses them everywhere and is about twice as fast there. Decides when it
 multiplies: a matter of the machine, the dtype and the sizes, never of a clock, so that a run that
-is continued computes what it would have computed. Leaves out every other operation. Three files
-know of it: ``policy`` makes models ready, ``sampling`` decodes within :func:`ordered_weights`, and
-``linear_logprobs`` multiplies by the output embedding.
+is continued computes what it would have computed.
 """
-
-from __future__ import annotations
 
 import logging
 import os
@@ -123,10 +119,11 @@ def onednn_is_faster() -> bool:
         return False
     if "GenuineIntel" in cpu_vendor():
         return False
-    # of itself each keeps 1024, which grows for hours; making one anew costs a fifth of a ms
+    # by default each library keeps 1024 shapes, so memory would grow for hours; making one anew
+    # costs a fifth of a ms
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT))
     os.environ.setdefault("LRU_CACHE_CAPACITY", str(KEPT))
-    # no random numbers: they would be missing in the run's own
+    # fixed numbers: drawing random ones would shift the run's own
     x = torch.linspace(-1, 2, 45, device="cpu").view(9, 5)
     weight = torch.linspace(-1, 3, 15, device="cpu").view(3, 5)
     bias = torch.linspace(-1, 1, 3, device="cpu")

@@ -5,8 +5,6 @@ passes there are and when they are joined (``module``). Threads do: the work is 
 release the interpreter's lock.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack

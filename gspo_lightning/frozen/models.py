@@ -4,8 +4,6 @@ Plain objects, not modules, so that Lightning never moves, converts, wraps, list
 Only (B, T) log-probs and (B,) scores leave them. Decides what the device words mean.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,12 +16,7 @@ from gspo_lightning.bounds import check_at_least
 from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.frozen.reward_model import RewardModel, freeze
 from gspo_lightning.logprobs import samples_logprobs
-from gspo_lightning.policy.folder import (
-    check_model_folder,
-    check_model_path,
-    load_weights,
-    reason,
-)
+from gspo_lightning.policy.folder import check_model_folder, check_model_path, load_weights, reason
 from gspo_lightning.policy.lora import adapters_off
 from gspo_lightning.policy.policy import LoRAPolicy, Policy, PolicyConfig, fingerprint
 from gspo_lightning.rollout import Samples

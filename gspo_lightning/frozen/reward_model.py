@@ -6,8 +6,6 @@ text that is too long. Leaves out devices (``frozen``, which also gives the publ
 training of reward models.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Literal
 

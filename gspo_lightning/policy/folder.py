@@ -5,8 +5,6 @@ way out. Only headers are read for that, and nothing in a folder is run. Leaves 
 a model (`policy`, `classifier`, `reward_model`) and models on the hub, which transformers checks.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import zipfile

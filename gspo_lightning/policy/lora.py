@@ -5,8 +5,6 @@ off. Leaves out loading (``policy``) and who is allowed to borrow the weights (`
 imported only where a policy has adapters: it is an extra.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import warnings
 from contextlib import AbstractContextManager

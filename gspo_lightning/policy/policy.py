@@ -5,8 +5,6 @@ checkpoint of a policy with adapters holds. Leaves out training, sampling and de
 owns the policy's device.
 """
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 from dataclasses import dataclass
