@@ -33,8 +33,10 @@ class Attend(Protocol):
             query: (N, heads, Q, head size).
             key: (N, key-value heads, S, head size), from the cache where there is one.
             value: Likewise.
-            options: ``scaling``, and where the model has them ``sliding_window``, ``softcap`` and
-                ``s_aux`` (attention sinks).
+            options: ``scaling`` multiplies the scores. Where the model has them:
+                ``sliding_window``, the tokens that a token sees, itself included; ``softcap``,
+                within plus and minus which scores are bent to stay; ``s_aux``, attention sinks, a
+                score per head that takes weight and gives nothing, (heads,).
 
         Returns:
             (N, Q, heads, head size).

@@ -144,9 +144,8 @@ class DecodeStep:
             # positions count from a prompt's first token
             position = torch.arange(bias.shape[-1], device=bias.device).expand(len(lengths), -1)
             hidden = position >= lengths + prompt
-            position = torch.where(
-                position < prompt, position, position - prompt + layout.prompt_lengths
-            )
+            own = position - prompt + layout.prompt_lengths
+            position = torch.where(position < prompt, position, own)
             if window is not None:  # the newest token sees `window` tokens, itself included
                 hidden |= position < layout.prompt_lengths + lengths - window
             bias = bias.masked_fill(hidden[:, None, None], -torch.inf)
@@ -169,8 +168,8 @@ class GroupAttention:
     num_rows: int
     length: int
     layers: dict[int, Buffers] = field(default_factory=dict)
-    windows: dict[int, int | None] = field(default_factory=dict)  # of each layer, as it said
-    _arranged: Arranged | None = None  # of the last step, which many steps share
+    windows: dict[int, int | None] = field(default_factory=dict)  # that each layer asked for
+    _arranged: Arranged | None = None  # of the newest layout, which many steps share
 
     def reading(self, slots: Sequence[int], lengths: Sequence[int]) -> Attend:
         """For a forward pass that brings these prompts, one after the other in one row."""
@@ -222,12 +221,7 @@ class GroupAttention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *,
-        scaling: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **_: Any,
+        **options: Any,
     ) -> Tensor:
         """Attend from one token of each row to its prompt and to what it added itself."""
         layout, num_rows = step.arranged.layout, len(step.lengths)
@@ -247,7 +241,7 @@ class GroupAttention:
         near = torch.bmm(grouped, keys.flatten(0, 1)[:count, :own].mT)
 
         scores = torch.cat([far, near], dim=-1).view(num_rows, heads, -1, prompt + own)
-        weights = _softmax(scores, scaling, step.bias(sliding_window), softcap, s_aux)
+        weights = _softmax(scores, step.bias(options.get("sliding_window")), **options)
         weights = weights.to(value.dtype).view(count, -1, prompt + own)
         grid = weights[..., :prompt].contiguous().index_select(0, to_grid)
         far_values = prompt_values.flatten(0, 1)[:groups, :prompt]
@@ -270,51 +264,40 @@ class GroupAttention:
             layer.prompt_values[target] = layer.prompt_values[source]
 
 
-def attend_within(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scaling: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> Tensor:
+def attend_within(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """Causal attention within one text of S tokens.
 
     Args:
         query: (1, heads, S, head size).
         key: (1, key-value heads, S, head size).
         value: Likewise.
-        scaling: Multiplies the scores.
-        sliding_window: Tokens that a token sees, itself included; ``None`` is all before it.
-        softcap: Scores are bent to stay within plus and minus this.
-        s_aux: Attention sinks: a score per head that takes weight and gives nothing, (heads,).
+        options: Those of :class:`gspo_lightning.engine.attention.Attend`.
 
     Returns:
         (1, S, heads, head size).
     """
     length, heads = query.shape[2], key.shape[1]
-    window = length if sliding_window is None else sliding_window
+    window = length if options.get("sliding_window") is None else options["sliding_window"]
+    plain = options.get("softcap") is None and options.get("s_aux") is None
     visible = None
-    if window < length or softcap is not None or s_aux is not None:
+    if window < length or not plain:
         visible = query.new_ones(length, length, dtype=torch.bool).tril_().triu_(1 - window)
-    if softcap is None and s_aux is None:
-        options: Any = {"is_causal": visible is None, "enable_gqa": heads != query.shape[1]}
-        output = scaled_dot_product_attention(query, key, value, visible, scale=scaling, **options)
+    if plain:
+        scale, grouped = options["scaling"], heads != query.shape[1]
+        output = scaled_dot_product_attention(
+            query, key, value, visible, is_causal=visible is None, scale=scale, enable_gqa=grouped
+        )
         return output.transpose(1, 2)
     assert visible is not None
     bias = torch.zeros(visible.shape, device=query.device).masked_fill_(~visible, -torch.inf)
     scores = query.unflatten(1, (heads, -1)) @ key[:, :, None].mT
-    weights = _softmax(scores, scaling, bias, softcap, s_aux).to(value.dtype)
+    weights = _softmax(scores, bias, **options).to(value.dtype)
     return (weights @ value[:, :, None]).flatten(1, 2).transpose(1, 2)
 
 
-def _softmax(
-    scores: Tensor, scaling: float, bias: Tensor | None, softcap: float | None, sinks: Tensor | None
-) -> Tensor:
+def _softmax(scores: Tensor, bias: Tensor | None, scaling: float, **options: Any) -> Tensor:
     """Weights (..., heads, queries a head, ..., S) in float32 of scores, which are lost."""
+    softcap, sinks = options.get("softcap"), options.get("s_aux")
     scores = scores.float()
     if softcap is not None:
         scores, scaling = scores.mul_(scaling / softcap).tanh_().mul_(softcap), 1.0

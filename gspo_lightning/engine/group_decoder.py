@@ -90,25 +90,23 @@ class GroupDecoder:
         # of four dimensions: the model passes such a mask on unread and makes none of its own
         self.mask = torch.ones(1, 1, 1, 1, device=device)
         lengths = [len(prompt) for prompt in wanted.prompts]
-        # long prompts first: those that run together are of similar length
+        # long prompts first, so that prompts which run together are of similar length
         order = sorted(range(len(lengths)), key=lambda group: -lengths[group])
         size = wanted.group_size
         self.waiting = deque(group * size + g for group in order for g in range(size))
         self.unfinished = [size] * len(lengths)
-        slots = min(wanted.num_rows, count)
-        self.cache = GroupAttention(
-            min(slots, len(lengths)), max(lengths), slots, max(1, limit - 1)
-        )
+        slots = self.slots = min(wanted.num_rows, count)
+        num_prompts = min(slots, len(lengths))
+        self.cache = GroupAttention(num_prompts, max(lengths), slots, max(1, limit - 1))
         self.ids = torch.full((count, limit), wanted.pad_id, device=device)
         self.logprobs = torch.zeros(count, limit, device=device)
         self.groups: list[int] = []  # the group in each prompt slot
         self.first_logits: dict[int, Tensor] = {}  # behind the prompt, while rows of it wait
-        self.slots = slots
         self.num = 0
         self.running: list[int] = []  # row number in each slot
         # where a row's next token lies in the flat tensors of all rows
         self.places = torch.zeros(slots, dtype=torch.long, device=device)
-        self.tokens = torch.zeros_like(self.places)  # the newest, not in the cache yet
+        self.tokens = torch.zeros_like(self.places)  # each row's newest, not in the cache yet
         self.lengths = torch.ones_like(self.places)  # tokens drawn; 1 in slots that are free
         self.admitted: list[int] = []  # the step at which each row came in
         self.step = 0
@@ -125,7 +123,7 @@ class GroupDecoder:
             NotDecodable: If a layer did not attend as the model's config says.
             FloatingPointError: If the logits are not finite.
         """
-        # inference mode costs less a call, but what FSDP2 makes in it cannot be trained later
+        # inference mode costs less a call, but FSDP2's tensors made in it cannot be trained later
         sharded = any(hasattr(parameter, "device_mesh") for parameter in self.model.parameters())
         with torch.no_grad() if sharded else torch.inference_mode():
             while self.waiting or self.num:
@@ -212,15 +210,14 @@ class GroupDecoder:
         return self._call(self.tokens[:computed], positions, attend, 0)[:count]
 
     def _call(self, ids: Tensor, positions: Tensor, attend: Any, keep: Tensor | int) -> Tensor:
-        output = self.model(
+        return self.model(
             input_ids=ids[None],
             position_ids=positions[None],
             attention_mask=self.mask,
             use_cache=False,
             logits_to_keep=keep,
             attend=attend,
-        )
-        return output.logits[0]
+        ).logits[0]
 
     def _draw(self, start: int, logits: Tensor) -> list[int]:
         """Draw and keep a token of each slot from ``start`` on; return the slots that ended."""
@@ -283,17 +280,10 @@ class GroupDecoder:
             members += [[] for _ in range(more)]
             lengths += [1] * (rounded(self.num, self.slots) - self.num)
         source = [slot for slots in members for slot in slots + [0] * (places - len(slots))]
-        cell = [0] * len(lengths)  # rows that are added read what is there
+        cell = [0] * len(lengths)  # rows that rounding adds read the first cell
         for group, slots in enumerate(members):
             for place, slot in enumerate(slots):
                 cell[slot] = group * places + place
-        new = self.ids.new_tensor
-        return Layout(
-            len(members),
-            places,
-            source=new(source),
-            cell=new(cell),
-            prompt_lengths=new(lengths)[:, None],
-            longest=longest,
-            padded=self.graphs is not None or min(lengths) < longest,
-        )
+        new, padded = self.ids.new_tensor, self.graphs is not None or min(lengths) < longest
+        prompt_lengths = new(lengths)[:, None]
+        return Layout(len(members), places, new(source), new(cell), prompt_lengths, longest, padded)

@@ -74,7 +74,7 @@ class LinearLogprobs(torch.autograd.Function):
         device, exact = hidden.device.type, top.dtype
         grad = torch.zeros_like(top) if grad is None else grad
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
-        # the sum over chunks in float32 at least, as a single product would have it
+        # sums over chunks are float32 at least, as within a single product
         grad_weight = torch.zeros_like(weight, dtype=exact) if needs[1] else None
         grad_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and needs[2] else None
         with torch.autocast(device, enabled=False):
@@ -140,7 +140,7 @@ class _Chunk:
             self.buffer = self.weight.new_empty(size, len(weight))
 
     def __call__(self, h: Tensor, for_backward: bool = False) -> Tensor:
-        self.raw = self.logits = None  # the last chunk's, before there are new ones
+        self.raw = self.logits = None  # frees the last chunk's memory before the next takes more
         if self.buffer is not None:
             x = torch.mm(h, self.weight.t(), out=self.buffer[: len(h)])
             x = x if self.bias is None else x.add_(self.bias)

@@ -46,9 +46,9 @@ def decode_plainly(
     prompt_mask = prompt_mask[first:last]
     start = int(prompt_mask.int().argmax(1).min())  # padding that all these prompts share
     prompt_mask = prompt_mask[:, start:]
-    positions = {"position_ids": (prompt_mask.cumsum(1) - 1).clamp(min=0)}
-    if "position_ids" not in forward_arguments(model):
-        positions = {}
+    positions = {}
+    if "position_ids" in forward_arguments(model):
+        positions = {"position_ids": (prompt_mask.cumsum(1) - 1).clamp(min=0)}
     output = model(
         input_ids=prompt_ids[first:last, start:],
         attention_mask=prompt_mask.long(),

@@ -179,7 +179,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows, weight)
         found = _product(rows, weight, bias)
-        return found if found._base is None else found.clone()  # whoever gets it may write into it
+        return found if found._base is None else found.clone()  # not a view: callers write into it
 
     @staticmethod
     @once_differentiable
@@ -210,7 +210,7 @@ def _product(
     ordered = weight if ordered is None else ordered
     if first == count:
         found = _onednn(rows, ordered, bias)
-    elif count < 64:  # a row more costs nothing
+    elif count < 64:  # so few rows cost no more when padded
         more = nn.functional.pad(rows, (0, 0, 0, filled(count) - count))
         found = _onednn(more, ordered, bias)[:count]
     else:
@@ -230,5 +230,5 @@ def _pays(input: Tensor, weight: Tensor, rows: int) -> bool:
         and input.numel() >= rows * input.shape[-1]
         and uses_onednn(weight)
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()  # which chooses for itself
+        and not torch.compiler.is_compiling()  # a compiler chooses for itself
     )

@@ -1,8 +1,7 @@
 """LoRA: small matrices beside frozen weights, through peft.
 
 Decides which weights get adapters, what a merged export holds and how the adapters are switched
-off. Leaves out loading (``policy``) and who is allowed to borrow the weights (``frozen``). peft is
-imported only where a policy has adapters: it is an extra.
+off. peft is imported only where a policy has adapters: it is an extra.
 """
 
 import importlib.util
@@ -142,20 +141,13 @@ def chosen_layers(model: Any, wanted: list[str] | str) -> list[str]:
             )
         tied = head is not None and embedding.weight is head.weight
         if tied and any(layers[name] in (embedding, head) for name in fitting):
-            # merged, adapters on the one would act on the other
+            # merged into one of two tied layers, adapters would act on the other, too
             raise ValueError(
                 f"policy.lora.target_modules: {short} shares its weight with another layer (tied "
                 "embeddings), so adapters cannot be merged into it; leave it out"
             )
         chosen += fitting
     return chosen
-
-
-def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """The layers with adapters, by name."""
-    from peft.tuners.lora import LoraLayer
-
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
 
 
 def adapters_off(model: Any) -> AbstractContextManager[Any]:
@@ -178,9 +170,12 @@ def merged_weights(model: Any) -> dict[str, Tensor]:
         A state dict under the names that the model had before it got adapters; weights without
         adapters are the model's own tensors.
     """
+    from peft.tuners.lora import LoraLayer
+
     base = unwrapped(model)
     weights = dict(base.state_dict())
-    for name, layer in adapted_layers(base):
+    for name in [name for name, layer in base.named_modules() if isinstance(layer, LoraLayer)]:
+        layer = base.get_submodule(name)
         own = layer.get_base_layer().weight.detach()
         delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
         weights[f"{name}.base_layer.weight"] = (own.to(delta.dtype) + delta.detach()).to(own.dtype)
