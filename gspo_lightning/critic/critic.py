@@ -123,7 +123,6 @@ class Critic(nn.Module):
     begins alike.
 
     Args:
-        config: The settings.
         hidden_size: Width of the hidden states.
         backbone: The critic's own layers, or ``None``.
     """
@@ -245,7 +244,6 @@ def load_critic(config: CriticConfig, policy_config: PolicyConfig, policy: Any) 
     """Make the critic that ``config`` asks for.
 
     Args:
-        config: The critic's settings.
         policy_config: What ``path: null`` stands for, dtype, attention, gradient checkpointing.
         policy: The policy's transformers model.
 

@@ -47,10 +47,8 @@ class Attend(Protocol):
 def open_attention(model: Any) -> bool:
     """Let forward passes of a model bring an attention of their own, as ``attend=...``.
 
-    Without that argument the model computes what it computed before, bit for bit.
-
-    Args:
-        model: A transformers model, also within peft.
+    Without that argument the transformers model, also within peft, computes what it computed
+    before, bit for bit.
 
     Returns:
         Whether the model can; models that do not call the interface cannot, nor can those whose

@@ -108,7 +108,7 @@ class DecodeStep:
     """One token of each row: where it goes, and what it must not see.
 
     Args:
-        arranged: Of the rows' layout.
+        arranged: What the layout of the rows gives.
         lengths: Tokens in the cache of each row, this one included, (N,) int64.
         longest: The largest of them.
         equal: Whether all of them are the largest.

@@ -99,12 +99,7 @@ class Head:
 
 
 def find_head(base: Any, ids: Tensor) -> Head | str:
-    """The head of a model, found once and kept with it, or why there is none.
-
-    Args:
-        base: A causal language model, out of its wrappers.
-        ids: Tokens to try it on, (1, n).
-    """
+    """The :class:`Head` of a model, found once and kept with it, or why there is none."""
     found = base.__dict__.get("_gspo_head")
     embedding = getattr(base, "get_output_embeddings", lambda: None)()
     if found is None or (isinstance(found, Head) and found.embedding is not embedding):

@@ -97,10 +97,8 @@ class PackedAttention:
         """Attend in one layer: (1, heads, N, head size) to (1, N, heads, head size)."""
         if options.get("position_bias") is not None:
             raise ValueError("a position bias cannot be packed")
-        scale = options.get("scaling")
-        window = sliding_window(module, options)
-        softcap, sinks = options.get("softcap"), options.get("s_aux")
-        plain = softcap is None and sinks is None
+        scale, window = options.get("scaling"), sliding_window(module, options)
+        plain = options.get("softcap") is None and options.get("s_aux") is None
         if plain and _has_varlen(query):
             return self._varlen(query, key, value, scale, window)
 
@@ -125,7 +123,7 @@ class PackedAttention:
                 )
             else:
                 assert mask is not None
-                output = attend_explicitly(q, k, v, mask, scale, softcap, sinks)
+                output = attend_explicitly(q, k, v, mask, options)
             outputs.append(output.transpose(1, 2).flatten(0, 1))
         together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return _Move.apply(together, self.home, self.slots, self.filling).unsqueeze(0)
@@ -215,13 +213,7 @@ def sliding_window(module: Any, options: dict[str, Any]) -> int | None:
 
 
 def attend_explicitly(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scale: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: dict[str, Any]
 ) -> Tensor:
     """Attention written out, for scores that are capped or share their weight with a sink.
 
@@ -229,13 +221,14 @@ def attend_explicitly(
         query: (n, heads, Q, d).
         key: (n, key-value heads, K, d); ``value`` likewise.
         mask: Added to the scores, (Q, K).
-        scale: Multiplies the scores; ``None`` is d ** -0.5.
-        softcap: Scores become softcap * tanh(score / softcap).
-        sinks: One more score for each head, which takes weight and adds nothing, (heads,).
+        options: ``scaling`` multiplies the scores, else d ** -0.5; where the model has them:
+            ``softcap``, scores become softcap * tanh(score / softcap); ``s_aux``, one more score
+            for each head, which takes weight and adds nothing, (heads,).
 
     Returns:
         (n, heads, Q, d).
     """
+    scale, softcap, sinks = (options.get(name) for name in ("scaling", "softcap", "s_aux"))
     key, value = _for_each_head(query, key, value)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:

@@ -40,11 +40,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear``."""
-        if self.ordered is not None and _pays(input, self.weight, FEW_ROWS_ORDERED):
-            rows = input.flatten(0, -2)
-            found = _product(rows, self.weight, self.bias, self.ordered)
-            return found.view(*input.shape[:-1], -1)
-        return linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias, self.ordered)
 
 
 def speed_up(model: nn.Module) -> None:
@@ -79,22 +75,26 @@ def ordered_weights(model: nn.Module) -> Iterator[Callable[[int], int]]:
             layer.ordered = None
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``input @ weight.T + bias``, with gradients where they are on.
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, ordered: Tensor | None = None
+) -> Tensor:
+    """``input @ weight.T + bias``, with gradients where they are on and ``ordered`` is not given.
 
     Args:
         input: (..., D).
         weight: (V, D).
         bias: (V,).
+        ordered: The weight in oneDNN's order.
 
     Returns:
         (..., V).
     """
-    if not _pays(input, weight, FEW_ROWS):
+    if not _pays(input, weight, FEW_ROWS if ordered is None else FEW_ROWS_ORDERED):
         return nn.functional.linear(input, weight, bias)
     rows = input.flatten(0, -2)
-    apply = _Linear.apply if torch.is_grad_enabled() else _product
-    return apply(rows, weight, bias).view(*input.shape[:-1], -1)
+    if ordered is None and torch.is_grad_enabled():
+        return _Linear.apply(rows, weight, bias).view(*input.shape[:-1], -1)
+    return _product(rows, weight, bias, ordered).view(*input.shape[:-1], -1)
 
 
 def uses_onednn(weight: Tensor) -> bool:

@@ -36,7 +36,6 @@ class Passes(ThreadPoolExecutor):
 
         Args:
             apart: Whether the work is for another device than the one this thread keeps busy.
-            work: Called with ``args`` and ``kwargs``.
 
         Returns:
             The result, or the error, once it is there. An error of work done here is raised now.

@@ -174,7 +174,6 @@ class FrozenModels:
         """Load every model onto the device that its setting names.
 
         Args:
-            policy: The policy, for the reference.
             device: Where the policy is.
             with_reference: Evaluation needs none.
 

@@ -2,7 +2,7 @@
 
 Decides what a folder must hold and how a broken one is reported: with the setting, the file and the
 way out. Only headers are read for that, and nothing in a folder is run. Models on the hub are left
-to transformers to check.
+to transformers to check. ``key`` is always the setting that names the folder, for messages.
 """
 
 import json
@@ -29,7 +29,7 @@ def check_model_path(key: str, path: str) -> None:
 
     Raises:
         ValueError: If ``path`` is a folder without ``config.json``, or looks like a folder and is
-            not there. ``key`` is the setting that the message names.
+            not there.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -51,7 +51,6 @@ def check_model_folder(key: str, path: str, trust_remote_code: bool, weights: bo
     """Look at a model folder without loading it.
 
     Args:
-        key: The setting that names the folder, for messages.
         path: The folder; a name on the hub is let pass.
         trust_remote_code: Whether Python code in the folder may be run.
         weights: Whether weights are needed.
@@ -136,7 +135,6 @@ def load_weights(key: str, auto: Any, path: str, new_head: bool = False, **optio
     """``auto.from_pretrained`` that refuses missing tensors instead of drawing them at random.
 
     Args:
-        key: The setting that names the folder, for messages.
         auto: ``AutoModelForCausalLM`` or another of the auto classes.
         path: Folder or hub name.
         new_head: Tensors outside the model's body may be missing, and are then drawn at random.

@@ -61,11 +61,7 @@ class LoRAConfig:
 
 
 def add_adapters(model: Any, config: LoRAConfig) -> Any:
-    """Freeze a model and put adapters beside its layers.
-
-    Args:
-        model: A transformers model; its layers are replaced in place.
-        config: Which layers, and how large.
+    """Freeze a transformers model and put adapters beside its layers, which are replaced in place.
 
     Returns:
         The peft model around it. Its trainable parameters are the adapters.
@@ -101,11 +97,7 @@ def add_adapters(model: Any, config: LoRAConfig) -> Any:
 
 
 def chosen_layers(model: Any, wanted: list[str] | str) -> list[str]:
-    """The full names of the layers that get adapters.
-
-    Args:
-        model: A transformers model.
-        wanted: Last parts of names, or ``all-linear``.
+    """The full names of the layers that get adapters, from last parts of names or ``all-linear``.
 
     Raises:
         ValueError: If a name fits no layer, or one whose weight is another layer's, too.
@@ -162,9 +154,6 @@ def merged_weights(model: Any) -> dict[str, Tensor]:
     """The weights of a plain model that computes what this peft model computes.
 
     Adapters and weights stay as they are: merging in place and back again would round the weights.
-
-    Args:
-        model: From :func:`add_adapters`.
 
     Returns:
         A state dict under the names that the model had before it got adapters; weights without

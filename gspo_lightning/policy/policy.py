@@ -17,13 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.engine.products import speed_up, uses_onednn
-from gspo_lightning.policy.folder import (
-    BROKEN,
-    check_model_folder,
-    check_model_path,
-    load_weights,
-    reason,
-)
+from gspo_lightning.policy import folder
 from gspo_lightning.policy.lora import LoRAConfig, add_adapters, merged_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -56,7 +50,7 @@ class PolicyConfig:
     lora: LoRAConfig | None = None
 
     def __post_init__(self) -> None:
-        check_model_path("policy.path", self.path)
+        folder.check_model_path("policy.path", self.path)
         if self.lora is not None and self.weights == "random":
             raise ValueError(
                 "policy.weights is random, but with policy.lora a checkpoint holds the adapters "
@@ -76,7 +70,7 @@ class PolicyConfig:
 
         Args:
             key: The setting that names the folder, for messages.
-            auto: One of the auto classes of transformers.
+            auto: An auto class of transformers.
             path: Folder or hub name; ``None`` is the policy's own, in its revision.
             dtype: Type of the weights; ``None`` is the policy's own.
 
@@ -84,7 +78,7 @@ class PolicyConfig:
             ValueError: If the model cannot be loaded, naming key and path.
         """
         options = self.options(dtype) | ({"revision": self.revision} if path is None else {})
-        model = load_weights(key, auto, path or self.path, **options)
+        model = folder.load_weights(key, auto, path or self.path, **options)
         open_attention(model)
         return model
 
@@ -200,23 +194,19 @@ def load_tokenizer(config: PolicyConfig) -> Any:
         ValueError: If there is no tokenizer, it has more ids than the model, or the folder's config
             or weights are broken.
     """
-    folder = Path(config.path).expanduser()
-    pretrained = config.weights == "pretrained"
-    settings = check_model_folder("policy.path", config.path, config.trust_remote_code, pretrained)
-    if folder.is_dir() and not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
+    path, pretrained = Path(config.path).expanduser(), config.weights == "pretrained"
+    trust = config.trust_remote_code
+    settings = folder.check_model_folder("policy.path", config.path, trust, pretrained)
+    if path.is_dir() and not any(any(path.glob(name)) for name in TOKENIZER_FILES):
         # transformers would make an empty one up
         raise ValueError(f"policy.path: no tokenizer in {config.path}; save one beside the weights")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.path,
-            padding_side="left",
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-        )
+        source: Any = {"revision": config.revision, "trust_remote_code": trust}
+        tokenizer = AutoTokenizer.from_pretrained(config.path, padding_side="left", **source)
     except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(
-            f"policy.path: cannot load the tokenizer of {config.path}: {reason(error)}; save it "
-            "again"
+            f"policy.path: cannot load the tokenizer of {config.path}: {folder.reason(error)}; "
+            "save it again"
         ) from error
     if settings is not None:
         rows = getattr(settings.get_text_config(), "vocab_size", None)
@@ -227,9 +217,7 @@ def load_tokenizer(config: PolicyConfig) -> Any:
 def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
     """Load a policy in the dtype and with the attention that ``config`` asks for.
 
-    Args:
-        config: What to load.
-        tokenizer: The tokenizer, if it has been loaded already.
+    Without a tokenizer, :func:`load_tokenizer` loads the policy's own.
 
     Raises:
         ValueError: If weights or tokenizer cannot be read, no end-of-sequence id is known, or the
@@ -266,8 +254,9 @@ def _random_model(config: PolicyConfig) -> Any:
         model = AutoModelForCausalLM.from_config(model_config, **config.options())
         if (Path(config.path) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(config.path)
-    except BROKEN as error:
-        raise ValueError(f"policy.path: cannot load {config.path}: {reason(error)}") from error
+    except folder.BROKEN as error:
+        why = folder.reason(error)
+        raise ValueError(f"policy.path: cannot load {config.path}: {why}") from error
     open_attention(model)
     return model
 
