@@ -1,11 +1,8 @@
 """The critic of PPO: a language model that says what reward to expect, one value per token.
 
 Decides what the critic is made of, where its values stand and which settings it needs. Trained with
-the policy, saved in checkpoints, never exported. Leaves out the maths (``gae``) and how layers are
-run (``logprobs``: a group's prompt is read once, and rows are packed where that can be done).
+the policy, saved in checkpoints, never exported.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable
@@ -17,24 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from gspo_lightning.bounds import check_positive
-from gspo_lightning.critic.gae import (
-    ValueLoss,
-    check_unit_interval,
-    gae,
-    token_rewards,
-    value_loss,
-    whiten,
-)
-from gspo_lightning.engine.attention import open_attention
+from gspo_lightning.critic.gae import ValueLoss, gae, token_rewards, value_loss, whiten
 from gspo_lightning.engine.padded import unwrapped
-from gspo_lightning.engine.states import layer_states
-from gspo_lightning.policy.folder import check_model_folder, check_model_path, load_weights
-from gspo_lightning.policy.policy import (
-    DTYPES,
-    PolicyConfig,
-    checkpoint_activations,
-    make_ready,
-)
+from gspo_lightning.engine.states import predicting_states
+from gspo_lightning.policy.folder import check_model_folder, check_model_path
+from gspo_lightning.policy.policy import PolicyConfig, checkpoint_activations, make_ready
 from gspo_lightning.rollout import Rollout, Samples
 
 
@@ -80,18 +64,18 @@ class CriticConfig:
     kl_in_reward: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate_ratio", "value_coef", "value_clip"):
-            check_positive("critic.", **{name: getattr(self, name)})
-        check_unit_interval("critic.gamma", self.gamma)
-        check_unit_interval("critic.lam", self.lam)
-        if self.path is None:
-            return
-        if self.backbone == "policy":
-            raise ValueError(
-                f"critic.path {self.path} is not read with critic.backbone policy; use own, or "
-                "leave the path out"
-            )
-        check_model_path("critic.path", self.path)
+        check_positive("critic.", learning_rate_ratio=self.learning_rate_ratio)
+        check_positive("critic.", value_coef=self.value_coef, value_clip=self.value_clip)
+        for name, value in (("gamma", self.gamma), ("lam", self.lam)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"critic.{name} must be in [0, 1], got {value}")
+        if self.path is not None:
+            if self.backbone == "policy":
+                raise ValueError(
+                    f"critic.path {self.path} is not read with critic.backbone policy; use own, or "
+                    "leave the path out"
+                )
+            check_model_path("critic.path", self.path)
 
 
 def check_critic(
@@ -102,19 +86,17 @@ def check_critic(
     Raises:
         ValueError: Naming the settings and the way out.
     """
-    if config is None:
-        if advantages == "gae":
-            raise ValueError(
-                "model.advantages gae needs a critic; add --config configs/algorithm/ppo.yaml, or "
-                "model.critic"
-            )
-        if group_size < 2:
-            raise ValueError(
-                f"sampler.group_size must be >= 2, got {group_size}: without a critic a completion "
-                "is compared with the others of its group"
-            )
-        return
-    if advantages != "gae":
+    if config is None and advantages == "gae":
+        raise ValueError(
+            "model.advantages gae needs a critic; add --config configs/algorithm/ppo.yaml, or "
+            "model.critic"
+        )
+    if config is None and group_size < 2:
+        raise ValueError(
+            f"sampler.group_size must be >= 2, got {group_size}: without a critic a completion is "
+            "compared with the others of its group"
+        )
+    if config is not None and advantages != "gae":
         raise ValueError(
             f"model.critic is set, but model.advantages {advantages} does not ask it; use gae, or "
             "set model.critic to null"
@@ -141,7 +123,6 @@ class Critic(nn.Module):
     begins alike.
 
     Args:
-        config: The settings.
         hidden_size: Width of the hidden states.
         backbone: The critic's own layers, or ``None``.
     """
@@ -165,22 +146,16 @@ class Critic(nn.Module):
             (B, T), float32 at least, 0 under a False mask.
         """
         backbone = decoder(policy) if self.backbone is None else self.backbone
-        states, target, _ = layer_states(
-            backbone,
-            samples.prompt_ids,
-            samples.prompt_mask,
-            samples.completion_ids,
-            samples.mask,
-            group_size=samples.group_size,
+        batch = samples.prompt_ids, samples.prompt_mask, samples.completion_ids, samples.mask
+        states, target, _ = predicting_states(
+            backbone, *batch, group_size=samples.group_size, with_head=False
         )
         # a value is compared with rewards of 1 to a few per cent: bfloat16 would round it away
         with torch.autocast(states.device.type, enabled=False):
             dtype = torch.promote_types(self.head.weight.dtype, torch.float32)
-            head = self.head
-            values = nn.functional.linear(
-                states.to(dtype), head.weight.to(dtype), head.bias.to(dtype)
-            )[:, 0]
-        if len(target) == 0:  # zeros, but of a graph with all parameters
+            weight, bias = self.head.weight.to(dtype), self.head.bias.to(dtype)
+            values = nn.functional.linear(states.to(dtype), weight, bias)[:, 0]
+        if len(target) == 0:  # zeros whose graph holds all parameters, as DDP waits for each
             return (values.sum() * 0).expand(samples.mask.shape)
         zeros = values.new_zeros(samples.mask.numel())
         return zeros.index_copy(0, target, values).view(samples.mask.shape)
@@ -234,14 +209,8 @@ class Critic(nn.Module):
     def loss(self, policy: Any, micro: Rollout, weights: Tensor) -> ValueLoss:
         """``value_coef`` times the value loss of a micro-batch, with its gradient."""
         assert micro.values is not None and micro.returns is not None
-        result = value_loss(
-            self(policy, micro),
-            micro.values,
-            micro.returns,
-            micro.mask,
-            weights,
-            self.config.value_clip,
-        )
+        values, clip = self(policy, micro), self.config.value_clip
+        result = value_loss(values, micro.values, micro.returns, micro.mask, weights, clip)
         return result._replace(loss=self.config.value_coef * result.loss)
 
 
@@ -263,8 +232,7 @@ def fit_critic(state: dict[str, Any], config: CriticConfig | None, training: boo
     if not training:
         for name in saved:
             del state[name]
-        return
-    if (config is not None) != bool(saved):
+    elif (config is not None) != bool(saved):
         there, here = ("no", "has one") if config else ("a", "has none")
         raise ValueError(
             f"model.critic: the checkpoint holds {there} critic, this run {here}; continue with "
@@ -276,7 +244,6 @@ def load_critic(config: CriticConfig, policy_config: PolicyConfig, policy: Any) 
     """Make the critic that ``config`` asks for.
 
     Args:
-        config: The critic's settings.
         policy_config: What ``path: null`` stands for, dtype, attention, gradient checkpointing.
         policy: The policy's transformers model.
 
@@ -291,12 +258,8 @@ def load_critic(config: CriticConfig, policy_config: PolicyConfig, policy: Any) 
             "critic.backbone to policy"
         )
     path = config.path or policy_config.path
-    options = policy_config.options()
-    if config.path is None:
-        options["revision"] = policy_config.revision
     check_model_folder("critic.path", path, policy_config.trust_remote_code)
-    dtype = DTYPES[policy_config.dtype]
-    backbone = load_weights("critic.path", AutoModel, path, dtype=dtype, **options)
+    backbone = policy_config.load("critic.path", AutoModel, config.path)
     rows = backbone.get_input_embeddings().weight.shape[0]
     needed = policy.get_input_embeddings().weight.shape[0]
     if rows < needed:
@@ -305,7 +268,6 @@ def load_critic(config: CriticConfig, policy_config: PolicyConfig, policy: Any) 
             "policy's tokens, so it must be a model with the same vocabulary"
         )
     make_ready(backbone)
-    open_attention(backbone)  # so that its rows are packed
     if policy_config.gradient_checkpointing:
         checkpoint_activations(backbone)
     backbone.train()  # dropout is off in either mode; checkpointing works in this one alone

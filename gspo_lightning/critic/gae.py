@@ -2,11 +2,10 @@
 
 Decides where a completion's reward lands, how values become advantages and returns, and how the
 value loss is clipped. A completion ends with its last selected token, whether it ended by itself or
-was cut off: nothing is expected behind it. Leaves out the critic itself (``critic``) and how tokens
-are weighted (``objectives.token_weights``: the value loss takes the weights of the policy loss).
+was cut off: nothing is expected behind it. The value loss takes the token weights of the policy
+loss.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -149,7 +148,7 @@ def value_loss(
         baselines, described in arXiv:2005.12729.
     """
     valid = mask & ~returns.isnan()
-    # before any arithmetic: NaN * 0 is NaN, in the gradient, too
+    # masked before any arithmetic: NaN * 0 is NaN, in the gradient, too
     values, old_values, returns = (
         x.masked_fill(~valid, 0) for x in (values, old_values.detach(), returns.detach())
     )
@@ -160,9 +159,3 @@ def value_loss(
         is_clipped = ((values - old_values).abs() > clip) & (held > error)
         error = torch.where(is_clipped, held, error)
     return ValueLoss(0.5 * (weights * error).sum(), masked_mean(is_clipped, valid))
-
-
-def check_unit_interval(name: str, value: float) -> None:
-    """Refuse a number outside [0, 1], naming the setting."""
-    if not 0 <= value <= 1 or math.isnan(value):
-        raise ValueError(f"{name} must be in [0, 1], got {value}")

@@ -1,14 +1,11 @@
 """A way into the attention of Hugging Face models as they are.
 
-Decides how a forward pass of this project computes attention its own way (tokens packed without
-padding, a prompt shared by its group) while every other call of the same model stays as it was.
-Transformers' public ``AttentionInterface`` is the way in: the model's attention implementation is
-replaced by one that looks for the argument ``attend`` of this very call. The argument travels
-through the model's ``**kwargs``, so that recomputed layers (gradient checkpointing) find it, too.
-Leaves out what is computed there.
+Decides how one forward pass brings an attention of its own (tokens packed without padding, a prompt
+shared by its group) while every other call of the same model stays as it was. Transformers' public
+``AttentionInterface`` is the way in: the model's attention implementation is replaced by one that
+looks for the argument ``attend``, which travels through the model's ``**kwargs``, so that layers
+recomputed by gradient checkpointing find it, too.
 """
-
-from __future__ import annotations
 
 import sys
 from collections.abc import Callable
@@ -24,20 +21,22 @@ from gspo_lightning.engine.padded import unwrapped
 
 
 class Attend(Protocol):
-    """What a forward pass gives as ``attend``: attention for every layer of that pass."""
+    """What a forward pass gives as ``attend``."""
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any
     ) -> Tensor:
-        """Attend.
+        """Attend in one layer; called for every layer of the pass.
 
         Args:
             module: The attention layer; ``layer_idx`` says which.
             query: (N, heads, Q, head size).
             key: (N, key-value heads, S, head size), from the cache where there is one.
             value: Likewise.
-            options: ``scaling``, and where the model has them ``sliding_window``, ``softcap`` and
-                ``s_aux`` (attention sinks).
+            options: ``scaling`` multiplies the scores. Where the model has them:
+                ``sliding_window``, the tokens that a token sees, itself included; ``softcap``,
+                within plus and minus which scores are bent to stay; ``s_aux``, attention sinks, a
+                score per head that takes weight and gives nothing, (heads,).
 
         Returns:
             (N, Q, heads, head size).
@@ -48,10 +47,8 @@ class Attend(Protocol):
 def open_attention(model: Any) -> bool:
     """Let forward passes of a model bring an attention of their own, as ``attend=...``.
 
-    Without that argument the model computes what it computed before, bit for bit.
-
-    Args:
-        model: A transformers model, also within peft.
+    Without that argument the transformers model, also within peft, computes what it computed
+    before, bit for bit.
 
     Returns:
         Whether the model can; models that do not call the interface cannot, nor can those whose
@@ -85,7 +82,7 @@ def _either_way(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     ) -> tuple[Tensor, Tensor | None]:
         if attend is not None:
             return attend(module, query, key, value, **options), None
-        # "eager" is a function of each model's own file
+        # transformers has no common "eager": each model's own file defines one
         own: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(name, own)
         return function(module, query, key, value, attention_mask, **options)

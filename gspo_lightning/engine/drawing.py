@@ -2,9 +2,8 @@
 
 Decides how a token is drawn: by inverting the cumulative distribution with one uniform number per
 row, which is faster than ``multinomial`` and makes a row independent of its batch. The vocabulary
-is summed in blocks first: running sums, which cost many times what sums do, are then over the
-blocks and within one of them.
-Leaves out where the uniform numbers come from.
+is summed in blocks first, so that running sums, which cost many times what sums do, are only over
+the blocks and within one of them.
 """
 
 import torch
@@ -39,7 +38,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     size, vocabulary = logits.shape
     width = 1 << ((vocabulary.bit_length() + 1) // 2)  # of a block: about the square root
     num_blocks = -(-vocabulary // width)
-    # the only copy of the logits, in float32; behind the vocabulary it has probability 0
+    # the only float32 copy of the logits; columns behind the vocabulary get probability 0
     weights = logits.new_empty((size, num_blocks * width), dtype=torch.float32)
     weights[:, vocabulary:] = 0
     inside = weights[:, :vocabulary]
@@ -54,7 +53,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     _check(total)
     point = _below(uniform[:, None] * total, total)
     block = torch.searchsorted(cumulative, point, right=True)
-    # what the blocks before it hold; the point is then somewhere in this block
+    # the weight in all blocks before the chosen one: the point lies that far from its start
     before = cumulative.gather(1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0)
     first = torch.arange(0, size * num_blocks, num_blocks, device=logits.device)
     within = weights.view(-1, width).index_select(0, first + block[:, 0]).cumsum(-1)

@@ -1,26 +1,72 @@
 """Keys and values of a rollout, and the attention that reads them where they lie.
 
 Decides how completions of a group share their prompt: its keys and values are kept once and never
-copied; all rows of a group attend to them in one matrix product. What a row adds itself lies in
-buffers that are made once, so that no token makes them grow. Both parts meet in one softmax.
-Leaves out which rows run, and all of the model but its attention.
+copied; all rows of a group attend to them in one matrix product, in a grid of groups and places
+that one gather reaches and another leaves. What a row adds itself lies in buffers that are made
+once, so that no token makes them grow. Both parts meet in one softmax.
 """
 
-from __future__ import annotations
-
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from gspo_lightning.engine.group_layout import Layout
+from gspo_lightning.engine.attention import Attend
 
-Attend = Callable[..., Tensor]  # see ``attention.Attend``
+
+@dataclass
+class Layout:
+    """Which row attends to which prompt; constant between two changes of the batch.
+
+    The rows of a group lie side by side in a grid of groups and places. Where a group has fewer
+    rows than places, the rest of the grid repeats some row and is not read.
+
+    Attributes:
+        num_groups: Prompt slots in use.
+        num_places: The most rows of one group.
+        source: The row in each cell of the grid, (groups * places,) int64.
+        cell: The cell of each row, (N,) int64.
+        prompt_lengths: Tokens of each row's prompt, (N, 1) int64.
+        longest: Tokens of the longest prompt in use.
+        padded: Whether some prompt in use is shorter.
+    """
+
+    num_groups: int
+    num_places: int
+    source: Tensor
+    cell: Tensor
+    prompt_lengths: Tensor
+    longest: int
+    padded: bool
+
+    def clone(self) -> Self:
+        """The same in other tensors."""
+        tensors = ("source", "cell", "prompt_lengths")
+        return replace(self, **{name: getattr(self, name).clone() for name in tensors})
+
+    def take(self, other: Self) -> None:
+        """Write the tensors of another layout of the same sizes into those of this one."""
+        self.source.copy_(other.source)
+        self.cell.copy_(other.cell)
+        self.prompt_lengths.copy_(other.prompt_lengths)
+
+    def to_grid(self, num_heads: int) -> Tensor:
+        """Of (N, heads, ...) flattened: what lies in a grid of (groups, heads, places)."""
+        rows = self.source.view(self.num_groups, 1, -1) * num_heads
+        heads = torch.arange(num_heads, device=rows.device)[:, None]
+        return (rows + heads).flatten()
+
+    def to_rows(self, num_heads: int) -> Tensor:
+        """Of a grid of (groups, heads, places) flattened: what belongs to (N, heads)."""
+        group = self.cell.div(self.num_places, rounding_mode="floor")
+        first = self.cell + group * ((num_heads - 1) * self.num_places)
+        heads = torch.arange(num_heads, device=first.device) * self.num_places
+        return (first[:, None] + heads).flatten()
 
 
 class Buffers(NamedTuple):
@@ -36,7 +82,6 @@ class Arranged:
     """What is computed once a layout.
 
     Attributes:
-        layout: Of the rows.
         rows: 0 to N - 1.
         bias: -inf on the padding of prompts, 0 elsewhere, (N, 1, 1, prompt + own tokens).
     """
@@ -46,8 +91,7 @@ class Arranged:
         self.layout = layout
         self.rows = torch.arange(num_rows, device=device)
         self._indices: dict[int, tuple[Tensor, Tensor]] = {}
-        columns = torch.arange(layout.longest, device=device)
-        hidden = columns >= layout.prompt_lengths
+        hidden = torch.arange(layout.longest, device=device) >= layout.prompt_lengths
         bias = torch.zeros(num_rows, layout.longest + length, device=device)
         bias[:, : layout.longest].masked_fill_(hidden, -torch.inf)
         self.bias = bias[:, None, None]
@@ -55,8 +99,8 @@ class Arranged:
     def indices(self, num_heads: int) -> tuple[Tensor, Tensor]:
         """The layout's way to its grid and back, once a number of heads."""
         if num_heads not in self._indices:
-            layout = self.layout
-            self._indices[num_heads] = layout.to_grid(num_heads), layout.to_rows(num_heads)
+            to_grid, to_rows = self.layout.to_grid(num_heads), self.layout.to_rows(num_heads)
+            self._indices[num_heads] = to_grid, to_rows
         return self._indices[num_heads]
 
 
@@ -64,7 +108,7 @@ class DecodeStep:
     """One token of each row: where it goes, and what it must not see.
 
     Args:
-        arranged: Of the rows' layout.
+        arranged: What the layout of the rows gives.
         lengths: Tokens in the cache of each row, this one included, (N,) int64.
         longest: The largest of them.
         equal: Whether all of them are the largest.
@@ -86,10 +130,7 @@ class DecodeStep:
             buffer[rows, :, self.columns] = new
 
     def bias(self, window: int | None) -> Tensor | None:
-        """-inf on what a row must not see, (N, 1, 1, prompt + own), once a window.
-
-        ``None`` where it sees all.
-        """
+        """-inf on what a row must not see, (N, 1, 1, prompt + own); ``None`` where it sees all."""
         if window not in self._biases:
             sees_all = self.equal and window is None and not self.arranged.layout.padded
             self._biases[window] = None if sees_all else self._make_bias(window)
@@ -103,9 +144,8 @@ class DecodeStep:
             # positions count from a prompt's first token
             position = torch.arange(bias.shape[-1], device=bias.device).expand(len(lengths), -1)
             hidden = position >= lengths + prompt
-            position = torch.where(
-                position < prompt, position, position - prompt + layout.prompt_lengths
-            )
+            own = position - prompt + layout.prompt_lengths
+            position = torch.where(position < prompt, position, own)
             if window is not None:  # the newest token sees `window` tokens, itself included
                 hidden |= position < layout.prompt_lengths + lengths - window
             bias = bias.masked_fill(hidden[:, None, None], -torch.inf)
@@ -128,8 +168,8 @@ class GroupAttention:
     num_rows: int
     length: int
     layers: dict[int, Buffers] = field(default_factory=dict)
-    windows: dict[int, int | None] = field(default_factory=dict)  # of each layer, as it said
-    _arranged: Arranged | None = None  # of the last step, which many steps share
+    windows: dict[int, int | None] = field(default_factory=dict)  # that each layer asked for
+    _arranged: Arranged | None = None  # of the newest layout, which many steps share
 
     def reading(self, slots: Sequence[int], lengths: Sequence[int]) -> Attend:
         """For a forward pass that brings these prompts, one after the other in one row."""
@@ -148,9 +188,17 @@ class GroupAttention:
     ) -> Tensor:
         """Attend within each prompt (slot, start, end) and keep its keys and values."""
         index: int = module.layer_idx  # type: ignore[assignment]
-        buffers = self.layers.get(index)
-        if buffers is None:
-            buffers = self.layers[index] = self._make(key, value)
+        if index not in self.layers:
+            sizes = (self.num_prompts, self.prompt_length), (self.num_rows, self.length)
+            self.layers[index] = Buffers(
+                # zeros: a padded key must be finite to be masked
+                *(
+                    like.new_zeros(slots, like.shape[1], length, like.shape[3])
+                    for slots, length in sizes
+                    for like in (key, value)
+                )
+            )
+        buffers = self.layers[index]
         self.windows[index] = options.get("sliding_window")
         output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
         for slot, start, end in pieces:
@@ -173,16 +221,11 @@ class GroupAttention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *,
-        scaling: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **_: Any,
+        **options: Any,
     ) -> Tensor:
         """Attend from one token of each row to its prompt and to what it added itself."""
         layout, num_rows = step.arranged.layout, len(step.lengths)
-        more = query.shape[2] - num_rows  # behind them, which nobody reads
+        more = query.shape[2] - num_rows  # the model's surplus rows, whose output nobody reads
         prompt_keys, prompt_values, keys, values = self.layers[module.layer_idx]  # type: ignore[index]
         step.write(keys, key)
         step.write(values, value)
@@ -198,12 +241,11 @@ class GroupAttention:
         near = torch.bmm(grouped, keys.flatten(0, 1)[:count, :own].mT)
 
         scores = torch.cat([far, near], dim=-1).view(num_rows, heads, -1, prompt + own)
-        weights = _softmax(scores, scaling, step.bias(sliding_window), softcap, s_aux)
+        weights = _softmax(scores, step.bias(options.get("sliding_window")), **options)
         weights = weights.to(value.dtype).view(count, -1, prompt + own)
         grid = weights[..., :prompt].contiguous().index_select(0, to_grid)
-        far = torch.bmm(
-            grid.view(groups, -1, prompt), prompt_values.flatten(0, 1)[:groups, :prompt]
-        )
+        far_values = prompt_values.flatten(0, 1)[:groups, :prompt]
+        far = torch.bmm(grid.view(groups, -1, prompt), far_values)
         output = far.view(len(to_grid), -1, far.shape[2]).index_select(0, to_rows)
         output += torch.bmm(weights[..., prompt:], values.flatten(0, 1)[:count, :own])
         output = output.view(1, num_rows, -1, output.shape[2])
@@ -221,76 +263,41 @@ class GroupAttention:
             layer.prompt_keys[target] = layer.prompt_keys[source]
             layer.prompt_values[target] = layer.prompt_values[source]
 
-    def _make(self, key: Tensor, value: Tensor) -> Buffers:
-        def empty(like: Tensor, slots: int, length: int) -> Tensor:
-            # zeros: a padded key must be finite to be masked
-            return like.new_zeros(slots, like.shape[1], length, like.shape[3])
 
-        return Buffers(
-            empty(key, self.num_prompts, self.prompt_length),
-            empty(value, self.num_prompts, self.prompt_length),
-            empty(key, self.num_rows, self.length),
-            empty(value, self.num_rows, self.length),
-        )
-
-
-def attend_within(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scaling: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> Tensor:
+def attend_within(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """Causal attention within one text of S tokens.
 
     Args:
         query: (1, heads, S, head size).
         key: (1, key-value heads, S, head size).
         value: Likewise.
-        scaling: Multiplies the scores.
-        sliding_window: Tokens that a token sees, itself included; ``None`` is all before it.
-        softcap: Scores are bent to stay within plus and minus this.
-        s_aux: Attention sinks: a score per head that takes weight and gives nothing, (heads,).
+        options: Those of :class:`gspo_lightning.engine.attention.Attend`.
 
     Returns:
         (1, S, heads, head size).
     """
     length, heads = query.shape[2], key.shape[1]
-    window = length if sliding_window is None else sliding_window
-    if softcap is None and s_aux is None:
-        visible = None
-        if window < length:
-            visible = query.new_ones(length, length, dtype=torch.bool).tril_().triu_(1 - window)
-        return scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=visible,
-            is_causal=visible is None,
-            scale=scaling,
-            enable_gqa=heads != query.shape[1],
-        ).transpose(1, 2)
-    hidden = (
-        query.new_ones(length, length, dtype=torch.bool).tril_().triu_(1 - window).logical_not_()
-    )
-    bias = torch.zeros(hidden.shape, device=query.device).masked_fill_(hidden, -torch.inf)
+    window = length if options.get("sliding_window") is None else options["sliding_window"]
+    plain = options.get("softcap") is None and options.get("s_aux") is None
+    visible = None
+    if window < length or not plain:
+        visible = query.new_ones(length, length, dtype=torch.bool).tril_().triu_(1 - window)
+    if plain:
+        scale, grouped = options["scaling"], heads != query.shape[1]
+        output = scaled_dot_product_attention(
+            query, key, value, visible, is_causal=visible is None, scale=scale, enable_gqa=grouped
+        )
+        return output.transpose(1, 2)
+    assert visible is not None
+    bias = torch.zeros(visible.shape, device=query.device).masked_fill_(~visible, -torch.inf)
     scores = query.unflatten(1, (heads, -1)) @ key[:, :, None].mT
-    weights = _softmax(scores, scaling, bias, softcap, s_aux).to(value.dtype)
+    weights = _softmax(scores, bias, **options).to(value.dtype)
     return (weights @ value[:, :, None]).flatten(1, 2).transpose(1, 2)
 
 
-def _softmax(
-    scores: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _softmax(scores: Tensor, bias: Tensor | None, scaling: float, **options: Any) -> Tensor:
     """Weights (..., heads, queries a head, ..., S) in float32 of scores, which are lost."""
+    softcap, sinks = options.get("softcap"), options.get("s_aux")
     scores = scores.float()
     if softcap is not None:
         scores, scaling = scores.mul_(scaling / softcap).tanh_().mul_(softcap), 1.0

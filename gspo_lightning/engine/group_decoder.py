@@ -3,11 +3,10 @@
 Decides which rows run: a prompt is read once and stays as long as one of its group's rows does;
 a row that ends leaves at once, the last row takes its place, and rows that wait come in. Prompts
 and new tokens are given to the model without padding, as one row of tokens whose attention is
-``GroupAttention``. Leaves out how a token is drawn, and models that cannot be read in this way.
+``GroupAttention``.
 """
 
-from __future__ import annotations
-
+import itertools
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -19,8 +18,7 @@ from torch import Tensor
 
 from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.drawing import draw
-from gspo_lightning.engine.group_attention import GroupAttention
-from gspo_lightning.engine.group_layout import Layout
+from gspo_lightning.engine.group_attention import GroupAttention, Layout
 from gspo_lightning.engine.padded import forward_arguments, unwrapped
 from gspo_lightning.engine.step_graphs import Play, StepGraphs, rounded
 
@@ -47,8 +45,8 @@ class Wanted:
         pad_id: Stands behind the end.
         num_rows: Rows that run at once.
         computed: How many rows a step computes where so many run; what comes on top is not read.
-        record: Makes a recording of a decode step of fixed shape (``step_graphs``); ``None``
-            computes each step anew, with no more rows and tokens than there are.
+        record: Makes a recording of a decode step of fixed shape; ``None`` computes each step
+            anew, with no more rows and tokens than there are.
     """
 
     prompts: list[Tensor]
@@ -89,33 +87,31 @@ class GroupDecoder:
         self.wanted = wanted
         count, limit = wanted.uniform.shape
         device = wanted.uniform.device
-        self.mask = torch.ones(1, 1, 1, 1, device=device)  # of four dimensions: not looked at
+        # of four dimensions: the model passes such a mask on unread and makes none of its own
+        self.mask = torch.ones(1, 1, 1, 1, device=device)
         lengths = [len(prompt) for prompt in wanted.prompts]
-        # long prompts first: those that run together are of similar length
+        # long prompts first, so that prompts which run together are of similar length
         order = sorted(range(len(lengths)), key=lambda group: -lengths[group])
         size = wanted.group_size
         self.waiting = deque(group * size + g for group in order for g in range(size))
         self.unfinished = [size] * len(lengths)
-        slots = min(wanted.num_rows, count)
-        self.cache = GroupAttention(
-            min(slots, len(lengths)), max(lengths), slots, max(1, limit - 1)
-        )
+        slots = self.slots = min(wanted.num_rows, count)
+        num_prompts = min(slots, len(lengths))
+        self.cache = GroupAttention(num_prompts, max(lengths), slots, max(1, limit - 1))
         self.ids = torch.full((count, limit), wanted.pad_id, device=device)
         self.logprobs = torch.zeros(count, limit, device=device)
         self.groups: list[int] = []  # the group in each prompt slot
         self.first_logits: dict[int, Tensor] = {}  # behind the prompt, while rows of it wait
-        self.slots = slots
         self.num = 0
         self.running: list[int] = []  # row number in each slot
-        # where its next token lies in the flat tensors of all rows
+        # where a row's next token lies in the flat tensors of all rows
         self.places = torch.zeros(slots, dtype=torch.long, device=device)
-        self.tokens = torch.zeros_like(self.places)  # the newest, not in the cache yet
+        self.tokens = torch.zeros_like(self.places)  # each row's newest, not in the cache yet
         self.lengths = torch.ones_like(self.places)  # tokens drawn; 1 in slots that are free
         self.admitted: list[int] = []  # the step at which each row came in
         self.step = 0
         self.layout: Layout | None = None
-        record = wanted.record
-        self.graphs = None if record is None else StepGraphs(self._compute, record)
+        self.graphs = None if wanted.record is None else StepGraphs(self._compute, wanted.record)
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Decode all rows.
@@ -127,7 +123,7 @@ class GroupDecoder:
             NotDecodable: If a layer did not attend as the model's config says.
             FloatingPointError: If the logits are not finite.
         """
-        # inference mode costs less a call, but what FSDP2 makes in it cannot be trained later
+        # inference mode costs less a call, but FSDP2's tensors made in it cannot be trained later
         sharded = any(hasattr(parameter, "device_mesh") for parameter in self.model.parameters())
         with torch.no_grad() if sharded else torch.inference_mode():
             while self.waiting or self.num:
@@ -157,32 +153,27 @@ class GroupDecoder:
 
     def _read(self, groups: list[int]) -> None:
         """Bring prompts into the cache."""
+        prompts, device = self.wanted.prompts, self.ids.device
         while groups:
-            now: list[int] = []
-            tokens = 0
-            while groups and (
-                not now or tokens + len(self.wanted.prompts[groups[0]]) <= READ_AT_ONCE
-            ):
-                now.append(groups.pop(0))
-                tokens += len(self.wanted.prompts[now[-1]])
-            prompts = [self.wanted.prompts[group] for group in now]
-            lengths = [len(prompt) for prompt in prompts]
-            free = range(len(self.groups), len(self.groups) + len(now))
+            ends = itertools.accumulate(len(prompts[group]) for group in groups)
+            count = max(1, sum(end <= READ_AT_ONCE for end in ends))
+            now, groups = groups[:count], groups[count:]
+            lengths = [len(prompts[group]) for group in now]
+            free = range(len(self.groups), len(self.groups) + count)
             attend = self.cache.reading(free, lengths)
             self.groups += now
+            ids = torch.cat([prompts[group] for group in now])
             positions = torch.cat([torch.arange(length) for length in lengths])
-            ends = torch.tensor(lengths).cumsum(0) - 1
-            device = self.ids.device
-            logits = self._call(torch.cat(prompts), positions.to(device), attend, ends.to(device))
+            last = torch.tensor(lengths).cumsum(0) - 1
+            logits = self._call(ids, positions.to(device), attend, last.to(device))
             self.first_logits.update(zip(now, logits, strict=True))
             self._check_layers()
 
     def _check_layers(self) -> None:
         """What was attended must be what the config promises: all layers, each with its window."""
         config = unwrapped(self.model).config
-        kinds = getattr(config, "layer_types", None)
         windowed = [getattr(config, "sliding_window", None) is not None] * config.num_hidden_layers
-        if kinds:
+        if kinds := getattr(config, "layer_types", None):
             windowed = [kind == "sliding_attention" for kind in kinds]
         found = self.cache.windows
         if [found.get(layer) is not None for layer in range(len(windowed))] != windowed:
@@ -197,16 +188,15 @@ class GroupDecoder:
             self.layout = self._arrange()
         first, last = min(self.admitted), max(self.admitted)
         longest = self.step - first
-        if self.graphs is None:
-            return self._compute(self.layout, longest, equal=first == last)
-        try:
-            logits = self.graphs.play(self.layout, rounded(longest, self.cache.length))
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            log.warning("decode steps are computed one by one, recording failed: %s", reason)
-            self.graphs, self.layout = None, self._arrange()
-            return self._compute(self.layout, longest, equal=first == last)
-        return logits[: self.num]
+        if self.graphs is not None:
+            length = rounded(longest, self.cache.length)
+            try:
+                return self.graphs.play(self.layout, length)[: self.num]
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                log.warning("decode steps are computed one by one, recording failed: %s", reason)
+                self.graphs, self.layout = None, self._arrange()
+        return self._compute(self.layout, longest, equal=first == last)
 
     def _compute(self, layout: Layout, longest: int, equal: bool = False) -> Tensor:
         """Logits of one step; reads nothing but the layout and tensors that stay where they are."""
@@ -220,15 +210,14 @@ class GroupDecoder:
         return self._call(self.tokens[:computed], positions, attend, 0)[:count]
 
     def _call(self, ids: Tensor, positions: Tensor, attend: Any, keep: Tensor | int) -> Tensor:
-        output = self.model(
+        return self.model(
             input_ids=ids[None],
             position_ids=positions[None],
             attention_mask=self.mask,
             use_cache=False,
             logits_to_keep=keep,
             attend=attend,
-        )
-        return output.logits[0]
+        ).logits[0]
 
     def _draw(self, start: int, logits: Tensor) -> list[int]:
         """Draw and keep a token of each slot from ``start`` on; return the slots that ended."""
@@ -240,12 +229,11 @@ class GroupDecoder:
         self.tokens[start : self.num] = token
         place += 1
         self.lengths[start : self.num] += 1
-        limit = self.ids.shape[1] - 1
-        eos, first = self.wanted.eos_ids, self.step - limit  # rows that came in then are full
+        full = self.step - (self.ids.shape[1] - 1)  # rows that came in at this step have T tokens
         return [
             slot
             for slot, newest in enumerate(token.tolist(), start)
-            if newest in eos or self.admitted[slot] == first
+            if newest in self.wanted.eos_ids or self.admitted[slot] == full
         ]
 
     def _drop(self, ended: list[int]) -> None:
@@ -292,17 +280,10 @@ class GroupDecoder:
             members += [[] for _ in range(more)]
             lengths += [1] * (rounded(self.num, self.slots) - self.num)
         source = [slot for slots in members for slot in slots + [0] * (places - len(slots))]
-        cell = [0] * len(lengths)  # rows that are added read what is there
+        cell = [0] * len(lengths)  # rows that rounding adds read the first cell
         for group, slots in enumerate(members):
             for place, slot in enumerate(slots):
                 cell[slot] = group * places + place
-        new = self.ids.new_tensor
-        return Layout(
-            len(members),
-            places,
-            source=new(source),
-            cell=new(cell),
-            prompt_lengths=new(lengths)[:, None],
-            longest=longest,
-            padded=self.graphs is not None or min(lengths) < longest,
-        )
+        new, padded = self.ids.new_tensor, self.graphs is not None or min(lengths) < longest
+        prompt_lengths = new(lengths)[:, None]
+        return Layout(len(members), places, new(source), new(cell), prompt_lengths, longest, padded)

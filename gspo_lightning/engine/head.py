@@ -2,11 +2,8 @@
 
 Decides how a model's output embedding is had apart from the rest of its forward, and computes its
 logits a chunk at a time, again in the backward pass. What a model does to its logits afterwards
-(caps, scales) is not written here once more: the model's own forward does it, on our logits. Leaves
-out which positions are wanted.
+(caps, scales) is not written here once more: the model's own forward does it, on our logits.
 """
-
-from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
@@ -87,11 +84,12 @@ class Head:
         if len(states) != 1 or not outputs or states[0].shape[:2] != self.ids.shape:
             return False
         self.decoded = copy.copy(outputs[0])
-        # what is made of these states and not of the embedding's logits comes out wrong, and shows
+        # zeros: logits that come from the decoder's states past the embedding come out wrong and
+        # are seen below
         self.decoded.last_hidden_state = torch.zeros_like(outputs[0].last_hidden_state)
         raw = self.embedding(states[0][0])
         finished = self._own_finish(raw.clone())
-        # nearly equal numbers may become equal by chance, the same memory does not
+        # equal numbers may be rounding's chance: `finish` is left out only if it returns its input
         same = finished.dtype == raw.dtype and torch.equal(finished, raw)
         if same and self._own_finish(raw).data_ptr() == raw.data_ptr():
             self.finish = None
@@ -101,21 +99,15 @@ class Head:
 
 
 def find_head(base: Any, ids: Tensor) -> Head | str:
-    """The head of a model, found once and kept with it, or why there is none.
-
-    Args:
-        base: A causal language model, out of its wrappers.
-        ids: Tokens to try it on, (1, n).
-    """
+    """The :class:`Head` of a model, found once and kept with it, or why there is none."""
     found = base.__dict__.get("_gspo_head")
     embedding = getattr(base, "get_output_embeddings", lambda: None)()
     if found is None or (isinstance(found, Head) and found.embedding is not embedding):
-        found = base.__dict__["_gspo_head"] = _find(base, ids)
+        found = base.__dict__["_gspo_head"] = _find(base, embedding, ids)
     return found
 
 
-def _find(base: Any, ids: Tensor) -> Head | str:
-    embedding = getattr(base, "get_output_embeddings", lambda: None)()
+def _find(base: Any, embedding: Any, ids: Tensor) -> Head | str:
     decoder = getattr(base, "get_decoder", lambda: None)()
     if embedding is None or decoder is None or decoder is base:
         return "it has no output embedding of its own"
@@ -125,7 +117,7 @@ def _find(base: Any, ids: Tensor) -> Head | str:
             works = head.works()
         return head if works else "its logits come from more than its output embedding"
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        if "memory" in str(error):  # of a full device, not of this model
+        if "memory" in str(error):  # the device is full, which says nothing about the model
             raise
         return f"its output embedding cannot be had apart ({error})"
 
@@ -171,9 +163,8 @@ def token_logprobs(
     size = chunk_size or (here if states.device.type == "cpu" else CHUNK_ELSEWHERE)
     if head is not None and is_plain(head.embedding):
         weight, bias = head.embedding.weight, head.embedding.bias
-        logprobs, entropy = LinearLogprobs.apply(
-            states, weight, bias, ids, head.finish, temperature, with_entropy, size
-        )
+        options = head.finish, temperature, with_entropy, size
+        logprobs, entropy = LinearLogprobs.apply(states, weight, bias, ids, *options)
         return logprobs, entropy if with_entropy else None
 
     def piece(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -183,11 +174,11 @@ def token_logprobs(
         chosen = distribution.gather(-1, ids[:, None]).squeeze(-1)
         return chosen, -(distribution.exp() * distribution).sum(-1) if with_entropy else None
 
-    # split, not slices: the gradients of all chunks meet in one concatenation
-    pieces = zip(states.split(size), ids.split(size), strict=True)
-    # recomputed in backward, so that no float32 logits are kept
+    # split, not slices: the gradients of all chunks meet in one concatenation. Checkpointed: pieces
+    # are computed again in backward, so that no float32 logits are kept.
     results = [
-        checkpoint(piece, *both, use_reentrant=False, preserve_rng_state=False) for both in pieces
+        checkpoint(piece, *both, use_reentrant=False, preserve_rng_state=False)
+        for both in zip(states.split(size), ids.split(size), strict=True)
     ]
     chosen, entropies = zip(*results, strict=True)
     return torch.cat(chosen), torch.cat(entropies) if with_entropy else None

@@ -1,10 +1,7 @@
 """Log-probs and entropy straight from hidden states, a chunk of tokens at a time.
 
-Decides what is kept for the backward pass: two numbers a token, and no logits. Leaves out how
-hidden states and the output embedding's matrix are come by (``head``).
+Decides what is kept for the backward pass: the hidden states and two numbers a token, no logits.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -25,11 +22,10 @@ def is_plain(embedding: Any) -> bool:
 
 
 class LinearLogprobs(torch.autograd.Function):
-    """Matrix product, log-softmax and choice in one, a chunk of tokens at a time.
+    """Matrix product, log-softmax and choice in one.
 
-    Kept for backward are the hidden states and two numbers a token, not the logits. The gradient of
-    a log-prob by the logits is (chosen - p) / temperature, that of an entropy H is
-    -p (log p + H) / temperature. The weight's is added up in one buffer.
+    The gradient of a log-prob by the logits is (chosen - p) / temperature, that of an entropy H is
+    -p (log p + H) / temperature. The weight's gradient is added up in one buffer.
     """
 
     @staticmethod
@@ -62,7 +58,7 @@ class LinearLogprobs(torch.autograd.Function):
                 total[part] = e.sum(-1)
                 log_total = total[part].log()
                 logprobs[part] = chosen - log_total
-                if with_entropy:  # 0 * -inf would be NaN
+                if with_entropy:  # clamped: 0 * -inf would be NaN
                     mean = torch.einsum("nv,nv->n", e, x.clamp_(min=torch.finfo(exact).min))
                     entropy[part] = log_total - mean / total[part]
         ctx.save_for_backward(hidden, weight, bias, ids, top, total, entropy)
@@ -78,7 +74,7 @@ class LinearLogprobs(torch.autograd.Function):
         device, exact = hidden.device.type, top.dtype
         grad = torch.zeros_like(top) if grad is None else grad
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
-        # the sum over chunks in float32 at least, as a single product would have it
+        # sums over chunks are float32 at least, as within a single product
         grad_weight = torch.zeros_like(weight, dtype=exact) if needs[1] else None
         grad_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and needs[2] else None
         with torch.autocast(device, enabled=False):
@@ -144,7 +140,7 @@ class _Chunk:
             self.buffer = self.weight.new_empty(size, len(weight))
 
     def __call__(self, h: Tensor, for_backward: bool = False) -> Tensor:
-        self.raw = self.logits = None  # the last chunk's, before there are new ones
+        self.raw = self.logits = None  # frees the last chunk's memory before the next takes more
         if self.buffer is not None:
             x = torch.mm(h, self.weight.t(), out=self.buffer[: len(h)])
             x = x if self.bias is None else x.add_(self.bias)
@@ -155,8 +151,7 @@ class _Chunk:
                     logits = self.finish(raw.requires_grad_(for_backward))
             x = logits.detach().to(self.exact)
             if self.finish is not None and x.data_ptr() == logits.data_ptr():
-                # it may be needed for its own gradient
-                x = x.clone()
+                x = x.clone()  # the gradient of `finish` may need its own result unchanged
             if for_backward and self.finish is not None:
                 self.raw, self.logits = raw, logits
         return x if self.temperature == 1 else x.div_(self.temperature)

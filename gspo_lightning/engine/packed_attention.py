@@ -1,11 +1,8 @@
 """Attention within a row of packed sequences.
 
 Decides what each token attends to: its own sequence and, for a completion, the prompt in front of
-its group. Sequences of similar length are padded to one another here, and only here. Leaves out the
-order of the row (``packing``) and whether a model's attention can be had (``attention``).
+its group. Sequences of similar length are padded to one another here, and only here.
 """
-
-from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
@@ -71,10 +68,8 @@ class PackedAttention:
         slots, fill, starts = [], [], []
         offset = 0
         for members in _similar(self.sequences):
-            longest, first = members[0].length, members[0]
-            self.blocks.append(
-                Block(len(members), longest, first.prompt_start, first.prompt_length)
-            )
+            longest = members[0].length
+            self.blocks.append(Block(len(members), *members[0][1:]))
             for sequence in members:
                 columns = torch.arange(longest)
                 real = columns < sequence.length
@@ -86,14 +81,11 @@ class PackedAttention:
         self.filling = torch.cat(fill).nonzero()[:, 0].to(self.device)  # slots of padding
         home = [torch.arange(length) + at for _, length, at in sorted(starts)]
         self.home = torch.cat(home).to(self.device)  # the slot of each token
-        # where the row is cut so that each prompt is a piece of its own
-        prompts = sorted(
-            {(b.prompt_start, b.prompt_length) for b in self.blocks if b.prompt_length}
-        )
-        self.cuts: list[int] = []
-        self.pieces: dict[int, int] = {}
+        self.cuts: list[int] = []  # of the row, so that each prompt is a piece of its own
+        self.pieces: dict[int, int] = {}  # the piece of a prompt, by its start
         at = 0
-        for start, length in prompts:
+        prompts = {(b.prompt_start, b.prompt_length) for b in self.blocks if b.prompt_length}
+        for start, length in sorted(prompts):
             self.pieces[start] = len(self.cuts) + 1
             self.cuts += [start - at, length]
             at = start + length
@@ -102,13 +94,12 @@ class PackedAttention:
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any
     ) -> Tensor:
-        """Attend; see ``attention.Attend``."""
+        """Attend in one layer: (1, heads, N, head size) to (1, N, heads, head size)."""
         if options.get("position_bias") is not None:
             raise ValueError("a position bias cannot be packed")
-        scale = options.get("scaling")
-        window = sliding_window(module, options)
-        softcap, sinks = options.get("softcap"), options.get("s_aux")
-        if softcap is None and sinks is None and _has_varlen(query):
+        scale, window = options.get("scaling"), sliding_window(module, options)
+        plain = options.get("softcap") is None and options.get("s_aux") is None
+        if plain and _has_varlen(query):
             return self._varlen(query, key, value, scale, window)
 
         queries = self._blocks(query)
@@ -121,19 +112,18 @@ class PackedAttention:
                 piece, shape = self.pieces[block.prompt_start], (block.num, -1, -1, -1)
                 k = torch.cat([prompt_keys[piece].expand(shape), k], 2)
                 v = torch.cat([prompt_values[piece].expand(shape), v], 2)
-            mask = self._mask(i, window, q.dtype, softcap is not None or sinks is not None)
-            if softcap is None and sinks is None:
+            mask = self._mask(i, window, q.dtype, not plain)
+            if plain:
                 grouped = q.shape[1] != k.shape[1]
                 if grouped and q.is_cuda:  # its fast kernels take no mask beside grouped heads
-                    repeats = q.shape[1] // k.shape[1]
-                    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+                    k, v = _for_each_head(q, k, v)
                     grouped = False
                 output = scaled_dot_product_attention(
                     q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
                 )
             else:
                 assert mask is not None
-                output = attend_explicitly(q, k, v, mask, scale, softcap, sinks)
+                output = attend_explicitly(q, k, v, mask, options)
             outputs.append(output.transpose(1, 2).flatten(0, 1))
         together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return _Move.apply(together, self.home, self.slots, self.filling).unsqueeze(0)
@@ -188,12 +178,10 @@ class PackedAttention:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         k, v = k[index_k], v[index_k]
         if q.shape[1] != k.shape[1]:
-            repeats = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+            k, v = _for_each_head(q, k, v)
         left = -1 if window is None else window - 1
-        output: Any = varlen_attn(
-            q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(left, 0)
-        )
+        lengths = cu_q, cu_k, max_q, max_k
+        output: Any = varlen_attn(q, k, v, *lengths, scale=scale, window_size=(left, 0))
         return output.unsqueeze(0)
 
 
@@ -225,13 +213,7 @@ def sliding_window(module: Any, options: dict[str, Any]) -> int | None:
 
 
 def attend_explicitly(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scale: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: dict[str, Any]
 ) -> Tensor:
     """Attention written out, for scores that are capped or share their weight with a sink.
 
@@ -239,15 +221,15 @@ def attend_explicitly(
         query: (n, heads, Q, d).
         key: (n, key-value heads, K, d); ``value`` likewise.
         mask: Added to the scores, (Q, K).
-        scale: Multiplies the scores; ``None`` is d ** -0.5.
-        softcap: Scores become softcap * tanh(score / softcap).
-        sinks: One more score for each head, which takes weight and adds nothing, (heads,).
+        options: ``scaling`` multiplies the scores, else d ** -0.5; where the model has them:
+            ``softcap``, scores become softcap * tanh(score / softcap); ``s_aux``, one more score
+            for each head, which takes weight and adds nothing, (heads,).
 
     Returns:
         (n, heads, Q, d).
     """
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scale, softcap, sinks = (options.get(name) for name in ("scaling", "softcap", "s_aux"))
+    key, value = _for_each_head(query, key, value)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -260,6 +242,12 @@ def attend_explicitly(
     if sinks is not None:
         weights = weights[..., :-1]
     return weights.to(value.dtype) @ value
+
+
+def _for_each_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeat keys and values for the query heads that share them; heads are axis 1."""
+    repeats = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
 
 
 class _Move(torch.autograd.Function):

@@ -1,10 +1,7 @@
 """Tokens of many sequences in one row without padding, a prompt before all its completions.
 
 Decides the order of that row. Every linear layer then sees real tokens only, and a prompt once.
-Leaves out the model, and what a token attends to (``packed_attention``).
 """
-
-from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -22,7 +19,7 @@ class Row(NamedTuple):
         position_ids: Position of each token in its own text, (1, N).
         source: Where in the row the completion tokens that count are predicted, (n,).
         target: Where these tokens are in a flattened (B, T), (n,).
-        attend: The attention of every layer, an ``attention.Attend``.
+        attend: The attention of every layer.
     """
 
     ids: Tensor
@@ -50,31 +47,28 @@ def pack(
     device = prompt_ids.device
     width, length = prompt_ids.shape[1], completion_ids.shape[1]
     same = (prompt_ids[1:] == prompt_ids[:-1]).all(1) & (prompt_mask[1:] == prompt_mask[:-1]).all(1)
-    facts = torch.stack(  # to the CPU in one piece
-        [prompt_mask.sum(1), context.sum(1), nn.functional.pad(same.long(), (1, 0))]
-    ).tolist()
+    facts = [prompt_mask.sum(1), context.sum(1), nn.functional.pad(same.long(), (1, 0))]
+    prompt_lengths, counts, continues = torch.stack(facts).tolist()  # one wait for a GPU, not three
     groups: list[list[int]] = []
-    for row, continues in enumerate(facts[2]):
-        if continues:
+    for row in range(len(counts)):
+        if continues[row]:
             groups[-1].append(row)
         else:
             groups.append([row])
-    groups = [group for group in groups if any(facts[1][row] for row in group)] or groups[:1]
+    groups = [group for group in groups if any(counts[row] for row in group)] or groups[:1]
 
     columns = width + length
     tokens, positions, source, target = [], [], [], []
     sequences: list[Sequence] = []
     end = 0
     for group in groups:
-        first, prompt_length = end, facts[0][group[0]]
+        first, prompt_length = end, prompt_lengths[group[0]]
         tokens.append(torch.arange(width - prompt_length, width) + group[0] * columns)
         positions.append(torch.arange(prompt_length))
         end += prompt_length
         bodies = []
         for row in group:
-            count = facts[1][row]
-            offsets = torch.arange(count)
-            forwarded = max(count - 1, 0)
+            offsets, forwarded = torch.arange(counts[row]), max(counts[row] - 1, 0)
             tokens.append(offsets[:forwarded] + (row * columns + width))
             positions.append(offsets[:forwarded] + prompt_length)
             target.append(offsets + row * length)
@@ -89,12 +83,12 @@ def pack(
             sequences += [Sequence(first, prompt_length), *bodies]
     row_of = torch.cat(tokens).to(device)
     wanted = torch.cat(target).to(device)
-    counts = keep.flatten()[wanted]
+    kept = keep.flatten()[wanted]
     return Row(
         ids=torch.cat([prompt_ids, completion_ids], 1).flatten()[row_of][None],
         position_ids=torch.cat(positions).to(device)[None],
-        source=torch.cat(source).to(device)[counts],
-        target=wanted[counts],
+        source=torch.cat(source).to(device)[kept],
+        target=wanted[kept],
         attend=PackedAttention(sequences, end, device),
     )
 
@@ -108,7 +102,7 @@ def rows_of(row: Row, length: int) -> Tensor:
         row: From :func:`pack`, with every token of the texts wanted.
         length: T, the columns of its completions.
     """
-    # a token belongs to the first one of its text, from it on, that a token is predicted from
+    # a token belongs to the row that is predicted from it, or else from the nearest one behind it
     order = row.source.argsort(stable=True)
     source, owners = row.source[order], row.target[order] // length
     return owners[torch.searchsorted(source, torch.arange(row.ids.shape[1], device=source.device))]

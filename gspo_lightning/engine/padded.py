@@ -1,7 +1,7 @@
 """Run a causal language model on padded rows, a group's prompt in a cache that its rows share.
 
 The way for models whose attention cannot be had from outside, so that tokens cannot be packed.
-Decides what is cut off and what is computed once. Leaves out what the states are used for.
+Decides what is cut off and what is computed once.
 """
 
 import inspect

@@ -1,10 +1,8 @@
 """Decode with a model's own key-value cache: for models that ``GroupDecoder`` cannot read.
 
 Decides how rows share a batch that is padded on the left, and when finished ones leave it. Works
-for every model that fills a cache, recurrent layers included. Leaves out how a token is drawn.
+for every model that fills a cache, recurrent layers included.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -48,9 +46,9 @@ def decode_plainly(
     prompt_mask = prompt_mask[first:last]
     start = int(prompt_mask.int().argmax(1).min())  # padding that all these prompts share
     prompt_mask = prompt_mask[:, start:]
-    positions = {"position_ids": (prompt_mask.cumsum(1) - 1).clamp(min=0)}
-    if "position_ids" not in forward_arguments(model):
-        positions = {}
+    positions = {}
+    if "position_ids" in forward_arguments(model):
+        positions = {"position_ids": (prompt_mask.cumsum(1) - 1).clamp(min=0)}
     output = model(
         input_ids=prompt_ids[first:last, start:],
         attention_mask=prompt_mask.long(),

@@ -3,12 +3,8 @@
 torch multiplies with MKL, which uses the wide registers of AVX-512 on CPUs of its own maker alone.
 oneDNN, also a part of torch, uses them everywhere and is about twice as fast there. Decides when it
 multiplies: a matter of the machine, the dtype and the sizes, never of a clock, so that a run that
-is continued computes what it would have computed. Leaves out every other operation. Three files
-know of it: ``policy`` makes models ready, ``sampling`` decodes within :func:`ordered_weights`, and
-``linear_logprobs`` multiplies by the output embedding.
+is continued computes what it would have computed.
 """
-
-from __future__ import annotations
 
 import logging
 import os
@@ -44,11 +40,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear``."""
-        if self.ordered is not None and _pays(input, self.weight, FEW_ROWS_ORDERED):
-            rows = input.flatten(0, -2)
-            found = _product(rows, self.weight, self.bias, self.ordered)
-            return found.view(*input.shape[:-1], -1)
-        return linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias, self.ordered)
 
 
 def speed_up(model: nn.Module) -> None:
@@ -83,22 +75,26 @@ def ordered_weights(model: nn.Module) -> Iterator[Callable[[int], int]]:
             layer.ordered = None
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``input @ weight.T + bias``, with gradients where they are on.
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, ordered: Tensor | None = None
+) -> Tensor:
+    """``input @ weight.T + bias``, with gradients where they are on and ``ordered`` is not given.
 
     Args:
         input: (..., D).
         weight: (V, D).
         bias: (V,).
+        ordered: The weight in oneDNN's order.
 
     Returns:
         (..., V).
     """
-    if not _pays(input, weight, FEW_ROWS):
+    if not _pays(input, weight, FEW_ROWS if ordered is None else FEW_ROWS_ORDERED):
         return nn.functional.linear(input, weight, bias)
     rows = input.flatten(0, -2)
-    apply = _Linear.apply if torch.is_grad_enabled() else _product
-    return apply(rows, weight, bias).view(*input.shape[:-1], -1)
+    if ordered is None and torch.is_grad_enabled():
+        return _Linear.apply(rows, weight, bias).view(*input.shape[:-1], -1)
+    return _product(rows, weight, bias, ordered).view(*input.shape[:-1], -1)
 
 
 def uses_onednn(weight: Tensor) -> bool:
@@ -123,10 +119,11 @@ def onednn_is_faster() -> bool:
         return False
     if "GenuineIntel" in cpu_vendor():
         return False
-    # of itself each keeps 1024, which grows for hours; making one anew costs a fifth of a ms
+    # by default each library keeps 1024 shapes, so memory would grow for hours; making one anew
+    # costs a fifth of a ms
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT))
     os.environ.setdefault("LRU_CACHE_CAPACITY", str(KEPT))
-    # no random numbers: they would be missing in the run's own
+    # fixed numbers: drawing random ones would shift the run's own
     x = torch.linspace(-1, 2, 45, device="cpu").view(9, 5)
     weight = torch.linspace(-1, 3, 15, device="cpu").view(3, 5)
     bias = torch.linspace(-1, 1, 3, device="cpu")
@@ -182,7 +179,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows, weight)
         found = _product(rows, weight, bias)
-        return found if found._base is None else found.clone()  # whoever gets it may write into it
+        return found if found._base is None else found.clone()  # not a view: callers write into it
 
     @staticmethod
     @once_differentiable
@@ -213,7 +210,7 @@ def _product(
     ordered = weight if ordered is None else ordered
     if first == count:
         found = _onednn(rows, ordered, bias)
-    elif count < 64:  # a row more costs nothing
+    elif count < 64:  # so few rows cost no more when padded
         more = nn.functional.pad(rows, (0, 0, 0, filled(count) - count))
         found = _onednn(more, ordered, bias)[:count]
     else:
@@ -233,5 +230,5 @@ def _pays(input: Tensor, weight: Tensor, rows: int) -> bool:
         and input.numel() >= rows * input.shape[-1]
         and uses_onednn(weight)
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()  # which chooses for itself
+        and not torch.compiler.is_compiling()  # a compiler chooses for itself
     )

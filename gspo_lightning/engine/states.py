@@ -44,93 +44,53 @@ def predicting_states(
     *,
     group_size: int = 1,
     packed: bool = True,
+    with_head: bool = True,
 ) -> States:
     """Run the model, without its output embedding if that can be had apart.
 
-    Arguments and errors are those of :func:`gspo_lightning.logprobs.completion_logprobs`.
+    Other arguments and errors are those of :func:`gspo_lightning.logprobs.completion_logprobs`.
+
+    Args:
+        with_head: False for layers without an output embedding, ``model(...)`` then returns
+            ``.last_hidden_state``.
 
     Returns:
         One state for each wanted token. With no wanted token at all ``target`` is empty and
         ``states`` has one row, which keeps the graph.
     """
-    _check_batch(prompt_mask, mask, group_size)
-    context = _context(mask)
-    head = _head(model, prompt_ids.device)
-    catching: Any = nullcontext([]) if head is None else head.caught()
-    packed = packed and _can_pack(model, prompt_ids.device)
-    batch = prompt_ids, prompt_mask, completion_ids, context, mask
-    with catching as caught:
-        output, source, target, columns = _run(model, *batch, group_size, packed)
-    states = caught[-1] if head is not None else output.logits
-    states = states[:, -columns:].flatten(0, 1)
-    if len(target) == 0:
-        source = source.new_zeros(1)
-    return States(states[source], target, head)
-
-
-def layer_states(
-    layers: nn.Module,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    completion_ids: Tensor,
-    mask: Tensor,
-    *,
-    group_size: int = 1,
-) -> States:
-    """Run layers without an output embedding, ``layers(...)`` returns ``.last_hidden_state``.
-
-    Arguments and errors are otherwise those of :func:`gspo_lightning.logprobs.completion_logprobs`.
-
-    Returns:
-        As :func:`predicting_states`.
-    """
-    _check_batch(prompt_mask, mask, group_size)
-    context = _context(mask)
-    packed = _can_pack(layers, prompt_ids.device)
-    batch = prompt_ids, prompt_mask, completion_ids, context, mask
-    output, source, target, columns = _run(layers, *batch, group_size, packed)
-    states = output.last_hidden_state[:, -columns:].flatten(0, 1)
-    return States(states[source if len(target) else source.new_zeros(1)], target, None)
-
-
-def _check_batch(prompt_mask: Tensor, mask: Tensor, group_size: int) -> None:
     if group_size < 1 or len(mask) % group_size:
         raise ValueError(f"group_size must divide the {len(mask)} rows, got {group_size}")
     if not prompt_mask[:, -1].all():
         raise ValueError("prompt_mask must end in True in every row: prompts are left-padded")
-
-
-def _context(mask: Tensor) -> Tensor:
     # a token before a wanted one is context even if it does not count itself
-    return mask.flip(1).cumsum(1).flip(1) > 0
-
-
-def _run(
-    model: nn.Module,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    completion_ids: Tensor,
-    context: Tensor,
-    keep: Tensor,
-    group_size: int,
-    packed: bool,
-) -> tuple[Any, Tensor, Tensor, int]:
-    """What ``run_padded`` returns, or the same of a packed row."""
+    context = mask.flip(1).cumsum(1).flip(1) > 0
+    head = _head(model, prompt_ids.device) if with_head else None
+    packed = packed and _can_pack(model, prompt_ids.device)
     # any id may stand in the padding, also one without an embedding
     completion_ids = torch.where(context, completion_ids, 0)
     prompt_ids = torch.where(prompt_mask, prompt_ids, 0)
-    batch = prompt_ids, prompt_mask, completion_ids, context, keep
-    if not packed:
-        return run_padded(model, *batch, group_size)
-    row = pack(*batch)
-    return run_packed(model, row), row.source, row.target, row.ids.shape[1]
+    batch = prompt_ids, prompt_mask, completion_ids, context, mask
+    catching: Any = nullcontext([]) if head is None else head.caught()
+    with catching as caught:
+        if packed:
+            row = pack(*batch)
+            output = run_packed(model, row)
+            source, target, columns = row.source, row.target, row.ids.shape[1]
+        else:
+            output, source, target, columns = run_padded(model, *batch, group_size)
+    if head is not None:
+        states = caught[-1]
+    else:
+        states = output.logits if with_head else output.last_hidden_state
+    states = states[:, -columns:].flatten(0, 1)
+    return States(states[source if len(target) else source.new_zeros(1)], target, head)
 
 
 def run_packed(model: nn.Module, row: Row, **options: Any) -> Any:
     """Run a model on a packed row; it must have an open attention."""
     return model(
         input_ids=row.ids,
-        # of four dimensions: passed on as it is, so that no mask is made, and unused
+        # of four dimensions: the model passes such a mask on unread and makes none of its own
         attention_mask=row.ids.new_ones(1, 1, 1, 1),
         position_ids=row.position_ids,
         use_cache=False,
@@ -158,10 +118,10 @@ def _can_pack(model: Any, device: torch.device) -> bool:
     """Whether a model can be run on packed rows; where it cannot, that is said once."""
     base = unwrapped(model)
     config = getattr(base, "config", None)
-    name = str(getattr(config, "_attn_implementation", None))
-    kinds = set(getattr(config, "layer_types", None) or ())
     if config is None:
         return False
+    name = str(getattr(config, "_attn_implementation", None))
+    kinds = set(getattr(config, "layer_types", None) or ())
     if not name.startswith(PREFIX):
         reason = f"its attention ({name}) takes none of ours"
     elif not kinds <= LAYERS:
@@ -178,7 +138,7 @@ def _can_pack(model: Any, device: torch.device) -> bool:
 
 @torch.no_grad()
 def _packs(model: Any, base: Any, device: torch.device) -> bool | str:
-    """Run three short texts packed and one by one: True if that gives the same, else why not."""
+    """Run three short texts packed and one by one: True if both give the same, else why not."""
     ids = _probe_ids(base, 3, sum(PROBE)).to(device)
     ids[1, : PROBE[0]] = ids[0, : PROBE[0]]  # two texts of one prompt, one of another
     ids[2, :2] = 0
@@ -194,7 +154,7 @@ def _packs(model: Any, base: Any, device: torch.device) -> bool | str:
                 for text in (ids[0], ids[1], ids[2, 2:])
             ]
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        if "memory" in str(error):  # of a full device, not of this model
+        if "memory" in str(error):  # the device is full, which says nothing about the model
             raise
         return f"it cannot be run on packed rows ({error})"
     expected = torch.cat([output.hidden_states[-1][0, -PROBE[1] - 1 : -1] for output in alone])

@@ -2,11 +2,8 @@
 
 Decides which shapes there are: all sizes of a step are rounded up, so that few differ, and what a
 recording reads lies in tensors that stay where they are. On a GPU a recording is a CUDA graph, one
-launch instead of hundreds. Leaves out what a step computes; rows that rounding adds compute
-something that nobody reads.
+launch instead of hundreds. Rows that rounding adds compute something that nobody reads.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gspo_lightning.engine.group_layout import Layout
+from gspo_lightning.engine.group_attention import Layout
 
 Play = Callable[[], Tensor]
 
@@ -78,7 +75,7 @@ class StepGraphs:
         key = (len(layout.prompt_lengths), *sizes, longest)
         if key not in self.recordings:
             fixed = layout.clone()
-            # as a new layout each time: what is computed once a layout belongs to the recording
+            # a new layout for each recording, which must contain what is computed once a layout
             self.recordings[key] = fixed, self.record(lambda: self.step(replace(fixed), longest))
         fixed, play = self.recordings[key]
         fixed.take(layout)

@@ -1,11 +1,8 @@
 """Passes of frozen models beside the policy's own, when they run on different devices.
 
-Decides what a pass in another thread takes along from the thread that starts it. Leaves out which
-passes there are and when they are joined (``module``). Threads do: the work is in kernels, which
-release the interpreter's lock.
+Decides what a pass in another thread takes along from the thread that starts it. Threads are
+enough: the work is in kernels, which release the interpreter's lock.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,9 +36,6 @@ class Passes(ThreadPoolExecutor):
 
         Args:
             apart: Whether the work is for another device than the one this thread keeps busy.
-            work: Called with the rest.
-            args: Its arguments.
-            kwargs: Its arguments by name.
 
         Returns:
             The result, or the error, once it is there. An error of work done here is raised now.

@@ -4,8 +4,6 @@ Plain objects, not modules, so that Lightning never moves, converts, wraps, list
 Only (B, T) log-probs and (B,) scores leave them. Decides what the device words mean.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,15 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from gspo_lightning.bounds import check_at_least
-from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.frozen.reward_model import RewardModel, freeze
 from gspo_lightning.logprobs import samples_logprobs
-from gspo_lightning.policy.folder import (
-    check_model_folder,
-    check_model_path,
-    load_weights,
-    reason,
-)
+from gspo_lightning.policy.folder import check_model_folder, check_model_path, reason
 from gspo_lightning.policy.lora import adapters_off
 from gspo_lightning.policy.policy import LoRAPolicy, Policy, PolicyConfig, fingerprint
 from gspo_lightning.rollout import Samples
@@ -92,8 +84,7 @@ class ReferencePolicy:
 
     def can_share(self, policy: PolicyConfig) -> bool:
         """Whether the policy with its adapters off, where it is, would be this very reference."""
-        same = self.path is None and self.dtype in (None, policy.dtype)
-        return same and policy.lora is not None
+        return policy.lora is not None and self.path is None and self.dtype in (None, policy.dtype)
 
     def share(self, policy: LoRAPolicy) -> None:
         """Take the policy's own weights, without a copy."""
@@ -109,19 +100,10 @@ class ReferencePolicy:
         Raises:
             ValueError: If the policy starts from random weights, which no folder holds.
         """
-        options = policy.options()
-        if self.path is None:
-            if policy.weights == "random":
-                raise ValueError("reference.path: a policy with random weights is in no folder")
-            options["revision"] = policy.revision
-        model = load_weights(
-            "policy.path" if self.path is None else "reference.path",
-            AutoModelForCausalLM,
-            self.path or policy.path,
-            dtype=getattr(torch, self.dtype or policy.dtype),
-            **options,
-        )
-        open_attention(model)
+        if self.path is None and policy.weights == "random":
+            raise ValueError("reference.path: a policy with random weights is in no folder")
+        key = "policy.path" if self.path is None else "reference.path"
+        model = policy.load(key, AutoModelForCausalLM, self.path, self.dtype)
         self.model = freeze(model, device)
         self.fingerprint = fingerprint(self.model)
 
@@ -146,11 +128,10 @@ class ReferencePolicy:
         """
         device = next(self.model.parameters()).device
         # Groups sorted by length: little padding. Whole ones, as their prompt is computed once.
-        size = samples.group_size
+        size, batch_size = samples.group_size, batch_size or self.batch_size
         lengths = (samples.prompt_mask.sum(1) + samples.mask.sum(1)).cpu()
         groups = lengths.view(-1, size).amax(1).argsort(stable=True)
         order = (groups[:, None] * size + torch.arange(size)).flatten()
-        batch_size = batch_size or self.batch_size
         whole = batch_size - batch_size % size
         parts = []
         with adapters_off(self.model) if self.shared else nullcontext():
@@ -179,8 +160,8 @@ class FrozenModels:
     ) -> None:
         self.reference = reference
         self.reward_models = reward_models
-        self.awaits_policy = False  # the reference is to be the policy with its adapters off
         self.device = device
+        self.awaits_policy = False  # the reference is to be the policy with its adapters off
         self.devices: dict[str, torch.device] = {}  # of the loaded models, by setting
         self.policy_device = torch.device("cpu")
 
@@ -193,16 +174,16 @@ class FrozenModels:
         """Load every model onto the device that its setting names.
 
         Args:
-            policy: The policy, for the reference.
             device: Where the policy is.
             with_reference: Evaluation needs none.
 
         Raises:
             ValueError: If a device is not there or a folder is broken, before any weight is read.
         """
+        reference = self.reference if with_reference else None
         places = {key: model.device for key, model in self.reward_models.items()}
-        if self.reference is not None and with_reference:
-            places["model.reference"] = self.reference.device
+        if reference is not None:
+            places["model.reference"] = reference.device
         devices = {
             key: resolve_device(f"{key}.device", word, device)
             if self.device is None
@@ -212,18 +193,18 @@ class FrozenModels:
         self.devices, self.policy_device = devices, device
         for key, model in self.reward_models.items():
             check_model_folder(f"{key}.path", model.path, model.trust_remote_code)
-        if self.reference is not None and self.reference.path is not None and with_reference:
-            check_model_folder("reference.path", self.reference.path, policy.trust_remote_code)
+        if reference is not None and reference.path is not None:
+            check_model_folder("reference.path", reference.path, policy.trust_remote_code)
         for key, model in self.reward_models.items():
             try:
                 model.load(devices[key])
             except (OSError, ValueError) as error:
                 raise ValueError(f"{key}: {reason(error)}") from error
-        if self.reference is not None and with_reference:
+        if reference is not None:
             place = devices["model.reference"]
-            self.awaits_policy = place == device and self.reference.can_share(policy)
+            self.awaits_policy = place == device and reference.can_share(policy)
             if not self.awaits_policy:
-                self.reference.load(policy, place)
+                reference.load(policy, place)
 
     def share(self, policy: Policy) -> None:
         """Let the reference use a policy's weights, if :meth:`load` has left that to it."""
@@ -232,10 +213,9 @@ class FrozenModels:
 
     def release(self) -> None:
         """Let all weights go."""
-        for model in self.reward_models.values():
-            model.release()
-        if self.reference is not None:
-            self.reference.release()
+        for model in (*self.reward_models.values(), self.reference):
+            if model is not None:
+                model.release()
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of the models that are loaded, by setting."""

@@ -1,17 +1,14 @@
 """The frozen reward model: a sequence classifier that scores prompt and completion.
 
-A plain object, not a module, so that Lightning never sees it; it is a reward function, and the
-``fn`` of a reward term. Decides how prompt and completion become one text and what happens to a
-text that is too long. Leaves out devices (``frozen``, which also gives the public name) and the
-training of reward models.
+A plain object, not a module, so that Lightning never sees it. Decides how prompt and completion
+become one text and what happens to a text that is too long.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gspo_lightning.bounds import check_at_least
@@ -72,8 +69,8 @@ class RewardModel:
     counts: dict[str, int] = field(default_factory=lambda: {"truncated": 0}, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        counts = {"batch_size": self.batch_size, "max_tokens": self.max_tokens}
-        check_at_least(1, "a reward model's ", **counts)
+        owner = "a reward model's "
+        check_at_least(1, owner, batch_size=self.batch_size, max_tokens=self.max_tokens)
 
     @property
     def column(self) -> str:
@@ -88,10 +85,7 @@ class RewardModel:
                 choose one, its tokenizer has no chat template where one is asked for, or
                 ``max_tokens`` is more than the model reads.
         """
-        source: dict[str, Any] = {
-            "revision": self.revision,
-            "trust_remote_code": self.trust_remote_code,
-        }
+        source: Any = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         self.tokenizer = AutoTokenizer.from_pretrained(self.path, padding_side="right", **source)
         if self.chat_template and getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError(
@@ -171,8 +165,8 @@ class RewardModel:
                 f"{found}"
             )
         if self.chat_template:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            messages = [*messages, {"role": "assistant", "content": completion}]
+            asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            messages = [*asked, {"role": "assistant", "content": completion}]
             text = self.tokenizer.apply_chat_template(messages, tokenize=False)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
@@ -191,10 +185,10 @@ class RewardModel:
         return ids[-limit:]
 
     def _score(self, encoded: list[list[int]]) -> list[float]:
-        length = max(map(len, encoded))
         pad_id = self.tokenizer.pad_token_id or 0
-        ids = torch.tensor([row + [pad_id] * (length - len(row)) for row in encoded])
-        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in encoded])
+        rows = [torch.tensor(text, dtype=torch.long) for text in encoded]
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         device = next(self.model.parameters()).device
         logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         return logits[:, self.label or 0].float().tolist()

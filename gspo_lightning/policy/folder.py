@@ -1,17 +1,13 @@
 """Model folders: looked at before anything is loaded, and loaded without surprises.
 
 Decides what a folder must hold and how a broken one is reported: with the setting, the file and the
-way out. Only headers are read for that, and nothing in a folder is run. Leaves out what is made of
-a model (`policy`, `classifier`, `reward_model`) and models on the hub, which transformers checks.
+way out. Only headers are read for that, and nothing in a folder is run. Models on the hub are left
+to transformers to check. ``key`` is always the setting that names the folder, for messages.
 """
-
-from __future__ import annotations
 
 import json
 import re
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -23,7 +19,8 @@ from transformers.utils import logging as transformers_logging
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
-# What transformers and its parts raise for a folder that cannot be loaded.
+AGAIN = "fetch or save the model again"
+# what transformers and the libraries below it raise for a folder that cannot be loaded
 BROKEN = (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, SafetensorError)
 
 
@@ -32,7 +29,7 @@ def check_model_path(key: str, path: str) -> None:
 
     Raises:
         ValueError: If ``path`` is a folder without ``config.json``, or looks like a folder and is
-            not there. ``key`` is the setting that the message names.
+            not there.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -54,7 +51,6 @@ def check_model_folder(key: str, path: str, trust_remote_code: bool, weights: bo
     """Look at a model folder without loading it.
 
     Args:
-        key: The setting that names the folder, for messages.
         path: The folder; a name on the hub is let pass.
         trust_remote_code: Whether Python code in the folder may be run.
         weights: Whether weights are needed.
@@ -84,14 +80,9 @@ def read_json(key: str, file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{key}: {file} is not JSON: {reason(error)}; fetch or save the model again"
-        ) from error
+        raise ValueError(f"{key}: {file} is not JSON: {reason(error)}; {AGAIN}") from error
     if not isinstance(found, dict):
-        raise ValueError(
-            f"{key}: {file} holds a {type(found).__name__}, not an object; fetch or save the model "
-            "again"
-        )
+        raise ValueError(f"{key}: {file} holds a {type(found).__name__}, not an object; {AGAIN}")
     return found
 
 
@@ -104,13 +95,12 @@ def weight_files(key: str, folder: Path) -> list[Path]:
         if index.is_file():
             shards = read_json(key, index).get("weight_map")
             if not isinstance(shards, dict) or not shards:
-                raise ValueError(f"{key}: {index} has no weight_map; fetch or save the model again")
+                raise ValueError(f"{key}: {index} has no weight_map; {AGAIN}")
             files = sorted({folder / str(shard) for shard in shards.values()})
             for file in files:
                 if not file.is_file():
-                    raise ValueError(
-                        f"{key}: {file}, which {index.name} names, is not there; fetch it"
-                    )
+                    named = f"{file}, which {index.name} names,"
+                    raise ValueError(f"{key}: {named} is not there; fetch it")
             return files
     raise ValueError(
         f"{key}: {folder} has no weights, neither {SAFE} nor {PICKLED}; save them there, or train "
@@ -123,12 +113,11 @@ def check_weights(key: str, file: Path) -> None:
     with file.open("rb") as stream:
         if stream.read(32).startswith(b"version https://git-lfs"):
             raise ValueError(f"{key}: {file} is a Git LFS pointer; fetch the file: git lfs pull")
-    size = file.stat().st_size
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):  # compares the header with the file's length
                 return
-        # the pickle alone: on "meta" no tensor is read
+        # reads the pickle alone: on "meta" no tensor is loaded
         torch.load(file, map_location="meta", mmap=zipfile.is_zipfile(file), weights_only=True)
     except UnpicklingError as error:
         raise ValueError(
@@ -137,17 +126,15 @@ def check_weights(key: str, file: Path) -> None:
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
         raise ValueError(
-            f"{key}: {file} ({size} bytes) is broken: {reason(error)}; fetch or save it again"
+            f"{key}: {file} ({file.stat().st_size} bytes) is broken: {reason(error)}; fetch or "
+            "save it again"
         ) from error
 
 
 def load_weights(key: str, auto: Any, path: str, new_head: bool = False, **options: Any) -> Any:
-    """``auto.from_pretrained``, which is to find every tensor of the model in its file.
-
-    Left to itself, transformers draws missing ones at random and goes on.
+    """``auto.from_pretrained`` that refuses missing tensors instead of drawing them at random.
 
     Args:
-        key: The setting that names the folder, for messages.
         auto: ``AutoModelForCausalLM`` or another of the auto classes.
         path: Folder or hub name.
         new_head: Tensors outside the model's body may be missing, and are then drawn at random.
@@ -156,15 +143,19 @@ def load_weights(key: str, auto: Any, path: str, new_head: bool = False, **optio
     Raises:
         ValueError: If the model cannot be loaded, naming key and path.
     """
+    level = transformers_logging.get_verbosity()
+    # hides a table of several lines about missing tensors, which are errors here
+    transformers_logging.set_verbosity_error()
     try:
-        with _without_load_report():
-            model, loading = auto.from_pretrained(
-                path, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
+        model, loading = auto.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     except (*BROKEN, UnpicklingError) as error:
         if "attn_implementation" in str(error):
             key = "policy.attention"
         raise ValueError(f"{key}: cannot load {path}: {reason(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(level)
     for name, found, wanted in sorted(loading["mismatched_keys"]):
         raise ValueError(
             f"{key}: {path} has {name} in the shape {tuple(found)}, its config.json says "
@@ -173,27 +164,13 @@ def load_weights(key: str, auto: Any, path: str, new_head: bool = False, **optio
     body = f"{model.base_model_prefix}." if new_head else ""
     missing = sorted(name for name in loading["missing_keys"] if name.startswith(body))
     if missing:
-        raise ValueError(
-            f"{key}: {path} has no weights for {missing[0]}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + "; fetch or save the model again"
-        )
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{key}: {path} has no weights for {missing[0]}{more}; {AGAIN}")
     return model
 
 
-@contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Hide a table of several lines: what matters in it is an error here."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-
-
 def reason(error: BaseException) -> str:
-    """The first line of a library's message; the rest of these messages is advice for others."""
+    """The first line of a library's message; later lines advise callers of that library."""
     if "trust_remote_code=True" in str(error):  # its advice is an argument that nobody here passes
         return "it comes with Python code of its own; policy.trust_remote_code: true would run it"
     lines = str(error).strip().splitlines()

@@ -1,11 +1,8 @@
 """LoRA: small matrices beside frozen weights, through peft.
 
 Decides which weights get adapters, what a merged export holds and how the adapters are switched
-off. Leaves out loading (``policy``) and who is allowed to borrow the weights (``frozen``). peft is
-imported only where a policy has adapters: it is an extra.
+off. peft is imported only where a policy has adapters: it is an extra.
 """
-
-from __future__ import annotations
 
 import importlib.util
 import warnings
@@ -64,11 +61,7 @@ class LoRAConfig:
 
 
 def add_adapters(model: Any, config: LoRAConfig) -> Any:
-    """Freeze a model and put adapters beside its layers.
-
-    Args:
-        model: A transformers model; its layers are replaced in place.
-        config: Which layers, and how large.
+    """Freeze a transformers model and put adapters beside its layers, which are replaced in place.
 
     Returns:
         The peft model around it. Its trainable parameters are the adapters.
@@ -104,11 +97,7 @@ def add_adapters(model: Any, config: LoRAConfig) -> Any:
 
 
 def chosen_layers(model: Any, wanted: list[str] | str) -> list[str]:
-    """The full names of the layers that get adapters.
-
-    Args:
-        model: A transformers model.
-        wanted: Last parts of names, or ``all-linear``.
+    """The full names of the layers that get adapters, from last parts of names or ``all-linear``.
 
     Raises:
         ValueError: If a name fits no layer, or one whose weight is another layer's, too.
@@ -144,20 +133,13 @@ def chosen_layers(model: Any, wanted: list[str] | str) -> list[str]:
             )
         tied = head is not None and embedding.weight is head.weight
         if tied and any(layers[name] in (embedding, head) for name in fitting):
-            # merged, adapters on the one would act on the other
+            # merged into one of two tied layers, adapters would act on the other, too
             raise ValueError(
                 f"policy.lora.target_modules: {short} shares its weight with another layer (tied "
                 "embeddings), so adapters cannot be merged into it; leave it out"
             )
         chosen += fitting
     return chosen
-
-
-def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """The layers with adapters, by name."""
-    from peft.tuners.lora import LoraLayer
-
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
 
 
 def adapters_off(model: Any) -> AbstractContextManager[Any]:
@@ -173,16 +155,16 @@ def merged_weights(model: Any) -> dict[str, Tensor]:
 
     Adapters and weights stay as they are: merging in place and back again would round the weights.
 
-    Args:
-        model: From :func:`add_adapters`.
-
     Returns:
         A state dict under the names that the model had before it got adapters; weights without
         adapters are the model's own tensors.
     """
+    from peft.tuners.lora import LoraLayer
+
     base = unwrapped(model)
     weights = dict(base.state_dict())
-    for name, layer in adapted_layers(base):
+    for name in [name for name, layer in base.named_modules() if isinstance(layer, LoraLayer)]:
+        layer = base.get_submodule(name)
         own = layer.get_base_layer().weight.detach()
         delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
         weights[f"{name}.base_layer.weight"] = (own.to(delta.dtype) + delta.detach()).to(own.dtype)

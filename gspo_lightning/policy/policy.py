@@ -1,11 +1,8 @@
 """The policy: a causal language model with its tokenizer, loaded, made deterministic, exported.
 
 Decides what a policy folder must hold, which ids end a completion, that dropout is off, and what a
-checkpoint of a policy with adapters holds. Leaves out training, sampling and devices: Lightning
-owns the policy's device.
+checkpoint of a policy with adapters holds. Lightning owns the policy's device.
 """
-
-from __future__ import annotations
 
 import hashlib
 import inspect
@@ -20,13 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.engine.products import speed_up, uses_onednn
-from gspo_lightning.policy.folder import (
-    BROKEN,
-    check_model_folder,
-    check_model_path,
-    load_weights,
-    reason,
-)
+from gspo_lightning.policy import folder
 from gspo_lightning.policy.lora import LoRAConfig, add_adapters, merged_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -59,19 +50,37 @@ class PolicyConfig:
     lora: LoRAConfig | None = None
 
     def __post_init__(self) -> None:
-        check_model_path("policy.path", self.path)
+        folder.check_model_path("policy.path", self.path)
         if self.lora is not None and self.weights == "random":
             raise ValueError(
                 "policy.weights is random, but with policy.lora a checkpoint holds the adapters "
                 "alone; save the random weights in a folder first"
             )
 
-    def options(self) -> dict[str, Any]:
-        """What every model that is made like this policy is loaded with."""
-        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+    def options(self, dtype: str | None = None) -> dict[str, Any]:
+        """What a model like this policy is made with; ``dtype`` stands in for the policy's own."""
+        options: dict[str, Any] = {"dtype": DTYPES[dtype or self.dtype]}
+        options["trust_remote_code"] = self.trust_remote_code
         if self.attention is not None:  # other kernels would give other log-probs
             options["attn_implementation"] = self.attention
         return options
+
+    def load(self, key: str, auto: Any, path: str | None = None, dtype: str | None = None) -> Any:
+        """Load a model with this policy's options, its attention open to ours.
+
+        Args:
+            key: The setting that names the folder, for messages.
+            auto: An auto class of transformers.
+            path: Folder or hub name; ``None`` is the policy's own, in its revision.
+            dtype: Type of the weights; ``None`` is the policy's own.
+
+        Raises:
+            ValueError: If the model cannot be loaded, naming key and path.
+        """
+        options = self.options(dtype) | ({"revision": self.revision} if path is None else {})
+        model = folder.load_weights(key, auto, path or self.path, **options)
+        open_attention(model)
+        return model
 
 
 class Policy(nn.Module):
@@ -122,13 +131,12 @@ class LoRAPolicy(Policy):
         """Write a merged model, or the adapters for ``PeftModel.from_pretrained``."""
         if self.lora.export == "adapter":
             base = Path(self.model.config.name_or_path)
-            if base.is_dir():  # or the adapters would find their weights from here alone
+            if base.is_dir():  # a relative path would lead peft from this working folder alone
                 self.model.peft_config["default"].base_model_name_or_path = str(base.resolve())
-            # the embedding has no adapters; left to itself, peft would look it up on the hub
+            # the embedding has no adapters; without the argument peft would ask the hub about it
             self.model.save_pretrained(path, save_embedding_layers=False)
         else:
-            weights = merged_weights(self.model)
-            unwrapped(self.model).save_pretrained(path, state_dict=weights)
+            unwrapped(self.model).save_pretrained(path, state_dict=merged_weights(self.model))
         self.tokenizer.save_pretrained(path)
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -161,7 +169,7 @@ def _keep_adapters(policy: LoRAPolicy, state: dict[str, Any], prefix: str, _: An
 
 
 def _expect_adapters(policy: LoRAPolicy, incompatible: Any) -> None:
-    # names in full, by a prefix that this hook is not told
+    # endings: the missing keys begin with a prefix that this hook is not told
     ends = tuple(policy.adapter_names)
     incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k.endswith(ends)]
 
@@ -186,23 +194,19 @@ def load_tokenizer(config: PolicyConfig) -> Any:
         ValueError: If there is no tokenizer, it has more ids than the model, or the folder's config
             or weights are broken.
     """
-    folder = Path(config.path).expanduser()
-    pretrained = config.weights == "pretrained"
-    settings = check_model_folder("policy.path", config.path, config.trust_remote_code, pretrained)
-    if folder.is_dir() and not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
+    path, pretrained = Path(config.path).expanduser(), config.weights == "pretrained"
+    trust = config.trust_remote_code
+    settings = folder.check_model_folder("policy.path", config.path, trust, pretrained)
+    if path.is_dir() and not any(any(path.glob(name)) for name in TOKENIZER_FILES):
         # transformers would make an empty one up
         raise ValueError(f"policy.path: no tokenizer in {config.path}; save one beside the weights")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.path,
-            padding_side="left",
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-        )
+        source: Any = {"revision": config.revision, "trust_remote_code": trust}
+        tokenizer = AutoTokenizer.from_pretrained(config.path, padding_side="left", **source)
     except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(
-            f"policy.path: cannot load the tokenizer of {config.path}: {reason(error)}; save it "
-            "again"
+            f"policy.path: cannot load the tokenizer of {config.path}: {folder.reason(error)}; "
+            "save it again"
         ) from error
     if settings is not None:
         rows = getattr(settings.get_text_config(), "vocab_size", None)
@@ -213,24 +217,25 @@ def load_tokenizer(config: PolicyConfig) -> Any:
 def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
     """Load a policy in the dtype and with the attention that ``config`` asks for.
 
-    Args:
-        config: What to load.
-        tokenizer: The tokenizer, if it has been loaded already.
+    Without a tokenizer, :func:`load_tokenizer` loads the policy's own.
 
     Raises:
         ValueError: If weights or tokenizer cannot be read, no end-of-sequence id is known, or the
-            tokenizer has more ids than the model.
+            tokenizer has more ids than the model, or the model has no key-value cache.
     """
     if tokenizer is None:
         tokenizer = load_tokenizer(config)
-    options = config.options() | {"dtype": DTYPES[config.dtype]}
     if config.weights == "random":
-        model = _random_model(config, **options)
+        model = _random_model(config)
     else:
-        options["revision"] = config.revision
-        model = load_weights("policy.path", AutoModelForCausalLM, config.path, **options)
-    check_cache(model)
-    open_attention(model)
+        model = config.load("policy.path", AutoModelForCausalLM)
+    # Recurrent models (Mamba, RWKV) have no cache to sample with; some also read the padding on the
+    # left as text, so every log-prob would be wrong. Sampling sees what no signature shows.
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"policy.path: {type(model).__name__} takes no past_key_values; only models with a "
+            "key-value cache can be sampled from here"
+        )
     if config.lora is None:
         policy = Policy(model, tokenizer)
     else:
@@ -240,35 +245,20 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
     return policy
 
 
-def _random_model(config: PolicyConfig, **options: Any) -> Any:
+def _random_model(config: PolicyConfig) -> Any:
     """A model of random weights, from ``config.json`` alone."""
     try:
-        # said here, too: without a word, transformers asks on the terminal
+        # trust_remote_code in both calls: where it is missing, transformers asks on the terminal
         trust = {"trust_remote_code": config.trust_remote_code}
         model_config = AutoConfig.from_pretrained(config.path, revision=config.revision, **trust)
-        model = AutoModelForCausalLM.from_config(model_config, **options)
+        model = AutoModelForCausalLM.from_config(model_config, **config.options())
         if (Path(config.path) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(config.path)
-    except BROKEN as error:
-        raise ValueError(f"policy.path: cannot load {config.path}: {reason(error)}") from error
+    except folder.BROKEN as error:
+        why = folder.reason(error)
+        raise ValueError(f"policy.path: cannot load {config.path}: {why}") from error
+    open_attention(model)
     return model
-
-
-def check_cache(model: Any) -> None:
-    """Refuse models without a key-value cache, which sampling needs.
-
-    Pure recurrent models (Mamba, RWKV) are among them; some also read the padding on the left as if
-    it were text, which would make every log-prob wrong. What the signature does not show, the
-    sampler sees.
-
-    Raises:
-        ValueError: Naming the model's class.
-    """
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise ValueError(
-            f"policy.path: {type(model).__name__} takes no past_key_values; only models with a "
-            "key-value cache can be sampled from here"
-        )
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -280,8 +270,7 @@ def checkpoint_activations(model: Any) -> None:
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every id that ends a completion: the generation config's, else the tokenizer's."""
     ids = getattr(model.generation_config, "eos_token_id", None)
-    if ids is None:
-        ids = tokenizer.eos_token_id
+    ids = tokenizer.eos_token_id if ids is None else ids
     if ids is None:
         raise ValueError(
             "policy.path: neither generation_config.json nor the tokenizer has an eos_token_id, "
@@ -304,22 +293,11 @@ def _compare_vocabularies(ids: int, rows: int | None) -> None:
 
 
 def make_ready(model: nn.Module) -> None:
-    """What every model is given before its first pass: no dropout, and the faster products."""
-    disable_dropout(model)
-    speed_up(model)
+    """What every model is given before its first pass: no dropout, and the faster products.
 
-
-def multiplies_by_onednn(model: nn.Module) -> bool:
-    """Whether oneDNN multiplies by any of a model's weights, given rows enough."""
-    return any(map(uses_onednn, model.parameters()))
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout rate to 0, so that train mode and eval mode give the same log-probs.
-
-    With dropout on, the ratio would differ from 1 before the first step (GSPO compares the same
-    weights at two times, not two random subnetworks). Train mode itself stays allowed: transformers
-    only checkpoints gradients in it.
+    Dropout rates become 0, so that train mode, which transformers needs for gradient checkpointing,
+    gives the log-probs of eval mode: GSPO's ratio compares the same weights at two times, and two
+    random subnetworks would move it off 1 before the first step.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -327,3 +305,9 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+    speed_up(model)
+
+
+def multiplies_by_onednn(model: nn.Module) -> bool:
+    """Whether oneDNN multiplies by any of a model's weights, given rows enough."""
+    return any(map(uses_onednn, model.parameters()))
