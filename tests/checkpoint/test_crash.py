@@ -15,7 +15,7 @@ import pytest
 
 from gspo_lightning.checkpoint.files import list_checkpoints
 from gspo_lightning.checkpoint.io import damage
-from support.run_folder import assert_same, names, scalars, state
+from support.run_folder import assert_same, curves, names, state
 from support.warm import Warm
 
 pytestmark = pytest.mark.slow
@@ -96,11 +96,6 @@ def warm():
 
 def samples(root):
     return [json.loads(line) for line in Path(root, "samples.jsonl").read_text().splitlines()]
-
-
-def curves(root):
-    free = ("time/", "memory/")
-    return {tag: points for tag, points in scalars(root).items() if not tag.startswith(free)}
 
 
 def exported(root):
