@@ -75,7 +75,6 @@ def test_a_run_killed_between_checkpoints_continues_bit_for_bit(overlay, straigh
     assert_same_run(tmp_path, straight)
 
 
-@pytest.mark.slow
 def test_a_finished_run_made_longer_is_the_longer_run_bit_for_bit(overlay, tmp_path):
     constant = "--model.optimizer.schedule=constant"  # a fall would be spread over the new length
     short, long = tmp_path / "short", tmp_path / "long"

@@ -14,7 +14,8 @@ from gspo_lightning.critic.critic import CriticConfig
 from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.objectives import Objective
 from gspo_lightning.rewards.terms import RewardTerm
-from support.tiny_run import even_prompts_teach, make_module, make_trainer, write_prompts
+from support.reward_functions import even_prompts_teach
+from support.tiny_run import make_module, make_trainer, write_prompts
 
 
 class Record(Callback):
