@@ -8,13 +8,16 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.t
 # The demo's model is so small that a second thread costs more than it computes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo test test-core test-fast lint format clean
 
 demo: $(VENV)/demo.stamp  ## train the embedded default to a rising reward
 	$(PY) train.py fit --config configs/arithmetic.yaml --trainer.default_root_dir $(RUN)
 
 test: $(VENV)/dev.stamp  ## every test; those marked gpu are skipped where there is no GPU
 	$(PY) -m pytest -q -n 2 --dist worksteal --durations 5
+
+test-core: $(VENV)/dev.stamp  ## the maths and the loop, in less than a minute
+	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow" tests/test_*.py gspo_lightning/*.py
 
 test-fast: $(VENV)/dev.stamp  ## without the tests marked slow
 	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow"

@@ -1,6 +1,7 @@
 """Fixtures: a policy and a tokenizer small enough to build in code, and a rollout factory."""
 
 import os
+from collections import Counter
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may download
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -8,9 +9,23 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+from support.repository import ROOT
 from support.tiny_models import build_model, build_rollout, build_tokenizer
 
 torch.set_num_threads(1)  # the same sums in the same order on every machine
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Slow tests first, those of one file together: they share a long run, and no core waits."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path] if item.get_closest_marker("slow") else 0)
+
+
+@pytest.fixture
+def at_the_root(monkeypatch):
+    """Work where the paths in configs begin."""
+    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture

@@ -12,21 +12,17 @@ from gspo_lightning.loss import micro_loss
 from gspo_lightning.objectives import token_weights
 from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.rollout import Rollout, Samples
-from gspo_lightning.run.command import GSPOCLI, Watch
-from gspo_lightning.run.one_line import quiet
 from support import paper_losses
+from support.command import instantiated
 from support.observers import Probe
 from support.repository import ROOT
 from support.steps import make_step
 
+pytestmark = pytest.mark.usefixtures("at_the_root")
+
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "algorithm").glob("*.yaml"))
 LIMIT = 10
 LENGTHS = [10, 3, 1, 7, 9, 4, 6, 2]
-
-
-@pytest.fixture(autouse=True)
-def _at_the_root(monkeypatch):
-    monkeypatch.chdir(ROOT)  # the paths of the embedded task are relative to it
 
 
 def stack(name, folder, *options):
@@ -54,12 +50,7 @@ def test_an_overlay_trains_the_embedded_task(name, tmp_path):
 
 
 def instantiate(name, folder, *options):
-    class Dry(GSPOCLI):
-        def _run_subcommand(self, subcommand):
-            pass
-
-    with quiet():
-        return Dry(stack(name, folder, *options), Watch()).model
+    return instantiated(*stack(name, folder, *options)[1:]).model
 
 
 def make_batch(model):

@@ -11,8 +11,9 @@ from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.rollout import Samples
 from gspo_lightning.run.plan import plan_lines
 from support.observers import Outputs
+from support.reward_functions import even_prompts_teach, ones
 from support.steps import make_step, one_rank
-from support.tiny_run import even_prompts_teach, ones, run
+from support.tiny_run import run
 
 EVEN = {"even": RewardTerm(even_prompts_teach)}
 

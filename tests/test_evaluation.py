@@ -10,7 +10,8 @@ from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.evaluation import Evaluation, Evaluator, describe
 from gspo_lightning.rewards.terms import RewardTerm, Scores
 from gspo_lightning.rollout import PromptBatch, Samples
-from support.tiny_run import digits, make_module, make_trainer, write_prompts
+from support.reward_functions import digits
+from support.tiny_run import make_module, make_trainer, write_prompts
 
 
 class Scripted:

@@ -17,17 +17,8 @@ from gspo_lightning.optim import OptimizerConfig
 from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.sampling import GroupSampler
 from support.observers import Outputs, Steps
-from support.tiny_run import (
-    digits,
-    even_prompts_teach,
-    gradients_of,
-    make_module,
-    make_trainer,
-    ones,
-    outputs_of,
-    run,
-    write_prompts,
-)
+from support.reward_functions import digits, even_prompts_teach, ones
+from support.tiny_run import gradients_of, make_module, make_trainer, outputs_of, run, write_prompts
 
 
 def test_ratio_is_exactly_one_and_nothing_is_clipped_before_the_first_step(tmp_path, model_dir):

@@ -522,7 +522,6 @@ def test_a_run_on_a_gpu_knows_its_memory_and_limits(model_dir, prompts):
     assert bench_report.report([result | {"case": "S/1/2/3", "name": "here", "repeat": 0}])
 
 
-@pytest.mark.slow  # imports TRL in a process of its own
 def test_trl_does_the_same_work(model_dir, prompts, plain):
     pytest.importorskip("trl")
     sizes = ["--steps=2", "--warmup=1", "--prompts-per-rollout=4", "--group-size=2"]

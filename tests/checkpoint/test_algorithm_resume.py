@@ -6,8 +6,9 @@ import pytest
 
 import train
 from support.demo_run import arguments, killed
-from support.repository import ROOT
 from support.run_folder import assert_same, curves, state
+
+pytestmark = pytest.mark.usefixtures("at_the_root")
 
 SMALL = """
 trainer:
@@ -35,11 +36,6 @@ model:
 """
 FLAT_GROUPS_OUT = "model: {init_args: {drop_flat_groups: true, max_draws: 6}}"
 KINDS = {"ppo": [PPO], "dynamic": [FLAT_GROUPS_OUT], "both": [PPO, FLAT_GROUPS_OUT]}
-
-
-@pytest.fixture(autouse=True)
-def _at_the_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture

@@ -15,10 +15,8 @@ import pytest
 
 from gspo_lightning.checkpoint.files import list_checkpoints
 from gspo_lightning.checkpoint.io import damage
-from support.run_folder import assert_same, names, scalars, state
+from support.run_folder import assert_same, curves, names, state
 from support.warm import Warm
-
-pytestmark = pytest.mark.slow
 
 # 30 rollouts over two epochs; checkpoints after each second one, validation after each third.
 # Everything that has a state of its own: KL coefficient, whitened rewards, redrawn prompts.
@@ -98,11 +96,6 @@ def samples(root):
     return [json.loads(line) for line in Path(root, "samples.jsonl").read_text().splitlines()]
 
 
-def curves(root):
-    free = ("time/", "memory/")
-    return {tag: points for tag, points in scalars(root).items() if not tag.startswith(free)}
-
-
 def exported(root):
     return {file.name: file.read_bytes() for file in sorted(Path(root, "export").iterdir())}
 
@@ -136,6 +129,7 @@ def plan(seed):
     return deaths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["", "TMPDIR elsewhere"])
 def test_a_run_killed_24_times_is_the_straight_run_bit_for_bit(straight, warm, tmp_path, elsewhere):
     environment = {}
@@ -160,6 +154,7 @@ def test_a_run_killed_24_times_is_the_straight_run_bit_for_bit(straight, warm, t
     print(f"died in {dict(died)}")
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_exports_still_exports(straight, warm, tmp_path):
     """All was trained and saved; continuing has nothing to train but what comes at the end."""
     runs = Runs(warm, tmp_path)
@@ -184,6 +179,7 @@ def assert_one_line(ended, what):
     return line
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_the_system_refuses_is_one_line_and_costs_nothing(
     straight, warm, tmp_path
 ):
@@ -214,6 +210,7 @@ def mount(folder, *options):
     return done.stderr if done.returncode else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fill", "what"),
     [

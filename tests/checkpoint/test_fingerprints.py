@@ -35,7 +35,7 @@ model:
     sampler:
       class_path: gspo_lightning.GroupSampler
       init_args: {group_size: 4, max_new_tokens: 6}
-    rewards: {digits: {fn: support.tiny_run.digits}}
+    rewards: {digits: {fn: support.reward_functions.digits}}
 data:
   class_path: gspo_lightning.PromptData
   init_args: {path: prompts.jsonl, prompts_per_rollout: 4, num_rollouts: 1}

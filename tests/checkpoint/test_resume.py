@@ -13,6 +13,8 @@ from support.demo_run import arguments, killed
 from support.repository import ROOT
 from support.run_folder import assert_same, curves, state
 
+pytestmark = pytest.mark.usefixtures("at_the_root")
+
 TINY = """
 trainer:
   val_check_interval: 2
@@ -39,11 +41,6 @@ def overlay(tmp_path_factory):
     path = tmp_path_factory.mktemp("overlay") / "tiny.yaml"
     path.write_text(TINY)
     return path
-
-
-@pytest.fixture(autouse=True)
-def _at_the_root(monkeypatch):
-    monkeypatch.chdir(ROOT)  # the demo's paths are relative to it
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +75,6 @@ def test_a_run_killed_between_checkpoints_continues_bit_for_bit(overlay, straigh
     assert_same_run(tmp_path, straight)
 
 
-@pytest.mark.slow
 def test_a_finished_run_made_longer_is_the_longer_run_bit_for_bit(overlay, tmp_path):
     constant = "--model.optimizer.schedule=constant"  # a fall would be spread over the new length
     short, long = tmp_path / "short", tmp_path / "long"

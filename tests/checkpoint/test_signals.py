@@ -193,7 +193,6 @@ def test_a_second_signal_waits_for_no_reward_in_another_process(
     assert "once more stops at once" in first and last.startswith(NAMES[number])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
 def test_the_process_ends_though_a_reward_is_at_work(tmp_path, model_dir, number):
     """Python itself joins threads when it ends."""

@@ -21,14 +21,10 @@ from gspo_lightning.compare.report import (
     write_report,
 )
 from gspo_lightning.compare.significance import holm, t_test
-from support.repository import ROOT
+
+pytestmark = pytest.mark.usefixtures("at_the_root")
 
 PLAN = "configs/compare/arithmetic.yaml"
-
-
-@pytest.fixture(autouse=True)
-def _at_the_root(monkeypatch):
-    monkeypatch.chdir(ROOT)  # a comparison names files from there
 
 
 def record(sampled, greedy=0.5, **options):

@@ -20,7 +20,8 @@ from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.run.plan import plan_lines
 from gspo_lightning.sampling import GroupSampler
 from support.observers import Outputs, Steps
-from support.tiny_run import digits, make_module, make_trainer, run, write_prompts
+from support.reward_functions import digits
+from support.tiny_run import make_module, make_trainer, run, write_prompts
 
 TOKEN = Objective("token", "clip", "token_mean", 0.2, 0.2)
 NAN = float("nan")

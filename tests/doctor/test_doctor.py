@@ -34,7 +34,7 @@ model:
     sampler:
       class_path: gspo_lightning.GroupSampler
       init_args: {group_size: 4, max_new_tokens: 12}
-    rewards: {digits: {fn: support.tiny_run.digits}}
+    rewards: {digits: {fn: support.reward_functions.digits}}
     num_minibatches: 2
 data:
   class_path: gspo_lightning.PromptData

@@ -12,8 +12,9 @@ from gspo_lightning.frozen.models import FrozenModels, ReferencePolicy
 from gspo_lightning.old_logprobs import OldLogProbs
 from gspo_lightning.rewards.terms import RewardError, RewardTerm
 from gspo_lightning.rewards.time_limit import TimeLimit
+from support.reward_functions import digits
 from support.steps import make_step, one_rank
-from support.tiny_run import digits, run
+from support.tiny_run import run
 
 DEADLINE = 30  # seconds for all passes to meet; those that wait for one another never would
 

@@ -14,7 +14,8 @@ from gspo_lightning.rewards.terms import RewardError, RewardTerm
 from gspo_lightning.tally import RolloutTally
 from support.fault_injection import INF, NAN, PLACES, REWARDS, BrokenReward, Inject, every
 from support.observers import Outputs
-from support.tiny_run import digits, make_module, run
+from support.reward_functions import digits
+from support.tiny_run import make_module, run
 
 FAULT = r"ignore:rollout \d+, optimizer step \d+. .* not finite"
 

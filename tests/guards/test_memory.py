@@ -51,7 +51,6 @@ def test_each_phase_logs_its_peak(tmp_path, model_dir):
     assert all(0.05 < value < 16 for value in logged.values())
 
 
-@pytest.mark.slow
 def test_nothing_grows_over_fifty_rollouts(tmp_path, model_dir):
     from lightning.pytorch import Callback
 

@@ -11,8 +11,8 @@ from gspo_lightning.rewards import calls as reward_calls
 from gspo_lightning.rewards.terms import RewardError, RewardTerm, count_names, score
 from gspo_lightning.rewards.time_limit import TimeLimit
 from gspo_lightning.tally import RolloutTally
-from support.reward_functions import by_command
-from support.tiny_run import digits, outputs_of
+from support.reward_functions import by_command, digits
+from support.tiny_run import outputs_of
 
 NAN, INF = math.nan, math.inf
 ROWS = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]

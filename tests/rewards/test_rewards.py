@@ -17,8 +17,8 @@ from gspo_lightning.rewards.terms import (
 )
 from gspo_lightning.rewards.time_limit import TimeLimit
 from gspo_lightning.rewards.verifiers import ExactMatch, LastNumber
-from support.reward_functions import Scaled, by_command, length
-from support.tiny_run import digits, make_module, make_trainer, run, write_prompts
+from support.reward_functions import Scaled, by_command, digits, length
+from support.tiny_run import make_module, make_trainer, run, write_prompts
 
 
 def term(values, weight=1.0):

@@ -12,7 +12,8 @@ from gspo_lightning.rewards.shaping import RunningStatistics
 from gspo_lightning.rewards.terms import RewardTerm, score
 from gspo_lightning.rewards.text_rewards import LengthBonus
 from support.dummies import Stopper
-from support.tiny_run import digits, make_module, make_trainer, outputs_of, run, write_prompts
+from support.reward_functions import digits
+from support.tiny_run import make_module, make_trainer, outputs_of, run, write_prompts
 
 
 def values_of(*values):

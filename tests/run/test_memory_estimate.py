@@ -34,9 +34,9 @@ class Look(Callback):
 root = Path(sys.argv[1])
 before = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**30
 module = make_module(
-    root / "model", sampler=GroupSampler(8, 128), num_minibatches=4, micro_batch_size=16
+    root / "model", sampler=GroupSampler(8, 128), num_minibatches=2, micro_batch_size=16
 )
-data = PromptData(str(write_prompts(root / "p.jsonl")), prompts_per_rollout=8, num_rollouts=1)
+data = PromptData(str(write_prompts(root / "p.jsonl")), prompts_per_rollout=4, num_rollouts=1)
 make_trainer(root, callbacks=[Look()]).fit(module, data)
 """
 

@@ -78,7 +78,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_nothing_that_a_run_writes_can_be_changed_by_group_or_world(folder, model_dir, capsys):
-    Path("run.yaml").write_text(RUN % (model_dir, "support.tiny_run.digits"))
+    Path("run.yaml").write_text(RUN % (model_dir, "support.reward_functions.digits"))
     umask = os.umask(0)  # everything is open to everybody
     try:
         assert train.main(["fit", "--config", "run.yaml"]) == 0, capsys.readouterr().err
@@ -98,7 +98,7 @@ def test_nothing_that_a_run_writes_can_be_changed_by_group_or_world(folder, mode
 
 
 def test_a_stricter_umask_stays_and_so_does_a_folder(folder, model_dir, capsys):
-    Path("run.yaml").write_text(RUN % (model_dir, "support.tiny_run.digits"))
+    Path("run.yaml").write_text(RUN % (model_dir, "support.reward_functions.digits"))
     Path("runs").mkdir()
     Path("runs").chmod(0o777)
     umask = os.umask(0o077)

@@ -406,7 +406,7 @@ def test_a_rehearsal_leaves_a_finished_run_as_it_is(capsys, tmp_path, model_dir)
             sampler:
               class_path: gspo_lightning.GroupSampler
               init_args: {{group_size: 4, max_new_tokens: 6}}
-            rewards: {{digits: {{fn: support.tiny_run.digits}}}}
+            rewards: {{digits: {{fn: support.reward_functions.digits}}}}
             kl_coef: 0.0
             reference: null
             evaluation: {{correct: digits}}

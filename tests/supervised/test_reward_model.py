@@ -12,6 +12,7 @@ from gspo_lightning.optim import OptimizerConfig
 from gspo_lightning.policy.policy import PolicyConfig
 from gspo_lightning.supervised.reward_model import RewardModelModule, bradley_terry
 from support.observers import Logged
+from support.tiny_data import write
 from support.tiny_run import make_trainer
 
 PAIRS = [
@@ -19,11 +20,6 @@ PAIRS = [
     {"prompt": "1+2+3=", "chosen": "1+2=3, 3+3=6, answer: 6", "rejected": "answer: 1"},
     {"prompt": "8-5=", "chosen": "8-5=3, answer: 3", "rejected": "answer: 3"},
 ]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.fixture

@@ -1,9 +1,13 @@
-"""Commands of `train.py` in this process, in a folder of their own."""
+"""Commands of `train.py` in this process: run in a folder of their own, or only instantiated."""
 
 import os
 from pathlib import Path
 
+from gspo_lightning.run.watch import Watch
+
 import train
+from gspo_lightning.run.command import GSPOCLI
+from gspo_lightning.run.one_line import quiet
 
 DUMMY = """
 seed_everything: 0
@@ -25,6 +29,19 @@ model:
       correct: {fn: {class_path: gspo_lightning.rewards.terms.MarkedAnswer}, weight: 2.0}
 data: {class_path: gspo_lightning.PromptData, init_args: {path: prompts.jsonl}}
 """
+
+
+class Dry(GSPOCLI):
+    """Instantiates everything and runs nothing."""
+
+    def _run_subcommand(self, subcommand):
+        pass
+
+
+def instantiated(*arguments):
+    """The command line of `fit` with all objects that it makes."""
+    with quiet():
+        return Dry(["fit", *map(str, arguments)], Watch())
 
 
 def enter(folder, monkeypatch):

@@ -14,6 +14,7 @@ from gspo_lightning.critic.critic import CriticConfig
 from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.objectives import Objective
 from gspo_lightning.rewards.terms import RewardTerm
+from support.reward_functions import even_prompts_teach
 from support.tiny_run import make_module, make_trainer, write_prompts
 
 
@@ -35,19 +36,12 @@ class Record(Callback):
         self.kept["prompts"].append([row["prompt"] for row in rollout.rows])
 
 
-def some_teach(rows, completions):
-    """Flat for about half of the prompts, which ones depends on the prompt alone."""
-    return [
-        float(i % 4 == 0) if row["prompt"].count("+") % 2 else 1.0 for i, row in enumerate(rows)
-    ]
-
-
 def main(root: Path, model_dir: str, backbone: str) -> None:
     torch.set_num_threads(1)
     record = Record()
     module = make_module(
         model_dir,
-        rewards={"some": RewardTerm(some_teach)},
+        rewards={"even": RewardTerm(even_prompts_teach)},
         objective=Objective("token", "clip", "token_mean", 0.2, 0.2),
         advantages="gae",
         critic=CriticConfig(backbone=backbone),

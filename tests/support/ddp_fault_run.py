@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
-from gspo_lightning import old_logprobs
+from gspo_lightning import logprobs
 from gspo_lightning.data.prompts import PromptData
 from support.fault_injection import NAN, every
 from support.tiny_run import make_module, make_trainer
@@ -45,7 +45,7 @@ def fit(root: Path, model_dir: str, inject: Callback) -> dict:
 
 def short_memory() -> None:
     """Above two rows the first forward pass of the first update fails."""
-    forward, failed = old_logprobs.completion_logprobs, []
+    forward, failed = logprobs.completion_logprobs, []
 
     def tight(model, prompt_ids, *args, **options):
         if len(prompt_ids) > 2 and torch.is_grad_enabled() and not failed:
@@ -53,7 +53,7 @@ def short_memory() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(model, prompt_ids, *args, **options)
 
-    old_logprobs.completion_logprobs = tight
+    logprobs.completion_logprobs = tight
 
 
 def main(root: Path, model_dir: str, rank: int) -> None:

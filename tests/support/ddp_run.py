@@ -19,7 +19,8 @@ from gspo_lightning.optim import OptimizerConfig
 from gspo_lightning.policy.lora import LoRAConfig
 from gspo_lightning.policy.policy import PolicyConfig
 from gspo_lightning.rewards.terms import RewardTerm
-from support.tiny_run import digits, make_module, make_trainer, write_prompts
+from support.reward_functions import digits
+from support.tiny_run import make_module, make_trainer, write_prompts
 
 
 class Record(Callback):

@@ -1,8 +1,24 @@
-"""Reward functions that another process, or a config, can name."""
+"""Reward functions that a config, or another process, can name; the process starts in no time."""
 
 import os
 import signal
 import time
+
+
+def digits(rows: list[dict], completions: list[str]) -> list[float | None]:
+    """Share of digits: a reward that differs within most groups."""
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
+
+
+def ones(rows, completions):
+    return [1.0] * len(completions)
+
+
+def even_prompts_teach(rows, completions):
+    """Rewards differ only in groups whose prompt has an even number of terms."""
+    return [
+        float(i % 4 == 0) if row["prompt"].count("+") % 2 else 1.0 for i, row in enumerate(rows)
+    ]
 
 
 def length(rows: list[dict], completions: list[str]) -> list[float | None]:

@@ -14,22 +14,7 @@ from gspo_lightning.policy.policy import PolicyConfig
 from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.sampling import GroupSampler
 from support.observers import Outputs, Steps
-
-
-def digits(rows: list[dict], completions: list[str]) -> list[float | None]:
-    """Share of digits: a reward that differs within most groups."""
-    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
-
-
-def ones(rows, completions):
-    return [1.0] * len(completions)
-
-
-def even_prompts_teach(rows, completions):
-    """Rewards differ only in groups whose prompt has an even number of terms."""
-    return [
-        float(i % 4 == 0) if row["prompt"].count("+") % 2 else 1.0 for i, row in enumerate(rows)
-    ]
+from support.reward_functions import digits
 
 
 def write_prompts(path: Path, count: int = 10) -> Path:
