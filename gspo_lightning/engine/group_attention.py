@@ -7,7 +7,7 @@ once, so that no token makes them grow. Both parts meet in one softmax.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from gspo_lightning.engine.attention import Attend
+Attend = Callable[..., Tensor]  # as ``attention.Attend``, which stands a floor higher
 
 
 @dataclass
