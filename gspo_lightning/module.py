@@ -93,7 +93,7 @@ class GSPOModule(LightningModule):
             skipped, counted as ``optim/faults``, and its mini-batch kept in ``faults/`` of the run
             for ``python train.py replay``.
         stop_when: Names of the rules of run health that end the run when they speak, at the next
-            rollout boundary, with a checkpoint; see ``guards.health_rules.RULES``.
+            rollout boundary, with a checkpoint; see ``guards.health.RULES``.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.

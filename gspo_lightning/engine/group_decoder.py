@@ -195,7 +195,8 @@ class GroupDecoder:
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 log.warning("decode steps are computed one by one, recording failed: %s", reason)
-                self.graphs, self.layout = None, self._arrange()
+                self.graphs = None  # first: what is recorded rounds the number of rows up
+                self.layout = self._arrange()
         return self._compute(self.layout, longest, equal=first == last)
 
     def _compute(self, layout: Layout, longest: int, equal: bool = False) -> Tensor:

@@ -368,11 +368,17 @@ def test_recorded_steps_draw_what_steps_one_by_one_draw(
     assert len(counts) < steps  # Python ran for new shapes only, twice each
 
 
-def test_where_recording_fails_steps_are_computed_one_by_one(policy, monkeypatch, caplog):
-    batch, sampler = batch_of(PROMPTS), GroupSampler(3, 12)
+@pytest.mark.parametrize("good", [0, 3])
+def test_where_recording_fails_steps_are_computed_one_by_one(policy, monkeypatch, caplog, good):
+    """Also behind good recordings, when rows have left and their number was rounded up."""
+    batch, sampler = batch_of([*PROMPTS, *PROMPTS]), GroupSampler(5, 30)
     expected = sampler.sample(policy, batch, seed=7)
+    tries = []
 
     def fail(step):
+        tries.append(True)
+        if len(tries) <= good:
+            return record(step)
         step()
         raise RuntimeError("operation not permitted when stream is capturing\nand much more")
 

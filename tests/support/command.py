@@ -3,10 +3,8 @@
 import os
 from pathlib import Path
 
-from gspo_lightning.run.watch import Watch
-
 import train
-from gspo_lightning.run.command import GSPOCLI
+from gspo_lightning.run.command import GSPOCLI, Watch
 from gspo_lightning.run.one_line import quiet
 
 DUMMY = """
