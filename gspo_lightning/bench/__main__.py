@@ -22,18 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gspo_lightning.bench import parts, scaling, worker
-from gspo_lightning.bench.cases import (
-    ENGINES,
-    BenchError,
-    Case,
-    add_run_arguments,
-    check,
-    heading,
-    keep,
-    one_run,
-    positive,
-)
+from gspo_lightning.bench import cases, parts, scaling, worker
 from gspo_lightning.bench.report import Run, report
 from gspo_lightning.run.terminal_log import say
 
@@ -44,7 +33,7 @@ TABLES = {
     "rollout": ["S/32/64/8", "S/256/64/8", "S/256/64/32"],
     "gpu": ["0.6B/256/512/8"],
 }
-QUICK = {"cases": [Case.parse("S/32/8/4")], "repeats": 1, "steps": 1, "warmup": 0}
+QUICK = {"cases": [cases.Case.parse("S/32/8/4")], "repeats": 1, "steps": 1, "warmup": 0}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -65,14 +54,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     engines = command("compare", compare, "engines in turn on the same work (the default)")
     work = engines.add_mutually_exclusive_group()
     work.add_argument("--table", choices=TABLES, help="cases by name; without it main")
-    work.add_argument("--cases", nargs="+", type=Case.parse, metavar="CASE")
+    work.add_argument("--cases", nargs="+", type=cases.Case.parse, metavar="CASE")
     work.add_argument("--quick", action="store_true", help="one tiny case, once")
-    engines.add_argument("--engines", nargs="+", choices=ENGINES, default=["gspo_lightning", "trl"])
-    engines.add_argument("--repeats", type=positive, default=2)
+    both = ["gspo_lightning", "trl"]
+    engines.add_argument("--engines", nargs="+", choices=cases.ENGINES, default=both)
+    engines.add_argument("--repeats", type=cases.positive, default=2)
     curves = command("scaling", scaling.scaling, "curves of time and memory, as a picture")
     scaling.add_arguments(curves)
     for several in (engines, curves):
-        add_run_arguments(several)
+        cases.add_run_arguments(several)
         several.add_argument("--assets", default="runs/bench/assets", help="models and prompts")
         several.add_argument("--out", type=Path, default=Path("runs/bench/runs.jsonl"))
     loss = command("loss", parts.loss, "log-probs and their gradient against full logits")
@@ -88,14 +78,15 @@ def compare(options: argparse.Namespace) -> int:
     """Run all engines on all cases, in turn, and print the tables."""
     if options.quick:
         vars(options).update(QUICK)
-    cases = options.cases or [Case.parse(text) for text in TABLES[options.table or "main"]]
-    check(options, [(case, options.prompts_per_rollout) for case in cases])
-    wanted = [(c, i, e) for c in cases for i in range(options.repeats) for e in options.engines]
+    work = options.cases or [cases.Case.parse(text) for text in TABLES[options.table or "main"]]
+    cases.check(options, [(case, options.prompts_per_rollout) for case in work])
+    wanted = [(c, i, e) for c in work for i in range(options.repeats) for e in options.engines]
     runs: list[Run] = []
     for done, (case, repeat, name) in enumerate(wanted, start=1):
-        run = {"case": str(case), "name": name, "repeat": repeat} | one_run(case, name, options)
-        keep(run, runs, f"[{done}/{len(wanted)}] {case} {name}", options.out)
-    print(heading(options, runs))
+        run = {"case": str(case), "name": name, "repeat": repeat}
+        run |= cases.one_run(case, name, options)
+        cases.keep(run, runs, f"[{done}/{len(wanted)}] {case} {name}", options.out)
+    print(cases.heading(options, runs))
     print(report(runs))
     return 0
 
@@ -107,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     options.typed = shlex.join(["python", "-m", "gspo_lightning.bench", *argv])
     try:
         return options.run(options)
-    except BenchError as error:
+    except cases.BenchError as error:
         say(f"error: {error}")
         return 2
 

@@ -57,11 +57,7 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read a case from the command line.
-
-        Raises:
-            argparse.ArgumentTypeError: If it is not of that form; argparse shows the text.
-        """
+        """Read a case from the command line; argparse shows the text of an ArgumentTypeError."""
         models = "|".join(map(re.escape, MODELS))
         found = re.fullmatch(rf"({models})/(\d+)/(geo|\d+)/(\d+)(/kl)?", text)
         if not found:
@@ -109,11 +105,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def one_run(case: Case, name: str, options: argparse.Namespace) -> Run:
-    """One run in a process of its own.
-
-    Raises:
-        BenchError: If it failed; its output has gone to standard error.
-    """
+    """One run in a process of its own; BenchError if it failed, its output in standard error."""
     model, prompts = assets(case, options)
     work = {"model": model, "prompts": prompts, "max_new_tokens": case.limit}
     work |= {"group_size": case.group, "kl_coef": 0.05 if case.kl else 0.0}
@@ -134,8 +126,7 @@ def in_process(arguments: list[str], threads: int) -> dict[str, Any]:
     """Run Python with these arguments and read the JSON object of its last line."""
     limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, *arguments]
-    environment = os.environ | limits | offline
+    command, environment = [sys.executable, *arguments], os.environ | limits | offline
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         say(done.stdout + done.stderr)
@@ -158,11 +149,7 @@ def assets(case: Case, options: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def check(options: argparse.Namespace, cases: list[tuple[Case, int]]) -> None:
-    """Refuse before the first run what would fail in the middle.
-
-    Args:
-        options: With the engines and the device.
-        cases: What is to be run, and with how many prompts per rollout.
+    """Refuse before the first run what would fail in the middle; prompts stand beside their case.
 
     Raises:
         BenchError: If scripts, an engine or a device are not there, or a rollout cannot be cut.

@@ -150,10 +150,8 @@ def products_alone(model: Any, work: Work, updates: int) -> dict[str, float]:
 
     No attention, no sampling, no framework: nothing that computes the same layers can be faster.
 
-    Args:
-        model: Its own weights are multiplied, so that they come from memory as they do in a run.
-        work: What is sampled and trained on.
-        updates: Equal parts of the rollout, one forward and backward pass each.
+    The model's own weights are multiplied, so that they come from memory as they do in a run; each
+    of ``updates`` equal parts of the rollout takes one forward and one backward pass.
 
     Returns:
         ``rollout``: each prompt once, then one product per layer and step, over the completions
@@ -178,14 +176,9 @@ def products_alone(model: Any, work: Work, updates: int) -> dict[str, float]:
 
 
 def roofline(shape: Shape, work: Work, width: int, flops: float, bandwidth: float) -> dict:
-    """Seconds below which a GPU cannot do it, from its data sheet.
+    """Seconds below which a GPU cannot do it, from the peaks of its data sheet.
 
-    Args:
-        shape: Of the model.
-        work: What is sampled and trained on.
-        width: Bytes of a weight.
-        flops: Peak FLOP/s.
-        bandwidth: Peak bytes/s.
+    A weight takes ``width`` bytes; ``flops`` and ``bandwidth`` in bytes are per second.
 
     Returns:
         ``rollout``: every step reads all weights and the cache of the completions that run.

@@ -84,38 +84,30 @@ def scaling_table(runs: list[Run]) -> str:
 
 
 def draw(runs: list[Run]) -> Any:
-    """Draw seconds above memory, a column for each factor.
-
-    Returns:
-        A matplotlib ``Figure`` on an Agg canvas, free of pyplot's global state.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # only who draws pays the import
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
+    """A matplotlib ``Figure``, free of pyplot's global state: one column for each factor."""
+    from matplotlib.figure import Figure  # only who draws pays the import
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
     unit = unit_of(runs)
     figure = Figure(figsize=(12, 6.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(2, len(FACTORS), sharey="row")
     for column, factor in enumerate(FACTORS):
         points = [run for run in runs if run["factor"] == factor]
         values = sorted({run["value"] for run in points})
         for name in dict.fromkeys(run["name"] for run in points):
             mine = sorted((r for r in points if r["name"] == name), key=lambda r: r["value"])
-            x, colour = [run["value"] for run in mine], COLOURS[name]
+            x = [run["value"] for run in mine]
+            look = {"color": COLOURS[name], "marker": "o", "markersize": 3}
             for phase, (line, width) in LINES.items():
                 y = [run[unit][phase] for run in mine]
                 label = f"{name}, {'whole step' if phase == 'total' else phase}"
-                panels[0][column].plot(
-                    x, y, line, color=colour, linewidth=width, marker="o", markersize=3, label=label
-                )
+                panels[0][column].plot(x, y, line, linewidth=width, label=label, **look)
             y = [memory(run) for run in mine]
-            panels[1][column].plot(x, y, color=colour, linewidth=2, marker="o", markersize=3)
+            panels[1][column].plot(x, y, linewidth=2, **look)
         for axes in panels[:, column]:
             axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_locator(FixedLocator(values))
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
-            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xticks(values, map(str, values))
+            axes.set_xticks([], minor=True)
             axes.set_yscale("log", base=2)
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
@@ -127,8 +119,6 @@ def draw(runs: list[Run]) -> Any:
         panels[1][column].set_xlabel(factor, fontsize=10)
     panels[0][0].set_ylabel(f"{CLOCKS[unit]} per RL step", fontsize=10)
     panels[1][0].set_ylabel("peak memory above start, MiB", fontsize=10)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper center", ncols=len(LINES), frameon=False, fontsize=10
-    )
+    items = panels[0][0].get_legend_handles_labels()
+    figure.legend(*items, loc="outside upper center", ncols=len(LINES), frameon=False, fontsize=10)
     return figure

@@ -94,17 +94,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         accelerator = "gpu" if options.device == "cuda" else "cpu"
         bare_trainer(folder, [steps], accelerator=accelerator).fit(module, data)
     timed = steps.timed
+    works: list[limits.Work] = [step["work"] for step in timed]
+    lengths = [length for work in works for length in work.lengths]
     return {
         "engine": f"gspo_lightning {options.sampler}",
         "options": {k: v for k, v in vars(options).items() if k not in ("run", "command", "typed")},
         "parameters": sum(p.numel() for p in module.parameters()),
         "wall_seconds": _medians([step["wall"] for step in timed]),
         "cpu_seconds": _medians([step["cpu"] for step in timed]),
-        **work_done([step["work"] for step in timed]),
+        # what was computed, so that a reader sees that two engines did the same
+        "tokens": sum(lengths) / len(works),
+        "mean_length": fmean(lengths),
+        "prompt_tokens": sum(sum(work.prompts) for work in works) / len(works),
+        "rollouts": [{"prompts": work.prompts, "lengths": work.lengths} for work in works],
         "base_mib": steps.base,
         "peak_mib": steps.peak,
         "device_peak_mib": steps.device_peak,
-        "limits": limits_here(module, timed[-1]["work"], options),
+        "limits": limits_here(module, works[-1], options),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, lightning)},
     }
 
@@ -161,21 +167,16 @@ class Steps(Callback):
         self.peak = 1024 * peaks([CPU])[CPU]
         self._start = (time.perf_counter(), time.process_time())
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, *args: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
         wall, cpu = time.perf_counter(), time.process_time()
         clock, on_gpu = pl_module.clock, pl_module.device.type == "cuda"
         if trainer.fit_loop.total_batch_idx >= self.warmup:
             rollout = outputs["rollout"]
             prompts = rollout.prompt_mask.sum(1)[:: rollout.group_size].tolist()
-            self.timed.append(
-                {
-                    "wall": _phases(clock.seconds, wall - self._start[0]),
-                    "cpu": _phases(clock.cpu_seconds, cpu - self._start[1]),
-                    "work": limits.Work(tuple(prompts), tuple(outputs["lengths"].tolist())),
-                }
-            )
+            step: dict[str, Any] = {"wall": _phases(clock.seconds, wall - self._start[0])}
+            step["cpu"] = _phases(clock.cpu_seconds, cpu - self._start[1])
+            step["work"] = limits.Work(tuple(prompts), tuple(outputs["lengths"].tolist()))
+            self.timed.append(step)
         # each phase has reset the peak, so that the highest of the phases counts; a phase's name
         # ends with the device where that is not the policy's
         phases = clock.peak_memory.items()
@@ -204,17 +205,6 @@ def limits_here(
         flops, _ = sheet
         return found | {"sheet_flops": flops} | limits.roofline(shape, work, dtype.itemsize, *sheet)
     return found | limits.products_alone(model, work, options.updates)
-
-
-def work_done(works: list[limits.Work]) -> dict[str, Any]:
-    """What was computed, so that a reader sees that two engines did the same."""
-    lengths = [length for work in works for length in work.lengths]
-    return {
-        "tokens": sum(lengths) / len(works),
-        "mean_length": fmean(lengths),
-        "prompt_tokens": sum(sum(work.prompts) for work in works) / len(works),
-        "rollouts": [{"prompts": work.prompts, "lengths": work.lengths} for work in works],
-    }
 
 
 def _phases(seconds: dict[str, float], total: float) -> dict[str, float]:

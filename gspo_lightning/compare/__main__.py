@@ -44,9 +44,6 @@ COLUMNS = {  # of the CSV: the figure of a rollout behind each
 VALIDATED = {"accuracy_greedy": "val/accuracy_greedy", "accuracy_sampled": "val/accuracy_sampled"}
 
 
-# --- one run --------------------------------------------------------------------------------------
-
-
 def command(plan: Plan, arm: Arm, folder: Path) -> list[str]:
     """The command line of a run; its last overlay lies beside the run's folder."""
     own = folder.with_suffix(".yaml")
@@ -116,9 +113,6 @@ def run_all(plan: Plan, root: Path, jobs: int) -> dict[Arm, dict[str, Any]]:
             pool.shutdown(cancel_futures=True)  # those that run go on to their end
             raise
     return records
-
-
-# --- files ----------------------------------------------------------------------------------------
 
 
 def csv_lines(plan: Plan, records: dict[Arm, dict[str, Any]]) -> Iterator[dict[str, Any]]:

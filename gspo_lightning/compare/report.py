@@ -81,9 +81,6 @@ class Run:
         return max(v for r in rollouts for key, v in r.items() if key.startswith("memory/"))
 
 
-# --- statistics -----------------------------------------------------------------------------------
-
-
 def differences(runs: Sequence[Run], baseline: str, key: str) -> list[tuple[str, list[float]]]:
     """Differences to the baseline at the same updates and seed, by what is compared.
 
@@ -122,9 +119,6 @@ def statements(runs: Sequence[Run], baseline: str) -> list[str]:
         if found:
             lines.append(f"{title}: {'; '.join(found)}.")
     return lines
-
-
-# --- tables ---------------------------------------------------------------------------------------
 
 
 def with_error(values: Sequence[float], digits: int = 3) -> str:
@@ -188,9 +182,6 @@ def cost_table(groups: Mapping[tuple[str, int], list[Run]]) -> list[str]:
     return table(rows)
 
 
-# --- picture --------------------------------------------------------------------------------------
-
-
 def series(run: Run, key: str) -> tuple[list[float], list[float], list[float]]:
     """Rollouts, seconds and values of a figure."""
     spent = list(accumulate(run.seconds(), initial=0.0))
@@ -203,11 +194,9 @@ def series(run: Run, key: str) -> tuple[list[float], list[float], list[float]]:
 
 def draw(path: Path, groups: Mapping[tuple[str, int], list[Run]]) -> None:
     """Draw each panel against rollouts and against seconds: mean and standard deviation."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(12, 18), dpi=100, layout="constrained")
-    FigureCanvasAgg(picture)
     several = len({updates for _, updates in groups}) > 1
     for row, (title, key) in zip(picture.subplots(len(PANELS), 2), PANELS, strict=True):
         for colour, ((algorithm, updates), runs) in zip(COLOURS, groups.items(), strict=False):
@@ -237,17 +226,10 @@ def draw(path: Path, groups: Mapping[tuple[str, int], list[Run]]) -> None:
     picture.savefig(path, format="png")
 
 
-# --- report ---------------------------------------------------------------------------------------
-
-
 def write_report(out: Path, plan: Plan, runs: Mapping[str, list[Run]], command: str) -> None:
-    """Write the report and its pictures.
+    """Write the report ``out.md`` and ``out_SECTION.png`` for each section.
 
-    Args:
-        out: Path without ending; ``out.md``, and ``out_SECTION.png`` for each section.
-        plan: What was compared.
-        runs: Runs by section.
-        command: What makes this report again.
+    ``runs`` are by section; ``command`` makes this report again.
     """
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     lines = ["# Algorithms side by side", "", *plan.text.strip().splitlines(), ""]
@@ -267,9 +249,8 @@ def write_report(out: Path, plan: Plan, runs: Mapping[str, list[Run]], command: 
         lines += [*section.text.strip().splitlines(), ""] if section.text else []
         lines += [*accuracy_table(groups, section.experts), "", *cost_table(groups), ""]
         if found := statements(runs[name], section.baseline):
-            test = (
-                f"Paired t-test over {len(section.seeds)} seeds, Holm's correction, level {LEVEL}:"
-            )
+            seeds = len(section.seeds)
+            test = f"Paired t-test over {seeds} seeds, Holm's correction, level {LEVEL}:"
             lines += [test, "", *(f"- {line}" for line in found), ""]
         lines += [f"![{section.title}]({picture.name})", ""]
     out.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")

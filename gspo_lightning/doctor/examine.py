@@ -129,16 +129,12 @@ def earned(module: Any, samples: Samples, cap: int) -> list[Finding]:
     return [*found, rewards.total(total, size), rewards.flat(total, size, len(DRAWS))]
 
 
-# ---- the command ---------------------------------------------------------------------------------
-
-
 def set_up_and_examine(
     trainer: Any, model: Any, datamodule: Any, num_prompts: int, max_new_tokens: int
 ) -> list[Finding]:
     """Let ``fit`` set everything up, and examine it where training would begin.
 
-    Raises:
-        ValueError: If a number is below 1, or module and data are of another kind.
+    ValueError if a number is below 1, or module and data are of another kind.
     """
     check_at_least(1, num_prompts=num_prompts, max_new_tokens=max_new_tokens)
     if not (hasattr(model, "sampler") and hasattr(model, "objective")):
@@ -162,11 +158,7 @@ def set_up_and_examine(
 def main(
     trainer: Any, model: Any, datamodule: Any, num_prompts: int, max_new_tokens: int, json: bool
 ) -> int:
-    """Examine and print what was found, as lines or as ``json``.
-
-    Returns:
-        Exit code: 1 after a finding that is an error, else 0.
-    """
+    """Examine and print what was found; returns the exit code, 1 after an error, else 0."""
     started = time.perf_counter()
     findings = set_up_and_examine(trainer, model, datamodule, num_prompts, max_new_tokens)
     code = int(worst(findings) == "error")

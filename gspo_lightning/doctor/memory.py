@@ -40,10 +40,9 @@ def available(device: torch.device) -> int | None:
 
 
 def needs(trainer: Any, module: Any) -> dict[torch.device, dict[str, float]] | None:
-    """Bytes that training will take on each device beyond the weights, which are there already.
+    """Bytes by part that training will take on each device beyond the weights, already there.
 
-    Returns:
-        Parts by device; ``None`` if the model's config does not name its sizes.
+    ``None`` if the model's config does not name its sizes.
     """
     parts = policy_memory(trainer, module)
     if parts is None:
@@ -82,12 +81,10 @@ def device_memory(device: torch.device, parts: dict[str, float]) -> Finding:
     if left is None:
         return Finding(check, "warning", f"{text}; what is left is not known", value=value)
     text += f"; {size_text(left)} left"
+    if need <= TIGHT * left:
+        return Finding(check, "ok", text, value=value)
     remedy = (
         "lower model.micro_batch_size and sampler.batch_size, set policy.gradient_checkpointing: "
         "true or policy.lora, or put the reference elsewhere (reference.device)"
     )
-    if need > left:
-        return Finding(check, "error", text, remedy, value)
-    if need > TIGHT * left:
-        return Finding(check, "warning", text, remedy, value)
-    return Finding(check, "ok", text, value=value)
+    return Finding(check, "error" if need > left else "warning", text, remedy, value)

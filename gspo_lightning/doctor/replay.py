@@ -26,8 +26,6 @@ from gspo_lightning.policy.lora import LoRAConfig
 from gspo_lightning.policy.policy import Policy, PolicyConfig, load_policy, load_tokenizer
 from gspo_lightning.rollout import Rollout, Samples
 
-FOUND, ALL_FINITE = 0, 1  # exit codes
-
 
 class Look(NamedTuple):
     """What was looked at: its name, whether it is finite, and the row where it first is not."""
@@ -63,11 +61,7 @@ class Looks:
 
 
 def load_dump(path: Path) -> dict[str, Any]:
-    """Read a dump.
-
-    Raises:
-        ValueError: If the file is not there or is no dump.
-    """
+    """Read a dump; ValueError if the file is not there or is no dump."""
     if not path.is_file():
         raise ValueError(f"replay: no file {path}; dumps lie in faults/ of the run folder")
     content = torch.load(path, weights_only=True) if zipfile.is_zipfile(path) else None
@@ -154,13 +148,8 @@ def gradients(loss: Tensor, parameters: dict[str, nn.Parameter]) -> list[tuple[s
 def watched(model: nn.Module, looks: Looks, micro: Samples, rows: list[int]) -> Iterator[None]:
     """Look at the output of every part of a model.
 
-    Padding is looked at, too: attention reads it with weight 0, and 0 times NaN is NaN.
-
-    Args:
-        model: A causal language model.
-        looks: Where looks go.
-        micro: The sequences that it is run on.
-        rows: Their numbers in the mini-batch.
+    Padding is looked at, too: attention reads it with weight 0, and 0 times NaN is NaN. ``rows``
+    are the numbers of ``micro``'s sequences in the mini-batch.
     """
     packed = packed_rows(micro)
 
@@ -178,15 +167,11 @@ def watched(model: nn.Module, looks: Looks, micro: Samples, rows: list[int]) -> 
             own = lambda place: rows[place * micro.group_size]  # noqa: E731
         looks.at(f"output: {name}", tensor, own)
 
-    hooks = [
-        part.register_forward_hook(lambda _, __, out, n=name: look(n, out))
-        for name, part in model.named_modules()
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, part in model.named_modules():
+            hook = part.register_forward_hook(lambda _, __, out, n=name: look(n, out))
+            hooks.enter_context(hook)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def packed_rows(micro: Samples) -> list[int]:
@@ -199,7 +184,7 @@ def packed_rows(micro: Samples) -> list[int]:
 
 def report(dump: dict[str, Any], looks: Looks) -> list[str]:
     """What was found, in a few lines."""
-    lines = [f"recorded: {', '.join(dump['found'])} not finite"]
+    lines, first = [f"recorded: {', '.join(dump['found'])} not finite"], looks.first
     if dump["settings"].get("critic"):
         lines.append("the run had a critic: its values, loss and gradient are not computed here")
     kinds: dict[str, list[Look]] = {}
@@ -209,13 +194,12 @@ def report(dump: dict[str, Any], looks: Looks) -> list[str]:
         bad = [look for look in group if not look.finite]
         state = f"{len(bad)} of {len(group)} not finite, first {bad[0].name}" if bad else "finite"
         lines.append(f"  {kind:<20} {state}")
-    if looks.first is None:
+    if first is None:
         lines.append(
             "all is finite here: the fault lies outside of the mini-batch, the weights and the "
             "settings (a callback, a kernel of another device, the gradient of another rank)"
         )
         return lines
-    first = looks.first
     lines.append(f"first that is not finite: {first.name} ({first.remark})")
     if first.row is not None:
         prompt, text = dump["prompts"][first.row], dump["minibatch"]["texts"][first.row]
@@ -224,10 +208,7 @@ def report(dump: dict[str, Any], looks: Looks) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Replay one dump.
-
-    Returns:
-        Exit code: 0 if a tensor is not finite, 1 if all are.
+    """Replay one dump; returns the exit code, 0 if a tensor is not finite, 1 if all are.
 
     Raises:
         ValueError: If the dump cannot be read or the device is not there.
@@ -245,4 +226,4 @@ def main(argv: list[str]) -> int:
         print(f"the run was on {recorded}, this is {device}: other kernels round differently")
     looks = replay(dump, torch.device(device))
     print("\n".join(report(dump, looks)))
-    return ALL_FINITE if looks.first is None else FOUND
+    return int(looks.first is None)

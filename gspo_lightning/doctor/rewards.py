@@ -20,12 +20,9 @@ SAME = 1e-6  # relative difference of rewards that count as equal, as in ``flat_
 
 
 def truncation(finished: Tensor, cap: int, limit: int) -> Finding:
-    """How many completions were cut, and whether that says anything about the run.
+    """How many completions were cut at ``cap`` tokens, and whether the run would cut as many.
 
-    Args:
-        finished: (B,) bool.
-        cap: Tokens that were allowed here.
-        limit: ``sampler.max_new_tokens``.
+    ``finished`` is (B,) bool; ``limit`` is ``sampler.max_new_tokens``.
     """
     share = (~finished).float().mean().item()
     value = {"cut_share": share, "cap": cap, "limit": limit}
@@ -40,11 +37,7 @@ def truncation(finished: Tensor, cap: int, limit: int) -> Finding:
 
 
 def terms(rewards: Mapping[str, RewardTerm], samples: Any) -> tuple[list[Finding], Scores]:
-    """Score completions, and find terms that say nothing.
-
-    Returns:
-        A finding per term, and the scores of the terms that could score.
-    """
+    """A finding for each term, which may say nothing, and the scores of those that could score."""
     working, broken = dict(rewards), []
     while True:  # all completions at once, as in a run: a judge that is asked costs money
         try:

@@ -186,18 +186,14 @@ def lengths(policy: Any, data: Any, prompts: list[list[int]], new_tokens: int) -
     return Finding("prompts", "ok", text, value=value)
 
 
-def shown(text: str) -> str:
-    """A text in one line, in quotes, with escapes."""
-    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]} ...")
-
-
 def example(policy: Any, samples: Any) -> list[Finding]:
     """The first prompt and completion as the policy sees them, special tokens included."""
     prompt = samples.prompt_ids[0][samples.prompt_mask[0]].tolist()
     completion = samples.completion_ids[0][samples.mask[0]].tolist()
-    asked, answered = (policy.tokenizer.decode(ids) for ids in (prompt, completion))
+    texts = [policy.tokenizer.decode(ids) for ids in (prompt, completion)]
+    quoted = [repr(text if len(text) <= SHOWN else f"{text[:SHOWN]} ...") for text in texts]
     size = f"{len(completion)} tokens" + ("" if samples.finished[0] else ", cut off")
     return [
-        Finding("prompt", "ok", shown(asked), value=asked),
-        Finding("completion", "ok", f"{shown(answered)} ({size})", value=answered),
+        Finding("prompt", "ok", quoted[0], value=texts[0]),
+        Finding("completion", "ok", f"{quoted[1]} ({size})", value=texts[1]),
     ]

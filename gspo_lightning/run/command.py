@@ -25,13 +25,8 @@ from gspo_lightning.checkpoint import RolloutCheckpoint
 from gspo_lightning.checkpoint.files import find_checkpoint, list_checkpoints
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, damage
 from gspo_lightning.checkpoint.signals import StopSignals, forbid_requeueing
-from gspo_lightning.run import folder, start_checks
-from gspo_lightning.run.config_files import check_config_file, config_paths
-from gspo_lightning.run.ending import report
-from gspo_lightning.run.lock import RunLock, check_lock
-from gspo_lightning.run.one_line import OneLineParser, quiet
+from gspo_lightning.run import config_files, ending, folder, lock, one_line, progress, start_checks
 from gspo_lightning.run.plan import resume_command, this_python
-from gspo_lightning.run.progress import RolloutProgress, RunSummary
 from gspo_lightning.run.terminal_log import TerminalLog, say
 from gspo_lightning.run.tracing import RolloutProfile
 
@@ -51,7 +46,7 @@ class Watch(Callback):
         self.root: Path | None = None  # the run folder, once training has begun
         self.refuse = lambda: None  # takes back what was written before the run began
         self.terminal = TerminalLog()
-        self.lock = RunLock()
+        self.lock = lock.RunLock()
         self.signals = StopSignals()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -73,13 +68,9 @@ class Watch(Callback):
 
 
 class CommandTrainer(Trainer):
-    """A Trainer that can also examine what it would train.
+    """A Trainer that can also examine what it would train."""
 
-    Attributes:
-        instead_of_training: What ``fit`` does, if given, once everything is set up.
-    """
-
-    instead_of_training: Callable[[], None] | None = None
+    instead_of_training: Callable[[], None] | None = None  # what `fit` does, once all is set up
 
     def doctor(
         self,
@@ -110,14 +101,10 @@ class CommandTrainer(Trainer):
 
 
 class GSPOCLI(LightningCLI):
-    """Lightning's commands and `doctor`, with this project's run folder and checkpoints.
-
-    Attributes:
-        code: Exit code of a command that ran to its end.
-    """
+    """Lightning's commands and `doctor`, with this project's run folder and checkpoints."""
 
     def __init__(self, argv: list[str], watch: Watch) -> None:
-        self.code = 0
+        self.code = 0  # exit code of a command that ran to its end
         self.watch = watch
         self.argv = argv
         self.checkpoint: Path | None = None
@@ -132,7 +119,7 @@ class GSPOCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             trainer_class=CommandTrainer,
-            parser_class=OneLineParser,
+            parser_class=one_line.OneLineParser,
             save_config_callback=folder.RunConfig,
             seed_everything_default=0,  # True would draw another seed on continuing
             trainer_defaults={
@@ -152,7 +139,6 @@ class GSPOCLI(LightningCLI):
         return four | {"doctor": {"model", "datamodule", "json"}}
 
     def add_arguments_to_parser(self, parser: Any) -> None:
-        """Options beside Lightning's own."""
         parser.add_argument(
             "--profile",
             type=int | None,
@@ -178,8 +164,8 @@ class GSPOCLI(LightningCLI):
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse; Lightning's version warns when a program passes arguments, as tests do."""
-        for path in config_paths(args):
-            check_config_file(path)
+        for path in config_files.config_paths(args):
+            config_files.check_config_file(path)
         self.config = parser.parse_args(args)
 
     def _set_seed(self) -> None:
@@ -197,7 +183,7 @@ class GSPOCLI(LightningCLI):
         self.rehearsal = bool(config.trainer.fast_dev_run)
         trains = self.subcommand == "fit" and not self.rehearsal
         if trains:
-            check_lock(self.root)
+            lock.check_lock(self.root)
         path = config.get("ckpt_path")
         self.checkpoint = find_checkpoint(self.root, path and str(path))
         start_checks.check_trainer(config.trainer)
@@ -253,9 +239,9 @@ class GSPOCLI(LightningCLI):
         callbacks = [self.watch.signals, *as_list(config.callbacks), self.watch, *self.traces]
         if config.enable_progress_bar is not False:
             if not has(callbacks, ProgressBar):
-                callbacks.append(RolloutProgress())
-            if not has(callbacks, RunSummary):
-                callbacks.append(RunSummary())
+                callbacks.append(progress.RolloutProgress())
+            if not has(callbacks, progress.RunSummary):
+                callbacks.append(progress.RunSummary())
         if self.subcommand == "predict" and not has(callbacks, PredictionWriter):
             callbacks.append(PredictionWriter())
         if config.enable_checkpointing is not False and not has(callbacks, Checkpoint):
@@ -295,9 +281,6 @@ class GSPOCLI(LightningCLI):
         if self.checkpoint is not None and self.watch.rollouts == 0:
             end = f"{self.checkpoint} is the end of the run"
             say(f"nothing to do: {end}; raise its length to go on")
-
-
-# ---- small things --------------------------------------------------------------------------------
 
 
 def import_classes() -> None:
@@ -350,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     os.umask(umask | 0o022)
     watch.signals.install()
     try:
-        with quiet():
+        with one_line.quiet():
             if argv[:1] == ["replay"]:
                 return resolve_name(TOOLS["replay"])(argv[1:])
             code = GSPOCLI(argv, watch).code
@@ -359,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
             say(f"{name}: stopped; {where_to_go_on(argv, watch.root)}")
         return watch.signals.exit_code or code
     except BaseException as error:
-        return report(error, watch, partial(where_to_go_on, argv, watch.root))
+        return ending.report(error, watch, partial(where_to_go_on, argv, watch.root))
     finally:
         watch.signals.restore()
         watch.terminal.close()

@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-FLAGS = ("--config", "-c")
 WAY_OUT = "a config looks like configs/arithmetic.yaml"
 
 
@@ -22,16 +21,12 @@ def config_paths(args: Sequence[str]) -> Iterator[str]:
     """
     for word, following in itertools.zip_longest(args, args[1:]):
         flag, equals, path = word.partition("=")
-        if flag in FLAGS and (equals or following is not None):
+        if flag in ("--config", "-c") and (equals or following is not None):
             yield path if equals else following
 
 
 def check_config_file(path: str) -> None:
-    """Refuse what is not a file with one YAML mapping of plain values.
-
-    Raises:
-        ValueError: Naming file, line and way out.
-    """
+    """Raise ValueError, with line and way out, unless it is one YAML mapping of plain values."""
     file = Path(path).expanduser()
     if not file.exists():
         raise ValueError(f"config: there is no file {path} (looked in {Path.cwd()}); {WAY_OUT}")

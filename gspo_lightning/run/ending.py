@@ -24,16 +24,13 @@ MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, Misconfigurati
 
 
 def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> int:
-    """Say what ended the command and how to go on.
+    """Say what ended the command and how to go on; returns the exit code.
 
     Args:
         error: What ended it.
         watch: Knows whether work had ``begun``; ``refuse`` takes back what was written before.
         go_on: How to continue, or nothing; asked after the error is told, and whether there
             is time to read a checkpoint to its end.
-
-    Returns:
-        The exit code.
     """
     cause = error.__context__ if isinstance(error, SystemExit) else error
     if isinstance(cause, KeyboardInterrupt):  # Lightning turns it into exit(1)

@@ -29,11 +29,7 @@ class RunLock:
 
     @rank_zero_only
     def take(self, root: Path) -> None:
-        """Take the folder for this process.
-
-        Raises:
-            ValueError: If another process has it, with that one's name.
-        """
+        """Take the folder for this process; ValueError names another process that has it."""
         self._new = [folder for folder in (root, *root.parents) if not folder.exists()]
         root.mkdir(parents=True, exist_ok=True)
         file = root / FILE
@@ -82,11 +78,7 @@ def check_lock(root: Path) -> None:
 
 
 def lock(root: Path, number: int) -> None:
-    """Lock an open file for this process.
-
-    Raises:
-        ValueError: If another process has it.
-    """
+    """Lock an open file for this process; ValueError if another process has it."""
     try:
         fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -19,14 +19,9 @@ from gspo_lightning.policy.policy import multiplies_by_onednn
 
 
 def plan_lines(trainer: Any, module: Any) -> list[str]:
-    """Describe a run in at most nine lines, from what is known before the first batch.
+    """At most nine lines of a name and a text: what is known of a run before the first batch.
 
-    Args:
-        trainer: After ``setup``: data, module and devices are known, nothing has run.
-        module: A GSPOModule, or any other module.
-
-    Returns:
-        Lines of a name and a text.
+    ``trainer`` is set up, so that data and devices are known; ``module`` may be of any kind.
     """
     lines = {
         "plan": _work(trainer, module),

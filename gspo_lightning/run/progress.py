@@ -22,8 +22,6 @@ from gspo_lightning.callbacks.report import figures, figures_line, rollout_line
 from gspo_lightning.run import plan
 from gspo_lightning.run.terminal_log import say
 
-BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
-
 
 def on_terminal() -> bool:
     """Whether standard output can redraw a line."""
@@ -68,7 +66,7 @@ class RolloutProgress(ProgressBar):
             initial=done,
             leave=stay,
             dynamic_ncols=True,
-            bar_format=BAR_FORMAT,
+            bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}",
             file=sys.stdout,
         )
 

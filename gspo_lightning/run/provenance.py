@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
 
 import yaml
 
@@ -18,15 +17,12 @@ PACKAGES = ("torch", "lightning", "transformers", "gspo_lightning")
 PACKAGE = Path(__file__).parents[1]
 
 
-class Provenance(NamedTuple):
-    """The code of a run."""
+def provenance(package: Path = PACKAGE) -> tuple[str, str | None]:
+    """Describe the code in ``package`` and in the ``train.py`` beside it.
 
-    versions: str  # the text of ``versions.yaml``
-    diff: str | None  # of the working tree against the commit, maybe empty; None outside git
-
-
-def provenance(package: Path = PACKAGE) -> Provenance:
-    """Describe the code in ``package`` and in the ``train.py`` beside it."""
+    Returns:
+        The text of ``versions.yaml``; the working tree's diff against the commit, None outside git.
+    """
     facts: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -40,39 +36,36 @@ def provenance(package: Path = PACKAGE) -> Provenance:
     facts["git_commit"] = None if commit is None else commit.strip()
     facts["uncommitted_changes"] = None if diff is None else "yes" if diff else "no"
     facts["source_sha256"] = _digest(package)
-    return Provenance(yaml.safe_dump(facts, sort_keys=False), diff)
+    return yaml.safe_dump(facts, sort_keys=False), diff
 
 
 def write_provenance(folder: Path, mark: str = "", package: Path = PACKAGE) -> bool:
-    """Write ``versions.yaml`` and, where needed, ``uncommitted.diff`` or ``source/``.
+    """Write ``versions.yaml`` and ``uncommitted.diff`` or ``source/``; returns whether it did.
 
     Args:
         folder: The run folder.
         mark: Empty for the start of a run, whose files replace older ones. Otherwise part of the
             files' names, which are then written only if something differs from the start.
         package: The folder of the package.
-
-    Returns:
-        Whether anything was written.
     """
-    found = provenance(package)
+    versions, changes = provenance(package)
     first = folder / "versions.yaml"
     if mark and first.exists():
         diff = folder / "uncommitted.diff"
         old = (first.read_text(), diff.read_text() if diff.exists() else "")
-        if old == (found.versions, found.diff or ""):
+        if old == (versions, changes or ""):
             return False
         mark = f".{mark}"
     else:
         mark = ""
-    (folder / f"versions{mark}.yaml").write_text(found.versions)
+    (folder / f"versions{mark}.yaml").write_text(versions)
     diff, source = folder / f"uncommitted{mark}.diff", folder / f"source{mark}"
     diff.unlink(missing_ok=True)
     if source.exists():
         shutil.rmtree(source)
-    if found.diff:
-        diff.write_text(found.diff)
-    elif found.diff is None:
+    if changes:
+        diff.write_text(changes)
+    elif changes is None:
         for name, file in _sources(package).items():
             target = source / name
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -13,13 +13,8 @@ from gspo_lightning.policy.folder import weight_files
 def check_checkpoint(path: Path, module: Any) -> None:
     """Refuse a file that is no checkpoint of such a module; no tensor is read.
 
-    Args:
-        path: The file that `--ckpt_path` stands for.
-        module: The module that is to continue from it. Its attribute ``checkpoint_key``, if it has
-            one, names an entry that only its own checkpoints have.
-
-    Raises:
-        ValueError: Naming the file and the way out.
+    ``module.checkpoint_key``, if there is one, names an entry that only its own checkpoints have.
+    The ValueError names the file and the way out.
     """
     way_out = "give one that a run of this config wrote, or last"
     try:

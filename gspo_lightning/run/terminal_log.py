@@ -25,9 +25,7 @@ _CONTROL = re.compile(
 def say(text: str, stream: TextIO | None = None) -> None:
     """Print a line above whatever bars are drawn; the one way to the terminal.
 
-    Args:
-        text: The line.
-        stream: Standard error where there is none: for what is no part of a result.
+    Without a ``stream`` it goes to standard error: for what is no part of a result.
     """
     stream = stream or sys.stderr
     tqdm.write(text, file=stream)

@@ -9,10 +9,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback
 from torch._C._profiler import _ExperimentalConfig
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from gspo_lightning.run.terminal_log import say
 
@@ -42,13 +41,10 @@ class RolloutProfile(Callback):
         self.begun += 1
         if self.begun != self.rollout:
             return
-        activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(ProfilerActivity.CUDA)
         # Frozen models run in threads of their own, which the profiler leaves out by default.
         threads = _ExperimentalConfig(profile_all_threads=True)
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences lines that say nothing to anyone
-        self._profile = profile(activities=activities, experimental_config=threads)
+        self._profile = profile(experimental_config=threads)  # of all that torch can trace here
         self._profile.start()
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:

@@ -366,7 +366,7 @@ def engines(monkeypatch):
         run = a_run("", name, 0, seconds * case.limit, limits=LIMITS)
         return {key: value for key, value in run.items() if key not in ("case", "name", "repeat")}
 
-    monkeypatch.setattr(bench, "one_run", one_run)
+    monkeypatch.setattr(bench_runs, "one_run", one_run)
     monkeypatch.setattr(bench_scaling, "one_run", one_run)
     monkeypatch.setattr(bench_runs.importlib.util, "find_spec", lambda name: True)
     return calls

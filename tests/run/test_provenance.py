@@ -88,7 +88,7 @@ def test_a_package_that_the_repository_around_it_ignores_is_outside_git(reposito
     installed = repository.parent / ".venv" / "gspo"
     shutil.copytree(repository, installed)
     (repository.parent / ".gitignore").write_text(".venv\n")
-    assert provenance(installed).diff is None
+    assert provenance(installed)[1] is None
     write_provenance(root, package=installed)
     assert (root / "source" / "gspo" / "loss.py").exists()
 
@@ -121,9 +121,9 @@ def test_a_second_start_leaves_nothing_of_the_first(package, root):
 
 
 def test_a_change_inside_a_room_changes_the_recorded_source(package, root):
-    before = yaml.safe_load(provenance(package).versions)["source_sha256"]
+    before = yaml.safe_load(provenance(package)[0])["source_sha256"]
     (package / "room" / "head.py").write_text("z = 2\n")
-    assert yaml.safe_load(provenance(package).versions)["source_sha256"] != before
+    assert yaml.safe_load(provenance(package)[0])["source_sha256"] != before
 
 
 def test_the_source_that_is_kept_by_default_is_the_whole_package():
