@@ -3,6 +3,7 @@
 Decides how they look.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -113,9 +114,7 @@ def running_mean(values: list[float], width: int) -> list[float]:
     >>> running_mean([0.0, 3.0, 6.0, 0.0], width=1)
     [nan, 3.0, 3.0, nan]
     """
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
+    sums = [*itertools.accumulate(values, initial=0.0)]
     means = []
     for i in range(len(values)):
         reach = min(width, i, len(values) - 1 - i)

@@ -38,12 +38,6 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     """Complete checkpoints of a run folder, oldest first; other and half-copied files are skipped.
 
     Looks at the end of each file only; `damage` reads a whole one.
-
-    Args:
-        folder: The run folder, the one that holds `checkpoints/`.
-
-    Returns:
-        Paths sorted by the number of rollouts completed.
     """
     return [path for path in numbered_files(folder) if is_sealed(path)]
 

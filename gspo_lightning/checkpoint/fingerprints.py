@@ -68,11 +68,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def collect(trainer: Any, module: Any) -> dict[str, Any]:
-    """All marks of a run: of the module, its tokenizer, the data and the callbacks.
-
-    Returns:
-        Plain values by what they are of.
-    """
+    """All marks of a run, plain values: of the module, its tokenizer, the data, the callbacks."""
     marks: dict[str, Any] = {
         "seed_everything": int(os.environ.get("PL_GLOBAL_SEED", 0)),
         "number of ranks": trainer.world_size,

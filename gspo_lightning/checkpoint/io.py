@@ -209,9 +209,6 @@ def _sync_folder(path: Path) -> None:
         os.close(folder)
 
 
-# ---- full disks ----------------------------------------------------------------------------------
-
-
 def describe(error: OSError, path: Path) -> str:
     """Why the system refused, with the room that is left where that is the reason."""
     text = (error.strerror or str(error)).lower()

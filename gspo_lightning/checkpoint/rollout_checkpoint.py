@@ -18,6 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
+from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint.event_files import cut_event_files, event_file_sizes
 from gspo_lightning.checkpoint.files import BEST, FOLDER, checkpoint_number, list_checkpoints
 from gspo_lightning.checkpoint.fingerprints import collect, differences, refuse_changes
@@ -64,10 +65,9 @@ class RolloutCheckpoint(Checkpoint):
         mode: Literal["max", "min"] = "max",
         keep_best: int = 1,
     ) -> None:
-        counts = dict(every_n_rollouts=every_n_rollouts, keep_last=keep_last, keep_best=keep_best)
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_at_least(
+            1, every_n_rollouts=every_n_rollouts, keep_last=keep_last, keep_best=keep_best
+        )
         if mode not in ("max", "min"):
             raise ValueError(f"mode must be max or min, got {mode!r}")
         self.every_n_rollouts, self.save_at_end = every_n_rollouts, save_at_end
@@ -87,8 +87,6 @@ class RolloutCheckpoint(Checkpoint):
         """See to it that files are written whole, also in a program that says nothing of it."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-
-    # ---- saving ---------------------------------------------------------------------------------
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Save now, or leave it to the validation that is about to run."""
@@ -161,9 +159,19 @@ class RolloutCheckpoint(Checkpoint):
         return (value, number) in self._best
 
     def _save(self, trainer: Trainer) -> None:
+        """Write; a ``FloatingPointError`` on every rank if the weights are not finite on any."""
         number = trainer.fit_loop.total_batch_idx + 1
         path = Path(trainer.default_root_dir, FOLDER, _file_name(number))
-        _refuse_broken_weights(trainer, number)
+        # A finite gradient may still end in a NaN: by a learning rate too large for the type, or by
+        # an optimizer's own state. Weights that nothing can be made of must not be the newest file.
+        broken = broken_weights(trainer.lightning_module.named_parameters())
+        if not trainer.strategy.reduce_boolean_decision(not broken, all=True):
+            written = list_checkpoints(trainer.default_root_dir)
+            last = f"the last one is {written[-1]}" if written else "there is no earlier one"
+            raise FloatingPointError(
+                f"after {number} rollouts the weights are not finite ({', '.join(broken[:1])}), so "
+                f"no checkpoint is written; {last}"
+            )
         self._saving = True
         try:
             trainer.save_checkpoint(path, weights_only=False)  # False: optimizer state goes in, too
@@ -172,10 +180,11 @@ class RolloutCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             self._write_best(path.parent)
             # Keep later files: a run that goes on from before a damaged file has some.
-            found = [p for p in list_checkpoints(trainer.default_root_dir) if _at(p) <= number]
-            best = {number for _, number in self._best}
+            written = list_checkpoints(trainer.default_root_dir)
+            found = [file for file in written if (checkpoint_number(file) or 0) <= number]
+            best = {_file_name(number) for _, number in self._best}
             for old in found[: -self.keep_last]:
-                if _at(old) not in best:
+                if old.name not in best:
                     old.unlink(missing_ok=True)
 
     def _write_best(self, folder: Path) -> None:
@@ -185,8 +194,6 @@ class RolloutCheckpoint(Checkpoint):
         text = yaml.safe_dump({"mode": self.mode, "kept": kept}, sort_keys=False)
         with replacing(folder / BEST, durable=True) as file:
             file.write(text.encode())
-
-    # ---- continuing -----------------------------------------------------------------------------
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict) -> None:
         """Forget whether the saved rollout was the last: the run may have been made longer.
@@ -246,26 +253,6 @@ def _file_name(number: int) -> str:
     return f"rollout={number:06d}.ckpt"
 
 
-def _refuse_broken_weights(trainer: Trainer, number: int) -> None:
-    """End the run before weights that nothing can be made of become its newest checkpoint.
-
-    A finite gradient may still end in a NaN: by a learning rate too large for the type, or by an
-    optimizer's own state.
-
-    Raises:
-        FloatingPointError: On every rank, if the weights are not finite on any.
-    """
-    broken = broken_weights(trainer.lightning_module.named_parameters())
-    if trainer.strategy.reduce_boolean_decision(not broken, all=True):
-        return
-    written = list_checkpoints(trainer.default_root_dir)
-    last = f"the last one is {written[-1]}" if written else "there is no earlier one"
-    raise FloatingPointError(
-        f"after {number} rollouts the weights are not finite ({', '.join(broken[:1])}), so no "
-        f"checkpoint is written; {last}"
-    )
-
-
 def broken_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Names of the trained tensors with a value that is not finite; of a sharded one the part here.
 
@@ -284,10 +271,6 @@ def broken_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]:
     ends = [torch.stack(torch.aminmax(part)).float() for part in parts.values()]
     fine = torch.stack([pair.to(ends[0].device) for pair in ends]).isfinite().all(1).tolist()
     return [name for name, good in zip(parts, fine, strict=True) if not good]
-
-
-def _at(path: Path) -> int:
-    return checkpoint_number(path) or 0
 
 
 def _stopped_by_signal(trainer: Trainer) -> bool:

@@ -41,8 +41,6 @@ class StopSignals(Callback):
         self._trainer: Trainer | None = None
         self._before: dict[int, Any] = {}
 
-    # ---- handlers -------------------------------------------------------------------------------
-
     def install(self) -> None:
         """Take the signals over, in the main thread; again after someone else took them."""
         if threading.current_thread() is not threading.main_thread():
@@ -95,8 +93,6 @@ class StopSignals(Callback):
             launcher.kill(signal.SIGKILL)  # other ranks would wait for this one for ever
             # Lightning watches this list, and kills this process once one of them has been killed
             getattr(launcher, "procs", []).clear()
-
-    # ---- training -------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer = trainer

@@ -114,15 +114,11 @@ class SupervisedData(TokenizedData):
             1, "data.", batch_size=batch_size, num_steps=num_steps, max_tokens=max_tokens
         )
         check_files({"path": path, "val_path": val_path})
-        self.path = path
-        self.val_path = val_path
-        self.batch_size = batch_size
-        self.num_steps = num_steps
-        self.max_tokens = max_tokens
+        self.path, self.val_path = path, val_path
+        self.batch_size, self.num_steps, self.max_tokens = batch_size, num_steps, max_tokens
         self.val_examples: list[tuple[list[int], list[int]]] = []
 
     def setup(self, stage: str) -> None:
-        """Read and tokenise."""
         check_kind_of_data(self, self.trainer.lightning_module)  # type: ignore[union-attr]
         if self.stream is None and stage == "fit":
             examples = self._read("data.path", self.path)
@@ -189,8 +185,7 @@ class SFTData(SupervisedData):
         shuffle: bool = True,
     ) -> None:
         super().__init__(path, val_path, batch_size, num_steps, max_tokens)
-        self.prompt_column = prompt_column
-        self.completion_column = completion_column
+        self.prompt_column, self.completion_column = prompt_column, completion_column
         self.shuffle = shuffle
 
     def _read(self, key: str, path: str) -> list[tuple[list[int], list[int]]]:

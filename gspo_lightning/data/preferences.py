@@ -72,7 +72,6 @@ class PreferenceData(SupervisedData):
         self.separator = separator
 
     def setup(self, stage: str) -> None:
-        """Read and tokenise."""
         super().setup(stage)
         if stage != "fit" and not self.val_examples:
             raise ValueError(

@@ -69,13 +69,10 @@ class PromptData(TokenizedData):
             val_batch_size=val_batch_size,
         )
         check_files(self.paths)
-        self.prompts_per_rollout = prompts_per_rollout
-        self.num_rollouts = num_rollouts
+        self.prompts_per_rollout, self.num_rollouts = prompts_per_rollout, num_rollouts
         self.prompt_column = prompt_column
-        self.chat_template = chat_template
-        self.system_prompt = system_prompt
-        self.max_prompt_tokens = max_prompt_tokens
-        self.overlong_prompts = overlong_prompts
+        self.chat_template, self.system_prompt = chat_template, system_prompt
+        self.max_prompt_tokens, self.overlong_prompts = max_prompt_tokens, overlong_prompts
         self.val_batch_size = val_batch_size
         self.examples: dict[str, list[tuple[list[int], dict]]] = {}
         self.dropped: dict[str, int] = {}  # prompts left out as too long, by the key of their file
@@ -110,11 +107,7 @@ class PromptData(TokenizedData):
         return max((len(ids) for ids, _ in self.examples.get("path", [])), default=0)
 
     def draw(self, counts: Sequence[int]) -> PromptBatch | None:
-        """Further prompts of the training order, for groups that taught nothing.
-
-        Args:
-            counts: How many each rank is to get, the same list on every rank.
-        """
+        """Further prompts, for groups that taught nothing; see :meth:`ResumableStream.share`."""
         assert self.stream is not None
         return self.stream.share(counts)
 

@@ -1,10 +1,12 @@
 """Batches in an order that can be resumed: which examples come next, how many were served."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from gspo_lightning.rollout import stream_seed
 
@@ -17,16 +19,13 @@ def pad(sequences: list[list[int]], side: Literal["left", "right"]) -> tuple[Ten
     >>> pad([[5], [6, 7]], "left")[0].tolist()
     [[0, 5], [6, 7]]
     """
-    length = max(len(ids) for ids in sequences)
-    ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    mask = torch.zeros(len(sequences), length, dtype=torch.bool)
-    for i, sequence in enumerate(sequences):
-        span = slice(length - len(sequence), None) if side == "left" else slice(len(sequence))
-        ids[i, span] = torch.tensor(sequence, dtype=torch.long)
-        mask[i, span] = True
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in sequences]
+    real = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    ids, mask = (pad_sequence(x, batch_first=True, padding_side=side) for x in (rows, real))
     return ids, mask
 
 
+@dataclass(eq=False)
 class ResumableStream:
     """Batches of examples without end, in an order that is a function of (seed, pass).
 
@@ -35,27 +34,16 @@ class ResumableStream:
     reason: what was handed out counts as served.
     """
 
-    def __init__(
-        self,
-        examples: list[Any],
-        collate: Callable[[list[Any]], Any],
-        batch_size: int,
-        num_batches: int,
-        seed: int,
-        shuffle: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.examples = examples
-        self.collate = collate
-        self.batch_size = batch_size
-        self.num_batches = num_batches
-        self.seed = seed
-        self.shuffle = shuffle
-        self.rank = rank
-        self.world_size = world_size
-        self.served = 0  # over all ranks
-        self._order: tuple[int, list[int]] = (-1, [])
+    examples: list[Any]
+    collate: Callable[[list[Any]], Any]
+    batch_size: int
+    num_batches: int
+    seed: int
+    shuffle: bool = True
+    rank: int = 0
+    world_size: int = 1
+    served: int = 0  # over all ranks
+    _order: tuple[int, list[int]] = (-1, [])  # of the newest pass
 
     def __len__(self) -> int:
         return self.num_batches

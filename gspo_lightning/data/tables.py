@@ -81,22 +81,16 @@ def read_json_lines(key: str, file: Path) -> list[dict]:
                 raise ValueError(f"{where}: {limit}; write one object a line")
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)  # no part of the data
-                check_encoding(where, line)
+                if line.startswith(b"\x1f\x8b"):
+                    raise ValueError(f"{where}: packed by gzip; unpack the file")
+                if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise ValueError(f"{where}: UTF-16; convert the file to UTF-8")
             if line.strip():
                 rows.append(read_object(where, line))
     return rows
 
 
-def check_encoding(where: str, start: bytes) -> None:
-    """Name the usual reasons for which a file is no text in UTF-8."""
-    if start.startswith(b"\x1f\x8b"):
-        raise ValueError(f"{where}: packed by gzip; unpack the file")
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError(f"{where}: UTF-16; convert the file to UTF-8")
-
-
 def read_object(where: str, line: bytes) -> dict:
-    """One line as a row."""
     if b"\0" in line:
         raise ValueError(f"{where}: holds a NUL byte; write the file again as UTF-8 text")
     try:

@@ -6,7 +6,6 @@ its group. Sequences of similar length are padded to one another here, and only 
 
 import inspect
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -35,18 +34,6 @@ class Sequence(NamedTuple):
     prompt_length: int = 0
 
 
-class Block(NamedTuple):
-    """Sequences that attention computes together: ``num`` rows padded to ``length`` on the right.
-
-    Padding behind a text is never attended to by the text, as attention is causal.
-    """
-
-    num: int
-    length: int
-    prompt_start: int
-    prompt_length: int
-
-
 @dataclass(eq=False)
 class PackedAttention:
     """Attention within a packed row; called by every layer, recomputed ones included.
@@ -60,16 +47,17 @@ class PackedAttention:
     sequences: list[Sequence]
     size: int
     device: torch.device
-    blocks: list[Block] = field(default_factory=list, init=False)
+    blocks: list[list[Sequence]] = field(init=False)  # computed together, padded to their first
     masks: dict[Any, Tensor | None] = field(default_factory=dict, init=False)
     joined: tuple[Tensor, Tensor, Tensor, int, int] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        self.blocks = _similar(self.sequences)
         slots, fill, starts = [], [], []
         offset = 0
-        for members in _similar(self.sequences):
+        for members in self.blocks:
+            # padding is on the right, where causal attention never lets the text see it
             longest = members[0].length
-            self.blocks.append(Block(len(members), *members[0][1:]))
             for sequence in members:
                 columns = torch.arange(longest)
                 real = columns < sequence.length
@@ -84,7 +72,7 @@ class PackedAttention:
         self.cuts: list[int] = []  # of the row, so that each prompt is a piece of its own
         self.pieces: dict[int, int] = {}  # the piece of a prompt, by its start
         at = 0
-        prompts = {(b.prompt_start, b.prompt_length) for b in self.blocks if b.prompt_length}
+        prompts = {(s.prompt_start, s.prompt_length) for s in self.sequences if s.prompt_length}
         for start, length in sorted(prompts):
             self.pieces[start] = len(self.cuts) + 1
             self.cuts += [start - at, length]
@@ -106,10 +94,10 @@ class PackedAttention:
         keys, values = self._blocks(key), self._blocks(value)
         prompt_keys, prompt_values = key.split(self.cuts, 2), value.split(self.cuts, 2)
         outputs = []
-        for i, block in enumerate(self.blocks):
+        for i, members in enumerate(self.blocks):
             q, k, v = queries[i], keys[i], values[i]
-            if block.prompt_length:
-                piece, shape = self.pieces[block.prompt_start], (block.num, -1, -1, -1)
+            if members[0].prompt_length:
+                piece, shape = self.pieces[members[0].prompt_start], (len(members), -1, -1, -1)
                 k = torch.cat([prompt_keys[piece].expand(shape), k], 2)
                 v = torch.cat([prompt_values[piece].expand(shape), v], 2)
             mask = self._mask(i, window, q.dtype, not plain)
@@ -131,15 +119,16 @@ class PackedAttention:
     def _blocks(self, x: Tensor) -> list[Tensor]:
         """Cut (1, heads, N, d) into the blocks, (num, heads, length, d) each."""
         padded = _Move.apply(x[0].transpose(0, 1), self.slots, self.home, None)
-        parts = padded.split([block.num * block.length for block in self.blocks])
+        sizes = [(len(members), members[0].length) for members in self.blocks]
+        parts = padded.split([num * length for num, length in sizes])
         return [
-            part.view(block.num, block.length, *part.shape[1:]).transpose(1, 2)
-            for part, block in zip(parts, self.blocks, strict=True)
+            part.view(*size, *part.shape[1:]).transpose(1, 2)
+            for part, size in zip(parts, sizes, strict=True)
         ]
 
     def _mask(self, i: int, window: int | None, dtype: torch.dtype, always: bool) -> Tensor | None:
         """What is added to the scores of a block: (length, prompt + length), or plain causal."""
-        block = self.blocks[i]
+        block = self.blocks[i][0]
         columns = block.prompt_length + block.length
         if window is not None and window >= columns:
             window = None
@@ -162,26 +151,24 @@ class PackedAttention:
     ) -> Tensor:
         """All sequences in one kernel for unequal lengths; keys are the prompt's and their own."""
         if self.joined is None:
-            index, ends_q, ends_k = [], [0], [0]
+            index, lengths_q, lengths_k = [], [0], [0]
             for start, length, prompt_start, prompt_length in self.sequences:
                 index += [*range(prompt_start, prompt_start + prompt_length)]
                 index += [*range(start, start + length)]
-                ends_q.append(length)
-                ends_k.append(prompt_length + length)
-
-            def ends(lengths: list[int]) -> Tensor:
-                return torch.tensor([*accumulate(lengths)], dtype=torch.int32, device=self.device)
-
+                lengths_q.append(length)
+                lengths_k.append(prompt_length + length)
             keys = torch.tensor(index, device=self.device)
-            self.joined = (keys, ends(ends_q), ends(ends_k), max(ends_q), max(ends_k))
+            lengths = torch.tensor([lengths_q, lengths_k], device=self.device)
+            ends_q, ends_k = (x.cumsum(0, dtype=torch.int32) for x in lengths)
+            self.joined = (keys, ends_q, ends_k, max(lengths_q), max(lengths_k))
         index_k, cu_q, cu_k, max_q, max_k = self.joined
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         k, v = k[index_k], v[index_k]
         if q.shape[1] != k.shape[1]:
             k, v = _for_each_head(q, k, v)
         left = -1 if window is None else window - 1
-        lengths = cu_q, cu_k, max_q, max_k
-        output: Any = varlen_attn(q, k, v, *lengths, scale=scale, window_size=(left, 0))
+        borders = cu_q, cu_k, max_q, max_k
+        output: Any = varlen_attn(q, k, v, *borders, scale=scale, window_size=(left, 0))
         return output.unsqueeze(0)
 
 
@@ -221,9 +208,8 @@ def attend_explicitly(
         query: (n, heads, Q, d).
         key: (n, key-value heads, K, d); ``value`` likewise.
         mask: Added to the scores, (Q, K).
-        options: ``scaling`` multiplies the scores, else d ** -0.5; where the model has them:
-            ``softcap``, scores become softcap * tanh(score / softcap); ``s_aux``, one more score
-            for each head, which takes weight and adds nothing, (heads,).
+        options: As in :class:`gspo_lightning.engine.attention.Attend`; without ``scaling`` scores
+            are multiplied by d ** -0.5.
 
     Returns:
         (n, heads, Q, d).

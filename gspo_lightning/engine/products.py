@@ -39,7 +39,6 @@ class Linear(nn.Linear):
     ordered: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """As ``nn.Linear``."""
         return linear(input, self.weight, self.bias, self.ordered)
 
 
@@ -173,8 +172,6 @@ def _step(count: int) -> int:
 
 
 class _Linear(torch.autograd.Function):
-    """The product and its gradients."""
-
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows, weight)

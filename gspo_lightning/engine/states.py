@@ -99,9 +99,6 @@ def run_packed(model: nn.Module, row: Row, **options: Any) -> Any:
     )
 
 
-# --- what a model can do, tried once -------------------------------------------------------------
-
-
 def _head(model: Any, device: torch.device) -> Head | None:
     """The model's head, if it can be had apart; where it cannot, that is said once."""
     base = unwrapped(model)

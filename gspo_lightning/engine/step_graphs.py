@@ -6,7 +6,7 @@ launch instead of hundreds. Rows that rounding adds compute something that nobod
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ def cuda_graph_recorder() -> Callable[[Play], Play]:
     return record
 
 
+@dataclass(eq=False)
 class StepGraphs:
     """Plays a step for a layout, recorded on first use of its shape.
 
@@ -62,12 +63,9 @@ class StepGraphs:
         record: Makes a recording of a call.
     """
 
-    def __init__(
-        self, step: Callable[[Layout, int], Tensor], record: Callable[[Play], Play]
-    ) -> None:
-        self.step = step
-        self.record = record
-        self.recordings: dict[tuple[int, ...], tuple[Layout, Play]] = {}
+    step: Callable[[Layout, int], Tensor]
+    record: Callable[[Play], Play]
+    recordings: dict[tuple[int, ...], tuple[Layout, Play]] = field(default_factory=dict)
 
     def play(self, layout: Layout, longest: int) -> Tensor:
         """The logits of ``step``; the next call may overwrite them."""

@@ -16,7 +16,6 @@ from gspo_lightning.bounds import check_at_least
 from gspo_lightning.frozen.reward_model import RewardModel, freeze
 from gspo_lightning.logprobs import samples_logprobs
 from gspo_lightning.policy.folder import check_model_folder, check_model_path, reason
-from gspo_lightning.policy.lora import adapters_off
 from gspo_lightning.policy.policy import LoRAPolicy, Policy, PolicyConfig, fingerprint
 from gspo_lightning.rollout import Samples
 
@@ -108,7 +107,6 @@ class ReferencePolicy:
         self.fingerprint = fingerprint(self.model)
 
     def release(self) -> None:
-        """Let the weights go."""
         self.model, self.shared = None, False
 
     # no_grad, not inference_mode: the KL term saves these log-probs for its backward pass
@@ -134,7 +132,7 @@ class ReferencePolicy:
         order = (groups[:, None] * size + torch.arange(size)).flatten()
         whole = batch_size - batch_size % size
         parts = []
-        with adapters_off(self.model) if self.shared else nullcontext():
+        with self.model.disable_adapter() if self.shared else nullcontext():
             for index in order.split(whole or batch_size):
                 part = samples.select(index).to(device)
                 parts.append(samples_logprobs(self.model, part, temperature).logprobs)
@@ -142,6 +140,7 @@ class ReferencePolicy:
         return torch.cat(parts)[back].to(samples.mask.device)
 
 
+@dataclass(eq=False)
 class FrozenModels:
     """The frozen models of a run, kept where Lightning does not look.
 
@@ -152,18 +151,12 @@ class FrozenModels:
             each.
     """
 
-    def __init__(
-        self,
-        reference: ReferencePolicy | None,
-        reward_models: dict[str, RewardModel],
-        device: str | None = None,
-    ) -> None:
-        self.reference = reference
-        self.reward_models = reward_models
-        self.device = device
-        self.awaits_policy = False  # the reference is to be the policy with its adapters off
-        self.devices: dict[str, torch.device] = {}  # of the loaded models, by setting
-        self.policy_device = torch.device("cpu")
+    reference: ReferencePolicy | None
+    reward_models: dict[str, RewardModel]
+    device: str | None = None
+    awaits_policy: bool = False  # the reference is to be the policy with its adapters off
+    devices: dict[str, torch.device] = field(default_factory=dict)  # of loaded models, by setting
+    policy_device: torch.device = field(default=torch.device("cpu"))
 
     def apart(self, part: str) -> bool:
         """Whether a loaded model, its setting beginning with ``part``, has a device of its own."""
@@ -212,7 +205,6 @@ class FrozenModels:
             self.reference.share(policy)
 
     def release(self) -> None:
-        """Let all weights go."""
         for model in (*self.reward_models.values(), self.reference):
             if model is not None:
                 model.release()

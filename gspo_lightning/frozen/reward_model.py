@@ -116,7 +116,6 @@ class RewardModel:
         self.fingerprint = fingerprint(self.model)
 
     def release(self) -> None:
-        """Let the weights go."""
         self.model = self.tokenizer = None
 
     @torch.no_grad()

@@ -170,9 +170,7 @@ def draws(figures: Figures, run: History) -> str | None:
 def entropy(figures: Figures, run: History) -> str | None:
     """The policy has become nearly deterministic."""
     start, now = run.begun(ENTROPY), figures.get(ENTROPY)
-    if start is None or now is None:
-        return None
-    if now < max(COLLAPSED * start, DETERMINISTIC):
+    if start is not None and now is not None and now < max(COLLAPSED * start, DETERMINISTIC):
         return (
             f"entropy collapsed from {start:.2g} to {now:.2g} nats per token: the completions of a "
             "group are nearly copies; raise objective.clip_high, entropy_coef or kl_coef, or lower "
@@ -256,9 +254,6 @@ RULES: dict[str, Rule] = {
     "length": Rule(STEADY, length),
     "variance": Rule(STEADY, variance),
 }
-
-
-# ---- saying and stopping -------------------------------------------------------------------------
 
 
 class HealthWarning(UserWarning):

@@ -1,12 +1,11 @@
 """LoRA: small matrices beside frozen weights, through peft.
 
-Decides which weights get adapters, what a merged export holds and how the adapters are switched
-off. peft is imported only where a policy has adapters: it is an extra.
+Decides which weights get adapters and what a merged export holds. peft is imported only where a
+policy has adapters: it is an extra.
 """
 
 import importlib.util
 import warnings
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -140,14 +139,6 @@ def chosen_layers(model: Any, wanted: list[str] | str) -> list[str]:
             )
         chosen += fitting
     return chosen
-
-
-def adapters_off(model: Any) -> AbstractContextManager[Any]:
-    """A context in which a peft model computes what it did before it had adapters, bit for bit.
-
-    Within it the adapters do not require gradients, so nothing may be trained in it.
-    """
-    return model.disable_adapter()
 
 
 def merged_weights(model: Any) -> dict[str, Tensor]:

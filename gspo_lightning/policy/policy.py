@@ -236,17 +236,14 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
             f"policy.path: {type(model).__name__} takes no past_key_values; only models with a "
             "key-value cache can be sampled from here"
         )
-    if config.lora is None:
-        policy = Policy(model, tokenizer)
-    else:
-        policy = LoRAPolicy(model, tokenizer, config.lora)
+    lora = config.lora
+    policy = LoRAPolicy(model, tokenizer, lora) if lora else Policy(model, tokenizer)
     if config.gradient_checkpointing:
         checkpoint_activations(policy.model)
     return policy
 
 
 def _random_model(config: PolicyConfig) -> Any:
-    """A model of random weights, from ``config.json`` alone."""
     try:
         # trust_remote_code in both calls: where it is missing, transformers asks on the terminal
         trust = {"trust_remote_code": config.trust_remote_code}

@@ -15,8 +15,13 @@ from gspo_lightning.rewards.terms import (
     score,
     whitening_state,
 )
-from gspo_lightning.rewards.text_rewards import LengthBonus, RepetitionPenalty, SoftOverlong
-from gspo_lightning.rewards.text_scores import same_language, variety
+from gspo_lightning.rewards.text_rewards import (
+    LengthBonus,
+    RepetitionPenalty,
+    SoftOverlong,
+    same_language,
+    variety,
+)
 from gspo_lightning.rewards.time_limit import TimeLimit
 from gspo_lightning.rewards.verifiers import (
     ExactMatch,

@@ -91,13 +91,6 @@ def call(
     Where errors are skipped, a function that raises is called with one completion at a time, so
     that only those are lost that it cannot score alone.
 
-    Args:
-        name: Of the term, for messages.
-        fn: The function.
-        rows: Rows of the data, one per completion.
-        completions: Completion texts.
-        policy: What becomes of errors.
-
     Raises:
         RewardError: If the function cannot score and the policy is to stop.
     """

@@ -13,13 +13,9 @@ from gspo_lightning.rollout import Samples
 def score_or_keep(
     terms: Mapping[str, RewardTerm], samples: Samples, file: Path, **options: Any
 ) -> Scores:
-    """Score completions; if a term cannot, keep all of them in a file.
+    """Score B completions as ``score`` does; if a term cannot, keep all of them in ``file``.
 
-    Args:
-        terms: The reward terms.
-        samples: B completions.
-        file: Where they are kept.
-        options: Of ``score``.
+    One completion a line, with its row of the data.
 
     Raises:
         RewardError: As ``score`` does, with the name of the file.
@@ -27,24 +23,19 @@ def score_or_keep(
     try:
         return score(terms, samples.rows, samples.texts, **options)
     except RewardError as error:
-        write_failed(file, samples, error)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w", encoding="utf-8") as lines:
+            for i, text in enumerate(samples.texts):
+                record = {
+                    "completion": i,
+                    "term": error.term,
+                    "error": str(error) if error.row in (i, None) else None,
+                    "row": samples.rows[i],
+                    "text": text,
+                    "finished": bool(samples.finished[i]),
+                }
+                # rows of Parquet files may hold dates and arrays
+                lines.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
         raise RewardError(
             f"{error}; all {len(samples)} completions are in {file}", error.term, error.row
         ) from error
-
-
-def write_failed(file: Path, samples: Samples, error: RewardError) -> None:
-    """Write completions that could not be scored, one a line, with their rows of the data."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8") as lines:
-        for i, text in enumerate(samples.texts):
-            record = {
-                "completion": i,
-                "term": error.term,
-                "error": str(error) if error.row in (i, None) else None,
-                "row": samples.rows[i],
-                "text": text,
-                "finished": bool(samples.finished[i]),
-            }
-            # rows of Parquet files may hold dates and arrays
-            lines.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")

@@ -8,21 +8,76 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gspo_lightning.rewards.calls import (
-    Called,
-    ErrorPolicy,
-    RewardError,
-    RewardFn,
-    call,
-    error_policy,
-)
-from gspo_lightning.rewards.shaping import RunningStatistics
+from gspo_lightning.rewards import calls
+from gspo_lightning.rewards.calls import RewardError
+
+EPSILON = 1e-6  # added to the standard deviation: equal rewards whiten to 0
+
+
+@dataclass
+class RunningStatistics:
+    """Mean and standard deviation of every value seen so far, merged batch by batch.
+
+    A checkpoint keeps ``state_dict``. Batches are merged, not values added one at a time, so that
+    the result does not depend on how ranks share a rollout.
+
+    Source:
+        Welford's method for batches: Chan, Golub and LeVeque, 1979, "Updating Formulae and a
+        Pairwise Algorithm for Computing Sample Variances".
+
+    >>> seen = RunningStatistics()
+    >>> seen.update(torch.tensor([1.0, 2.0]))
+    >>> seen.update(torch.tensor([6.0, float("nan")]))
+    >>> seen.count, seen.mean, round(seen.std, 4)
+    (3, 3.0, 2.1602)
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0  # sum of squared differences from the mean
+
+    @property
+    def std(self) -> float:
+        """Standard deviation over all values (divided by their number); 1 before there are two."""
+        return math.sqrt(self.squares / self.count) if self.count > 1 else 1.0
+
+    def update(self, values: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Take a batch in; NaN is no value.
+
+        Args:
+            values: Raw rewards of this rank, (B,).
+            reduce: Sums a tensor over ranks; every rank must call. ``None`` for one rank.
+        """
+        reduce = reduce or (lambda x: x)
+        values = values[~values.isnan()].double().cpu()
+        size = torch.tensor(float(len(values)), dtype=torch.float64)
+        count, total = reduce(torch.stack([size, values.sum()])).tolist()
+        if count == 0:
+            return
+        mean = total / count
+        # Squares are taken around the mean of all ranks: a sum of squares minus a squared sum would
+        # lose digits.
+        squares = reduce(((values - mean) ** 2).sum()).item()
+        difference, before = mean - self.mean, self.count
+        self.count += int(count)
+        self.mean += difference * count / self.count
+        self.squares += squares + difference**2 * before * count / self.count
+
+    def whiten(self, values: Tensor) -> Tensor:
+        """(value - mean) / std, same shape; unchanged before two values were seen."""
+        return values if self.count < 2 else (values - self.mean) / (self.std + EPSILON)
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +118,7 @@ class RewardTerm:
             ``on_error`` is unknown.
     """
 
-    fn: RewardFn
+    fn: calls.RewardFn
     weight: float = 1.0
     whiten: bool = False
     scale: float = 1.0
@@ -72,7 +127,7 @@ class RewardTerm:
     statistics: RunningStatistics = field(
         default_factory=RunningStatistics, init=False, repr=False, compare=False
     )
-    policy: ErrorPolicy = field(init=False, repr=False, compare=False)
+    policy: calls.ErrorPolicy = field(init=False, repr=False, compare=False)
     said: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -81,7 +136,7 @@ class RewardTerm:
                 raise ValueError(f"a reward {name} must be finite, got {getattr(self, name)}")
         if self.clip is not None and not self.clip[0] < self.clip[1]:
             raise ValueError(f"a reward's clip must be (low, high), low < high, got {self.clip}")
-        object.__setattr__(self, "policy", error_policy(self.on_error))  # frozen
+        object.__setattr__(self, "policy", calls.error_policy(self.on_error))  # frozen
 
     def shape(self, raw: Tensor) -> Tensor:
         """What ``weight`` is applied to, from raw values; (B,), NaN stays NaN."""
@@ -137,7 +192,7 @@ def score(
     parts: dict[str, Tensor] = {}
     counts: dict[str, float] = {}
     for name, term in terms.items():
-        called = call(name, term.fn, rows, completions, term.policy)
+        called = calls.call(name, term.fn, rows, completions, term.policy)
         _say_once(name, term, called, len(completions))
         values = called.values or []
         numbers = [math.nan if value is None else value for value in values]
@@ -157,7 +212,7 @@ def score(
     return Scores(rewards, parts, counts)
 
 
-def _say_once(name: str, term: RewardTerm, called: Called, size: int) -> None:
+def _say_once(name: str, term: RewardTerm, called: calls.Called, size: int) -> None:
     """Tell of a term's first error that does not end the run; further ones are only counted."""
     if called.cause is not None and "error" not in term.said:
         term.said.add("error")

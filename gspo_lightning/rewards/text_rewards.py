@@ -1,6 +1,7 @@
 """Reward terms that look at the form of a completion, not at what is right.
 
-Decides how length and repetition are measured in a text, for any row of data. Lengths are those of
+Decides how length, repetition and language are measured in a text: rules that a person can check by
+eye; where no right answer exists, a frozen reward model is the serious way. Lengths are those of
 the decoded text; the penalty for coming close to the limit in *tokens* is the module's
 ``overlong_ramp``.
 """
@@ -37,7 +38,6 @@ class LengthBonus:
         self.unit = unit
 
     def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
-        """Bonus in [0, 1] for each of B completions."""
         return [min(len(pieces(text, self.unit)) / self.target, 1.0) for text in completions]
 
 
@@ -64,7 +64,6 @@ class SoftOverlong:
         self.unit = unit
 
     def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
-        """Penalty in [-1, 0] for each of B completions."""
         lengths = torch.tensor([len(pieces(text, self.unit)) for text in completions])
         return overlong_penalty(lengths, self.limit, self.ramp).tolist()
 
@@ -92,9 +91,44 @@ class RepetitionPenalty:
         self.unit = unit
 
     def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
-        """Penalty in (-1, 0] for each of B completions."""
         return [self._penalty(pieces(text.lower(), self.unit)) for text in completions]
 
     def _penalty(self, parts: list[str]) -> float:
         grams = [tuple(parts[i : i + self.n]) for i in range(len(parts) - self.n + 1)]
         return len(set(grams)) / len(grams) - 1.0 if grams else 0.0
+
+
+def same_language(rows: list[dict], completions: list[str]) -> list[float | None]:
+    """Share of a completion's letters that belong to the language of its prompt.
+
+    Args:
+        rows: Rows with a column ``language``, ``zh`` or ``en``; another language gives ``None``.
+
+    Returns:
+        Shares in [0, 1]; 0 for a text without letters.
+
+    >>> same_language([{"language": "zh"}] * 2, ["你好ab", "hello"])
+    [0.5, 0.0]
+    """
+    scores: list[float | None] = []
+    for row, text in zip(rows, completions, strict=True):
+        chinese = sum("\u4e00" <= char <= "\u9fff" for char in text)
+        latin = sum(char.isascii() and char.isalpha() for char in text)
+        counts = {"zh": chinese, "en": latin}
+        letters = max(chinese + latin, 1)
+        language = row.get("language")
+        scores.append(counts[language] / letters if language in counts else None)
+    return scores
+
+
+def variety(rows: list[dict], completions: list[str]) -> list[float | None]:
+    """Share of a completion's runs of three characters that are different from one another.
+
+    Returns:
+        Shares in (0, 1], 1 if nothing is repeated; 0 for fewer than three characters.
+
+    >>> variety([{}] * 2, ["abcabc", "no"])
+    [0.75, 0.0]
+    """
+    runs = [[text[i : i + 3] for i in range(len(text) - 2)] for text in completions]
+    return [len(set(found)) / len(found) if found else 0.0 for found in runs]

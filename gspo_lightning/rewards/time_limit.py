@@ -167,8 +167,7 @@ class Worker:
         theirs.close()  # or the end of the process would not be seen here
         # also where the owner is dropped, or the interpreter ends, without release
         self.end = weakref.finalize(self, end_process, self.process, self.connection)
-        self.connection.send((list(sys.path), pickled, package))
-        ready = self._receive(START_SECONDS)
+        ready = self.ask((list(sys.path), pickled, package), START_SECONDS)
         if ready is None or ready[0] == "error":
             self.end()
             text = f"not ready after {START_SECONDS:g} s" if ready is None else ready[1]
@@ -178,19 +177,10 @@ class Worker:
         """Send a question; the answer, or None after ``seconds``."""
         try:
             self.connection.send(question)
-        except BrokenPipeError:
-            return self._gone()
-        return self._receive(seconds)
-
-    def _receive(self, seconds: float) -> Answer | None:
-        try:
             return self.connection.recv() if self.connection.poll(seconds) else None
-        except (EOFError, ConnectionResetError):
-            return self._gone()
-
-    def _gone(self) -> Answer:
-        code = self.process.wait()
-        return "error", f"the function ended its process, exit code {code}", {}
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            code = self.process.wait()
+            return "error", f"the function ended its process, exit code {code}", {}
 
 
 def end_process(process: subprocess.Popen, connection: Connection) -> None:

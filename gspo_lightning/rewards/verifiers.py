@@ -84,7 +84,6 @@ class ExactMatch(AnswerVerifier):
         self.ignore_case = ignore_case
 
     def equal(self, answer: Any, text: str) -> bool:
-        """Whether both are the same text."""
         left, right = str(answer).strip(), text.strip()
         return left.casefold() == right.casefold() if self.ignore_case else left == right
 
@@ -187,7 +186,6 @@ class MathVerify(AnswerVerifier):
         return super().__call__(rows, completions)
 
     def equal(self, answer: Any, text: str) -> bool | None:
-        """Whether both are equal, as mathematics; None if the answer cannot be read."""
         from math_verify import parse, verify
 
         gold = str(answer)
@@ -220,7 +218,6 @@ class RegexMatch:
         self.where = where
 
     def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
-        """1 or 0 for each of B completions."""
         match = self.pattern.fullmatch if self.where == "full" else self.pattern.search
         texts = (text.strip() if self.where == "full" else text for text in completions)
         return [float(match(text) is not None) for text in texts]
@@ -251,7 +248,6 @@ class TagFormat:
         self.form = re.compile(r"\s*" + r"\s*".join(blocks) + r"\s*", re.DOTALL)
 
     def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
-        """1 or 0 for each of B completions."""
         return [float(self._follows(text)) for text in completions]
 
     def _follows(self, text: str) -> bool:
@@ -275,7 +271,6 @@ class ValidJSON:
         self.required = set(required)
 
     def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
-        """1 or 0 for each of B completions."""
         return [float(self._valid(text)) for text in completions]
 
     def _valid(self, text: str) -> bool:

@@ -281,7 +281,7 @@ def test_temporary_files_of_a_killed_save_are_removed(tmp_path):
 
 @pytest.mark.parametrize("name", ["every_n_rollouts", "keep_last", "keep_best"])
 def test_a_period_below_one_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
         RolloutCheckpoint(**{name: 0})
 
 

@@ -13,7 +13,7 @@ from gspo_lightning.callbacks.files import AdaptiveKL
 from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.frozen.models import FrozenModels, ReferencePolicy, RewardModel
 from gspo_lightning.logprobs import completion_logprobs
-from gspo_lightning.policy.lora import LoRAConfig, adapters_off
+from gspo_lightning.policy.lora import LoRAConfig
 from gspo_lightning.policy.policy import LoRAPolicy, PolicyConfig, load_policy, make_ready
 from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.rollout import PromptBatch
@@ -301,7 +301,7 @@ def test_adapters_off_is_the_model_without_adapters(model_dir, tiny_policy, make
     policy = load_policy(config(model_dir))
     move(policy)
     plain = logprobs(tiny_policy, make_rollout())
-    with adapters_off(policy.model):
+    with policy.model.disable_adapter():
         assert torch.equal(logprobs(policy.model, make_rollout()), plain)
     assert not torch.allclose(logprobs(policy.model, make_rollout()), plain, atol=0.01)
 

@@ -8,8 +8,7 @@ import torch
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO
 from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint, list_checkpoints
 from gspo_lightning.data.prompts import PromptData
-from gspo_lightning.rewards.shaping import RunningStatistics
-from gspo_lightning.rewards.terms import RewardTerm, score
+from gspo_lightning.rewards.terms import RewardTerm, RunningStatistics, score
 from gspo_lightning.rewards.text_rewards import LengthBonus
 from support.dummies import Stopper
 from support.reward_functions import digits

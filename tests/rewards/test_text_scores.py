@@ -1,6 +1,6 @@
 import pytest
 
-from gspo_lightning.rewards.text_scores import same_language, variety
+from gspo_lightning.rewards.text_rewards import same_language, variety
 
 
 @pytest.mark.parametrize(
