@@ -8,10 +8,7 @@ the decoded text; the penalty for coming close to the limit in *tokens* is the m
 
 from typing import Literal
 
-import torch
-
 from gspo_lightning.bounds import check_at_least
-from gspo_lightning.rewards.terms import overlong_penalty
 
 Unit = Literal["words", "characters"]
 
@@ -64,6 +61,11 @@ class SoftOverlong:
         self.unit = unit
 
     def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
+        # Imported here: the other terms also run in worker processes, which start without torch.
+        import torch
+
+        from gspo_lightning.rewards.terms import overlong_penalty
+
         lengths = torch.tensor([len(pieces(text, self.unit)) for text in completions])
         return overlong_penalty(lengths, self.limit, self.ramp).tolist()
 
