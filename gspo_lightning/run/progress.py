@@ -181,8 +181,9 @@ class RunSummary(Callback):
         return {name: getattr(self, name) for name in names} | {"seconds": self._elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, value in state_dict.items():
-            setattr(self, name, value)
+        self.before, self.after = state_dict["before"], state_dict["after"]
+        self.first, self.newest = state_dict["first"], state_dict["newest"]
+        self.after_batches, self.seconds = state_dict["after_batches"], state_dict["seconds"]
 
     def _elapsed(self) -> float:
         running = 0.0 if self._started is None else time.monotonic() - self._started
