@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# pip compiles one file after the other; COMPILE takes all cores for it.
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+COMPILE := $(PY) -m compileall -qq -j 0 $(VENV)/lib
 
 # The demo's model is so small that a second thread costs more than it computes.
 export OMP_NUM_THREADS ?= 1
@@ -40,9 +42,11 @@ $(VENV)/bin/python:
 $(VENV)/demo.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV) (a minute or two)"
 	$(PIP) -e .
+	@$(COMPILE) || true  # some packages ship files for other Pythons
 	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV) (a minute or two)"
 	$(PIP) -e ".[dev,peers]"
+	@$(COMPILE) || true
 	@touch $@
