@@ -126,6 +126,8 @@ def earned(module: Any, samples: Samples, cap: int) -> list[Finding]:
             cut = 0.0 if module.truncated == "zero_reward" else torch.nan
             total = torch.where(finished, total, cut)
     size = samples.group_size
+    if size == 1:  # with a critic a completion is not compared with others of its prompt
+        return found
     return [*found, rewards.total(total, size), rewards.flat(total, size, len(DRAWS))]
 
 

@@ -79,13 +79,17 @@ def logprobs_in_run(module: Any, samples: Samples, **options: bool) -> LogProbs:
 
 
 def as_rollout(module: Any, samples: Samples) -> Rollout:
-    """Samples with reference log-probs and made-up advantages between -1 and 1."""
+    """Samples with reference log-probs, and made-up advantages and returns around them."""
     advantages = torch.linspace(-1, 1, len(samples), device=samples.mask.device)
     with torch.no_grad():
         old = logprobs_in_run(module, samples).logprobs
         ref = None
         if module.reference is not None:
             ref = module.reference.logprobs(samples, module.sampler.temperature).to(old.device)
+        values = None
+        if module.critic is not None:
+            pieces = samples.micro_batch_indices(None)
+            values = module.critic.old_values(module.policy.model, samples, pieces)
     return Rollout(
         **{field.name: getattr(samples, field.name) for field in fields(Samples)},
         old_logprobs=old,
@@ -94,6 +98,8 @@ def as_rollout(module: Any, samples: Samples) -> Rollout:
         rewards=torch.zeros(len(samples)),
         reward_parts={},
         advantages=advantages[:, None].expand_as(samples.mask),
+        values=values,
+        returns=None if values is None else values + advantages[:, None],
     )
 
 

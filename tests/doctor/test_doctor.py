@@ -73,6 +73,14 @@ def doctor(capsys, options="", code=1):
     return {finding["check"]: finding for finding in json.loads(out)}
 
 
+def test_a_run_with_a_critic_and_one_completion_a_prompt_is_examined_to_its_end(folder, capsys):
+    critic = "--model.critic.backbone own --model.advantages gae --model.sampler.group_size 1"
+    found = doctor(capsys, f"{critic} --model.num_minibatches 2", code=0)
+    assert found["gradient"]["status"] == found["ratio"]["status"] == "ok"
+    assert found["gradient"]["value"]["rows"] > 1
+    assert "flat groups" not in found and found["reward digits"]["status"] == "ok"
+
+
 def errors(findings):
     return [name for name, finding in findings.items() if finding["status"] == "error"]
 
