@@ -16,7 +16,12 @@ from torch.nn.functional import logsigmoid
 from torch.optim import Optimizer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from gspo_lightning.optim import OptimizerConfig, build_optimizer
+from gspo_lightning.optim import (
+    OptimizerConfig,
+    build_optimizer,
+    learning_rate_factor,
+    num_optimizer_steps,
+)
 from gspo_lightning.policy.folder import BROKEN, load_weights, reason
 from gspo_lightning.policy.policy import (
     DTYPES,
@@ -113,6 +118,8 @@ class RewardModelModule(LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW; each training step sets its learning rate."""
+        # A falling schedule without an end is refused here, before anything is trained.
+        learning_rate_factor(self.optimizer_config, num_optimizer_steps(self.trainer))
         return build_optimizer(self.model, self.optimizer_config)
 
     def scores(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -14,7 +14,12 @@ from torch.optim import Optimizer
 
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.masked import masked_mean
-from gspo_lightning.optim import OptimizerConfig, build_optimizer
+from gspo_lightning.optim import (
+    OptimizerConfig,
+    build_optimizer,
+    learning_rate_factor,
+    num_optimizer_steps,
+)
 from gspo_lightning.policy.policy import PolicyConfig, load_policy, load_tokenizer
 from gspo_lightning.supervised.step_log import set_rate_and_log
 
@@ -47,6 +52,8 @@ class SFTModule(LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW; each training step sets its learning rate."""
+        # A falling schedule without an end is refused here, before anything is trained.
+        learning_rate_factor(self.optimizer_config, num_optimizer_steps(self.trainer))
         return build_optimizer(self.policy, self.optimizer_config)
 
     def loss(self, batch: Any) -> Tensor:
