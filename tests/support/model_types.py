@@ -1,0 +1,387 @@
+"""Try one type of model in every way that a run uses it, against plain passes of single rows.
+
+Decides what is asked of a type: that it loads, samples, gives log-probs and gradients, trains a
+step and takes adapters, each compared with the model as transformers loads it, run on one row
+without cache or padding. Run ``python -m support.model_types TYPE ...`` in ``tests``.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from gspo_lightning.logprobs import completion_logprobs, samples_logprobs
+from gspo_lightning.policy.lora import LoRAConfig
+from gspo_lightning.policy.policy import PolicyConfig, load_policy
+from gspo_lightning.rollout import PromptBatch, Samples
+from gspo_lightning.sampling import GroupSampler
+from support.model_configs import EOS, TEXTS, TYPES, UNBUILT, VARIANTS, VOCABULARY, config_of
+from support.observers import Outputs
+from support.tiny_models import build_tokenizer
+from support.tiny_run import run
+
+GROUP, LENGTH = 3, 8
+PROMPTS = (12, 5)  # tokens
+COMPLETIONS = (8, 3, 1, 8, 5, 8)
+TOLERANCE = 1e-4  # nats, and share of the largest gradient
+LIMIT = 30  # seconds a type
+
+
+def draw_weights(model: Any) -> None:
+    """Weights that make every part of a model count: none is left at zero or at one."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise * 0.2)
+            else:
+                parameter.add_(noise * 0.1)
+
+
+def make_batch(prompts: tuple[int, ...]) -> tuple[PromptBatch, Samples]:
+    """Prompts, padded on the left, and completions of them that nobody sampled."""
+    generator = torch.Generator().manual_seed(1)
+    width = max(prompts) + 2  # padding that all share
+    ids = torch.randint(10, 28, (len(prompts), width), generator=generator)
+    mask = torch.arange(width) >= width - torch.tensor(prompts)[:, None]
+    batch = PromptBatch(ids.masked_fill(~mask, 0), mask, [{} for _ in prompts])
+    count = len(prompts) * GROUP
+    completion_ids = torch.randint(10, 28, (count, LENGTH), generator=generator)
+    kept = torch.arange(LENGTH) < torch.tensor(COMPLETIONS)[:, None]
+    samples = Samples(
+        prompt_ids=batch.prompt_ids.repeat_interleave(GROUP, 0),
+        prompt_mask=mask.repeat_interleave(GROUP, 0),
+        completion_ids=completion_ids.masked_fill(~kept, 0),
+        mask=kept,
+        finished=torch.zeros(count, dtype=torch.bool),
+        rows=[{}] * count,
+        texts=[""] * count,
+        group_size=GROUP,
+    )
+    return batch, samples
+
+
+def plain_row(model: Any, samples: Samples, row: int) -> Tensor:
+    """Log-probs of one completion by one pass over its text alone, (length,)."""
+    prompt = samples.prompt_ids[row][samples.prompt_mask[row]]
+    completion = samples.completion_ids[row][samples.mask[row]]
+    text = torch.cat([prompt, completion])[None]
+    logits = model(input_ids=text, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits.float().log_softmax(-1).gather(-1, completion[:, None])[:, 0]
+
+
+@torch.no_grad()
+def plain(model: Any, samples: Samples) -> Tensor:
+    """Log-probs of all completions, row by row, (B, T)."""
+    found = torch.zeros(samples.mask.shape)
+    for row, kept in enumerate(samples.mask):
+        found[row, kept] = plain_row(model, samples, row)
+    return found
+
+
+def plain_gradient(model: Any, samples: Samples, weights: Tensor) -> dict[str, Tensor]:
+    """The gradient of a weighted sum of all log-probs, row by row."""
+    model.zero_grad()
+    for row, kept in enumerate(samples.mask):
+        (plain_row(model, samples, row) * weights[row, kept]).sum().backward()
+    return gradient(model)
+
+
+def gradient(model: Any) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def gradient_distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest difference, as a share of the largest gradient."""
+    if found.keys() != expected.keys():
+        raise KeyError(f"other parameters: {sorted(found.keys() ^ expected.keys())[:4]}")
+    largest = max(value.abs().max().item() for value in expected.values())
+    return max(worst(found[name] - expected[name]) for name in expected) / largest
+
+
+def worst(difference: Tensor) -> float:
+    """The largest absolute value; NaN counts as infinite."""
+    return difference.abs().nan_to_num(nan=torch.inf).max().item() if difference.numel() else 0.0
+
+
+class Said(logging.Handler):
+    """Keeps the lines that the package says."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if line not in self.lines:
+            self.lines.append(line)
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError within, once the seconds are over."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+class Trial:
+    """One type; ``checks`` holds a number or an error's first line for each check."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.folder = folder
+        self.checks: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+        self.prompts, self.samples = make_batch(TEXTS.get(name, PROMPTS))
+        generator = torch.Generator().manual_seed(2)
+        self.weights = torch.randn(self.samples.mask.shape, generator=generator)
+
+    def check(self, name: str, function: Any, *args: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            self.checks[name] = function(*args)
+        except TimeoutError:
+            raise
+        except Exception as error:
+            self.checks[name] = first_line(error)
+        self.seconds[name] = time.perf_counter() - start
+
+    def build(self) -> None:
+        """Write the policy's folder, and load the plain model from it."""
+        model = AutoModelForCausalLM.from_config(config_of(self.name))
+        draw_weights(model)
+        model.generation_config.eos_token_id = EOS
+        model.save_pretrained(self.folder)
+        build_tokenizer().save_pretrained(self.folder)
+        self.oracle = AutoModelForCausalLM.from_pretrained(self.folder).eval()
+        self.expected = plain(self.oracle, self.samples)
+        self.kind = type(model).__name__
+
+    def causal(self) -> float:
+        """How far a token's log-prob depends on what comes after it."""
+        text = self.samples.prompt_ids[0][self.samples.prompt_mask[0]]
+        with torch.no_grad():
+            whole = self.oracle(input_ids=text[None], use_cache=False).logits[0, -5]
+            part = self.oracle(input_ids=text[None, :-4], use_cache=False).logits[0, -1]
+        return worst(whole.log_softmax(-1) - part.log_softmax(-1))
+
+    def load(self) -> None:
+        self.policy = load_policy(PolicyConfig(str(self.folder)))
+        self.policy.train()
+
+    def sample(self) -> float:
+        sampler = GroupSampler(GROUP, LENGTH)
+        samples = sampler.sample(self.policy, self.prompts, seed=0)
+        self.lengths = samples.mask.sum(1).tolist()
+        assert samples.logprobs is not None
+        return worst((plain(self.oracle, samples) - samples.logprobs)[samples.mask])
+
+    @torch.no_grad()
+    def logprobs(self, packed: bool, group_size: int) -> float:
+        batch = self.samples
+        found = completion_logprobs(
+            self.policy.model,
+            batch.prompt_ids,
+            batch.prompt_mask,
+            batch.completion_ids,
+            batch.mask,
+            group_size=group_size,
+            packed=packed,
+        )
+        return worst((found.logprobs - self.expected)[batch.mask])
+
+    @torch.no_grad()
+    def twice(self) -> float:
+        """What train mode adds by chance."""
+        first, second = (samples_logprobs(self.policy.model, self.samples, 1.0) for _ in range(2))
+        return worst(first.logprobs - second.logprobs)
+
+    def gradients(self, size: int) -> float:
+        if not hasattr(self, "gradient"):
+            self.gradient = plain_gradient(self.oracle, self.samples, self.weights)
+        self.policy.model.zero_grad()
+        for rows in self.samples.micro_batch_indices(size):
+            micro = self.samples.select(rows)
+            found = samples_logprobs(self.policy.model, micro, 1.0)
+            (found.logprobs * self.weights[rows]).sum().backward()
+        return gradient_distance(gradient(self.policy.model), self.gradient)
+
+    def step(self) -> float:
+        """One rollout and one optimizer step of a whole run; how far its ratios are from 1."""
+        keep = Outputs()
+        root = self.folder / "run"
+        root.mkdir()
+        sampler = GroupSampler(GROUP, LENGTH)
+        options = {"num_minibatches": 1, "micro_batch_size": GROUP, "old_logprobs": "recompute"}
+        run(root, self.folder, 1, [keep], sampler=sampler, **options)
+        metrics = keep.all[0]["metrics"]
+        if not 0 < metrics["policy/grad_norm"] < torch.inf:
+            raise ValueError(f"gradient norm {metrics['policy/grad_norm']}")
+        return max(worst(keep.all[0]["ratios"] - 1), metrics["policy/ratio_noise"])
+
+    def adapters(self) -> float:
+        """Train adapters a step, and compare with a plain pass of what is exported."""
+        lora = load_policy(PolicyConfig(str(self.folder), lora=LoRAConfig(rank=2)))
+        lora.train()
+        found = samples_logprobs(lora.model, self.samples, 1.0).logprobs
+        start = worst((found.detach() - self.expected)[self.samples.mask])
+        (found * self.weights).sum().backward()
+        with torch.no_grad():
+            moved = [p for p in lora.parameters() if p.requires_grad and p.grad is not None]
+            for parameter in moved:
+                parameter.add_(parameter.grad.sign() * 0.05)
+            if not any(p.grad.abs().max() > 0 for p in moved):
+                raise ValueError("no adapter has a gradient")
+            found = samples_logprobs(lora.model, self.samples, 1.0).logprobs
+        lora.export(self.folder / "export")
+        merged = AutoModelForCausalLM.from_pretrained(self.folder / "export").eval()
+        expected = plain(merged, self.samples)
+        if worst((expected - self.expected)[self.samples.mask]) < 1e-3:
+            raise ValueError("the export is the model without its adapters")
+        return max(start, worst((found - expected)[self.samples.mask]))
+
+    def all(self) -> None:
+        self.check("build", self.build)
+        if self.checks["build"] is not None:
+            return
+        self.check("causal", self.causal)
+        self.check("load", self.load)
+        if self.checks["load"] is None:
+            self.check("sample", self.sample)
+            for packed in (True, False):
+                for size in (1, GROUP):
+                    label = f"{'packed' if packed else 'padded'} {size}"
+                    self.check(label, self.logprobs, packed, size)
+            for size in (1, GROUP, len(self.samples)):
+                self.check(f"gradient {size}", self.gradients, size)
+            self.check("twice", self.twice)
+            self.check("step", self.step)
+        self.check("lora", self.adapters)
+
+
+def try_type(name: str) -> dict[str, Any]:
+    """Run all checks on one type or variant.
+
+    Returns:
+        ``outcome`` (unbuilt, refused, dies, wrong, fallback, ok), ``said``, ``checks``.
+    """
+    torch.set_num_threads(1)
+    said = Said()
+    log = logging.getLogger("gspo_lightning")
+    log.addHandler(said)
+    for other in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(other).setLevel(logging.ERROR)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trial = Trial(name, Path(folder))
+        try:
+            with time_limit(LIMIT):
+                trial.all()
+        except TimeoutError as error:
+            trial.checks["time"] = first_line(error)
+        finally:
+            log.removeHandler(said)
+            transformers_logging.set_verbosity(verbosity)
+    return {
+        "name": name,
+        "model": getattr(trial, "kind", ""),
+        "outcome": outcome(trial.checks, said.lines),
+        "said": said.lines,
+        "checks": trial.checks,
+        "lengths": getattr(trial, "lengths", None),
+        "spread": trial.expected[trial.samples.mask].std().item() if hasattr(trial, "expected") else 0,
+        "seconds": time.perf_counter() - start,
+        "parts": trial.seconds,
+    }
+
+
+def outcome(checks: dict[str, Any], said: list[str]) -> str:
+    if checks["build"] is not None:
+        return "unbuilt"
+    if checks["load"] is not None:
+        return "refused" if checks["load"].startswith("ValueError: policy.path") else "dies"
+    own = {name: value for name, value in checks.items() if name not in ("lora", "causal")}
+    errors = [value for value in own.values() if isinstance(value, str)]
+    if errors:
+        refused = str(own["sample"]).startswith("ValueError: policy.path")
+        return "refused late" if refused else "dies"
+    if any(value is not None and value > TOLERANCE for value in own.values()):
+        return "wrong"
+    return "fallback" if said else "ok"
+
+
+def show(record: dict[str, Any], details: bool) -> None:
+    checks = record["checks"]
+    numbers = {k: v for k, v in checks.items() if isinstance(v, float)}
+    bad = {k: f"{v:.1e}" for k, v in numbers.items() if v > TOLERANCE}
+    errors = {k: v for k, v in checks.items() if isinstance(v, str)}
+    largest = max((v for k, v in numbers.items() if k not in bad), default=0)
+    print(f"{record['outcome']:12} {record['name']:28} {largest:.0e} {record['seconds']:4.1f} s", end="")
+    print("", *(f"| {k} {v}" for k, v in bad.items()), *(f"| {k}: {v[:400]}" for k, v in errors.items()))
+    for line in record["said"]:
+        print("             ", line)
+    if details:
+        print(json.dumps(record, indent=1))
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="types or variants; all without any")
+    parser.add_argument("--json", type=Path, help="write all records here")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--details", action="store_true")
+    options = parser.parse_args()
+    names = options.names or [*TYPES, *VARIANTS]
+    records = []
+    if len(names) < 3:
+        for name in names:
+            records.append(try_type(name))
+            show(records[-1], options.details)
+    else:
+        with ProcessPoolExecutor(options.workers) as pool:
+            for record in pool.map(try_type, names):
+                records.append(record)
+                show(record, options.details)
+    if options.json:
+        options.json.write_text(json.dumps(records, indent=1))
+
+
+if __name__ == "__main__":
+    main()
