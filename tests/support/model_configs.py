@@ -35,7 +35,8 @@ SMALL: dict[str, Any] = {
     **_named("head_dim d_head attention_head_dim swa_head_dim kv_channels dim_head", 8),
     **_named("attention_head_size linear_head_dim index_head_dim v_head_dim", 8),
     **_named("linear_key_head_dim linear_value_head_dim qk_nope_head_dim qk_rope_head_dim", 8),
-    **_named("qk_head_dim", 16),
+    **_named("qk_head_dim hidden_size_global", 16),
+    **_named("encoder_hash_byte_group_vocab", 64),
     **_named("linear_num_key_heads linear_num_value_heads", 2),
     **_named("intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_inner dff dim_ff", 32),
     **_named("ffn_hidden_size feed_forward_size n_inner intermediate_size_mlp", 32),
@@ -48,7 +49,10 @@ SMALL: dict[str, Any] = {
     **_named("n_group num_expert_group topk_group n_groups", 1),
     **_named("q_lora_rank kv_lora_rank o_lora_rank hc_lowrank laurel_rank adapter_rank", 8),
     **_named("hidden_size_per_layer_input gated_norm_rank router_hidden_size", 8),
-    **_named("index_n_heads o_groups", 2),
+    "o_groups": 2,
+    # many: a score is a sum of what each head has above zero, and with few heads it is often zero,
+    # so that scores are equal and a change of length decides which tokens are seen
+    "index_n_heads": 16,
     **_named("index_topk sliding_window window_size attention_window_size", WINDOW),
     **_named("local_attention attention_chunk_size sliding_window_size", WINDOW),
     **_named("max_position_embeddings n_positions max_seq_len n_ctx max_target_positions", 64),
@@ -72,7 +76,7 @@ LINEAR = "linear_attention"
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_expand": 2, "mamba_n_groups": 1}
 
 INDEXER = {
-    "indexer_n_heads": 2,
+    "indexer_n_heads": 16,
     "indexer_kv_heads": 1,
     "indexer_head_dim": 8,
     "indexer_budget": 8,
@@ -82,6 +86,21 @@ SHARED_KEYS = {
     "num_hidden_layers": 4,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "num_kv_shared_layers": 2,
+}
+
+WINDOWED = {
+    "per_layer_config": {
+        2: {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "head_dim": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+        }
+    }
 }
 
 # what a type needs beyond the rule, and why
@@ -165,10 +184,18 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
         "its widths are rounded up to 64",
         {"hidden_size": 64, "embedding_dim": None, "num_blocks": None, "chunk_size": 64},
     ),
+    "cohere": ("its logits would hardly differ", {"logit_scale": 0.5}),
+    "cohere2": ("its logits would hardly differ", {"logit_scale": 0.5}),
+    "cohere2_moe": ("its logits would hardly differ", {"logit_scale": 0.5}),
+    "inkling_text": ("its logits would hardly differ", {"logits_mup_width_multiplier": 1.0}),
+    "minicpm3": ("its logits would be far apart", {"dim_model_base": 16}),
+    "blt": ("it hashes bytes", {"encoder_hash_byte_group_size": [3]}),
     "xmod": ("it has adapters of a language", {"default_language": "en_XX"}),
+    "dots3_note_text": ("its windowed layers have sizes of their own", WINDOWED),
     "dots3_note": (
-        "its other towers must end in its width",
+        "its windowed layers have sizes of their own, its other towers must end in its width",
         {
+            "text_config": WINDOWED,
             "vision_config": {"adapter_in_dim": 16, "adapter_out_dim": 16},
             "audio_config": {"adapter_out_dim": 16, "adapter_input_size": 16},
         },
@@ -179,6 +206,8 @@ UNBUILT = {
     "gemma3n": "its vision tower needs the package timm",
     "gemma4_assistant": "it drafts for another model and does not run alone",
     "gemma4_unified_assistant": "it drafts for another model and does not run alone",
+    "emu3": "transformers saves a part of its config, which it does not load again",
+    "mllama": "transformers saves a part of its config, which it does not load again",
     "musicgen": "its causal model is built from a part of its config only",
     "musicgen_melody": "its causal model is built from a part of its config only",
 }
@@ -208,9 +237,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mixtral/router_logits": {"output_router_logits": True},
     "mixtral/jitter": {"router_jitter_noise": 0.1},
     "phimoe/input_jitter": {"input_jitter_noise": 0.1},
-    "gpt2/short": {"n_positions": 16},
-    "opt/short": {"max_position_embeddings": 16},
+    "gpt2/short": {"n_positions": 12},
+    "opt/short": {"max_position_embeddings": 12},
     "gpt2/layer_scale": {"scale_attn_by_inverse_layer_idx": True},
+    "doge/fresh": {},
     "llama/dropout": {"attention_dropout": 0.5},
     "opt/layerdrop": {"layerdrop": 0.5},
     "llama/no_cache": {"use_cache": False},
@@ -229,6 +259,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "olmo/clipped": {"clip_qkv": 0.5},
     "gemma3_text/bidirectional": {"use_bidirectional_attention": True},
 }
+# variants whose weights are as transformers draws them: parts at zero hide what they do
+FRESH = {"doge/fresh"}
 # tokens of the prompts, where the usual ones do not do
 TEXTS: dict[str, tuple[int, ...]] = {
     name: (24, 5) for name in ("phi3/longrope", "llama/longrope", "llama/dynamic", "qwen3/dynamic")
@@ -252,7 +284,15 @@ def small_config(kind: type, **own: Any) -> Any:
         within = own.get(name, {})
         if made is not None and isinstance(within, dict):
             own[name] = small_config(type(made) if sub is AutoConfig else sub, **within)
-    return kind(**settings | own)
+    config = kind(**settings | own)
+    own_layers = config.to_dict().get("per_layer_config")
+    if own_layers and "per_layer_config" not in own:  # sizes of single layers: twice the others'
+        doubled = {
+            layer: {name: 2 * settings.get(name, value) for name, value in sizes.items()}
+            for layer, sizes in own_layers.items()
+        }
+        config = kind(**settings | own | {"per_layer_config": doubled})
+    return config
 
 
 def _layers(default: Any, known: set[str], count_name: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import logging
+import re
 import signal
 import sys
 import tempfile
@@ -29,7 +30,8 @@ from gspo_lightning.policy.lora import LoRAConfig
 from gspo_lightning.policy.policy import PolicyConfig, load_policy
 from gspo_lightning.rollout import PromptBatch, Samples
 from gspo_lightning.sampling import GroupSampler
-from support.model_configs import EOS, TEXTS, TYPES, UNBUILT, VARIANTS, VOCABULARY, config_of
+from gspo_lightning.rewards.terms import RewardTerm
+from support.model_configs import EOS, FRESH, TEXTS, TYPES, UNBUILT, VARIANTS, VOCABULARY, config_of
 from support.observers import Outputs
 from support.tiny_models import build_tokenizer
 from support.tiny_run import run
@@ -39,6 +41,7 @@ PROMPTS = (12, 5)  # tokens
 COMPLETIONS = (8, 3, 1, 8, 5, 8)
 TOLERANCE = 1e-4  # nats, and share of the largest gradient
 LIMIT = 30  # seconds a type
+REFUSAL = re.compile(r"ValueError: [a-z_.]+: ")  # one line that begins with a setting
 
 
 def draw_weights(model: Any) -> None:
@@ -122,6 +125,11 @@ def worst(difference: Tensor) -> float:
     return difference.abs().nan_to_num(nan=torch.inf).max().item() if difference.numel() else 0.0
 
 
+def places(rows: list[dict], completions: list[str]) -> list[float | None]:
+    """A reward that differs within every group."""
+    return [float(place) for place in range(len(rows))]
+
+
 class Said(logging.Handler):
     """Keeps the lines that the package says."""
 
@@ -181,13 +189,17 @@ class Trial:
     def build(self) -> None:
         """Write the policy's folder, and load the plain model from it."""
         model = AutoModelForCausalLM.from_config(config_of(self.name))
-        draw_weights(model)
+        if self.name not in FRESH:
+            draw_weights(model)
         model.generation_config.eos_token_id = EOS
         model.save_pretrained(self.folder)
         build_tokenizer().save_pretrained(self.folder)
         self.oracle = AutoModelForCausalLM.from_pretrained(self.folder).eval()
-        self.expected = plain(self.oracle, self.samples)
         self.kind = type(model).__name__
+
+    def plain(self) -> None:
+        """Run the plain model, which fails where texts are longer than its positions."""
+        self.expected = plain(self.oracle, self.samples)
 
     def causal(self) -> float:
         """How far a token's log-prob depends on what comes after it."""
@@ -245,7 +257,8 @@ class Trial:
         root.mkdir()
         sampler = GroupSampler(GROUP, LENGTH)
         options = {"num_minibatches": 1, "micro_batch_size": GROUP, "old_logprobs": "recompute"}
-        run(root, self.folder, 1, [keep], sampler=sampler, **options)
+        rewards = {"place": RewardTerm(places)}
+        run(root, self.folder, 1, [keep], sampler=sampler, rewards=rewards, **options)
         metrics = keep.all[0]["metrics"]
         if not 0 < metrics["policy/grad_norm"] < torch.inf:
             raise ValueError(f"gradient norm {metrics['policy/grad_norm']}")
@@ -276,6 +289,7 @@ class Trial:
         self.check("build", self.build)
         if self.checks["build"] is not None:
             return
+        self.check("plain", self.plain)
         self.check("causal", self.causal)
         self.check("load", self.load)
         if self.checks["load"] is None:
@@ -334,13 +348,12 @@ def try_type(name: str) -> dict[str, Any]:
 def outcome(checks: dict[str, Any], said: list[str]) -> str:
     if checks["build"] is not None:
         return "unbuilt"
-    if checks["load"] is not None:
-        return "refused" if checks["load"].startswith("ValueError: policy.path") else "dies"
+    for stage in ("load", "step"):  # where a user meets a model
+        if isinstance(checks.get(stage), str):
+            return "refused" if REFUSAL.match(checks[stage]) else "dies"
     own = {name: value for name, value in checks.items() if name not in ("lora", "causal")}
-    errors = [value for value in own.values() if isinstance(value, str)]
-    if errors:
-        refused = str(own["sample"]).startswith("ValueError: policy.path")
-        return "refused late" if refused else "dies"
+    if any(isinstance(value, str) for value in own.values()):
+        return "dies"
     if any(value is not None and value > TOLERANCE for value in own.values()):
         return "wrong"
     return "fallback" if said else "ok"
