@@ -139,7 +139,10 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
             "n_mamba_heads": 4,
         },
     ),
-    "lfm2": ("without a list no layer is a convolution", {"layer_types": ["conv", "full_attention"]}),
+    "lfm2": (
+        "without a list no layer is a convolution",
+        {"layer_types": ["conv", "full_attention"]},
+    ),
     "lfm2_moe": ("it has no list of its own", {"layer_types": ["conv", "full_attention"]}),
     "mamba2": ("its inner width must fit its heads", {"num_heads": 4, "n_groups": 1}),
     "rwkv": ("its inner width must be its own", {"attention_hidden_size": None}),

@@ -2,13 +2,15 @@
 
 Decides what is asked of a type: that it loads, samples, gives log-probs and gradients, trains a
 step and takes adapters, each compared with the model as transformers loads it, run on one row
-without cache or padding. Run ``python -m support.model_types TYPE ...`` in ``tests``.
+without cache or padding. ``python -m support.model_types TYPE ...`` in ``tests`` tries types,
+``--write`` tries all and writes down what is expected of them (``model_table``).
 """
 
 import argparse
 import contextlib
 import json
 import logging
+import os
 import re
 import signal
 import sys
@@ -31,6 +33,7 @@ from gspo_lightning.policy.policy import PolicyConfig, load_policy
 from gspo_lightning.rollout import PromptBatch, Samples
 from gspo_lightning.sampling import GroupSampler
 from gspo_lightning.rewards.terms import RewardTerm
+from support import model_table
 from support.model_configs import EOS, FRESH, TEXTS, TYPES, UNBUILT, VARIANTS, VOCABULARY, config_of
 from support.observers import Outputs
 from support.tiny_models import build_tokenizer
@@ -41,6 +44,7 @@ PROMPTS = (12, 5)  # tokens
 COMPLETIONS = (8, 3, 1, 8, 5, 8)
 TOLERANCE = 1e-4  # nats, and share of the largest gradient
 LIMIT = 30  # seconds a type
+EXTRAS = ("causal", "checkpointed", "lora")  # which no run without them needs
 REFUSAL = re.compile(r"ValueError: [a-z_.]+: ")  # one line that begins with a setting
 
 
@@ -213,10 +217,9 @@ class Trial:
         self.policy = load_policy(PolicyConfig(str(self.folder)))
         self.policy.train()
 
-    def sample(self) -> float:
-        sampler = GroupSampler(GROUP, LENGTH)
+    def sample(self, at_once: int | None) -> float:
+        sampler = GroupSampler(GROUP, LENGTH, batch_size=at_once)
         samples = sampler.sample(self.policy, self.prompts, seed=0)
-        self.lengths = samples.mask.sum(1).tolist()
         assert samples.logprobs is not None
         return worst((plain(self.oracle, samples) - samples.logprobs)[samples.mask])
 
@@ -249,6 +252,12 @@ class Trial:
             found = samples_logprobs(self.policy.model, micro, 1.0)
             (found.logprobs * self.weights[rows]).sum().backward()
         return gradient_distance(gradient(self.policy.model), self.gradient)
+
+    def checkpointed(self) -> float:
+        """The gradient while activations are computed again in the backward pass."""
+        policy = load_policy(PolicyConfig(str(self.folder), gradient_checkpointing=True))
+        self.policy = policy.train()
+        return self.gradients(GROUP)
 
     def step(self) -> float:
         """One rollout and one optimizer step of a whole run; how far its ratios are from 1."""
@@ -293,7 +302,8 @@ class Trial:
         self.check("causal", self.causal)
         self.check("load", self.load)
         if self.checks["load"] is None:
-            self.check("sample", self.sample)
+            self.check("sample", self.sample, None)
+            self.check("sample 2", self.sample, 2)  # rows come in as others end
             for packed in (True, False):
                 for size in (1, GROUP):
                     label = f"{'packed' if packed else 'padded'} {size}"
@@ -302,6 +312,7 @@ class Trial:
                 self.check(f"gradient {size}", self.gradients, size)
             self.check("twice", self.twice)
             self.check("step", self.step)
+            self.check("checkpointed", self.checkpointed)
         self.check("lora", self.adapters)
 
 
@@ -337,9 +348,9 @@ def try_type(name: str) -> dict[str, Any]:
         "model": getattr(trial, "kind", ""),
         "outcome": outcome(trial.checks, said.lines),
         "said": said.lines,
+        "reason": UNBUILT.get(name, trial.checks["build"]),
         "checks": trial.checks,
-        "lengths": getattr(trial, "lengths", None),
-        "spread": trial.expected[trial.samples.mask].std().item() if hasattr(trial, "expected") else 0,
+        "tolerance": TOLERANCE,
         "seconds": time.perf_counter() - start,
         "parts": trial.seconds,
     }
@@ -351,7 +362,7 @@ def outcome(checks: dict[str, Any], said: list[str]) -> str:
     for stage in ("load", "step"):  # where a user meets a model
         if isinstance(checks.get(stage), str):
             return "refused" if REFUSAL.match(checks[stage]) else "dies"
-    own = {name: value for name, value in checks.items() if name not in ("lora", "causal")}
+    own = {name: value for name, value in checks.items() if name not in EXTRAS}
     if any(isinstance(value, str) for value in own.values()):
         return "dies"
     if any(value is not None and value > TOLERANCE for value in own.values()):
@@ -365,8 +376,15 @@ def show(record: dict[str, Any], details: bool) -> None:
     bad = {k: f"{v:.1e}" for k, v in numbers.items() if v > TOLERANCE}
     errors = {k: v for k, v in checks.items() if isinstance(v, str)}
     largest = max((v for k, v in numbers.items() if k not in bad), default=0)
-    print(f"{record['outcome']:12} {record['name']:28} {largest:.0e} {record['seconds']:4.1f} s", end="")
-    print("", *(f"| {k} {v}" for k, v in bad.items()), *(f"| {k}: {v[:400]}" for k, v in errors.items()))
+    print(
+        f"{record['outcome']:12} {record['name']:28} {largest:.0e} {record['seconds']:4.1f} s",
+        end="",
+    )
+    print(
+        "",
+        *(f"| {k} {v}" for k, v in bad.items()),
+        *(f"| {k}: {v[:400]}" for k, v in errors.items()),
+    )
     for line in record["said"]:
         print("             ", line)
     if details:
@@ -378,9 +396,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="types or variants; all without any")
     parser.add_argument("--json", type=Path, help="write all records here")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--write", action="store_true", help="write the table and docs/models.md")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--details", action="store_true")
     options = parser.parse_args()
+    if options.write and options.names:
+        parser.error("--write writes all types")
     names = options.names or [*TYPES, *VARIANTS]
     records = []
     if len(names) < 3:
@@ -392,6 +413,8 @@ def main() -> None:
             for record in pool.map(try_type, names):
                 records.append(record)
                 show(record, options.details)
+    if options.write:
+        model_table.write(records)
     if options.json:
         options.json.write_text(json.dumps(records, indent=1))
 
