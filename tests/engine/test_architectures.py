@@ -202,7 +202,9 @@ def test_a_model_that_cannot_recompute_its_activations_says_which_setting(tmp_pa
     model = AutoModelForCausalLM.from_config(config_of("ctrl"))
     model.generation_config.eos_token_id = 1
     path = save(model, tokenizer, tmp_path / "ctrl")
-    with pytest.raises(ValueError, match="gradient_checkpointing: CTRLLMHeadModel cannot recompute"):
+    with pytest.raises(
+        ValueError, match="gradient_checkpointing: CTRLLMHeadModel cannot recompute"
+    ):
         load_policy(PolicyConfig(str(path), gradient_checkpointing=True))
 
 

@@ -6,8 +6,8 @@ from support.model_configs import TYPES, VARIANTS
 from support.model_table import BEGIN, END, PAGE, TITLES, entry, page, read_table
 from support.model_types import try_type
 
-# plain, with experts, with windows, learned positions, recurrent, regimes of length, a window in its
-# mask alone, refused
+# plain, with experts, with windows, learned positions, recurrent, positions that depend on the
+# length, a window in its mask alone, refused
 FAST = ("llama", "qwen3_moe", "gemma3_text", "gpt2", "lfm2", "phi3/longrope", "doge/fresh", "mamba")
 OTHERS = sorted({*TYPES, *VARIANTS} - {*FAST})
 

@@ -262,6 +262,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "olmo/clipped": {"clip_qkv": 0.5},
     "gemma3_text/bidirectional": {"use_bidirectional_attention": True},
 }
+# settings of the policy besides its path
+POLICY: dict[str, dict[str, Any]] = {
+    name: {"attention": "eager"} for name in ("gemma2/eager", "gpt_oss/eager", "deepseek_v32/eager")
+}
+VARIANTS |= {name: {} for name in POLICY}
 # variants whose weights are as transformers draws them: parts at zero hide what they do
 FRESH = {"doge/fresh"}
 # tokens of the prompts, where the usual ones do not do

@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,11 @@ from transformers.utils import logging as transformers_logging
 from gspo_lightning.logprobs import completion_logprobs, samples_logprobs
 from gspo_lightning.policy.lora import LoRAConfig
 from gspo_lightning.policy.policy import PolicyConfig, load_policy
+from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.rollout import PromptBatch, Samples
 from gspo_lightning.sampling import GroupSampler
-from gspo_lightning.rewards.terms import RewardTerm
 from support import model_table
-from support.model_configs import EOS, FRESH, TEXTS, TYPES, UNBUILT, VARIANTS, VOCABULARY, config_of
+from support.model_configs import EOS, FRESH, POLICY, TEXTS, TYPES, UNBUILT, VARIANTS, config_of
 from support.observers import Outputs
 from support.tiny_models import build_tokenizer
 from support.tiny_run import run
@@ -43,7 +44,7 @@ GROUP, LENGTH = 3, 8
 PROMPTS = (12, 5)  # tokens
 COMPLETIONS = (8, 3, 1, 8, 5, 8)
 TOLERANCE = 1e-4  # nats, and share of the largest gradient
-LIMIT = 30  # seconds a type
+LIMIT = 30  # seconds of computing a type
 EXTRAS = ("causal", "checkpointed", "lora")  # which no run without them needs
 REFUSAL = re.compile(r"ValueError: [a-z_.]+: ")  # one line that begins with a setting
 
@@ -83,29 +84,37 @@ def make_batch(prompts: tuple[int, ...]) -> tuple[PromptBatch, Samples]:
     return batch, samples
 
 
-def plain_row(model: Any, samples: Samples, row: int) -> Tensor:
-    """Log-probs of one completion by one pass over its text alone, (length,)."""
+def plain_row(model: Any, samples: Samples, row: int, longest: int) -> Tensor:
+    """Log-probs of one completion by one pass over its text alone, (length,).
+
+    Args:
+        longest: Where positions depend on the length of a text: the tokens that every text is made
+            long with, by tokens behind its end, which it does not see. 0 elsewhere.
+    """
     prompt = samples.prompt_ids[row][samples.prompt_mask[row]]
     completion = samples.completion_ids[row][samples.mask[row]]
-    text = torch.cat([prompt, completion])[None]
-    logits = model(input_ids=text, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    end = len(prompt) + len(completion)
+    text = torch.cat([prompt, completion, prompt.new_full((max(0, longest - end),), 3)])
+    logits = model(input_ids=text[None], use_cache=False).logits[0, len(prompt) - 1 : end - 1]
     return logits.float().log_softmax(-1).gather(-1, completion[:, None])[:, 0]
 
 
 @torch.no_grad()
-def plain(model: Any, samples: Samples) -> Tensor:
+def plain(model: Any, samples: Samples, longest: int) -> Tensor:
     """Log-probs of all completions, row by row, (B, T)."""
     found = torch.zeros(samples.mask.shape)
     for row, kept in enumerate(samples.mask):
-        found[row, kept] = plain_row(model, samples, row)
+        found[row, kept] = plain_row(model, samples, row, longest)
     return found
 
 
-def plain_gradient(model: Any, samples: Samples, weights: Tensor) -> dict[str, Tensor]:
+def plain_gradient(
+    model: Any, samples: Samples, weights: Tensor, longest: int
+) -> dict[str, Tensor]:
     """The gradient of a weighted sum of all log-probs, row by row."""
     model.zero_grad()
     for row, kept in enumerate(samples.mask):
-        (plain_row(model, samples, row) * weights[row, kept]).sum().backward()
+        (plain_row(model, samples, row, longest) * weights[row, kept]).sum().backward()
     return gradient(model)
 
 
@@ -149,18 +158,18 @@ class Said(logging.Handler):
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError within, once the seconds are over."""
+    """Raise TimeoutError within, once so many seconds of this process's computing are over."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"took more than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def first_line(error: BaseException) -> str:
@@ -176,7 +185,9 @@ class Trial:
         self.folder = folder
         self.checks: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
-        self.prompts, self.samples = make_batch(TEXTS.get(name, PROMPTS))
+        prompts = TEXTS.get(name, PROMPTS)
+        self.longest = max(prompts) + LENGTH if name in TEXTS else 0
+        self.prompts, self.samples = make_batch(prompts)
         generator = torch.Generator().manual_seed(2)
         self.weights = torch.randn(self.samples.mask.shape, generator=generator)
 
@@ -198,12 +209,13 @@ class Trial:
         model.generation_config.eos_token_id = EOS
         model.save_pretrained(self.folder)
         build_tokenizer().save_pretrained(self.folder)
+        self.config = PolicyConfig(str(self.folder), **POLICY.get(self.name, {}))
         self.oracle = AutoModelForCausalLM.from_pretrained(self.folder).eval()
         self.kind = type(model).__name__
 
     def plain(self) -> None:
         """Run the plain model, which fails where texts are longer than its positions."""
-        self.expected = plain(self.oracle, self.samples)
+        self.expected = plain(self.oracle, self.samples, self.longest)
 
     def causal(self) -> float:
         """How far a token's log-prob depends on what comes after it."""
@@ -213,15 +225,23 @@ class Trial:
             part = self.oracle(input_ids=text[None, :-4], use_cache=False).logits[0, -1]
         return worst(whole.log_softmax(-1) - part.log_softmax(-1))
 
+    def loaded(self, **options: Any) -> Any:
+        """A policy as a run has it."""
+        policy = load_policy(replace(self.config, **options))
+        if self.longest:
+            from gspo_lightning.engine.rotary import fix_rotary
+
+            fix_rotary(policy.model, self.longest)
+        return policy.train()
+
     def load(self) -> None:
-        self.policy = load_policy(PolicyConfig(str(self.folder)))
-        self.policy.train()
+        self.policy = self.loaded()
 
     def sample(self, at_once: int | None) -> float:
         sampler = GroupSampler(GROUP, LENGTH, batch_size=at_once)
         samples = sampler.sample(self.policy, self.prompts, seed=0)
         assert samples.logprobs is not None
-        return worst((plain(self.oracle, samples) - samples.logprobs)[samples.mask])
+        return worst((plain(self.oracle, samples, self.longest) - samples.logprobs)[samples.mask])
 
     @torch.no_grad()
     def logprobs(self, packed: bool, group_size: int) -> float:
@@ -245,7 +265,7 @@ class Trial:
 
     def gradients(self, size: int) -> float:
         if not hasattr(self, "gradient"):
-            self.gradient = plain_gradient(self.oracle, self.samples, self.weights)
+            self.gradient = plain_gradient(self.oracle, self.samples, self.weights, self.longest)
         self.policy.model.zero_grad()
         for rows in self.samples.micro_batch_indices(size):
             micro = self.samples.select(rows)
@@ -255,8 +275,7 @@ class Trial:
 
     def checkpointed(self) -> float:
         """The gradient while activations are computed again in the backward pass."""
-        policy = load_policy(PolicyConfig(str(self.folder), gradient_checkpointing=True))
-        self.policy = policy.train()
+        self.policy = self.loaded(gradient_checkpointing=True)
         return self.gradients(GROUP)
 
     def step(self) -> float:
@@ -264,10 +283,18 @@ class Trial:
         keep = Outputs()
         root = self.folder / "run"
         root.mkdir()
-        sampler = GroupSampler(GROUP, LENGTH)
-        options = {"num_minibatches": 1, "micro_batch_size": GROUP, "old_logprobs": "recompute"}
-        rewards = {"place": RewardTerm(places)}
-        run(root, self.folder, 1, [keep], sampler=sampler, rewards=rewards, **options)
+        run(
+            root,
+            self.folder,
+            1,
+            [keep],
+            policy=self.config,
+            sampler=GroupSampler(GROUP, 3 * LENGTH if self.longest else LENGTH),
+            rewards={"place": RewardTerm(places)},
+            num_minibatches=1,
+            micro_batch_size=GROUP,
+            old_logprobs="recompute",
+        )
         metrics = keep.all[0]["metrics"]
         if not 0 < metrics["policy/grad_norm"] < torch.inf:
             raise ValueError(f"gradient norm {metrics['policy/grad_norm']}")
@@ -275,8 +302,7 @@ class Trial:
 
     def adapters(self) -> float:
         """Train adapters a step, and compare with a plain pass of what is exported."""
-        lora = load_policy(PolicyConfig(str(self.folder), lora=LoRAConfig(rank=2)))
-        lora.train()
+        lora = self.loaded(lora=LoRAConfig(rank=2))
         found = samples_logprobs(lora.model, self.samples, 1.0).logprobs
         start = worst((found.detach() - self.expected)[self.samples.mask])
         (found * self.weights).sum().backward()
@@ -289,7 +315,7 @@ class Trial:
             found = samples_logprobs(lora.model, self.samples, 1.0).logprobs
         lora.export(self.folder / "export")
         merged = AutoModelForCausalLM.from_pretrained(self.folder / "export").eval()
-        expected = plain(merged, self.samples)
+        expected = plain(merged, self.samples, self.longest)
         if worst((expected - self.expected)[self.samples.mask]) < 1e-3:
             raise ValueError("the export is the model without its adapters")
         return max(start, worst((found - expected)[self.samples.mask]))
@@ -371,22 +397,17 @@ def outcome(checks: dict[str, Any], said: list[str]) -> str:
 
 
 def show(record: dict[str, Any], details: bool) -> None:
-    checks = record["checks"]
-    numbers = {k: v for k, v in checks.items() if isinstance(v, float)}
-    bad = {k: f"{v:.1e}" for k, v in numbers.items() if v > TOLERANCE}
-    errors = {k: v for k, v in checks.items() if isinstance(v, str)}
-    largest = max((v for k, v in numbers.items() if k not in bad), default=0)
-    print(
-        f"{record['outcome']:12} {record['name']:28} {largest:.0e} {record['seconds']:4.1f} s",
-        end="",
-    )
-    print(
-        "",
-        *(f"| {k} {v}" for k, v in bad.items()),
-        *(f"| {k}: {v[:400]}" for k, v in errors.items()),
-    )
+    """Print a line of what is off, and what was said."""
+    off = {
+        name: value
+        for name, value in record["checks"].items()
+        if isinstance(value, str) or (value or 0) > TOLERANCE
+    }
+    print(f"{record['outcome']:8} {record['name']:28} {record['seconds']:5.1f} s")
+    for name, value in off.items():
+        print(f"{'':9}{name}: {value if isinstance(value, str) else f'{value:.1e}'}")
     for line in record["said"]:
-        print("             ", line)
+        print(f"{'':9}said: {line}")
     if details:
         print(json.dumps(record, indent=1))
     sys.stdout.flush()
