@@ -1,7 +1,7 @@
 """What each type of model is expected to do: a table beside the tests, and its page in docs.
 
 Decides how what happened to a type is written down, so that neither rounding nor the order of runs
-changes a line. ``python -m support.model_types --write`` in ``tests`` makes both anew.
+changes a line. ``make models`` makes both anew.
 """
 
 import json

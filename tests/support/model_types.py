@@ -342,6 +342,29 @@ class Trial:
         self.check("lora", self.adapters)
 
 
+@contextlib.contextmanager
+def _quiet(said: Said) -> Iterator[None]:
+    """Only the package speaks, and only to ``said``."""
+    log = logging.getLogger("gspo_lightning")
+    others = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
+    levels = [other.level for other in others]
+    verbosity, propagate = transformers_logging.get_verbosity(), log.propagate
+    try:
+        log.addHandler(said)
+        log.propagate = False
+        for other in others:
+            other.setLevel(logging.ERROR)
+        transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+        transformers_logging.disable_progress_bar()
+        yield
+    finally:
+        log.removeHandler(said)
+        log.propagate = propagate
+        for other, level in zip(others, levels, strict=True):
+            other.setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
+
+
 def try_type(name: str) -> dict[str, Any]:
     """Run all checks on one type or variant.
 
@@ -349,16 +372,14 @@ def try_type(name: str) -> dict[str, Any]:
         ``outcome`` (unbuilt, refused, dies, wrong, fallback, ok), ``said``, ``checks``.
     """
     torch.set_num_threads(1)
-    said = Said()
-    log = logging.getLogger("gspo_lightning")
-    log.addHandler(said)
-    for other in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(other).setLevel(logging.ERROR)
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    start, said = time.perf_counter(), Said()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        torch.random.fork_rng(devices=[]),
+        warnings.catch_warnings(),
+        _quiet(said),
+    ):
+        torch.manual_seed(0)
         warnings.simplefilter("ignore")
         trial = Trial(name, Path(folder))
         try:
@@ -366,9 +387,6 @@ def try_type(name: str) -> dict[str, Any]:
                 trial.all()
         except TimeoutError as error:
             trial.checks["time"] = first_line(error)
-        finally:
-            log.removeHandler(said)
-            transformers_logging.set_verbosity(verbosity)
     return {
         "name": name,
         "model": getattr(trial, "kind", ""),
