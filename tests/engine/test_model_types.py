@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.model_configs import TYPES, VARIANTS
+from support.model_configs import TYPES, UNBUILT, VARIANTS
 from support.model_table import BEGIN, END, PAGE, TITLES, entry, page, read_table
 from support.model_types import try_type
 
@@ -36,6 +36,8 @@ def test_the_table_has_every_type_of_this_transformers():
 def test_no_type_is_wrong_without_a_word():
     outcomes = {name: found["outcome"] for name, found in read_table()["types"].items()}
     assert {name: found for name, found in outcomes.items() if found not in TITLES} == {}
+    unbuilt = {name for name, found in outcomes.items() if found == "unbuilt"}
+    assert unbuilt == UNBUILT.keys()  # each with its reason
 
 
 def test_the_page_for_users_is_made_from_the_table():
