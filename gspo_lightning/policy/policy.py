@@ -260,9 +260,19 @@ def _random_model(config: PolicyConfig) -> Any:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Switch gradient checkpointing on, by the name that this transformers has for it."""
+    """Switch gradient checkpointing on, by the name that this transformers has for it.
+
+    Raises:
+        ValueError: If the model's code has no gradient checkpointing.
+    """
     enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    try:
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    except ValueError as error:
+        raise ValueError(
+            f"gradient_checkpointing: {type(unwrapped(model)).__name__} cannot recompute its "
+            "activations; set it to false"
+        ) from error
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
