@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from gspo_lightning.doctor.findings import Finding
+from gspo_lightning.engine.texts import Continuation
 
 MARK = "MARKEDANSWER"
 LOOKS_LIKE_CHAT = re.compile(r"<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<(?:start|end)_of_turn>")
@@ -37,7 +38,7 @@ def eos(policy: Any, data: Any) -> Finding:
     """Compare the ids that end a completion with what tokenizer and template end a text with."""
     tokenizer, ids, size = policy.tokenizer, policy.eos_ids, vocabulary_size(policy)
     own = tokenizer.eos_token_id
-    value = {"eos_ids": ids, "tokenizer": own}
+    value = {"eos_ids": ids, "tokenizer": own, "stop_strings": policy.ends.strings}
     mend = "set eos_token_id in generation_config.json of policy.path"
     if beyond := [i for i in ids if not 0 <= i < size]:
         text = f"{beyond} end a completion, but the model has ids 0 to {size - 1}"
@@ -55,8 +56,11 @@ def eos(policy: Any, data: Any) -> Finding:
             special = [i for i in behind if i in tokenizer.all_special_ids]
             end = named(tokenizer, special[:1] or behind[:1])
             text = f"completions end at {named(tokenizer, ids)}, the chat template ends a turn with"
-            return Finding("eos", "error", f"{text} {end}", f"{mend} to a list with both", value)
-    return Finding("eos", "ok", f"completions end at {named(tokenizer, ids)}", value=value)
+            mend += " to a list with both, or add the id to policy.stop_token_ids"
+            return Finding("eos", "error", f"{text} {end}", mend, value)
+    texts = "".join(f", or where the text has {string!r}" for string in policy.ends.strings)
+    said = f"completions end at {named(tokenizer, ids) or 'no token'}{texts}"
+    return Finding("eos", "ok", said, value=value)
 
 
 def padding(policy: Any) -> Finding:
@@ -105,7 +109,9 @@ def bos(policy: Any, data: Any, prompts: list[list[int]]) -> Finding:
 
 def prompt_end(policy: Any, prompts: list[list[int]]) -> Finding:
     """Find prompts that end with an end of sequence: the completion would start behind it."""
-    ended = sum(ids[-1] in policy.eos_ids for ids in prompts)
+    # a stop id may be a newline, with which a prompt may well end
+    own = set(policy.eos_ids) - set(policy.ends.token_ids)
+    ended = sum(ids[-1] in own for ids in prompts)
     if ended:
         text = f"{ended} of {len(prompts)} prompts end with an end of sequence"
         remedy = "set add_eos_token to false in tokenizer_config.json, or mend the chat template"
@@ -190,7 +196,8 @@ def example(policy: Any, samples: Any) -> list[Finding]:
     """The first prompt and completion as the policy sees them, special tokens included."""
     prompt = samples.prompt_ids[0][samples.prompt_mask[0]].tolist()
     completion = samples.completion_ids[0][samples.mask[0]].tolist()
-    texts = [policy.tokenizer.decode(ids) for ids in (prompt, completion)]
+    behind = Continuation(policy.tokenizer, prompt, special=True)
+    texts = [policy.tokenizer.decode(prompt), behind.text(completion)]
     quoted = [repr(text if len(text) <= SHOWN else f"{text[:SHOWN]} ...") for text in texts]
     size = f"{len(completion)} tokens" + ("" if samples.finished[0] else ", cut off")
     return [
