@@ -40,7 +40,9 @@ model:
   class_path: gspo_lightning.GSPOModule
   init_args:
     policy: {path: policy}
-    sampler: {class_path: gspo_lightning.GroupSampler, init_args: {group_size: 4, max_new_tokens: 12}}
+    sampler:
+      class_path: gspo_lightning.GroupSampler
+      init_args: {group_size: 4, max_new_tokens: 12}
     rewards: {length: {fn: support.reward_functions.digits}}
     num_minibatches: 2
 data:
@@ -150,7 +152,7 @@ def test_a_model_without_an_end_of_sequence_may_end_at_stop_strings(model_dir, t
     tokenizer.eos_token = tokenizer.pad_token = None
     model.save_pretrained(tmp_path / "endless")
     tokenizer.save_pretrained(tmp_path / "endless")
-    with pytest.raises(ValueError, match="could never end; .* or set policy.stop_strings"):
+    with pytest.raises(ValueError, match=r"could never end; .* or set policy.stop_strings"):
         load_policy(PolicyConfig(str(tmp_path / "endless")))
     policy = load_policy(PolicyConfig(str(tmp_path / "endless"), stop_strings=["="]))
     assert policy.eos_ids == [] and policy.pad_id == 0
