@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from gspo_lightning.doctor.findings import Finding
-from gspo_lightning.engine.texts import Continuation
 
 MARK = "MARKEDANSWER"
 LOOKS_LIKE_CHAT = re.compile(r"<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<(?:start|end)_of_turn>")
@@ -39,10 +38,11 @@ def eos(policy: Any, data: Any) -> Finding:
     tokenizer, ids, size = policy.tokenizer, policy.eos_ids, vocabulary_size(policy)
     own = tokenizer.eos_token_id
     value = {"eos_ids": ids, "tokenizer": own, "stop_strings": policy.ends.strings}
-    mend = "set eos_token_id in generation_config.json of policy.path"
+    file = "eos_token_id in generation_config.json of policy.path"
+    mend = f"set policy.stop_token_ids, or {file},"
     if beyond := [i for i in ids if not 0 <= i < size]:
         text = f"{beyond} end a completion, but the model has ids 0 to {size - 1}"
-        return Finding("eos", "error", text, mend, value)
+        return Finding("eos", "error", text, f"set {file}", value)
     if own is not None and own not in ids:
         text = (
             f"completions end at {named(tokenizer, ids)}, the tokenizer ends texts with "
@@ -56,8 +56,7 @@ def eos(policy: Any, data: Any) -> Finding:
             special = [i for i in behind if i in tokenizer.all_special_ids]
             end = named(tokenizer, special[:1] or behind[:1])
             text = f"completions end at {named(tokenizer, ids)}, the chat template ends a turn with"
-            mend += " to a list with both, or add the id to policy.stop_token_ids"
-            return Finding("eos", "error", f"{text} {end}", mend, value)
+            return Finding("eos", "error", f"{text} {end}", f"{mend} to a list with both", value)
     texts = "".join(f", or where the text has {string!r}" for string in policy.ends.strings)
     said = f"completions end at {named(tokenizer, ids) or 'no token'}{texts}"
     return Finding("eos", "ok", said, value=value)
@@ -196,8 +195,7 @@ def example(policy: Any, samples: Any) -> list[Finding]:
     """The first prompt and completion as the policy sees them, special tokens included."""
     prompt = samples.prompt_ids[0][samples.prompt_mask[0]].tolist()
     completion = samples.completion_ids[0][samples.mask[0]].tolist()
-    behind = Continuation(policy.tokenizer, prompt, special=True)
-    texts = [policy.tokenizer.decode(prompt), behind.text(completion)]
+    texts = [policy.tokenizer.decode(ids) for ids in (prompt, completion)]
     quoted = [repr(text if len(text) <= SHOWN else f"{text[:SHOWN]} ...") for text in texts]
     size = f"{len(completion)} tokens" + ("" if samples.finished[0] else ", cut off")
     return [

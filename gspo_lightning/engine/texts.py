@@ -221,3 +221,28 @@ def special_ids(tokenizer: Any) -> set[int]:
     """Ids of the tokens that decoding leaves out of a text."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+
+
+def ends_of(tokenizer: Any, config: Any = None, known: str | list[str] | None = None) -> Ends:
+    """What ends a completion as a policy's settings say, beside its end-of-sequence ids.
+
+    Args:
+        tokenizer: The policy's.
+        config: Has ``stop_strings``, ``stop_token_ids`` and ``include_stop_str_in_output``.
+        known: Stop strings of the model folder, for settings that name none.
+
+    Raises:
+        ValueError: If a stop string or stop id is none of this tokenizer, naming it.
+    """
+    strings = None if config is None else config.stop_strings
+    if strings is None:
+        strings = [known] if isinstance(known, str) else known or []
+    if config is None:
+        return Ends(tokenizer, strings)
+    ids = config.stop_token_ids or []
+    if unknown := sorted(set(ids) - set(tokenizer.get_vocab().values() if ids else ())):
+        raise ValueError(
+            f"policy.stop_token_ids: the tokenizer has no token {unknown[0]}; it has "
+            f"{len(tokenizer)} ids, from 0"
+        )
+    return Ends(tokenizer, strings, ids, config.include_stop_str_in_output)

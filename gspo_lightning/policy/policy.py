@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.engine.products import speed_up, uses_onednn
-from gspo_lightning.engine.texts import Ends
+from gspo_lightning.engine.texts import ends_of
 from gspo_lightning.policy import folder
 from gspo_lightning.policy.lora import LoRAConfig, add_adapters, merged_weights
 
@@ -108,7 +108,7 @@ class Policy(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         generation = model.generation_config
-        self.ends = stops(tokenizer, config, getattr(generation, "stop_strings", None))
+        self.ends = ends_of(tokenizer, config, getattr(generation, "stop_strings", None))
         own = eos_ids(model, tokenizer, needed=not self.ends.strings and not self.ends.token_ids)
         self.eos_ids = list(dict.fromkeys([*own, *self.ends.token_ids]))
         pad = tokenizer.pad_token_id
@@ -229,7 +229,7 @@ def load_tokenizer(config: PolicyConfig) -> Any:
     if settings is not None:
         rows = getattr(settings.get_text_config(), "vocab_size", None)
         _compare_vocabularies(len(tokenizer), rows)
-    stops(tokenizer, config)
+    ends_of(tokenizer, config)
     return tokenizer
 
 
@@ -284,25 +284,6 @@ def checkpoint_activations(model: Any) -> None:
     """Switch gradient checkpointing on, by the name that this transformers has for it."""
     enable = getattr(model, "activation_checkpointing_enable", None)
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-def stops(
-    tokenizer: Any, config: PolicyConfig | None, known: str | list[str] | None = None
-) -> Ends:
-    """What ends a completion beside an end of sequence; ``known`` are a folder's stop strings.
-
-    Raises:
-        ValueError: If a stop string or stop id is none of this tokenizer, naming it.
-    """
-    own = None if config is None else config.stop_strings
-    strings = ([known] if isinstance(known, str) else known or []) if own is None else own
-    ids = (config and config.stop_token_ids) or []
-    if unknown := sorted(set(ids) - set(tokenizer.get_vocab().values() if ids else ())):
-        raise ValueError(
-            f"policy.stop_token_ids: the tokenizer has no token {unknown[0]}; it has "
-            f"{len(tokenizer)} ids, from 0"
-        )
-    return Ends(tokenizer, strings, ids, config is not None and config.include_stop_str_in_output)
 
 
 def eos_ids(model: Any, tokenizer: Any, needed: bool = True) -> list[int]:
