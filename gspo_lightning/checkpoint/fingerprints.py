@@ -95,7 +95,7 @@ def moved(path: str) -> str:
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is not as it was, one text each; an entry that is absent counts as null.
+    """What is not as it was, one text each; an entry that is absent counts as null or false.
 
     A class path that the package has renamed since is the same one.
 
@@ -104,6 +104,8 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ['data.path has other content', 'kl 0.1 -> 0.2']
     """
     saved = {key: moved(v) if isinstance(v, str) else v for key, v in saved.items()}
+    # a switch that came after the checkpoint was written is off in its run
+    saved, now = ({k: v for k, v in marks.items() if v is not False} for marks in (saved, now))
     keys = [key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key)]
     return [_difference(key, saved.get(key), now.get(key)) for key in keys]
 

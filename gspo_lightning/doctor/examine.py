@@ -117,7 +117,7 @@ def earned(module: Any, samples: Samples, cap: int) -> list[Finding]:
     found, scores = rewards.terms(module.rewards, samples)
     if worst(found) == "error":
         return found  # the sum would not be the one of the run
-    total, finished = scores.total, samples.finished.cpu()
+    total, finished, lost = scores.total, samples.finished.cpu(), 0.0
     if cap == module.sampler.max_new_tokens:  # else a cut completion is none that hit the limit
         if module.overlong_ramp is not None:
             lengths = samples.mask.sum(1).cpu()
@@ -125,10 +125,11 @@ def earned(module: Any, samples: Samples, cap: int) -> list[Finding]:
         if module.truncated != "keep":
             cut = 0.0 if module.truncated == "zero_reward" else torch.nan
             total = torch.where(finished, total, cut)
+            lost = (~finished).float().mean().item()
     size = samples.group_size
     if size == 1:  # with a critic a completion is not compared with others of its prompt
         return found
-    return [*found, rewards.total(total, size), rewards.flat(total, size, len(DRAWS))]
+    return [*found, rewards.total(total, size, lost), rewards.flat(total, size, len(DRAWS))]
 
 
 def set_up_and_examine(

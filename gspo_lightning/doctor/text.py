@@ -37,11 +37,12 @@ def eos(policy: Any, data: Any) -> Finding:
     """Compare the ids that end a completion with what tokenizer and template end a text with."""
     tokenizer, ids, size = policy.tokenizer, policy.eos_ids, vocabulary_size(policy)
     own = tokenizer.eos_token_id
-    value = {"eos_ids": ids, "tokenizer": own}
-    mend = "set eos_token_id in generation_config.json of policy.path"
+    value = {"eos_ids": ids, "tokenizer": own, "stop_strings": policy.ends.strings}
+    file = "eos_token_id in generation_config.json of policy.path"
+    mend = f"set policy.stop_token_ids, or {file},"
     if beyond := [i for i in ids if not 0 <= i < size]:
         text = f"{beyond} end a completion, but the model has ids 0 to {size - 1}"
-        return Finding("eos", "error", text, mend, value)
+        return Finding("eos", "error", text, f"set {file}", value)
     if own is not None and own not in ids:
         text = (
             f"completions end at {named(tokenizer, ids)}, the tokenizer ends texts with "
@@ -56,7 +57,9 @@ def eos(policy: Any, data: Any) -> Finding:
             end = named(tokenizer, special[:1] or behind[:1])
             text = f"completions end at {named(tokenizer, ids)}, the chat template ends a turn with"
             return Finding("eos", "error", f"{text} {end}", f"{mend} to a list with both", value)
-    return Finding("eos", "ok", f"completions end at {named(tokenizer, ids)}", value=value)
+    texts = "".join(f", or where the text has {string!r}" for string in policy.ends.strings)
+    said = f"completions end at {named(tokenizer, ids) or 'no token'}{texts}"
+    return Finding("eos", "ok", said, value=value)
 
 
 def padding(policy: Any) -> Finding:
@@ -105,7 +108,9 @@ def bos(policy: Any, data: Any, prompts: list[list[int]]) -> Finding:
 
 def prompt_end(policy: Any, prompts: list[list[int]]) -> Finding:
     """Find prompts that end with an end of sequence: the completion would start behind it."""
-    ended = sum(ids[-1] in policy.eos_ids for ids in prompts)
+    # a stop id may be a newline, with which a prompt may well end
+    own = set(policy.eos_ids) - set(policy.ends.token_ids)
+    ended = sum(ids[-1] in own for ids in prompts)
     if ended:
         text = f"{ended} of {len(prompts)} prompts end with an end of sequence"
         remedy = "set add_eos_token to false in tokenizer_config.json, or mend the chat template"

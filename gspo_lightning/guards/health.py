@@ -115,8 +115,9 @@ def truncated(figures: Figures, run: History) -> str | None:
     if (share := figures.get("rollout/truncated_fraction", 0.0)) > CUT:
         return (
             f"{share:.0%} of the completions hit the limit of {run.limit} tokens: it is too short, "
-            "or the policy never ends a text; raise sampler.max_new_tokens, or see what `python "
-            "train.py doctor` says of eos"
+            "or the policy never ends a text; raise sampler.max_new_tokens, set "
+            "policy.stop_strings or policy.stop_token_ids (a base model may need them), or see "
+            "what `python train.py doctor` says of eos"
         )
     return None
 
@@ -225,13 +226,18 @@ def length(figures: Figures, run: History) -> str | None:
 def variance(figures: Figures, run: History) -> str | None:
     """Rewards no longer differ within groups."""
     start, now = run.start.get(SPREAD, 0.0), figures.get(SPREAD)
-    if now is not None and now <= VANISHED * start:
-        return (
-            f"the rewards do not differ within groups any more (standard deviation {now:.1e}, at "
-            f"the start {start:.1e}): nothing is left to learn from; use other prompts "
-            "(data.path), or a reward term that tells these apart"
+    if now is None or now > VANISHED * start:
+        return None
+    mend = "use other prompts (data.path), or a reward term that tells these apart"
+    if (share := figures.get("rollout/truncated_fraction", 0.0)) > CUT:
+        mend = (
+            f"{share:.0%} of the completions hit the limit, and model.truncated makes them alike: "
+            "set policy.stop_strings or policy.stop_token_ids, or raise sampler.max_new_tokens"
         )
-    return None
+    return (
+        f"the rewards do not differ within groups any more (standard deviation {now:.1e}, at the "
+        f"start {start:.1e}): nothing is left to learn from; {mend}"
+    )
 
 
 class Rule(NamedTuple):

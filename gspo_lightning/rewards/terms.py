@@ -108,6 +108,8 @@ class RewardTerm:
             after an exception ``fn`` is called with one completion at a time to find them.
             ``retry N`` calls again up to N times, after 1, 2, 4, ... seconds
             (``reward/<term>_retries``), and then stops; ``retry N, then skip`` then skips.
+        special_tokens: Give ``fn`` the completions with their special tokens in the text, but for
+            one that ended them: for markers and channels that the tokenizer holds as such.
 
     Attributes:
         statistics: What ``whiten`` has seen so far.
@@ -124,6 +126,7 @@ class RewardTerm:
     scale: float = 1.0
     clip: tuple[float, float] | None = None
     on_error: str = "stop"
+    special_tokens: bool = False
     statistics: RunningStatistics = field(
         default_factory=RunningStatistics, init=False, repr=False, compare=False
     )
@@ -137,6 +140,16 @@ class RewardTerm:
         if self.clip is not None and not self.clip[0] < self.clip[1]:
             raise ValueError(f"a reward's clip must be (low, high), low < high, got {self.clip}")
         object.__setattr__(self, "policy", calls.error_policy(self.on_error))  # frozen
+
+    def texts(self, completions: list[str], special: list[str] | None) -> list[str]:
+        """What ``fn`` is called with, of completions without and with special tokens."""
+        if not self.special_tokens:
+            return completions
+        if special is None:
+            raise ValueError(
+                "a reward has special_tokens: true, but this sampler gives no Samples.special_texts"
+            )
+        return special
 
     def shape(self, raw: Tensor) -> Tensor:
         """What ``weight`` is applied to, from raw values; (B,), NaN stays NaN."""
@@ -161,6 +174,7 @@ def score(
     rows: list[dict],
     completions: list[str],
     *,
+    special: list[str] | None = None,
     learn: bool = False,
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Scores:
@@ -173,6 +187,7 @@ def score(
         terms: Reward terms by name.
         rows: Rows of the data, one per completion.
         completions: Completion texts.
+        special: The same with special tokens kept, for terms that ask for them.
         learn: Whether the statistics of whitening take these values in, once per rollout.
         reduce: Sums a tensor over ranks, for these statistics; ``None`` for one rank.
 
@@ -192,7 +207,8 @@ def score(
     parts: dict[str, Tensor] = {}
     counts: dict[str, float] = {}
     for name, term in terms.items():
-        called = calls.call(name, term.fn, rows, completions, term.policy)
+        texts = term.texts(completions, special)
+        called = calls.call(name, term.fn, rows, texts, term.policy)
         _say_once(name, term, called, len(completions))
         values = called.values or []
         numbers = [math.nan if value is None else value for value in values]

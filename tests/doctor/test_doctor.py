@@ -14,6 +14,7 @@ from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.doctor import memory as doctor_memory
 from gspo_lightning.doctor.examine import set_up_and_examine
 from gspo_lightning.doctor.rewards import flat, flat_share, terms, truncation
+from gspo_lightning.engine import probe
 from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.policy import load_policy
@@ -382,8 +383,8 @@ def test_a_model_that_mixes_the_rows_of_a_batch(capsys, monkeypatch, folder):
     def mix(module, args, logits):
         return logits + 0.1 * logits.flatten(0, -2).mean(0)
 
-    monkeypatch.setattr("gspo_lightning.engine.states.reading", lambda *_, **__: "packed")
-    monkeypatch.setattr("gspo_lightning.sampling.decoding", lambda *_: "grouped")
+    monkeypatch.setattr(probe, "_try_reading", lambda *_: probe.Found("packed"))
+    monkeypatch.setattr(probe, "_try_decoding", lambda *_: probe.Found("grouped"))
     after_loading(monkeypatch, lambda model: model.lm_head.register_forward_hook(mix))
     found = doctor(capsys, "--model.micro_batch_size 2 --model.reference null")
     assert errors(found) == ["gradient"]

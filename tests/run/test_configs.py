@@ -261,6 +261,12 @@ def test_the_gsm8k_reward_reads_the_answer_behind_the_mark(stack):
     assert term.fn([{"prompt": "", "answer": "72"}] * 3, texts) == [1.0, 0.0, 0.0]
 
 
+def test_few_shot_prompts_go_on_top_of_a_task(stack):
+    cli = stack("task/gsm8k", "sampler/few_shot")
+    assert cli.model.policy_config.stop_strings == ["\nQ:"]
+    assert not cli.datamodule.chat_template
+
+
 def readme_configs():
     text = (ROOT / "README.md").read_text()
     return [
