@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.data.demonstrations import TokenizedData, check_files, check_kind_of_data
 from gspo_lightning.data.stream import pad
-from gspo_lightning.data.tables import column, read_rows
+from gspo_lightning.data.tables import check_patterns, column, extract, read_rows
 from gspo_lightning.rollout import PromptBatch
 
 
@@ -29,6 +29,9 @@ class PromptData(TokenizedData):
         prompts_per_rollout: P, prompts per rollout and rank.
         num_rollouts: Length of the run; ``None`` is one pass over the prompts.
         prompt_column: Column with the prompt: a text, or a list of chat messages.
+        extract: Regular expressions by column, for a file that is read as it was published: group 1
+            of the last match (or the whole match) becomes the column. ``{answer: '####(.+)'}`` takes
+            the answer out of a solution; a row in which nothing matches is an error.
         chat_template: Render prompts with the tokenizer's chat template; otherwise texts go in raw.
         system_prompt: System message put before each chat.
         max_prompt_tokens: Longest prompt allowed, in tokens.
@@ -49,6 +52,7 @@ class PromptData(TokenizedData):
         prompts_per_rollout: int = 8,
         num_rollouts: int | None = None,
         prompt_column: str = "prompt",
+        extract: dict[str, str] | None = None,
         chat_template: bool = False,
         system_prompt: str | None = None,
         max_prompt_tokens: int = 512,
@@ -69,6 +73,8 @@ class PromptData(TokenizedData):
             val_batch_size=val_batch_size,
         )
         check_files(self.paths)
+        check_patterns(extract or {})
+        self.extract = extract or {}
         self.prompts_per_rollout, self.num_rollouts = prompts_per_rollout, num_rollouts
         self.prompt_column = prompt_column
         self.chat_template, self.system_prompt = chat_template, system_prompt
@@ -112,7 +118,7 @@ class PromptData(TokenizedData):
         return self.stream.share(counts)
 
     def _read(self, key: str, path: str) -> list[tuple[list[int], dict]]:
-        rows = read_rows(key, path)
+        rows = extract(key, path, read_rows(key, path), self.extract)
         # a reward must not find out in the middle of the run that a row lacks its column
         needed = getattr(self.trainer.lightning_module, "columns_needed", {})  # type: ignore[union-attr]
         for term, name in needed.items():
