@@ -30,8 +30,8 @@ class PromptData(TokenizedData):
         num_rollouts: Length of the run; ``None`` is one pass over the prompts.
         prompt_column: Column with the prompt: a text, or a list of chat messages.
         extract: Regular expressions by column, for a file that is read as it was published: group 1
-            of the last match (or the whole match) becomes the column. ``{answer: '####(.+)'}`` takes
-            the answer out of a solution; a row in which nothing matches is an error.
+            of the last match (or the whole match) becomes the column. ``{answer: '####(.+)'}``
+            takes the answer out of a solution; a row in which nothing matches is an error.
         chat_template: Render prompts with the tokenizer's chat template; otherwise texts go in raw.
         system_prompt: System message put before each chat.
         max_prompt_tokens: Longest prompt allowed, in tokens.

@@ -33,16 +33,16 @@ class CodeTest(NamedTuple):
 
 
 class CodeTests(AnswerVerifier):
-    """1 where the program in the completion passes the tests of its row.
+    r"""1 where the program in the completion passes the tests of its row.
 
     A test is Python that runs behind the program and passes where it comes to its end (``assert
     add(1, 2) == 3``), or an object with ``input`` and ``output``: what the program reads on
     standard input, and must print (white space at the ends of lines aside) and end without error.
 
-    Each test runs in a Python of its own: new session, empty folder, hardly any environment, no open
-    files of the run. It and what it started are killed at its end, at the latest after ``seconds``;
-    memory, processor time, and the size of its output and files are limited. **This is no
-    sandbox**: a program may read and write whatever its user may, and use the network; processes
+    Each test runs in a Python of its own: new session, empty folder, hardly any environment, no
+    open files of the run. It and what it started are killed at its end, at the latest after
+    ``seconds``; memory, processor time, and the size of its output and files are limited. **This is
+    no sandbox**: a program may read and write whatever its user may, and use the network; processes
     that leave the session live on. Tests over the limit of time are logged as
     ``reward/<term>_timeouts``.
 
@@ -61,7 +61,7 @@ class CodeTests(AnswerVerifier):
     Raises:
         ValueError: If a limit is out of range, or a row's tests are none, or no Python.
 
-    >>> code = "```python\\ndef add(a, b):\\n    return a + b\\n```"
+    >>> code = "```python\ndef add(a, b):\n    return a + b\n```"
     >>> CodeTests()([{"tests": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]}], [code])
     [1.0]
     """
@@ -98,8 +98,12 @@ class CodeTests(AnswerVerifier):
         self.counts = {"timeouts": len(self.timed_out)}
         return scores
 
+    def right(self, answer: Any) -> list[CodeTest]:
+        """The tests; an answer that is none is an error."""
+        return read_tests(answer)
+
     def equal(self, answer: Any, text: str) -> float:
-        tests = read_tests(answer)
+        tests = self.right(answer)
         if self.score == "share":
             return sum(self._passes(text, test) for test in tests) / len(tests)
         return float(all(self._passes(text, test) for test in tests))
@@ -127,7 +131,9 @@ def read_tests(answer: Any) -> list[CodeTest]:
             try:
                 compile(one, "test", "exec")
             except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-                raise ValueError(f"test {number} is no Python: {error}; got {one[:60]!r}") from error
+                raise ValueError(
+                    f"test {number} is no Python: {error}; got {one[:60]!r}"
+                ) from error
             tests.append(CodeTest(code=one))
         else:
             raise ValueError(

@@ -41,8 +41,8 @@ FUNCTION = r"(?:arc)?(?:sin|cos|tan|cot|sec|csc)|sinh|cosh|tanh|log|ln|exp|pi"
 PLAIN_FUNCTION = re.compile(rf"(?<![A-Za-z\\])(?:{FUNCTION})(?![A-Za-z])")
 NO_WORD = re.compile(rf"\\[A-Za-z]+|(?<![A-Za-z])(?:{FUNCTION}|sqrt)(?![A-Za-z])")
 LETTER = r"[^\W\d_]"
-# What makes a text words, not algebra: four letters in a row (two of neither the Latin nor the Greek
-# script), or a unit such as that of 5 km/h.
+# What makes a text words, not algebra: four letters in a row (two where they are neither Latin nor
+# Greek), or a unit such as that of 5 km/h.
 WORDS = rf"{LETTER}{{4}}|[^\W\d_A-Za-zͰ-Ͽ]{{2}}|[0-9]\s+{LETTER}{{2,}}\s*/\s*{LETTER}"
 # Where nothing says that LaTeX is meant, two letters beside a number are words, too: 72 in.
 WORDS_OUTSIDE = rf"{WORDS}|[0-9]\s+{LETTER}{{2}}|{LETTER}{{2}}\s+[0-9]"
@@ -64,7 +64,9 @@ def read_answer(answer: str) -> list:
     letters = NO_WORD.sub(" ", TEXT.sub(" ", answer))
     if re.search(WORDS_OUTSIDE, letters) or only_words(answer):
         return read_number(answer)
-    return read_result(f"${answer}$")
+    found = read_result(f"${answer}$")
+    # 1,22 is two numbers or one with a decimal comma: either may be what is meant.
+    return found + read_result(answer) if re.fullmatch(r"\s*-?[0-9]+,[0-9]+\s*", answer) else found
 
 
 def read_result(text: str) -> list:

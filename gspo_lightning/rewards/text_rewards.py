@@ -119,15 +119,14 @@ class CosineLength:
         self.wrong = wrong
         self.exceeded = exceeded
         self.column = getattr(fn, "column", None)
+        self.check_row = getattr(fn, "check_row", None)
 
     @property
     def counts(self) -> dict[str, float]:
         """What the verifier counts."""
         return getattr(self.fn, "counts", {})
 
-    def __call__(
-        self, rows: list[dict], completions: list[str]
-    ) -> list[float | Exception | None]:
+    def __call__(self, rows: list[dict], completions: list[str]) -> list[float | Exception | None]:
         verdicts = self.fn(rows, completions)
         return [self._value(*pair) for pair in zip(verdicts, completions, strict=True)]
 

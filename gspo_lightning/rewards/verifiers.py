@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any, Literal
 
 from gspo_lightning.rewards.numbers import last_number, read_answer, read_result
@@ -47,6 +48,16 @@ class AnswerVerifier:
     def equal(self, answer: Any, text: str) -> float | None:
         """How far ``text`` gives the answer, in [0, 1]; None if the answer cannot be judged."""
         raise NotImplementedError
+
+    def check_row(self, row: dict) -> None:
+        """Refuse a row, before training, whose answer no text can be compared with."""
+        answer = row.get(self.answer_column)
+        if answer is not None:
+            self.right(answer)
+
+    def right(self, answer: Any) -> Any:
+        """The answer as this verifier compares it; one that it cannot compare is a ValueError."""
+        return answer
 
     def _judge(self, row: dict, text: str) -> float | None:
         answer = row.get(self.answer_column)
@@ -128,11 +139,16 @@ class LastNumber(AnswerVerifier):
             raise ValueError(f"LastNumber.tolerance must be >= 0, got {tolerance}")
         self.tolerance = tolerance
 
+    def right(self, answer: Any) -> Decimal:
+        """The number of the answer; an answer without one is an error."""
+        right = last_number(str(answer))
+        if right is None:
+            raise ValueError(f"the answer {str(answer)[:60]!r} holds no number")
+        return right
+
     def equal(self, answer: Any, text: str) -> bool:
         """Whether both numbers are equal, as decimals, or within the tolerance."""
-        right, found = last_number(str(answer)), last_number(text)
-        if right is None:
-            raise ValueError(f"the answer {answer!r} holds no number")
+        right, found = self.right(answer), last_number(text)
         if found is None:
             return False
         return found == right or abs(float(found) - float(right)) <= self.tolerance > 0

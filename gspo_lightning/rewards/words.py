@@ -43,44 +43,52 @@ class ChoiceLetter(AnswerVerifier):
         if not letters.isalpha() or len(set(self.letters)) < len(letters):
             raise ValueError(f"ChoiceLetter.letters must be different letters, got {letters!r}")
 
-    def equal(self, answer: Any, text: str) -> bool:
+    def right(self, answer: Any) -> str:
+        """The letter of the answer; an answer without one is an error."""
         right = re.match(rf"\W*([{self.letters}])(?!\w)", str(answer), re.IGNORECASE)
         if right is None:
-            raise ValueError(f"the answer {answer!r} begins with none of the letters {self.letters}")
-        return chosen(text, self.letters) == right[1].upper()
+            raise ValueError(
+                f"the answer {answer!r} begins with none of the letters {self.letters}"
+            )
+        return right[1].upper()
+
+    def equal(self, answer: Any, text: str) -> bool:
+        return chosen(text, self.letters) == self.right(answer)
 
 
 def chosen(text: str, letters: str) -> str | None:
     r"""The letter that a text chooses; None if it chooses none, or hesitates between two.
 
     The first of these that is there decides, and of several the last one: a letter in ``\boxed``;
-    behind "answer", "answer is", "answer:"; alone in the last line; at the very start, before a
-    bracket, a dot or a colon; in brackets or bold, if it is the only one so. A letter in running
+    behind "answer", "answer is", "answer:"; alone in the last line; marked, if it is the only one
+    so: in brackets or bold, or before a dot or a colon at the start of a line. A letter in running
     text is a word, such as "A".
 
     >>> [chosen(text, "ABCD") for text in ("B. Rome", "A dog?", "The answer is A or B", "**c**")]
     ['B', None, None, 'C']
     """
     one = f"[{letters}]"
+    # Runs are bounded: a policy that writes nothing but spaces must not take minutes to judge.
+    before, behind = r"[\s*_(\[$]{0,9}", r"[\s*_)\].:$]{0,9}"
     # "Answer: A dog" chooses nothing, "The answer is A because" does.
-    sentence = r"(?<=[AI])\s+(?!because|since|as|which|is)[a-z]"
+    sentence = r"(?<=[AI])\s(?!because|since|as|which|is)[a-z]"
+    verb = r"\s(?:is|would\sbe|should\sbe)"
     ways = [
-        rf"\\boxed\{{(?:\\\w+\{{)?\s*\(?\s*({one})\s*[).:}}]",
-        r"(?i:\banswer(?:\s+(?:is|would\s+be|should\s+be))?\s*:?\s*(?:option|choice)?)"
-        rf"[\s:*_(\[$]*(?:({one})(?![\w'])(?!{sentence})|((?i:{one}))(?=[\s.)*\]]*$))",
-        rf"^[\s*_(\[]*((?i:{one}))[\s*_)\].:]*\Z",
-        rf"\A[\s*_(\[]*({one})[*_]*[).:\]]",
+        rf"\\boxed\{{(?:\\\w+\{{)?{before}({one})\s?[).:}}]",
+        rf"(?i:\banswer(?:{verb})?|\b(?:option|choice){verb})[\s:*_>]{{0,9}}(?i:option|choice)?"
+        rf"{before}(?:({one})(?![\w'])(?!{sentence})|((?i:{one})){behind}$)",
+        rf"^{before}((?i:{one})){behind}\Z",
     ]
+    text = text.strip()
     for way in ways:
         matches = list(re.finditer(way, text, re.MULTILINE))
         if matches:
             letter = next(filter(None, matches[-1].groups()))
-            rest = text[matches[-1].end() :]
-            other = rf"[\s*_)\]]*(?:or|and|/|&|,)[\s*_(\[]*{one}(?!\w)"
-            return None if re.match(other, rest) else letter.upper()
-    found = re.findall(rf"\(({one})\)|\*\*\(?({one})\)?[.:]?\*\*", text)
-    alone = {first or second for first, second in found}
-    return alone.pop() if len(alone) == 1 else None
+            other = rf"{behind}\s?(?:or|and|/|&|,){before}{one}(?!\w)"
+            return None if re.match(other, text[matches[-1].end() :]) else letter.upper()
+    marked = rf"(?<![\w.])({one})[*_]{{0,3}}\)|\*\*({one})[.:]?\*\*|^{before}({one})[.:]"
+    found = {"".join(groups) for groups in re.findall(marked, text, re.MULTILINE)}
+    return found.pop() if len(found) == 1 else None
 
 
 class WordMatch(AnswerVerifier):
@@ -116,13 +124,20 @@ class WordMatch(AnswerVerifier):
         self.measure = measure
         self.unit = unit
 
-    def equal(self, answer: Any, text: str) -> float:
+    def right(self, answer: Any) -> list[str]:
+        """The texts of which one is right; an answer that is none is an error."""
         answers = answer.get("text") if isinstance(answer, Mapping) else answer
         answers = answers if isinstance(answers, list | tuple) else [answers]
         if any(isinstance(one, Mapping | list | None) for one in answers):
-            raise ValueError(f"the answer {str(answer)[:60]!r} is neither a text nor a list of texts")
+            raise ValueError(
+                f"the answer {str(answer)[:60]!r} is neither a text nor a list of texts"
+            )
+        return [str(one) for one in answers] or [""]
+
+    def equal(self, answer: Any, text: str) -> float:
         given = plain_words(text, self.unit)
-        return max(self._agree(plain_words(str(one), self.unit), given) for one in answers or [""])
+        rights = [plain_words(one, self.unit) for one in self.right(answer)]
+        return max(self._agree(right, given) for right in rights)
 
     def _agree(self, right: list[str], given: list[str]) -> float:
         if self.measure == "exact" or not right or not given:

@@ -11,7 +11,7 @@ from gspo_lightning.rewards import LastNumber
 from support.repository import ROOT
 
 SAMPLE = ROOT / "tests/support/gsm8k/sample.jsonl"
-# The two published files, where somebody has put them: GSM8K=folder pytest tests/rewards/test_gsm8k.py
+# The published files, where somebody has put them: GSM8K=folder pytest tests/rewards/test_gsm8k.py
 WHOLE = Path(os.environ.get("GSM8K", ROOT / "data/gsm8k"))
 OVERLAY = yaml.safe_load((ROOT / "configs/task/gsm8k.yaml").read_text())
 SPELLINGS = [
@@ -20,7 +20,15 @@ SPELLINGS = [
     *("The answer is {n}.", "the answer is: **{n:,}**", "Answer: {n}", "A: {n}"),
     *(r"\boxed{{{n}}}", r"$\boxed{{{n:,}}}$.", r"\boxed{{{n}\text{{ clips}}}}", "$ {n} $"),
 ]
-CURRENCY = ["${n}", "${n:,}", "${n}.00", r"\${n}", r"\boxed{{\${n}}}", "**${n:,}**", "The answer is ${n}."]
+CURRENCY = [
+    "${n}",
+    "${n:,}",
+    "${n}.00",
+    r"\${n}",
+    r"\boxed{{\${n}}}",
+    "**${n:,}**",
+    "The answer is ${n}.",
+]
 
 
 def verifier():

@@ -257,7 +257,12 @@ def test_the_origins_numbers(stack, machine):
 
 def test_the_gsm8k_reward_reads_the_number_behind_the_mark(stack):
     term = stack("task/gsm8k").model.rewards["right"]
-    right = ["6 * 12 = 72\n#### 72", "#### 72\nIn 3 steps.", "The answer is 72.\n3", r"\boxed{72} of 3"]
+    right = [
+        "6 * 12 = 72\n#### 72",
+        "#### 72\nIn 3 steps.",
+        "The answer is 72.\n3",
+        r"\boxed{72} of 3",
+    ]
     wrong = ["#### 73", "#### 72\n#### 3", "The answer is 7, not\n72.", "none", "", "5 * 72"]
     rows = [{"answer": "72"}] * 10
     assert term.fn(rows, right + wrong) == [1.0] * 4 + [0.0] * 6
