@@ -8,6 +8,7 @@ import resource
 import signal
 import site
 import sys
+from importlib.machinery import SourceFileLoader
 from types import ModuleType
 
 
@@ -28,11 +29,6 @@ def limit(memory: int, seconds: int, largest_file: int) -> None:
     signal.alarm(seconds)  # ends the process also where the run that waits for it is gone
 
 
-def read(folder: str, name: str) -> str:
-    with open(os.path.join(folder, name), encoding="utf-8") as file:
-        return file.read()
-
-
 def main(kind: str, folder: str, memory: str, seconds: str, largest: str, *paths: str) -> None:
     """Run ``solution.py`` of a folder as a program, or its ``test.py`` behind it."""
     limit(int(memory), int(seconds), int(largest))
@@ -46,10 +42,9 @@ def main(kind: str, folder: str, memory: str, seconds: str, largest: str, *paths
         os.unlink(os.path.join(folder, "input"))  # the program is not to read the word
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         printed = os.dup(1)
-    code, test = read(folder, "solution.py"), read(folder, "test.py")
-    exec(compile(code, "solution.py", "exec"), module.__dict__)
+    SourceFileLoader(name, os.path.join(folder, "solution.py")).exec_module(module)
     if kind == "check":
-        exec(compile(test, "test.py", "exec"), module.__dict__)
+        SourceFileLoader(name, os.path.join(folder, "test.py")).exec_module(module)
         os.write(printed, word)
 
 
