@@ -5,12 +5,29 @@ Decides what counts as equal. Every verifier gives 1 or 0, and None where it doe
 
 import json
 import logging
+import math
 import re
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, Literal
 
 Missing = Literal["error", "skip"]
+
+
+def check_answer(row: dict, column: str) -> None:
+    """Refuse an answer that no text can equal; one that is missing is another matter.
+
+    >>> check_answer({"answer": "3"}, "answer")
+    >>> check_answer({"answer": ["3"]}, "answer")
+    Traceback (most recent call last):
+    ValueError: column 'answer' is the list ['3'], no text and no number
+    """
+    answer = row.get(column)
+    if isinstance(answer, list | dict):
+        kind, shown = type(answer).__name__, str(answer)[:60]
+        raise ValueError(f"column {column!r} is the {kind} {shown}, no text and no number")
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise ValueError(f"column {column!r} is {answer}, no number")
 
 
 class AnswerVerifier:
@@ -43,6 +60,10 @@ class AnswerVerifier:
     def equal(self, answer: Any, text: str) -> bool | None:
         """Whether ``text`` gives the answer; None if the answer cannot be judged."""
         raise NotImplementedError
+
+    def check_row(self, row: dict) -> None:
+        """Refuse a row, before training, whose answer cannot be compared with a text."""
+        check_answer(row, self.answer_column)
 
     def _judge(self, row: dict, text: str) -> float | None:
         answer = row.get(self.answer_column)
