@@ -160,7 +160,7 @@ def plain(value: Any) -> Any:
 
 
 def markdown_table(samples: list[dict[str, Any]], longest: int = 400) -> str:
-    """The samples as a Markdown table; texts are escaped, and have ``longest`` characters at most."""
+    """The samples as a Markdown table; texts are escaped, and ``longest`` characters at most."""
     numbers = ["reward", *samples[0]["parts"], "advantage", "length", "truncated", "ratio"]
     table = [["prompt", "completion", *numbers]]
     for sample in samples:

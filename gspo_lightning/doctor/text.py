@@ -131,14 +131,16 @@ def opens_turn(chat: Any) -> bool:
     """Whether a prompt ends where an answer begins.
 
     Some templates write no header for an answer, as a question's end opens it (``[/INST]``), and
-    some write the header always: then what stands before an answer is the prompt, spaces aside.
+    some write the header always: then what stands before an answer is the prompt, spaces aside. A
+    question that ends as an answer does opens nothing.
     """
     messages = [{"role": "user", "content": "a"}]
     prompt = chat.render(messages, opens=True)
     if prompt != chat.render(messages):
         return True
     before = around_answer(chat)[0].rstrip()
-    return bool(before) and prompt.startswith(before)
+    end = chat.tokenizer(prompt, add_special_tokens=False)["input_ids"][-1:]
+    return bool(before) and prompt.startswith(before) and end != turn_end(chat)[:1]
 
 
 def template(policy: Any, data: Any, examples: list[tuple[list[int], dict]]) -> Finding:
@@ -227,7 +229,8 @@ def example(policy: Any, samples: Any) -> list[Finding]:
     texts = [marked(policy.tokenizer, ids) for ids in (prompt, completion)]
     quoted = [repr(shortened(text, SHOWN)) for text in texts]
     size = f"{len(completion)} tokens" + ("" if samples.finished[0] else ", cut off")
+    legend = " (« » marks special tokens)" if "«" in texts[0] else ""
     return [
-        Finding("prompt", "ok", f"{quoted[0]} (« » marks special tokens)", value=texts[0]),
+        Finding("prompt", "ok", f"{quoted[0]}{legend}", value=texts[0]),
         Finding("completion", "ok", f"{quoted[1]} ({size})", value=texts[1]),
     ]

@@ -143,15 +143,22 @@ class Chat:
         size = sum(len(message.get("content") or "") for message in messages)
         if size > self.limit:
             raise TooLong(f"the messages have {size:,} characters, over {self.limit:,}")
+        try:
+            return self._checked(messages, write)
+        except ValueError as error:
+            if self._sound or self._in_parts or isinstance(error, TooLong):
+                raise
+            first = error
+        self._in_parts = True  # some templates know contents as lists of parts alone
+        try:
+            return self._checked(messages, write)
+        except ValueError:
+            self._in_parts = False
+            raise first from None
+
+    def _checked(self, messages: list[dict], write: Callable[[list[dict]], str]) -> str:
         text = write(messages)
         lost = self._lost(messages, text)
-        if lost and not self._sound and not self._in_parts:
-            self._in_parts = True  # some templates know contents as lists of parts alone
-            with contextlib.suppress(ValueError):
-                again = write(messages)
-                if not self._lost(messages, again):
-                    return again
-            self._in_parts = False
         if lost:
             raise ValueError(
                 f"the chat template leaves out text of message {lost[0] + 1}, of role "
@@ -176,9 +183,10 @@ class Chat:
         """Which messages' texts are not in their rendering ``text``.
 
         What is looked for are marks around each text: templates may trim, escape or move it. Of an
-        assistant's text the beginning may be missing, as many templates forget earlier thoughts.
+        assistant's text the beginning may be missing, as many templates forget earlier thoughts,
+        and beside tool calls all of it.
         """
-        texts = [message.get("content") or "" for message in messages]
+        texts = ["" if m.get("tool_calls") else m.get("content") or "" for m in messages]
         lost = [i for i, content in enumerate(texts) if content.strip() not in text]
         roles = tuple(message["role"] for message in messages)
         if not lost and roles in self._sound:

@@ -27,12 +27,13 @@ LLAMA_2 = """{{ bos_token }}{% for m in messages %}
 {% if m.role == 'system' %}{% set first = m.content %}
 {% elif m.role == 'user' %}
 {{ '[INST] ' }}{% if loop.index0 == 1 and messages[0].role == 'system' %}
-{{ '<<SYS>>\\n' ~ messages[0].content ~ '\\n<</SYS>>\\n\\n' }}{% endif %}{{ m.content | trim }} [/INST]
-{%- elif m.role == 'assistant' %}{{ ' ' ~ m.content | trim ~ ' ' ~ eos_token }}{% endif %}
-{% endfor %}"""
+{{ '<<SYS>>\\n' ~ messages[0].content ~ '\\n<</SYS>>\\n\\n' }}{% endif %}{{ m.content | trim }}
+{{- ' [/INST]' }}{% elif m.role == 'assistant' %}
+{{ ' ' ~ m.content | trim ~ ' ' ~ eos_token }}{% endif %}{% endfor %}"""
 
-MISTRAL = """{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}
-{% set turns = messages[1:] %}{% else %}{% set turns = messages %}{% endif %}{% for m in turns %}
+MISTRAL = """{{ bos_token }}{% if messages[0].role == 'system' %}
+{% set system = messages[0].content %}{% set turns = messages[1:] %}{% else %}
+{% set turns = messages %}{% endif %}{% for m in turns %}
 {% if (m.role == 'user') != (loop.index0 % 2 == 0) %}
 {{ raise_exception('After the optional system message, roles must alternate') }}{% endif %}
 {% if m.role == 'user' %}[INST] {% if loop.last and system is defined %}{{ system ~ '\\n\\n' }}
