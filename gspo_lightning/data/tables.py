@@ -6,6 +6,7 @@ line. A column ``id``, where there is one, must tell the rows apart.
 
 import codecs
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,7 +97,9 @@ def read_object(where: str, line: bytes) -> dict:
     if b"\0" in line:
         raise ValueError(f"{where}: holds a NUL byte; write the file again as UTF-8 text")
     try:
-        row = json.loads(line.decode(), object_pairs_hook=columns, parse_constant=refuse)
+        row = json.loads(
+            line.decode(), object_pairs_hook=columns, parse_constant=refuse, parse_float=finite
+        )
         if b"\\ud" in line or b"\\uD" in line:  # half a character passes json, no tokenizer
             json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -136,6 +139,14 @@ def columns(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def refuse(constant: str) -> None:
     """NaN and infinities are no JSON, and no reward can compare with them."""
     raise ValueError(f"{constant} is no JSON, write null for it")
+
+
+def finite(number: str) -> float:
+    """A JSON number as Python has it, unless that would be infinite, which no answer is."""
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError(f"{number[:20]} is too large for a number, write it as a text, or null")
+    return value
 
 
 def read_with_datasets(key: str, file: Path) -> list[dict]:

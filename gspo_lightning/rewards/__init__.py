@@ -13,6 +13,7 @@ from gspo_lightning.rewards.terms import (
     load_whitening_state,
     overlong_penalty,
     ramp_tokens,
+    row_checks,
     score,
     whitening_state,
 )

@@ -7,6 +7,7 @@ are judged in ``words`` and ``code_tests``; ``numbers`` reads numbers out of a t
 
 import json
 import logging
+import math
 import re
 from collections.abc import Sequence
 from decimal import Decimal
@@ -16,6 +17,22 @@ from gspo_lightning.rewards.numbers import last_number, read_answer, read_result
 
 Missing = Literal["error", "skip"]
 Patterns = str | list[str] | None
+
+
+def check_answer(row: dict, column: str) -> None:
+    """Refuse an answer that no text can equal; one that is missing is another matter.
+
+    >>> check_answer({"answer": "3"}, "answer")
+    >>> check_answer({"answer": ["3"]}, "answer")
+    Traceback (most recent call last):
+    ValueError: column 'answer' is the list ['3'], no text and no number
+    """
+    answer = row.get(column)
+    if isinstance(answer, list | dict):
+        kind, shown = type(answer).__name__, str(answer)[:60]
+        raise ValueError(f"column {column!r} is the {kind} {shown}, no text and no number")
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise ValueError(f"column {column!r} is {answer}, no number")
 
 
 class AnswerVerifier:
@@ -57,6 +74,7 @@ class AnswerVerifier:
 
     def right(self, answer: Any) -> Any:
         """The answer as this verifier compares it; one that it cannot compare is a ValueError."""
+        check_answer({self.answer_column: answer}, self.answer_column)
         return answer
 
     def _judge(self, row: dict, text: str) -> float | None:
@@ -141,7 +159,7 @@ class LastNumber(AnswerVerifier):
 
     def right(self, answer: Any) -> Decimal:
         """The number of the answer; an answer without one is an error."""
-        right = last_number(str(answer))
+        right = last_number(str(super().right(answer)))
         if right is None:
             raise ValueError(f"the answer {str(answer)[:60]!r} holds no number")
         return right

@@ -45,7 +45,7 @@ class ChoiceLetter(AnswerVerifier):
 
     def right(self, answer: Any) -> str:
         """The letter of the answer; an answer without one is an error."""
-        right = re.match(rf"\W*([{self.letters}])(?!\w)", str(answer), re.IGNORECASE)
+        right = re.match(rf"\W*([{self.letters}])(?!\w)", str(super().right(answer)), re.IGNORECASE)
         if right is None:
             raise ValueError(
                 f"the answer {answer!r} begins with none of the letters {self.letters}"
