@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gspo_lightning.rewards import calls
 from gspo_lightning.rewards.calls import RewardError
+from gspo_lightning.rewards.verifiers import check_answer
 
 EPSILON = 1e-6  # added to the standard deviation: equal rewards whiten to 0
 
@@ -91,9 +92,10 @@ class RewardTerm:
         fn: Called with the rows of the data and the completions, both of length B; gives one number
             a completion, ``None`` where the term does not apply, or an exception in the place of a
             number for a completion that alone is at fault. An attribute ``column`` names a
-            column that every row must have, which is checked before training; an attribute
-            ``counts``, a dict of numbers by name, is logged as ``reward/<term>_<name>`` after each
-            rollout.
+            column that every row must have, which is checked before training; a method
+            ``check_row`` is called with each row before training, and raises ``ValueError`` for one
+            that cannot be judged; an attribute ``counts``, a dict of numbers by name, is logged as
+            ``reward/<term>_<name>`` after each rollout.
         weight: Factor of the term in the sum.
         whiten: Take the mean of all raw values of the run off and divide by their standard
             deviation, so that terms of different units can be added. The values of a rollout are
@@ -261,6 +263,12 @@ def columns_needed(terms: Mapping[str, RewardTerm]) -> dict[str, str]:
     return {name: column for name, column in columns.items() if isinstance(column, str)}
 
 
+def row_checks(terms: Mapping[str, RewardTerm]) -> dict[str, Callable[[dict], None]]:
+    """How terms look at a row before training, by the name of the term."""
+    checks = {name: getattr(term.fn, "check_row", None) for name, term in terms.items()}
+    return {name: check for name, check in checks.items() if callable(check)}
+
+
 def whitening_state(terms: Mapping[str, RewardTerm]) -> dict[str, dict[str, Any]]:
     """The statistics of the whitened terms, as plain values."""
     return {name: term.statistics.state_dict() for name, term in terms.items() if term.whiten}
@@ -289,6 +297,10 @@ class MarkedAnswer:
     def __init__(self, marker: str = "answer: ", column: str = "answer") -> None:
         self.marker = marker
         self.column = column
+
+    def check_row(self, row: dict) -> None:
+        """Refuse a row, before training, whose answer cannot be compared with a text."""
+        check_answer(row, self.column)
 
     def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
         """Score B completions; a row without the column is a ``ValueError`` that names it."""

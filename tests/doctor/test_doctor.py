@@ -108,7 +108,7 @@ def test_the_demo_is_healthy_and_nothing_is_written(capsys, monkeypatch, tmp_pat
     assert {line.split()[0] for line in lines} == {"ok"}, out
     assert summary.startswith(f"0 error, 0 warning, {len(lines)} ok; ")
     assert "exactly 1 before the first step" in out
-    assert "'6+9+1+7='" in out and "<eos>' (4 tokens)" in out  # as the policy sees them
+    assert "'6+9+1+7='" in out and "«<eos>»' (4 tokens)" in out  # as the policy sees them
     assert not root.exists() and list(tmp_path.iterdir()) == []
 
 
@@ -256,10 +256,13 @@ def test_a_template_that_forgets_the_beginning_and_one_that_is_not_used(capsys, 
 
 
 def test_a_turn_that_ends_with_another_token(capsys, folder):
-    save_tokenizer(chat=CHAT, close="\n")
+    save_tokenizer(chat=CHAT, close="<unk>")
     found = doctor(capsys, "--data.chat_template true")
     assert errors(found) == ["eos"]
-    assert "the chat template ends a turn with '\\n'" in found["eos"]["text"]
+    assert "the chat template ends a turn with '<unk>' (2)" in found["eos"]["text"]
+    save_tokenizer(chat=CHAT, close="\n")  # ordinary text, which can end no completion
+    found = doctor(capsys, "--data.chat_template true", code=0)
+    assert found["eos"]["status"] == found["template"]["status"] == "ok"
 
 
 def test_a_template_that_opens_no_turn_for_the_answer(capsys, folder):

@@ -265,7 +265,7 @@ def test_a_chat_template_takes_a_list_of_messages(tmp_path, tokenizer):
 
 def test_a_chat_template_that_is_not_there_is_one_line_before_training(tmp_path, reward_dir):
     term = RewardModel(reward_dir, device="cpu", chat_template=True)
-    message = r"^model.rewards.taste.fn: chat_template is true, but the tokenizer of .* has no chat"
+    message = r"^model.rewards.taste.fn: chat_template of .* is true, but the tokenizer has no chat"
     with pytest.raises(ValueError, match=message):
         run(tmp_path, reward_dir, rewards={"taste": RewardTerm(term)})
 

@@ -67,7 +67,7 @@ def test_the_demo_is_what_the_readme_says():
 @pytest.fixture
 def stack(model_dir, tmp_path, monkeypatch):
     """Instantiate base.yaml and overlays, in a folder with every file that they name."""
-    for name in ("gsm8k/train", "gsm8k/heldout", "preference/prompts", "preference/heldout"):
+    for name in ("gsm8k/train", "gsm8k/test", "preference/prompts", "preference/heldout"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         write_prompts(tmp_path / "data" / f"{name}.jsonl")
     for name in ("arithmetic", "scenarios"):
@@ -255,10 +255,17 @@ def test_the_origins_numbers(stack, machine):
     assert (said["accelerator"], said["devices"]) == ("gpu", [0])
 
 
-def test_the_gsm8k_reward_reads_the_answer_behind_the_mark(stack):
+def test_the_gsm8k_reward_reads_the_number_behind_the_mark(stack):
     term = stack("task/gsm8k").model.rewards["right"]
-    texts = ["6 * 12 = 72\n#### 72", "72", "#### 73"]
-    assert term.fn([{"prompt": "", "answer": "72"}] * 3, texts) == [1.0, 0.0, 0.0]
+    right = [
+        "6 * 12 = 72\n#### 72",
+        "#### 72\nIn 3 steps.",
+        "The answer is 72.\n3",
+        r"\boxed{72} of 3",
+    ]
+    wrong = ["#### 73", "#### 72\n#### 3", "The answer is 7, not\n72.", "none", "", "5 * 72"]
+    rows = [{"answer": "72"}] * 10
+    assert term.fn(rows, right + wrong) == [1.0] * 4 + [0.0] * 6
 
 
 def test_few_shot_prompts_go_on_top_of_a_task(stack):
