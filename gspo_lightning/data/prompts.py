@@ -38,13 +38,13 @@ class PromptData(TokenizedData):
             takes the answer out of a solution; a row in which nothing matches is an error.
         chat_template: Render prompts with the tokenizer's chat template; otherwise texts go in raw.
             A template that asks for the date gets that of the run's start, also in a continued run.
-        chat_template_arguments: What the template is given besides the messages, such as
-            ``enable_thinking: false``; ``chat_template`` names one of several templates.
         system_prompt: System message put before each chat.
         max_prompt_tokens: Longest prompt allowed, in tokens.
         overlong_prompts: ``error`` stops at a longer prompt, ``drop`` leaves it out and says how
             many were. A prompt is never cut.
         val_batch_size: Prompts per validation batch.
+        chat_template_arguments: What the template is given besides the messages, such as
+            ``enable_thinking: false``; ``chat_template`` names one of several templates.
 
     Raises:
         ValueError: For a missing or broken file, row, column or value, naming it.
@@ -61,11 +61,11 @@ class PromptData(TokenizedData):
         prompt_column: str = "prompt",
         extract: dict[str, str] | None = None,
         chat_template: bool = False,
-        chat_template_arguments: dict[str, Any] | None = None,
         system_prompt: str | None = None,
         max_prompt_tokens: int = 512,
         overlong_prompts: Literal["error", "drop"] = "error",
         val_batch_size: int = 64,
+        chat_template_arguments: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if system_prompt is not None and not chat_template:

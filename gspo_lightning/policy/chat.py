@@ -16,6 +16,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
+from jinja2 import pass_context
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
@@ -298,11 +299,14 @@ def check_arguments(source: str, arguments: Mapping[str, Any], key: str) -> None
 def sandbox(limit: int) -> Any:
     """The sandbox in which transformers runs templates, without results that fill the memory.
 
-    A long repetition is refused before it is made. Without the optimizer nothing is computed while
-    a template is compiled, where no limit would hold.
+    A long repetition is refused before it is made. Nothing is computed while a template is
+    compiled, where no limit would hold: the optimizer is off, and what a template writes passes
+    through a function of the context, which is not known then.
     """
     environment = chat_template_utils._compile_jinja_template("").environment
-    bounded = environment.overlay(optimized=False)
+    bounded = environment.overlay(
+        optimized=False, finalize=pass_context(lambda context, value: value)
+    )
     compute = bounded.call_binop
 
     def call_binop(context: Any, operator: str, left: Any, right: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gspo_lightning.rewards import calls
 from gspo_lightning.rewards.calls import RewardError
-from gspo_lightning.rewards.verifiers import check_answer
+from gspo_lightning.rewards.verifiers import comparable
 
 EPSILON = 1e-6  # added to the standard deviation: equal rewards whiten to 0
 
@@ -300,7 +300,7 @@ class MarkedAnswer:
 
     def check_row(self, row: dict) -> None:
         """Refuse a row, before training, whose answer cannot be compared with a text."""
-        check_answer(row, self.column)
+        comparable(row.get(self.column), self.column)
 
     def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
         """Score B completions; a row without the column is a ``ValueError`` that names it."""

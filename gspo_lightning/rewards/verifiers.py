@@ -19,20 +19,21 @@ Missing = Literal["error", "skip"]
 Patterns = str | list[str] | None
 
 
-def check_answer(row: dict, column: str) -> None:
-    """Refuse an answer that no text can equal; one that is missing is another matter.
+def comparable(answer: Any, column: str) -> Any:
+    """The answer in a column, if a text can equal it.
 
-    >>> check_answer({"answer": "3"}, "answer")
-    >>> check_answer({"answer": ["3"]}, "answer")
+    >>> comparable("3", "answer")
+    '3'
+    >>> comparable(["3"], "answer")
     Traceback (most recent call last):
     ValueError: column 'answer' is the list ['3'], no text and no number
     """
-    answer = row.get(column)
     if isinstance(answer, list | dict):
         kind, shown = type(answer).__name__, str(answer)[:60]
         raise ValueError(f"column {column!r} is the {kind} {shown}, no text and no number")
     if isinstance(answer, float) and not math.isfinite(answer):
         raise ValueError(f"column {column!r} is {answer}, no number")
+    return answer
 
 
 class AnswerVerifier:
@@ -74,8 +75,7 @@ class AnswerVerifier:
 
     def right(self, answer: Any) -> Any:
         """The answer as this verifier compares it; one that it cannot compare is a ValueError."""
-        check_answer({self.answer_column: answer}, self.answer_column)
-        return answer
+        return comparable(answer, self.answer_column)
 
     def _judge(self, row: dict, text: str) -> float | None:
         answer = row.get(self.answer_column)

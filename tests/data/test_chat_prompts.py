@@ -5,6 +5,7 @@ import json
 import re
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -221,6 +222,17 @@ def test_a_run_that_goes_on_the_next_day_is_the_same_run(folder, monkeypatch, ca
     capsys.readouterr()
     assert train.main(["predict", "--config", "run.yaml", "--ckpt_path=last"]) == 0
     assert '28=", "' in Path("run", "predictions.jsonl").read_text()  # the end of a prompt
+
+
+def test_all_ranks_take_the_date_of_the_first_one(tmp_path, dated, monkeypatch):
+    calendar(monkeypatch, 29)  # after midnight
+    path = write(tmp_path / "p.jsonl", [{"prompt": "1"}])
+    data = attach(PromptData(path, chat_template=True), dated, rank=1, world_size=2)
+    first = datetime(2024, 2, 28, 23, 59)
+    data.trainer.strategy = SimpleNamespace(broadcast=lambda mine: first)
+    data.setup("fit")
+    assert dated.decode(data.examples["path"][0][0]) == "128="
+    assert data.state_dict() == {"started": "2024-02-28T23:59:00"}
 
 
 def test_rows_and_their_rendering_have_marks_of_their_own(tmp_path, dated, monkeypatch):

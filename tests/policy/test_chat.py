@@ -228,14 +228,14 @@ def test_the_date_is_the_one_that_is_given():
         "{{ messages[0].content * 10**9 }}",
         "{{ 10**9 * messages[0].content }}",
         "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
-        "{{ 'x' | center(2000) }}",
+        "{{ 'x' | center(100000000) }}",  # which compiling it would compute in seconds
     ],
 )
 def test_a_template_that_writes_without_end_is_stopped_at_the_limit(template):
     start = time.process_time()
     with pytest.raises(TooLong, match="the chat template writes over 1,000 characters"):
         make_chat(template, limit=1000).prompt([QUESTION])
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 0.5
 
 
 def test_the_limit_counts_characters():
