@@ -22,11 +22,11 @@ from gspo_lightning.optim import (
     learning_rate_factor,
     num_optimizer_steps,
 )
-from gspo_lightning.policy.folder import BROKEN, load_weights, reason
+from gspo_lightning.policy.folder import load_weights, unloadable
 from gspo_lightning.policy.policy import (
     DTYPES,
     PolicyConfig,
-    check_vocabulary,
+    check_special_ids,
     checkpoint_activations,
     load_tokenizer,
     make_ready,
@@ -135,7 +135,7 @@ class RewardModelModule(LightningModule):
         Raises:
             ValueError: If the texts are longer than the model reads.
         """
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and ids.shape[1] > limit:
             raise ValueError(
                 f"the model reads {limit} tokens, a text has {ids.shape[1]}; lower data.max_tokens"
@@ -196,12 +196,12 @@ def load_classifier(config: PolicyConfig, tokenizer: Any) -> Any:
             options["attn_implementation"] = config.attention
         if config.weights == "random":
             model = auto.from_config(settings, **options)
-    except BROKEN as error:
-        raise ValueError(f"{key}: cannot load {config.path}: {reason(error)}") from error
+    except Exception as error:  # whatever a model's code raises for sizes that do not fit
+        raise unloadable(key, config.path, error) from error
     if config.weights == "pretrained":
         options |= {"config": settings, "revision": config.revision}
         model = load_weights(key, auto, config.path, new_head=True, **options)
-    check_vocabulary(model, tokenizer)
+    check_special_ids(model, {"pad_token": [tokenizer.pad_token_id]})
     make_ready(model)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
