@@ -15,6 +15,7 @@ from gspo_lightning.bounds import check_at_least
 from gspo_lightning.guards.out_of_memory import Sizes
 from gspo_lightning.policy.folder import check_values, read_tokenizer, silence, unloadable
 from gspo_lightning.policy.policy import fingerprint, make_ready
+from gspo_lightning.policy.reads import positions
 
 
 def freeze(model: Any, device: torch.device) -> Any:
@@ -111,10 +112,10 @@ class RewardModel:
             raise ValueError(f"the reward model {self.path} has {labels} labels; set label to one")
         if self.label is not None and not 0 <= self.label < labels:
             raise ValueError(f"label {self.label} is not among the {labels} of {self.path}")
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if self.max_tokens is not None and positions is not None and self.max_tokens > positions:
+        limit = positions(model.config)
+        if self.max_tokens is not None and limit is not None and self.max_tokens > limit:
             raise ValueError(
-                f"max_tokens {self.max_tokens} is more than the {positions} tokens that the reward "
+                f"max_tokens {self.max_tokens} is more than the {limit} tokens that the reward "
                 f"model {self.path} reads"
             )
         for config in (model.config, model.config.get_text_config()):  # a classifier reads either
@@ -178,8 +179,7 @@ class RewardModel:
         else:
             text = f"{prompt}{self.separator}{completion}"
             ids = self.tokenizer(text)["input_ids"]
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        limit = self.max_tokens or positions
+        limit = self.max_tokens or positions(self.model.config)
         if limit is None or len(ids) <= limit:
             return ids
         if self.overlong == "error":

@@ -31,6 +31,7 @@ from gspo_lightning.policy.policy import (
     load_tokenizer,
     make_ready,
 )
+from gspo_lightning.policy.reads import positions
 from gspo_lightning.supervised.step_log import set_rate_and_log
 
 
@@ -135,7 +136,7 @@ class RewardModelModule(LightningModule):
         Raises:
             ValueError: If the texts are longer than the model reads.
         """
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = positions(self.model.config)
         if limit is not None and ids.shape[1] > limit:
             raise ValueError(
                 f"the model reads {limit} tokens, a text has {ids.shape[1]}; lower data.max_tokens"
