@@ -141,7 +141,7 @@ class LoRAPolicy(Policy):
 
     def get_extra_state(self) -> dict[str, Any]:
         """What the state dict holds beside the adapters: what they were trained on and for."""
-        return {"start": self.start, "scale": self.lora.alpha / self.lora.rank}
+        return {"start": self.start, "scale": self.lora.scale}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Refuse adapters that were trained on other weights or for another scale.
@@ -157,8 +157,9 @@ class LoRAPolicy(Policy):
             )
         if state["scale"] != own["scale"]:
             raise ValueError(
-                f"policy.lora.alpha: the checkpoint's adapters were trained for an alpha / rank of "
-                f"{state['scale']}, here it is {own['scale']}"
+                f"policy.lora.alpha: the checkpoint's adapters were trained for a scale of "
+                f"{state['scale']:g}, here it is {own['scale']:g} (alpha / rank, or alpha / "
+                "sqrt(rank) with use_rslora)"
             )
 
 

@@ -222,7 +222,7 @@ def test_texts_beyond_a_table_of_positions_are_refused_and_others_said(tmp_path)
     remedy = r"data.val_path have up to 6.*; lower evaluation.max_new_tokens to 10, or data"
     with pytest.raises(ValueError, match=remedy):
         check(table, 9, 11)
-    with pytest.raises(ValueError, match="the 7 the model reads; lower data.max_prompt_tokens"):
+    with pytest.raises(ValueError, match=r"the 7 the model reads; lower data.max_prompt_tokens"):
         check(GPT2Config(n_positions=7), 1, 1)
     rotary = Qwen3Config(max_position_embeddings=16)
     with pytest.warns(UserWarning, match=found + ", and it was not trained on longer texts"):
