@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gspo_lightning.bounds import check_at_least, check_positive
 from gspo_lightning.engine.padded import unwrapped
+from gspo_lightning.policy.four_bits import full_weights
 
 
 @dataclass(frozen=True)
@@ -253,10 +254,10 @@ def merged_weights(model: Any) -> dict[str, Tensor]:
     from peft.tuners.lora import LoraLayer
 
     base = unwrapped(model)
-    weights = dict(base.state_dict())
+    weights = full_weights(base, dict(base.state_dict()))
     for name in [name for name, layer in base.named_modules() if isinstance(layer, LoraLayer)]:
         layer = base.get_submodule(name)
-        own = layer.get_base_layer().weight.detach()
+        own = weights[f"{name}.base_layer.weight"]
         delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
         weights[f"{name}.base_layer.weight"] = (own.to(delta.dtype) + delta.detach()).to(own.dtype)
     return {

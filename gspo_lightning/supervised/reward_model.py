@@ -96,6 +96,10 @@ class RewardModelModule(LightningModule):
         super().__init__()
         if not 0 <= centring < math.inf:
             raise ValueError(f"model.centring must be >= 0 and finite, got {centring}")
+        if policy.lora is not None:
+            raise ValueError(
+                "policy.lora: a reward model is trained whole here; set policy.lora to null"
+            )
         self.policy_config = policy
         self.optimizer_config = optimizer or OptimizerConfig(learning_rate=1e-5)
         self.centring = centring
