@@ -202,10 +202,10 @@ def memory_parts(
 ) -> dict[str, float] | None:
     """Estimate what training needs, part by part; the allocator's own losses come on top.
 
-    Of the cache, a micro-batch and an optimizer step only one is there at a time, so the peak is the
-    sum of weights, gradients and Adam's state, and the largest of those three. With S = prompt + new
-    tokens, K layers, D hidden, I units of the feed-forward part, V vocabulary, e bytes per value and
-    C = V times the tokens of a chunk of logits:
+    Of the cache, a micro-batch and an optimizer step only one is there at a time, so the peak is
+    the sum of weights, gradients and Adam's state, and the largest of those three. With S = prompt
+    + new tokens, K layers, D hidden, I units of the feed-forward part, V vocabulary, e bytes per
+    value and C = V times the tokens of a chunk of logits:
 
     - KV cache = decoded * S * K * 2 * (key-value heads) * (head size) * e
     - micro-batch = the largest of three moments:
