@@ -222,6 +222,7 @@ class PromptData(TokenizedData):
             raise ValueError(f"{where}: the prompt is empty; write one, or take the row out")
         if len(ids) > self.max_prompt_tokens:
             raise TooLong(f" has {len(ids)} tokens")
+        self.check_readable(where, ids)
         return ids
 
     def _render(self, where: str, prompt: Any) -> str:
