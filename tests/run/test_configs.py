@@ -185,7 +185,7 @@ def test_every_task_and_every_kl_overlay_go_together(stack, task, kl):
     assert cli.model.kl_coef == (0.04 if kl == "fixed" else 0.0)
     assert len([c for c in cli.trainer.callbacks if type(c).__name__ == "CurvePlot"]) == 1
     if kl == "adaptive":
-        assert kl_callbacks(cli)[0].rule == ProportionalKL(target=0.05, horizon=2000)
+        assert kl_callbacks(cli)[0].rule == ProportionalKL(target=0.05, rollouts=2)
     if kl == "origin":
         assert kl_callbacks(cli)[0].rule == MultiplicativeKL(0.01, minimum=0.01, maximum=1.0)
         assert kl_callbacks(cli)[0].coef == 0.2
