@@ -82,8 +82,7 @@ def trial(module: Any, rollout: Rollout, size: int, most: int) -> Trial:
     """Take a rollout's optimizer steps and undo them.
 
     AdamW's first steps are as long as the learning rate allows, later ones shorter by half and
-    more: a pass over the mini-batches at learning rate 0 comes first, so that its moments have seen
-    some gradients.
+    more: steps at learning rate 0 come first, so that its moments have seen other mini-batches.
 
     Args:
         module: The module.
@@ -100,12 +99,17 @@ def trial(module: Any, rollout: Rollout, size: int, most: int) -> Trial:
     rate = module.optimizer_config.learning_rate * (steps - 1) / (count - 1)
     log_s: list[Tensor] = []
     with undone(parameters):
-        for index in range(2 * count):
-            cut = numbers.gradient(module, pieces[index % count], size, choices)
-            if index >= count:
+        for index in [*range(1, count), *range(count)]:
+            begun = bool(log_s) or index == 0
+            last = begun and index == count - 1
+            with torch.set_grad_enabled(not last):  # no step follows: log s is all that is wanted
+                cut = numbers.gradient(module, pieces[index], size, choices)
+            if begun:
                 log_s.append(cut.log_ratios)
+            if last:
+                break
             for group in optimizer.param_groups:
-                group["lr"] = 0.0 if index < count else rate
+                group["lr"] = rate if begun else 0.0
             for parameter, value in zip(parameters, cut.gradients, strict=True):
                 parameter.grad = value
             optimizer.step()
@@ -130,19 +134,21 @@ def clipping(
     objective = module.objective
     rewards = totals[0] if totals else torch.zeros(len(samples))
     single = module.num_epochs * module.num_minibatches == 1
-    if objective.ratio not in ("sequence", "sequence_token") or single:
-        return []
+    if objective.ratio not in ("sequence", "sequence_token") or single or samples.group_size == 1:
+        return []  # clips per token are no question of the length; one step is never clipped
     size = samples.group_size
-    groups = numbers.spread(len(samples) // size, max(1, rows // size))
-    chosen = (groups[:, None] * size + torch.arange(size)).flatten()[:rows]
-    advantages = group_advantages(rewards.view(-1, size), "normalized").flatten()[chosen]
+    advantages = group_advantages(rewards.view(-1, size), "normalized")
+    flat = (advantages == 0).all(1)  # they come last: without a gradient nothing moves
+    groups = torch.cat([(~flat).nonzero()[:, 0], flat.nonzero()[:, 0]])[: max(1, rows // size)]
+    chosen = numbers.rows_of(groups, size)[:rows]
+    advantages = advantages.flatten()[chosen]
     note = ""
     if not (advantages != 0).any():
         advantages = torch.linspace(-1, 1, len(chosen))
         note = ", rewards made up, as they are all equal"
     rollout = numbers.as_rollout(module, samples.select(chosen), advantages)
     rollout = replace(rollout, old_known=torch.ones_like(rollout.finished))
-    done = trial(module, rollout, numbers.configured_size(module, data), 4 if rows > 16 else 3)
+    done = trial(module, rollout, numbers.configured_size(module, data), 4 if rows > 16 else 2)
     low, high = objective.clip_low, objective.clip_high
     share = done.share(low, high)
     sequences = done.clipped(low, high).float().mean().item()
@@ -158,8 +164,8 @@ def clipping(
     rate = module.optimizer_config.learning_rate
     text = (
         f"a trial rollout at learning rate {rate:g} spreads log s by {deviation:.1e} at "
-        f"{value['tokens']:.0f} tokens{note}; [1 - {low:g}, 1 + {high:g}] would clip {share:.0%} of "
-        f"the tokens"
+        f"{value['tokens']:.0f} tokens{note}; [1 - {low:g}, 1 + {high:g}] would clip {share:.0%} "
+        "of the tokens"
     )
     proposal = ""
     if wanted is not None:

@@ -49,7 +49,7 @@ class Effort:
 
 # What a CPU samples in about a quarter of a minute, in multiplications and additions: two for each
 # weight and token. A model that would take longer is looked at on fewer and shorter completions.
-AFFORDABLE = 5e11
+AFFORDABLE = 4e11
 SHORTEST = 16  # tokens of a completion: fewer say nothing
 QUICK = Effort(num_prompts=2, rows=8, gradient_rows=2, trial_rows=6)
 
@@ -111,7 +111,9 @@ def examine(
         "rewards": lambda: earned(module, samples, cap, totals),
         "kl": lambda: numbers.start_kl(module, trainer, samples, effort.rows),
         "ratio noise": lambda: numbers.noise(module, data, samples, effort.rows),
-        "gradient": lambda: numbers.first_step(module, trainer, data, samples, effort.gradient_rows),
+        "gradient": lambda: numbers.first_step(
+            module, trainer, data, samples, effort.gradient_rows
+        ),
         "clipping": lambda: clipping(module, data, samples, totals, effort.trial_rows),
     }
     return found + run_checks(checks, show)
@@ -131,16 +133,13 @@ def run_checks(checks: Checks, show: Callable[[list[Finding]], None]) -> list[Fi
 def plan(trainer: Any, module: Any) -> list[Finding]:
     """The lines with which a run begins, but those that are examined by themselves."""
     pairs = [line.split(maxsplit=1) for line in plan_lines(trainer, module)]
-    said = {name: text for name, text in pairs if name not in ("memory", "clip", "run")}
+    said = {name: said for name, said in pairs if name not in ("memory", "clip", "run")}
+    found = [Finding(name, "ok", line) for name, line in said.items()]
     speed = kl_speed(trainer, module)
-    slow = too_slow(trainer, speed[2]) if speed else ""
-    found = []
-    for name, text in said.items():
-        if name == "penalty" and slow:
-            found.append(Finding(name, "warning", text.removesuffix(f"; {slow}"), slow))
-        else:
-            found.append(Finding(name, "ok", text))
-    return found
+    if speed is None or not (slow := too_slow(trainer, speed[2])):
+        return found
+    line = said["penalty"].removesuffix(f"; {slow}")
+    return [f if f.check != "penalty" else Finding(f.check, "warning", line, slow) for f in found]
 
 
 def clip_range(module: Any) -> Finding:
@@ -180,9 +179,7 @@ def sampling(
     return Finding("sampling", "ok", said, value=value)
 
 
-def earned(
-    module: Any, samples: Samples, cap: int, totals: list[torch.Tensor]
-) -> list[Finding]:
+def earned(module: Any, samples: Samples, cap: int, totals: list[torch.Tensor]) -> list[Finding]:
     """Each term, their sum as group statistics would see it, also into ``totals``, and flat groups.
 
     Where most completions are cut below the run's limit, rewards that are all alike are no error:
@@ -203,10 +200,11 @@ def earned(
     size = samples.group_size
     if size == 1:  # with a critic a completion is not compared with others of its prompt
         return found
-    unknown = cap < module.sampler.max_new_tokens and (~finished).float().mean() > rewards.MOST
+    limit = module.sampler.max_new_tokens
+    unknown = cap < limit and (~finished).float().mean() > rewards.MOST
     summed = rewards.total(total, size)
     if unknown and summed.status == "error":
-        remedy = f"most completions were cut for speed: use --max_new_tokens {module.sampler.max_new_tokens}"
+        remedy = f"most completions were cut for speed: use --max_new_tokens {limit}"
         summed = replace(summed, status="warning", remedy=remedy)
     return [*found, summed, rewards.flat(total, size, len(DRAWS))]
 
@@ -224,8 +222,8 @@ def set_up_and_examine(
 
     ValueError if a number is below 1, or module and data are of another kind.
     """
-    asked = {"num_prompts": num_prompts, "max_new_tokens": max_new_tokens}
-    asked = {name: number for name, number in asked.items() if number is not None}
+    wanted = {"num_prompts": num_prompts, "max_new_tokens": max_new_tokens}
+    asked = {name: number for name, number in wanted.items() if number is not None}
     check_at_least(1, **asked)
     if not (hasattr(model, "sampler") and hasattr(model, "objective")):
         raise ValueError(f"doctor examines GSPOModule, and the model is {type(model).__name__}")

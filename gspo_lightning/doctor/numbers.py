@@ -74,13 +74,22 @@ def spread(total: int, count: int) -> Tensor:
     return torch.linspace(0, total - 1, min(count, total)).round().long()
 
 
+def rows_of(groups: Tensor, size: int) -> Tensor:
+    """The rows of some groups of this size.
+
+    >>> rows_of(torch.tensor([0, 2]), 3).tolist()
+    [0, 1, 2, 6, 7, 8]
+    """
+    return (groups[:, None] * size + torch.arange(size)).flatten()
+
+
 def logprobs_in_run(module: Any, samples: Samples, **options: bool) -> LogProbs:
     """Log-probs as the update computes them."""
     return samples_logprobs(module.policy.model, samples, module.sampler.temperature, **options)
 
 
 def as_rollout(module: Any, samples: Samples, advantages: Tensor | None = None) -> Rollout:
-    """Samples with reference log-probs, and advantages, or made-up ones, and returns around them."""
+    """Samples with reference log-probs; advantages, without any made-up ones, and returns around."""
     if advantages is None:
         advantages = torch.linspace(-1, 1, len(samples))
     advantages = advantages.to(samples.mask.device)
@@ -106,12 +115,10 @@ def as_rollout(module: Any, samples: Samples, advantages: Tensor | None = None) 
     )
 
 
-def gradient(
-    module: Any, rollout: Rollout, size: int, choices: LossChoices | None = None
-) -> Cut:
+def gradient(module: Any, rollout: Rollout, size: int, choices: LossChoices | None = None) -> Cut:
     """The gradient of one optimizer step, ``size`` rows at a time, by the update's code.
 
-    ``choices`` are the module's, unless others are given.
+    ``choices`` are the module's, unless others are given. Without gradients enabled they are 0.
     """
     choices = choices or module.choices
     aggregation, limit = module.objective.aggregation, module.sampler.max_new_tokens
@@ -126,7 +133,8 @@ def gradient(
             if module.critic is not None:
                 value = module.critic.loss(module.policy.model, micro, part).loss
             loss = micro_loss(*found, micro, part, choices, value)
-            module.manual_backward(loss.total)
+            if torch.is_grad_enabled():
+                module.manual_backward(loss.total)
             own = found.logprobs.detach(), loss.old, micro.mask
             log_ratios.append(importance_log_ratio(*own, "sequence")[:, 0].float().cpu())
             clipped = max(clipped, loss.clip.clip_fraction_sequences.item())
@@ -224,8 +232,7 @@ def noise(module: Any, data: Any, samples: Samples, most: int = ROWS) -> Finding
     """
     level, size = module.objective.ratio, configured_size(module, data)
     group = samples.group_size  # whole groups, as in a rollout; of different prompts
-    groups = spread(len(samples) // group, max(1, most // group))
-    rows = (groups[:, None] * group + torch.arange(group)).flatten()[:most]
+    rows = rows_of(spread(len(samples) // group, max(1, most // group)), group)[:most]
     same: list[Tensor] = []
     other: list[Tensor] = []
     for part in (samples.select(index) for index in rows.split(size)):

@@ -195,9 +195,9 @@ def kl(figures: Figures, run: History) -> str | None:
         return None
     if figures.get(KL, 0.0) > FAR * run.kl_target and figures.get(COEF, 0.0) >= run.kl_ceiling:
         return (
-            f"KL is {figures[KL]:.3g}, far above its target of {run.kl_target:.3g}, and kl_coef is "
-            f"at its ceiling of {run.kl_ceiling:.3g}: nothing holds the policy back any more; raise "
-            "maximum or target of AdaptiveKL's rule, or lower optimizer.learning_rate"
+            f"KL is {figures[KL]:.3g}, far above its target of {run.kl_target:.3g}, and kl_coef "
+            f"is at its ceiling of {run.kl_ceiling:.3g}: nothing holds the policy back any more; "
+            "raise maximum or target of AdaptiveKL's rule, or lower optimizer.learning_rate"
         )
     return None
 

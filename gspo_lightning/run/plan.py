@@ -133,7 +133,9 @@ def shares_prompts(module: Any) -> bool:
 def _clip(trainer: Any, module: Any) -> str:
     """The clip range, and whether rounding is of its size: measured is that later, by `doctor`."""
     objective, limit = module.objective, module.sampler.max_new_tokens
-    text = f"{objective.ratio} ratio within [1 - {objective.clip_low:g}, 1 + {objective.clip_high:g}]"
+    text = (
+        f"{objective.ratio} ratio within [1 - {objective.clip_low:g}, 1 + {objective.clip_high:g}]"
+    )
     if objective.surrogate == "cispo":
         text = f"{objective.ratio} ratio capped at 1 + {objective.clip_high:g}"
     if module.num_epochs * module.num_minibatches == 1:
