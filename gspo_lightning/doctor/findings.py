@@ -53,7 +53,7 @@ def announced(name: str) -> Iterator[None]:
     On a terminal the line goes when it has ended, as what was found takes its place.
     """
     stream, start = sys.stderr, time.perf_counter()
-    if rank_zero_only.rank:
+    if getattr(rank_zero_only, "rank", 0):
         yield
         return
     print(f"{name} ...", end="", file=stream, flush=True)

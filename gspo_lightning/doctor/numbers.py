@@ -89,7 +89,7 @@ def logprobs_in_run(module: Any, samples: Samples, **options: bool) -> LogProbs:
 
 
 def as_rollout(module: Any, samples: Samples, advantages: Tensor | None = None) -> Rollout:
-    """Samples with reference log-probs; advantages, without any made-up ones, and returns around."""
+    """Samples as a rollout with reference log-probs; advantages are made up unless given."""
     if advantages is None:
         advantages = torch.linspace(-1, 1, len(samples))
     advantages = advantages.to(samples.mask.device)

@@ -133,11 +133,11 @@ def shares_prompts(module: Any) -> bool:
 def _clip(trainer: Any, module: Any) -> str:
     """The clip range, and whether rounding is of its size: measured is that later, by `doctor`."""
     objective, limit = module.objective, module.sampler.max_new_tokens
-    text = (
-        f"{objective.ratio} ratio within [1 - {objective.clip_low:g}, 1 + {objective.clip_high:g}]"
-    )
-    if objective.surrogate == "cispo":
-        text = f"{objective.ratio} ratio capped at 1 + {objective.clip_high:g}"
+    low, high = objective.clip_low, objective.clip_high
+    bounds = f"capped at 1 + {high:g}"
+    if objective.surrogate == "clip":
+        bounds = f"within [1 - {low:g}, 1 + {high:g}]"
+    text = f"{objective.ratio} ratio {bounds}"
     if module.num_epochs * module.num_minibatches == 1:
         return f"{text}; never clipped: one optimizer step per rollout"
     mean = objective.ratio in ("sequence", "sequence_token")
@@ -157,7 +157,8 @@ def kl_speed(trainer: Any, module: Any) -> tuple[Any, float, float] | None:
     None without a rule, or where the first coefficient is already the largest.
     """
     for callback in getattr(trainer, "callbacks", ()):
-        rule, coef = getattr(callback, "rule", None), getattr(callback, "initial", None)
+        rule: Any = getattr(callback, "rule", None)
+        coef = getattr(callback, "initial", None)
         if coef is not None and hasattr(rule, "next_coef"):
             prompts = trainer.datamodule.prompts_per_rollout * trainer.world_size
             largest = rule.next_coef(coef, 1e6 * rule.target, prompts * module.sampler.group_size)

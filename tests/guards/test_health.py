@@ -66,7 +66,7 @@ CASES = [  # rule, figures that show it, figures that just do not, cause, settin
      "left 3 of a rollout's groups", "model.max_draws"),
     ("entropy", {"entropy": 0.049}, {"entropy": 0.051}, "from 0.5 to 0.049", "entropy_coef"),
     ("kl", {"kl_divergence": 0.041, "kl_coef": 1.0}, {"kl_divergence": 0.04, "kl_coef": 1.0},
-     "0.041, far above its target of 0.01, and kl_coef is at its ceiling of 1", "maximum or target"),
+     "far above its target of 0.01, and kl_coef is at its ceiling of 1", "maximum or target"),
     ("kl_above", {"kl_divergence": 0.041, "kl_coef": 0.99},
      {"kl_divergence": 0.04, "kl_coef": 0.99}, "while kl_coef went from 0.2 to 0.99", "rollouts"),
     ("kl_below", {"kl_divergence": 0.0024, "kl_coef": 0.81},
