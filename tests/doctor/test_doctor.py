@@ -125,6 +125,7 @@ def test_a_healthy_config_as_json(capsys, folder):
     assert found["sampling"]["value"]["completions"] == 4 * 2 * 4  # prompts, draws, G
     assert found["memory cpu"]["status"] == "ok"
     assert "3 rollouts, each 4 prompts x 4 completions" in found["plan"]["text"]
+    assert found["clipping"]["status"] == "ok"
 
 
 def test_options_change_what_is_drawn(capsys, folder):
@@ -164,7 +165,7 @@ def test_no_weight_changes_and_no_gradient_stays(tmp_path, model_dir):
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    findings = set_up_and_examine(trainer, module, data, 4, 256)
+    findings = set_up_and_examine(trainer, module, data)
     assert {f.status for f in findings} <= {"ok", "warning"}, findings
     fresh = load_policy(module.policy_config).state_dict()
     assert all(
