@@ -35,7 +35,8 @@ class Effort:
     Attributes:
         num_prompts: Prompts that are completed, ``len(DRAWS)`` groups each.
         max_new_tokens: Longest completion.
-        rows: Completions whose noise and KL are measured.
+        rows: Completions whose noise is measured.
+        kl_rows: Completions whose KL is measured, one by one.
         gradient_rows: Completions whose gradient is computed in several cuts.
         trial_rows: Completions of a trial update.
     """
@@ -43,6 +44,7 @@ class Effort:
     num_prompts: int = 4
     max_new_tokens: int = 256
     rows: int = numbers.ROWS
+    kl_rows: int = numbers.ROWS
     gradient_rows: int = numbers.GRADIENT_ROWS
     trial_rows: int = 64
 
@@ -51,7 +53,7 @@ class Effort:
 # weight and token. A model that would take longer is looked at on fewer and shorter completions.
 AFFORDABLE = 4e11
 SHORTEST = 16  # tokens of a completion: fewer say nothing
-QUICK = Effort(num_prompts=2, rows=8, gradient_rows=2, trial_rows=6)
+QUICK = Effort(num_prompts=2, rows=8, kl_rows=4, gradient_rows=2, trial_rows=6)
 
 
 def effort_for(module: Any, thorough: bool) -> Effort:
@@ -109,7 +111,7 @@ def examine(
         "prompt": lambda: text.example(policy, samples),
         "truncated": lambda: rewards.truncation(samples.finished.cpu(), cap, limit),
         "rewards": lambda: earned(module, samples, cap, totals),
-        "kl": lambda: numbers.start_kl(module, trainer, samples, effort.rows),
+        "kl": lambda: numbers.start_kl(module, trainer, samples, effort.kl_rows),
         "ratio noise": lambda: numbers.noise(module, data, samples, effort.rows),
         "gradient": lambda: numbers.first_step(
             module, trainer, data, samples, effort.gradient_rows
@@ -202,11 +204,14 @@ def earned(module: Any, samples: Samples, cap: int, totals: list[torch.Tensor]) 
         return found
     limit = module.sampler.max_new_tokens
     unknown = cap < limit and (~finished).float().mean() > rewards.MOST
-    summed = rewards.total(total, size)
-    if unknown and summed.status == "error":
+    compared = [rewards.total(total, size), rewards.flat(total, size, len(DRAWS))]
+    if unknown:
         remedy = f"most completions were cut for speed: use --max_new_tokens {limit}"
-        summed = replace(summed, status="warning", remedy=remedy)
-    return [*found, summed, rewards.flat(total, size, len(DRAWS))]
+        compared = [
+            each if each.status == "ok" else replace(each, status="warning", remedy=remedy)
+            for each in compared
+        ]
+    return [*found, *compared]
 
 
 def set_up_and_examine(

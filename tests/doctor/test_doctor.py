@@ -125,7 +125,7 @@ def test_a_healthy_config_as_json(capsys, folder):
     assert found["sampling"]["value"]["completions"] == 4 * 2 * 4  # prompts, draws, G
     assert found["memory cpu"]["status"] == "ok"
     assert "3 rollouts, each 4 prompts x 4 completions" in found["plan"]["text"]
-    assert found["clipping"]["status"] == "ok"
+    assert "raise optimizer.learning_rate" in found["clipping"]["remedy"]  # 1e-6 for a tiny model
 
 
 def test_options_change_what_is_drawn(capsys, folder):

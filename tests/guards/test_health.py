@@ -9,6 +9,7 @@ from gspo_lightning.guards.health import LONG, PATIENCE, RULES, START, STEADY, H
 from gspo_lightning.kl import MultiplicativeKL, ProportionalKL
 from gspo_lightning.objectives import Objective
 from support.command import REAL, checkpoints, run
+from support.repository import ROOT
 
 WELL = {
     "train/clip_fraction_sequences": 0.1,
@@ -112,6 +113,12 @@ def test_a_sign_must_last(rule):
 
 def test_every_rule_has_a_case():
     assert {case[0] for case in CASES} == set(RULES)
+
+
+def test_the_documentation_lists_every_rule():
+    text = (ROOT / "docs" / "doctor.md").read_text().partition("## Run health")[2]
+    listed = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert sorted(listed) == sorted(RULES)
 
 
 def test_one_step_per_rollout_cannot_clip_and_is_not_reported():
