@@ -322,6 +322,25 @@ def test_a_constant_reward(capsys, folder):
     assert found["flat groups"]["value"]["measured"] == 1.0
 
 
+def test_rewards_of_completions_that_were_cut_for_speed_are_no_error(capsys, folder):
+    marked = "--model.rewards.digits.fn gspo_lightning.rewards.terms.MarkedAnswer"
+    options = f"{marked} --model.rewards.digits.fn.column prompt --max_new_tokens 2"
+    found = doctor(capsys, options, code=0)
+    for name in ("rewards", "flat groups"):
+        assert found[name]["status"] == "warning", found[name]
+        assert found[name]["remedy"].endswith("use --max_new_tokens 12")
+
+
+def test_a_kl_rule_that_cannot_answer_within_the_run(capsys, folder):
+    callback = "--trainer.callbacks+ gspo_lightning.AdaptiveKL --trainer.callbacks.rule"
+    rule = f"{callback} gspo_lightning.kl.ProportionalKL --trainer.callbacks.rule.target 0.05"
+    found = doctor(capsys, f"{rule} --trainer.callbacks.rule.horizon 2000", code=0)["penalty"]
+    assert found["status"] == "warning"
+    assert found["remedy"].startswith("too slow for 3 rollouts, x1")
+    found = doctor(capsys, f"{rule} --data.num_rollouts 30", code=0)["penalty"]
+    assert found["status"] == "ok"
+
+
 def test_a_reward_that_raises_stops_no_other_check(capsys, folder):
     before = files()
     found = doctor(capsys, "--model.rewards.digits.fn test_doctor.raises")

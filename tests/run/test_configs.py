@@ -18,7 +18,7 @@ from gspo_lightning.module import GSPOModule
 from gspo_lightning.objectives import Objective
 from gspo_lightning.supervised.reward_model import RewardModelModule
 from gspo_lightning.supervised.sft import SFTModule
-from support.command import instantiated
+from support.command import instantiated, run
 from support.repository import ROOT
 from support.tiny_run import write_prompts
 
@@ -222,6 +222,17 @@ def test_a_kind_of_model_goes_on_any_task_and_under_any_algorithm(stack, name, t
     assert (model.policy_config.lora is not None) == (name == "lora")
     model = stack(f"task/{task}", f"model/{name}", "algorithm/dapo").model
     assert model.objective.clip_high == 0.28
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_kind_of_model_trains_on_the_embedded_task(tmp_path, capsys, name):
+    files = ("base", "task/arithmetic", f"model/{name}", "hardware/cpu")
+    config = " ".join(f"--config configs/{file}.yaml" for file in files)
+    small = "--data.num_rollouts 1 --data.prompts_per_rollout 4 --trainer.limit_val_batches 0"
+    code, _, err = run(capsys, f"fit {config} {small} --trainer.default_root_dir {tmp_path}/run")
+    assert code == 0, err
+    assert (tmp_path / "run" / "export" / "config.json").is_file()
 
 
 def test_every_line_of_the_page_on_settings_is_a_config_and_stands_there(stack):
