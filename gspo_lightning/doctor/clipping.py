@@ -68,8 +68,8 @@ class Trial:
 
 @contextmanager
 def undone(parameters: list[Tensor]) -> Iterator[None]:
-    """Give the parameters their values back in the end."""
-    kept = [p.detach().clone() for p in parameters]
+    """Give the parameters their values back in the end; the copies take no memory of a card."""
+    kept = [p.detach().to("cpu", copy=True) for p in parameters]
     try:
         yield
     finally:
@@ -146,7 +146,7 @@ def clipping(
     if not (advantages != 0).any():
         advantages = torch.linspace(-1, 1, len(chosen))
         note = ", rewards made up, as they are all equal"
-    rollout = numbers.as_rollout(module, samples.select(chosen), advantages)
+    rollout = numbers.as_rollout(module, samples.select(chosen), advantages, with_ref=False)
     rollout = replace(rollout, old_known=torch.ones_like(rollout.finished))
     done = trial(module, rollout, numbers.configured_size(module, data), 4 if rows > 16 else 2)
     low, high = objective.clip_low, objective.clip_high

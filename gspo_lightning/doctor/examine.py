@@ -53,7 +53,7 @@ class Effort:
 # weight and token. A model that would take longer is looked at on fewer and shorter completions.
 AFFORDABLE = 4e11
 SHORTEST = 16  # tokens of a completion: fewer say nothing
-QUICK = Effort(num_prompts=2, rows=8, kl_rows=4, gradient_rows=2, trial_rows=6)
+QUICK = Effort(num_prompts=2, rows=8, kl_rows=4, gradient_rows=2, trial_rows=4)
 
 
 def effort_for(module: Any, thorough: bool) -> Effort:

@@ -88,15 +88,17 @@ def logprobs_in_run(module: Any, samples: Samples, **options: bool) -> LogProbs:
     return samples_logprobs(module.policy.model, samples, module.sampler.temperature, **options)
 
 
-def as_rollout(module: Any, samples: Samples, advantages: Tensor | None = None) -> Rollout:
-    """Samples as a rollout with reference log-probs; advantages are made up unless given."""
+def as_rollout(
+    module: Any, samples: Samples, advantages: Tensor | None = None, with_ref: bool = True
+) -> Rollout:
+    """Samples as a rollout; advantages are made up unless given."""
     if advantages is None:
         advantages = torch.linspace(-1, 1, len(samples))
     advantages = advantages.to(samples.mask.device)
     with torch.no_grad():
         old = logprobs_in_run(module, samples).logprobs
         ref = None
-        if module.reference is not None:
+        if with_ref and module.reference is not None:
             ref = module.reference.logprobs(samples, module.sampler.temperature).to(old.device)
         values = None
         if module.critic is not None:
@@ -118,12 +120,13 @@ def as_rollout(module: Any, samples: Samples, advantages: Tensor | None = None) 
 def gradient(module: Any, rollout: Rollout, size: int, choices: LossChoices | None = None) -> Cut:
     """The gradient of one optimizer step, ``size`` rows at a time, by the update's code.
 
-    ``choices`` are the module's, unless others are given. Without gradients enabled they are 0.
+    ``choices`` are the module's, unless others are given. Without gradients enabled there are none.
     """
     choices = choices or module.choices
     aggregation, limit = module.objective.aggregation, module.sampler.max_new_tokens
     weights = token_weights(rollout.mask, aggregation, limit)
-    parameters = [p for p in module.policy.parameters() if p.requires_grad]
+    wanted = torch.is_grad_enabled()
+    parameters = [p for p in module.policy.parameters() if p.requires_grad and wanted]
     module.policy.zero_grad(set_to_none=True)
     log_ratios, clipped = [], 0.0
     try:
@@ -133,7 +136,7 @@ def gradient(module: Any, rollout: Rollout, size: int, choices: LossChoices | No
             if module.critic is not None:
                 value = module.critic.loss(module.policy.model, micro, part).loss
             loss = micro_loss(*found, micro, part, choices, value)
-            if torch.is_grad_enabled():
+            if wanted:
                 module.manual_backward(loss.total)
             own = found.logprobs.detach(), loss.old, micro.mask
             log_ratios.append(importance_log_ratio(*own, "sequence")[:, 0].float().cpu())
