@@ -10,7 +10,7 @@ COMPILE := $(PY) -m compileall -qq -j 0 $(VENV)/lib
 # The demo's model is so small that a second thread costs more than it computes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-core test-fast lint format clean
+.PHONY: demo test test-core test-fast models lint format clean
 
 demo: $(VENV)/demo.stamp  ## train the embedded default to a rising reward
 	$(PY) train.py fit --config configs/arithmetic.yaml --trainer.default_root_dir $(RUN)
@@ -23,6 +23,9 @@ test-core: $(VENV)/dev.stamp  ## the maths and the loop, in less than a minute
 
 test-fast: $(VENV)/dev.stamp  ## without the tests marked slow
 	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow"
+
+models: $(VENV)/dev.stamp  ## try every type of model anew and write docs/models.md
+	cd tests && PYTHONPATH=.. $(abspath $(PY)) -m support.model_types --write
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .

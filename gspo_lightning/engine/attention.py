@@ -7,8 +7,11 @@ looks for the argument ``attend``, which travels through the model's ``**kwargs`
 recomputed by gradient checkpointing find it, too.
 """
 
+import inspect
+import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -18,6 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gspo_lightning.engine.packed_attention import PREFIX
 from gspo_lightning.engine.padded import unwrapped
+
+NAME_ASKED = re.compile(r"_attn_implementation in [(\[{]")
 
 
 class Attend(Protocol):
@@ -52,7 +57,8 @@ def open_attention(model: Any) -> bool:
 
     Returns:
         Whether the model can; models that do not call the interface cannot, nor can those whose
-        implementation is neither ``eager`` nor ``sdpa``.
+        implementation is neither ``eager`` nor ``sdpa``, nor those whose own code asks which of the
+        two it is: sparse attention would lose its mask under another name.
     """
     base = unwrapped(model)
     config = getattr(base, "config", None)
@@ -61,11 +67,19 @@ def open_attention(model: Any) -> bool:
         return True
     if not getattr(base, "_supports_attention_backend", False) or name not in ("eager", "sdpa"):
         return False
+    if any(map(_asks_for_name, {type(part).__module__ for part in base.modules()})):
+        return False
     if PREFIX + name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(PREFIX + name, _either_way(name))
         AttentionMaskInterface.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
     config._attn_implementation = PREFIX + name  # type: ignore[union-attr]
     return True
+
+
+@cache
+def _asks_for_name(module: str) -> bool:
+    """Whether the code of a model looks its attention's name up in a list of names."""
+    return NAME_ASKED.search(inspect.getsource(sys.modules[module])) is not None
 
 
 def _either_way(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:

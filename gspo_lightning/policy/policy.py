@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gspo_lightning.engine.attention import open_attention
+from gspo_lightning.engine.mode import leave_routers_out, stay_in_eval_mode
 from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.engine.products import speed_up, uses_onednn
 from gspo_lightning.policy import folder
@@ -259,9 +260,19 @@ def _random_model(config: PolicyConfig) -> Any:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Switch gradient checkpointing on, by the name that this transformers has for it."""
+    """Switch gradient checkpointing on, by the name that this transformers has for it.
+
+    Raises:
+        ValueError: If the model's code has no gradient checkpointing.
+    """
     enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    try:
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    except ValueError as error:
+        raise ValueError(
+            f"gradient_checkpointing: {type(unwrapped(model)).__name__} cannot recompute its "
+            "activations; set it to false"
+        ) from error
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -290,18 +301,9 @@ def _compare_vocabularies(ids: int, rows: int | None) -> None:
 
 
 def make_ready(model: nn.Module) -> None:
-    """What every model is given before its first pass: no dropout, and the faster products.
-
-    Dropout rates become 0, so that train mode, which transformers needs for gradient checkpointing,
-    gives the log-probs of eval mode: GSPO's ratio compares the same weights at two times, and two
-    random subnetworks would move it off 1 before the first step.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+    """What every model is given before its first pass: one mode, and the faster products."""
+    stay_in_eval_mode(model)
+    leave_routers_out(model)
     speed_up(model)
 
 

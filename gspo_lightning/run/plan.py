@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gspo_lightning.engine.head import CHUNK
-from gspo_lightning.engine.packed_attention import PREFIX
 from gspo_lightning.engine.padded import checkpoints
+from gspo_lightning.engine.probe import plainer_ways, reading
 from gspo_lightning.optim import OptimizerConfig, learning_rate_factor
 from gspo_lightning.policy.policy import multiplies_by_onednn
+from gspo_lightning.sampling import GroupSampler
 
 # Nats by which half precision rounds the log-prob of a token: 7e-3 (the demo's policy) to 3e-2 (270
 # million parameters).
@@ -24,7 +25,7 @@ HALF_ROUNDING = 1e-2
 
 
 def plan_lines(trainer: Any, module: Any) -> list[str]:
-    """At most nine lines of a name and a text: what is known of a run before the first batch.
+    """At most ten lines of a name and a text: what is known of a run before the first batch.
 
     ``trainer`` is set up, so that data and devices are known; ``module`` may be of any kind.
     """
@@ -32,6 +33,7 @@ def plan_lines(trainer: Any, module: Any) -> list[str]:
         "plan": _work(trainer, module),
         "updates": _updates(trainer, module) if hasattr(module, "sampler") else None,
         "policy": _policy(trainer, module),
+        "passes": _passes(trainer, module),
         "critic": _critic(module) if getattr(module, "critic", None) is not None else None,
         "scoring": _frozen(module) or None,
         "clip": _clip(trainer, module) if hasattr(module, "objective") else None,
@@ -126,8 +128,8 @@ def furthest(config: OptimizerConfig, total: int) -> float:
 
 def shares_prompts(module: Any) -> bool:
     """Whether rows of a group that share a pass share their prompt, too."""
-    config = getattr(module.policy.model, "config", None)
-    return str(getattr(config, "_attn_implementation", "")).startswith(PREFIX)
+    model = module.policy.model
+    return reading(model, next(model.parameters()).device) in ("packed", "shared")
 
 
 def _clip(trainer: Any, module: Any) -> str:
@@ -204,6 +206,16 @@ def _policy(trainer: Any, module: Any) -> str:
     return text + (", products by oneDNN" if exact and multiplies_by_onednn(model) else "")
 
 
+def _passes(trainer: Any, module: Any) -> str | None:
+    """Where the model is not run in the best way; it is tried here, before the first batch."""
+    model = getattr(getattr(module, "policy", None), "model", None)
+    if model is None:
+        return None
+    sampled = isinstance(getattr(module, "sampler", None), GroupSampler)
+    found = plainer_ways(model, next(model.parameters()).device, sampled=sampled)
+    return "; ".join(found) or None
+
+
 def _critic(module: Any) -> str:
     """What values come from; parameters are those of its own layers, not the policy's."""
     count = sum(p.numel() for p in module.critic.parameters())
@@ -268,7 +280,9 @@ def _bytes(parameters: Iterable[Any]) -> int:
 
 def _tokens_at_once(module: Any, rows: int, prompt_tokens: int) -> int:
     """Tokens of the largest micro-batch: packed rows share a prompt within their group."""
-    prompts = math.ceil(rows / module.sampler.group_size) if shares_prompts(module) else rows
+    model = module.policy.model
+    packed = reading(model, next(model.parameters()).device) == "packed"
+    prompts = math.ceil(rows / module.sampler.group_size) if packed else rows
     new_tokens = module.sampler.max_new_tokens
     tokens = prompts * prompt_tokens + rows * new_tokens
     limit = tokens if module.micro_batch_tokens is None else module.micro_batch_tokens

@@ -15,6 +15,7 @@ from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.policy.policy import Policy, PolicyConfig, checkpoint_activations, load_policy
 from gspo_lightning.rollout import PromptBatch
 from gspo_lightning.sampling import GroupSampler
+from support.model_configs import config_of
 from support.observers import Outputs
 from support.passes import inputs, loop, tokens_of_passes
 from support.tiny_run import make_module, make_trainer, run
@@ -195,6 +196,16 @@ def test_models_without_a_key_value_cache_are_refused(
     policy = Policy(make_model("recurrent_gemma"), tokenizer)
     with pytest.raises(ValueError, match="RecurrentGemmaForCausalLM gives no past_key_values"):
         GroupSampler(2, 4).sample(policy, prompts_of(make_rollout()), seed=0)
+
+
+def test_a_model_that_cannot_recompute_its_activations_says_which_setting(tmp_path, tokenizer):
+    model = AutoModelForCausalLM.from_config(config_of("ctrl"))
+    model.generation_config.eos_token_id = 1
+    path = save(model, tokenizer, tmp_path / "ctrl")
+    with pytest.raises(
+        ValueError, match="gradient_checkpointing: CTRLLMHeadModel cannot recompute"
+    ):
+        load_policy(PolicyConfig(str(path), gradient_checkpointing=True))
 
 
 # --- what a policy folder may be like ------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.policy.policy import checkpoint_activations
+from support.model_configs import config_of
 
 OPEN = ["qwen3", "llama", "gpt2", "gemma2", "mistral", "qwen3_moe", "cohere", "granite", "gpt_oss"]
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
@@ -43,6 +45,18 @@ def test_a_call_that_brings_an_attention_has_it_in_every_layer(make_model, archi
 def test_what_opening_needs_decides(make_model):
     assert not open_attention(make_model("qwen3_next"))  # calls no interface
     assert not open_attention(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v32", "minimax_m3_vl_text"])
+def test_a_model_that_asks_for_the_name_of_its_attention_keeps_it(name):
+    """Its sparse layers see fewer tokens than a text has, by a mask of their own."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(name)).eval()
+    ids = torch.randint(3, 32, (1, 40))
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits
+        assert not open_attention(model)
+        assert torch.equal(model(ids, use_cache=False).logits, before)
 
 
 def test_an_opened_model_is_saved_as_it_was(make_model, tmp_path):

@@ -14,7 +14,6 @@ from gspo_lightning.callbacks import (
     SampleTable,
 )
 from gspo_lightning.engine import products
-from gspo_lightning.engine.packed_attention import PREFIX
 from gspo_lightning.kl import MultiplicativeKL, ProportionalKL
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.objectives import Objective
@@ -30,6 +29,7 @@ from gspo_lightning.run.plan import (
 )
 from gspo_lightning.run.progress import RolloutProgress, RunSummary
 from support.dummies import DummyModule
+from support.passes import tried
 from support.rollout_dummies import RolloutData, RolloutDummy, fit, make_trainer
 
 
@@ -393,14 +393,16 @@ def test_the_plan_shows_epochs_and_micro_batches():
     )
 
 
-def test_the_plan_says_how_often_an_update_reads_a_prompt():
+def test_the_plan_says_how_often_an_update_reads_a_prompt(monkeypatch):
     trainer, module = planned(module={"micro_batch_size": 4})
+    way = "padded"
+    monkeypatch.setattr(plan, "reading", lambda *_: way)
 
     def updates():
         return next(line for line in plan_lines(trainer, module) if line.startswith("updates"))
 
     assert "4 at a time)" in updates()  # a model whose rows do not share a prompt reads it 8 times
-    module.policy.model.config._attn_implementation = f"{PREFIX}sdpa"
+    way = "packed"
     assert "4 at a time, each prompt read 2 times)" in updates()
     module.micro_batch_size = 3
     assert "3 at a time, each prompt read 3 times)" in updates()
@@ -527,7 +529,7 @@ def test_half_precision_and_checkpointing_shrink_the_micro_batch():
 
 
 def test_the_estimate_of_activations_agrees_with_what_backward_keeps():
-    model = tiny_llama(hidden_size=96, intermediate_size=256, num_hidden_layers=4)
+    model = tried(tiny_llama(hidden_size=96, intermediate_size=256, num_hidden_layers=4))
     rows, prompt, new = 3, 24, 40
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
