@@ -126,6 +126,7 @@ def test_a_healthy_config_as_json(capsys, folder):
     assert found["sampling"]["value"]["completions"] == 4 * 2 * 4  # prompts, draws, G
     assert found["memory cpu"]["status"] == "ok"
     assert "3 rollouts, each 4 prompts x 4 completions" in found["plan"]["text"]
+    assert "raise optimizer.learning_rate" in found["clipping"]["remedy"]  # 1e-6 for a tiny model
 
 
 def test_options_change_what_is_drawn(capsys, folder):
@@ -165,7 +166,7 @@ def test_no_weight_changes_and_no_gradient_stays(tmp_path, model_dir):
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    findings = set_up_and_examine(trainer, module, data, 4, 256)
+    findings = set_up_and_examine(trainer, module, data)
     assert {f.status for f in findings} <= {"ok", "warning"}, findings
     fresh = load_policy(module.policy_config).state_dict()
     assert all(
@@ -324,6 +325,25 @@ def test_a_constant_reward(capsys, folder):
     assert found["reward digits"]["status"] == "warning"
     assert "always 0" in found["reward digits"]["text"]
     assert found["flat groups"]["value"]["measured"] == 1.0
+
+
+def test_rewards_of_completions_that_were_cut_for_speed_are_no_error(capsys, folder):
+    marked = "--model.rewards.digits.fn gspo_lightning.rewards.terms.MarkedAnswer"
+    options = f"{marked} --model.rewards.digits.fn.column prompt --max_new_tokens 2"
+    found = doctor(capsys, options, code=0)
+    for name in ("rewards", "flat groups"):
+        assert found[name]["status"] == "warning", found[name]
+        assert found[name]["remedy"].endswith("use --max_new_tokens 12")
+
+
+def test_a_kl_rule_that_cannot_answer_within_the_run(capsys, folder):
+    callback = "--trainer.callbacks+ gspo_lightning.AdaptiveKL --trainer.callbacks.rule"
+    rule = f"{callback} gspo_lightning.kl.ProportionalKL --trainer.callbacks.rule.target 0.05"
+    found = doctor(capsys, f"{rule} --trainer.callbacks.rule.horizon 2000", code=0)["penalty"]
+    assert found["status"] == "warning"
+    assert found["remedy"].startswith("too slow for 3 rollouts, x1")
+    found = doctor(capsys, f"{rule} --data.num_rollouts 30", code=0)["penalty"]
+    assert found["status"] == "ok"
 
 
 def test_a_reward_that_raises_stops_no_other_check(capsys, folder):
