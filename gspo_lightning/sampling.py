@@ -18,7 +18,7 @@ from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.engine.plain_decoder import decode_plainly
 from gspo_lightning.engine.probe import decoding
 from gspo_lightning.engine.products import ordered_weights
-from gspo_lightning.engine.rotary import check_lengths
+from gspo_lightning.engine.rotary import check_rotary
 from gspo_lightning.engine.step_graphs import cuda_graph_recorder
 from gspo_lightning.engine.texts import Watch
 from gspo_lightning.rollout import PromptBatch, Samples
@@ -132,7 +132,7 @@ class GroupSampler:
             texts = [prompts[g].tolist() for g in groups.tolist()] if policy.ends.strings else None
             return None if texts is None else Watch(policy.ends, texts)
 
-        check_lengths(unwrapped(policy.model), max(map(len, prompts)) + self.max_new_tokens)
+        check_rotary(unwrapped(policy.model), max(map(len, prompts)) + self.max_new_tokens)
         way = decoding(policy.model, uniform.device)
         if way == "grouped":
             wanted = Wanted(

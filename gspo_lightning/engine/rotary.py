@@ -57,7 +57,7 @@ def rotary_limit(base: Any) -> int | None:
     return known["_gspo_rotary_limit"]
 
 
-def check_lengths(base: Any, longest: int) -> None:
+def check_rotary(base: Any, longest: int) -> None:
     """Refuse texts for which the frequencies would change within a run.
 
     Raises:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from gspo_lightning.engine.mode import raise_flags
-from gspo_lightning.engine.rotary import check_lengths
+from gspo_lightning.engine.rotary import check_rotary
 from gspo_lightning.optim import (
     OptimizerConfig,
     build_optimizer,
@@ -155,7 +155,7 @@ class RewardModelModule(LightningModule):
             raise ValueError(
                 f"the model reads {limit} tokens, a text has {ids.shape[1]}; lower data.max_tokens"
             )
-        check_lengths(self.model, ids.shape[1])
+        check_rotary(self.model, ids.shape[1])
         ids = ids.masked_fill(~mask, self.model.config.pad_token_id)
         return self.model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float()
 
