@@ -289,11 +289,11 @@ class GSPOModule(LightningModule):
         """Load the policy, once, where Lightning wants it."""
         if self.policy is None:
             self.policy = load_policy(self.policy_config, self.tokenizer)
-            # Dropout is off in either mode; train mode is what gradient checkpointing needs.
-            self.policy.train()
         if self.critic_config is not None and self.needs_critic and self.critic is None:
             self.critic = load_critic(self.critic_config, self.policy_config, self.policy.model)
         self.frozen.share(self.policy)
+        for part in self.modules():  # only flags, which Lightning wants to see: `on_train_start`
+            part.training = True
 
     def on_fit_start(self) -> None:
         """Make the two halves of a step, now that the models are there, and watch the run."""
@@ -340,6 +340,10 @@ class GSPOModule(LightningModule):
         )
         # Health begins behind the checkpoint: what it has said before a stop is not said again.
         self.health.begin(self.trainer.callbacks)  # type: ignore[attr-defined]
+
+    def on_train_start(self) -> None:
+        """Have all models compute as in eval mode, and recompute activations where that is set."""
+        self.train()
 
     def configure_optimizers(self) -> Any:
         """AdamW; ``training_step`` sets its learning rate, which a rollout's index decides."""

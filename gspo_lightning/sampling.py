@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from gspo_lightning.bounds import check_at_least
-from gspo_lightning.engine.group_decoder import GroupDecoder, NotDecodable, Wanted
+from gspo_lightning.engine.group_decoder import GroupDecoder, Wanted
+from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.engine.plain_decoder import decode_plainly
+from gspo_lightning.engine.probe import decoding
 from gspo_lightning.engine.products import ordered_weights
+from gspo_lightning.engine.rotary import check_lengths
 from gspo_lightning.engine.step_graphs import cuda_graph_recorder
 from gspo_lightning.rollout import PromptBatch, Samples, completion_mask
 
@@ -124,27 +127,35 @@ class GroupSampler:
             record = cuda_graph_recorder()
         elif self.cuda_graphs:
             self._tell(f"sampler.cuda_graphs: the policy is on {uniform.device}, without a GPU")
-        prompts = zip(batch.prompt_ids, batch.prompt_mask, strict=True)
-        wanted = Wanted(
-            prompts=[ids[keep] for ids, keep in prompts],
-            group_size=self.group_size,
-            uniform=uniform,
-            temperature=self.temperature,
-            eos_ids=policy.eos_ids,
-            pad_id=policy.pad_id,
-            num_rows=num_rows,
-            computed=computed,
-            record=record,
-        )
-        try:
+        longest = int(batch.prompt_mask.sum(1).max()) + self.max_new_tokens
+        check_lengths(unwrapped(policy.model), longest)
+        way = decoding(policy.model, uniform.device)
+        if way == "grouped":
+            prompts = zip(batch.prompt_ids, batch.prompt_mask, strict=True)
+            wanted = Wanted(
+                prompts=[ids[keep] for ids, keep in prompts],
+                group_size=self.group_size,
+                uniform=uniform,
+                temperature=self.temperature,
+                eos_ids=policy.eos_ids,
+                pad_id=policy.pad_id,
+                num_rows=num_rows,
+                computed=computed,
+                record=record,
+            )
             return GroupDecoder(policy.model, wanted).run()
-        except NotDecodable as reason:
-            name = type(policy.model).__name__
-            self._tell(f"{name} decodes with a cache of its own, which is slower: {reason}")
+        if way == "alone":
+            num_rows = 1
         group = torch.arange(len(batch), device=uniform.device).repeat_interleave(self.group_size)
         parts = [
             decode_plainly(
-                policy, batch.prompt_ids, batch.prompt_mask, rows, numbers, self.temperature
+                policy,
+                batch.prompt_ids,
+                batch.prompt_mask,
+                rows,
+                numbers,
+                self.temperature,
+                alone=way == "alone",
             )
             for rows, numbers in zip(group.split(num_rows), uniform.split(num_rows), strict=True)
         ]

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 
+class NotDecodable(Exception):
+    """A model cannot be decoded in the way that was tried; the message says why."""
+
+
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Draw one token a row.
 

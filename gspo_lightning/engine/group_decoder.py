@@ -17,19 +17,15 @@ import torch
 from torch import Tensor
 
 from gspo_lightning.engine.attention import open_attention
-from gspo_lightning.engine.drawing import draw
+from gspo_lightning.engine.drawing import NotDecodable, draw
 from gspo_lightning.engine.group_attention import GroupAttention, Layout
-from gspo_lightning.engine.padded import forward_arguments, unwrapped
+from gspo_lightning.engine.padded import forward_arguments, text_config, unwrapped
 from gspo_lightning.engine.step_graphs import Play, StepGraphs, rounded
 
 log = logging.getLogger(__name__)
 
 REFILL_BELOW = 7 / 8  # share of running rows under which rows that wait come in
 READ_AT_ONCE = 16_384  # prompt tokens of one forward pass, unless one prompt alone is longer
-
-
-class NotDecodable(Exception):
-    """The model needs its own cache; the message says why."""
 
 
 @dataclass
@@ -63,7 +59,7 @@ class Wanted:
 def check_decodable(model: Any) -> None:
     """Raise ``NotDecodable`` unless tokens meet each other in the model's attention only."""
     base = unwrapped(model)
-    kinds = set(getattr(base.config, "layer_types", None) or [])
+    kinds = set(getattr(text_config(base), "layer_types", None) or [])
     unknown = kinds - {"full_attention", "sliding_attention"}
     if unknown or getattr(base, "_is_stateful", False):
         raise NotDecodable(f"it has layers of the kind {', '.join(sorted(unknown)) or 'recurrent'}")
@@ -171,7 +167,7 @@ class GroupDecoder:
 
     def _check_layers(self) -> None:
         """What was attended must be what the config promises: all layers, each with its window."""
-        config = unwrapped(self.model).config
+        config = text_config(self.model)
         windowed = [getattr(config, "sliding_window", None) is not None] * config.num_hidden_layers
         if kinds := getattr(config, "layer_types", None):
             windowed = [kind == "sliding_attention" for kind in kinds]

@@ -3,7 +3,7 @@
 Decides the order of that row. Every linear layer then sees real tokens only, and a prompt once.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -106,3 +106,16 @@ def rows_of(row: Row, length: int) -> Tensor:
     order = row.source.argsort(stable=True)
     source, owners = row.source[order], row.target[order] // length
     return owners[torch.searchsorted(source, torch.arange(row.ids.shape[1], device=source.device))]
+
+
+def run_packed(model: nn.Module, row: Row, **options: Any) -> Any:
+    """Run a model on a packed row; it must have an open attention."""
+    return model(
+        input_ids=row.ids,
+        # of four dimensions: the model passes such a mask on unread and makes none of its own
+        attention_mask=row.ids.new_ones(1, 1, 1, 1),
+        position_ids=row.position_ids,
+        use_cache=False,
+        attend=row.attend,
+        **options,
+    )

@@ -1,7 +1,8 @@
 """Run a causal language model on padded rows, a group's prompt in a cache that its rows share.
 
-The way for models whose attention cannot be had from outside, so that tokens cannot be packed.
-Decides what is cut off and what is computed once.
+The way for models whose attention cannot be had from outside, so that tokens cannot be packed; and
+on one row at a time, for those that cannot be padded either. Decides what is cut off and what is
+computed once.
 """
 
 import inspect
@@ -58,6 +59,39 @@ def run_padded(
     return output, row * columns + column, row * mask.shape[1] + column, columns
 
 
+def run_alone(
+    model: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    context: Tensor,
+    mask: Tensor,
+) -> tuple[list[Any], list[int], Tensor, Tensor]:
+    """Run a model on one text at a time, as anyone would, for models that read no others right.
+
+    Returns:
+        The outputs of all passes; how many of the last columns count in each; which of the states
+        in these columns, all passes joined, predict wanted tokens; and where these tokens stand in
+        a flattened (B, T).
+    """
+    kept = "logits_to_keep" in forward_arguments(model)
+    counts = context.sum(1).tolist()
+    rows = [row for row, count in enumerate(counts) if count] or [0]
+    outputs, columns, source, target, end = [], [], [], [], 0
+    for row in rows:
+        count = max(1, counts[row])
+        prompt = prompt_ids[row][prompt_mask[row]]
+        ids = torch.cat([prompt, completion_ids[row, : count - 1]])[None]
+        options = {"logits_to_keep": count} if kept else {}
+        outputs.append(model(input_ids=ids, use_cache=False, **options))
+        columns.append(count)
+        wanted = mask[row, :count].nonzero()[:, 0]
+        source.append(wanted + end)
+        target.append(wanted + row * mask.shape[1])
+        end += count
+    return outputs, columns, torch.cat(source), torch.cat(target)
+
+
 def checkpoints(model: nn.Module) -> bool:
     """Whether a model recomputes its activations in the backward pass."""
     return any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
@@ -82,3 +116,9 @@ def unwrapped(model: Any) -> Any:
     """The causal language model within ``torch.compile`` and peft."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def text_config(model: Any) -> Any:
+    """The config of a model's layers of text, which models of several kinds of input nest."""
+    config = unwrapped(model).config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

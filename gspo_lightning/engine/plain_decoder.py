@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gspo_lightning.engine.drawing import draw
+from gspo_lightning.engine.drawing import NotDecodable, draw
 from gspo_lightning.engine.padded import forward_arguments
 
 COMPACT_BELOW = 7 / 8  # share of running rows under which finished rows leave the batch
@@ -23,6 +23,8 @@ def decode_plainly(
     groups: Tensor,
     uniform: Tensor,
     temperature: float,
+    *,
+    alone: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Complete prompts, each read once.
 
@@ -33,12 +35,13 @@ def decode_plainly(
         groups: The prompt of each row, ascending, repeats allowed, (N,) int64.
         uniform: Numbers in [0, 1) that decide each token, (N, T).
         temperature: Divides the logits.
+        alone: Leave mask and positions of a single row to the model, as some know no others.
 
     Returns:
         Token ids (N, T) and their log-probs (N, T) float32, both arbitrary behind the end.
 
     Raises:
-        ValueError: If the model has no key-value cache.
+        NotDecodable: If the model has no key-value cache.
         FloatingPointError: If the logits are not finite.
     """
     model, limit = policy.model, uniform.shape[1]
@@ -46,23 +49,19 @@ def decode_plainly(
     prompt_mask = prompt_mask[first:last]
     start = int(prompt_mask.int().argmax(1).min())  # padding that all these prompts share
     prompt_mask = prompt_mask[:, start:]
-    positions = {}
-    if "position_ids" in forward_arguments(model):
-        positions = {"position_ids": (prompt_mask.cumsum(1) - 1).clamp(min=0)}
-    output = model(
-        input_ids=prompt_ids[first:last, start:],
-        attention_mask=prompt_mask.long(),
-        use_cache=True,
-        logits_to_keep=1,
-        **positions,
-    )
+    options: dict[str, Any] = {"logits_to_keep": 1}
+    if not alone:
+        options["attention_mask"] = prompt_mask.long()
+    if counted := not alone and "position_ids" in forward_arguments(model):
+        options["position_ids"] = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+    output = model(input_ids=prompt_ids[first:last, start:], use_cache=True, **options)
     cache = getattr(output, "past_key_values", None)
     if cache is None:
-        raise ValueError(
-            f"policy.path: {type(model).__name__} gives no past_key_values; only models with a "
-            "key-value cache can be sampled from here"
+        raise NotDecodable(
+            "it gives no past_key_values; only models with a key-value cache can be sampled from"
         )
-    cache.reorder_cache(groups - first)  # also of recurrent layers
+    if not torch.equal(groups, torch.arange(first, last, device=groups.device)):
+        cache.reorder_cache(groups - first)  # also of recurrent layers
     logits = output.logits[groups - first, -1]
     # one mask for the whole decode; each step reads one column more of it
     length = prompt_mask.shape[1]
@@ -87,14 +86,9 @@ def decode_plainly(
             cache.reorder_cache(keep)
             rows, token, mask = rows[keep], token[keep], mask[keep]
             position, running = position[keep], running[keep]
-        if positions:
-            positions = {"position_ids": (position + t)[:, None]}
-        output = model(
-            input_ids=token[:, None],
-            attention_mask=mask[:, : length + t + 1],
-            past_key_values=cache,
-            use_cache=True,
-            **positions,
-        )
+        options = {} if alone else {"attention_mask": mask[:, : length + t + 1]}
+        if counted:
+            options["position_ids"] = (position + t)[:, None]
+        output = model(input_ids=token[:, None], past_key_values=cache, use_cache=True, **options)
         cache, logits = output.past_key_values, output.logits[:, -1]
     return ids, logprobs

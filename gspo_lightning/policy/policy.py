@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gspo_lightning.engine.attention import open_attention
+from gspo_lightning.engine.mode import leave_routers_out, stay_in_eval_mode
 from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.engine.products import speed_up, uses_onednn
 from gspo_lightning.policy import folder
@@ -300,18 +301,9 @@ def _compare_vocabularies(ids: int, rows: int | None) -> None:
 
 
 def make_ready(model: nn.Module) -> None:
-    """What every model is given before its first pass: no dropout, and the faster products.
-
-    Dropout rates become 0, so that train mode, which transformers needs for gradient checkpointing,
-    gives the log-probs of eval mode: GSPO's ratio compares the same weights at two times, and two
-    random subnetworks would move it off 1 before the first step.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+    """What every model is given before its first pass: one mode, and the faster products."""
+    stay_in_eval_mode(model)
+    leave_routers_out(model)
     speed_up(model)
 
 

@@ -5,9 +5,10 @@ import logging
 import pytest
 import torch
 
-from gspo_lightning.engine import packed_attention
+from gspo_lightning.engine import packed_attention, probe
 from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.packing import pack
+from gspo_lightning.engine.probe import reading
 from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.policy.policy import PolicyConfig, checkpoint_activations, load_policy
@@ -168,7 +169,7 @@ def test_half_precision_is_as_far_from_float32_as_padded_rows_are(
     padded, padded_gradients = run(make_model(architecture))
     model = opened(make_model(architecture))
     packed, packed_gradients = run(model)
-    assert model.__dict__["_gspo_packs"] is True
+    assert reading(model, torch.device("cpu")) == "packed"
     assert packed.logprobs.dtype == torch.float32
     error = (packed.logprobs - exact.logprobs).norm()
     assert 0 < error < 2 * (padded.logprobs - exact.logprobs).norm() + 0.02
@@ -196,17 +197,18 @@ def test_models_with_other_layers_are_padded_and_that_is_said_once(
     assert len(said) == 1 and type(model).__name__ in said[0]
 
 
-def test_a_model_that_computes_something_else_on_packed_rows_is_padded(
+def test_a_model_that_computes_something_else_on_packed_and_padded_rows_runs_them_one_by_one(
     caplog, monkeypatch, make_model, make_rollout
 ):
-    """Here: positions that it counts through the row."""
+    """Here: positions that it counts through the row, padding included."""
     model, rollout = opened(make_model("gpt2")), make_rollout()
     forward = model.transformer.forward
     model.transformer.forward = lambda *args, position_ids, **kwargs: forward(*args, **kwargs)
     with caplog.at_level(logging.WARNING, "gspo_lightning"):
         count = tokens_of_passes(model, rollout, group_size=3)
-    assert count == [6, 30]
-    assert "packed rows give other values" in caplog.text
+    assert count == [4 + 4, 4 + 2, 4, 2 + 3, 2 + 1, 2 + 4]
+    for way in ("packed", "shared", "padded"):
+        assert f"{probe.KINDS[way]} give other values" in caplog.text
 
 
 def test_a_model_that_refuses_packed_rows_is_padded(caplog, make_model, make_rollout):
@@ -221,7 +223,7 @@ def test_a_model_that_refuses_packed_rows_is_padded(caplog, make_model, make_rol
     model.model.forward = refuse
     with caplog.at_level(logging.WARNING, "gspo_lightning"):
         assert tokens_of_passes(model, rollout, group_size=3) == [6, 30]
-    assert "cannot be run on packed rows (no masks of four dimensions)" in caplog.text
+    assert "cannot be run on packed rows (ValueError: no masks of four dimensions)" in caplog.text
 
 
 # --- a GPU's kernel for unequal lengths ----------------------------------------------------------

@@ -12,6 +12,7 @@ from gspo_lightning.policy.lora import LoRAConfig
 from gspo_lightning.policy.policy import PolicyConfig
 from gspo_lightning.supervised.sft import SFTModule
 from support.observers import Logged
+from support.passes import tried
 from support.tiny_run import make_trainer
 
 DEMOS = [
@@ -66,7 +67,7 @@ def test_loss_is_the_mean_over_completion_tokens_and_their_end(module, batch):
 
 
 def test_predictions_inside_the_prompt_get_no_gradient(module, batch):
-    head = module.policy.model.get_output_embeddings()
+    head = tried(module.policy.model).get_output_embeddings()
     gradients = []
     head.register_full_backward_hook(lambda *hook: gradients.append(hook[2][0]))
     module.loss(batch).backward()

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from gspo_lightning.engine import probe
 from gspo_lightning.logprobs import completion_logprobs
 
 
@@ -28,6 +29,13 @@ def loop(model, rollout, temperature=1.0):
                 entropy[i, t] = -sum(p * math.log(p) for p in chances)
                 ids = torch.cat([ids, token[None]])
     return logprobs, entropy
+
+
+def tried(model):
+    """The model, its ways found: what is counted from now on are no trials."""
+    for way in (probe.reading, probe.decoding):
+        way(model, next(model.parameters()).device)
+    return model
 
 
 def tokens_of_passes(model, rollout, **options):

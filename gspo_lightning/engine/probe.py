@@ -1,0 +1,410 @@
+"""Which ways to run a model give the numbers of plain passes: tried once, on a few short texts.
+
+What an architecture does with packed, padded or cached tokens stands in no signature, and where it
+is wrong nothing fails. So every way is compared with passes of one text each, which no other text
+can touch: the log-probs, and a gradient that has passed through every token. Windows are made short
+meanwhile, so that the texts reach beyond them. What differs takes the next plainer way, and that is
+said once.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.engine.drawing import NotDecodable
+from gspo_lightning.engine.group_decoder import GroupDecoder, Wanted
+from gspo_lightning.engine.packed_attention import LAYERS, PREFIX
+from gspo_lightning.engine.packing import pack, run_packed
+from gspo_lightning.engine.padded import run_alone, run_padded, text_config, unwrapped
+from gspo_lightning.engine.plain_decoder import decode_plainly
+
+log = logging.getLogger(__name__)
+
+PROMPTS, COMPLETIONS = (7, 4), (5, 3, 4, 5)  # tokens of the texts; two of them to a prompt
+WINDOW = 4  # tokens that a window sees during a trial
+# Distances that rounding does not reach, of log-probs and of the gradient, relative to their size.
+FLOAT32, HALF = (1e-4, 1e-3), (0.1, 0.5)
+KINDS = {  # what a way runs a model on
+    "packed": "packed rows",
+    "shared": "prompts that rows share",
+    "padded": "padded rows",
+    "grouped": "prompts that groups share",
+    "batched": "batches",
+    "alone": "single rows",
+}
+
+
+class Found(NamedTuple):
+    """The way that a model is run, and why not by a better one, in lines for people."""
+
+    way: str
+    reasons: tuple[str, ...] = ()
+
+
+class Texts(NamedTuple):
+    """Two prompts with two completions each, (4, L) and (4, T); rows of unlike lengths."""
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    on: Tensor
+
+
+def reading(model: Any, device: torch.device, *, packed: bool = True) -> str:
+    """The best way to run a model on texts that are there.
+
+    Args:
+        model: A transformers model, also within peft, on ``device``.
+        device: Where it is tried.
+        packed: Whether packed rows may be taken.
+
+    Returns:
+        ``packed`` rows, ``shared`` prompts in padded ones, ``padded`` rows, or each row ``alone``.
+
+    Raises:
+        ValueError: If the model gives other numbers each time, or cannot read a single text.
+    """
+    base = unwrapped(model)
+    if getattr(base, "config", None) is None:  # a module of one's own, which has no attention
+        return "shared"
+    tried = base.__dict__.setdefault("_gspo_reading", {})
+    case = packed, getattr(base.config, "_attn_implementation", None)
+    if case not in tried:
+        tried[case] = _try_reading(model, base, device, packed)
+    say_once(base, *tried[case].reasons)
+    return tried[case].way
+
+
+def decoding(model: Any, device: torch.device) -> str:
+    """The best way to sample from a model.
+
+    Returns:
+        ``grouped`` by :class:`GroupDecoder`, ``batched`` with the model's own cache, or each row
+        ``alone`` with it.
+
+    Raises:
+        ValueError: If even single rows are not drawn from what plain passes give.
+    """
+    base = unwrapped(model)
+    if "_gspo_decoding" not in base.__dict__:
+        base.__dict__["_gspo_decoding"] = _try_decoding(model, base, device)
+    say_once(base, *base.__dict__["_gspo_decoding"].reasons)
+    return base.__dict__["_gspo_decoding"].way
+
+
+def say_once(base: Any, *lines: str) -> None:
+    """Log lines about a model that begin with its name, each once in the model's life."""
+    said = base.__dict__.setdefault("_gspo_said", set())
+    for line in lines:
+        if line not in said:
+            said.add(line)
+            log.warning("%s%s", type(base).__name__, line)
+
+
+def some_ids(base: Any, *shape: int) -> Tensor:
+    """Random tokens that mean nothing special to a model, the same ones at each call."""
+    special = {
+        id
+        for name, value in vars(text_config(base)).items()
+        if name.endswith(("_id", "_index"))
+        for id in (value if isinstance(value, list | tuple) else [value])
+    }
+    rows = min(base.get_input_embeddings().weight.shape[0], 1000)
+    ordinary = torch.tensor([id for id in range(rows) if id not in special] or [0])
+    generator = torch.Generator().manual_seed(0)
+    return ordinary[torch.randint(len(ordinary), shape, generator=generator)]
+
+
+# --- texts that are there ------------------------------------------------------------------------
+
+
+def _try_reading(model: Any, base: Any, device: torch.device, packed: bool) -> Found:
+    texts = _texts(base, device)
+    batch = (*texts, texts.on)
+
+    def alone() -> Any:
+        return run_alone(model, *batch)
+
+    def in_one_row() -> Any:
+        row = pack(*batch)
+        return [run_packed(model, row)], [row.ids.shape[1]], row.source, row.target
+
+    def padded(group_size: int) -> Any:
+        output, source, target, columns = run_padded(model, *batch, group_size)
+        return [output], [columns], source, target
+
+    def gaps(run: Callable[[], Any]) -> list[float]:
+        (values, gradient), (values_alone, gradient_alone) = _measure(base, texts, run), expected
+        spread = values_alone.std(-1, keepdim=True)
+        return [_gap(values, values_alone, spread), _gap(gradient, gradient_alone, gradient_alone)]
+
+    reasons: list[str] = []
+    with _trial(base, device):
+        with _closed(base), _evaluated(model):
+            try:
+                expected = _measure(base, texts, alone)
+            except Exception as error:
+                raise ValueError(
+                    f"policy.path: {type(base).__name__} {_failure(error, 'alone')}"
+                ) from error
+            _check_model(model, base, texts, expected[0])
+        ways = {
+            "packed": (in_one_row, ": rows are padded, not packed: "),
+            "shared": (lambda: padded(2), ": prompts are read once for each completion: "),
+            "padded": (lambda: padded(1), ": rows are run one by one, which is slow: "),
+            "alone": (alone, " cannot be trained: "),
+        }
+        for way, (run, consequence) in ways.items():
+            if way == "packed" and not packed:
+                continue
+            reason = _not_packed(base) if way == "packed" else None
+            reason = reason or _why_not(base, way, lambda: gaps(run))  # noqa: B023
+            if reason is None:
+                return Found(way, tuple(reasons))
+            reasons.append(consequence + reason)
+    raise ValueError(f"policy.path: {type(base).__name__}{reasons[-1]}")
+
+
+def _check_model(model: Any, base: Any, texts: Texts, expected: Tensor) -> None:
+    """Refuse a model that gives no log-prob of a text, whatever way it is run.
+
+    Raises:
+        ValueError: If a text has other log-probs at the second time, or if its tokens see what
+            follows them.
+    """
+    ids, mask, completion, on = (x[:1] for x in texts)
+    close = (HALF if _is_half(base) else FLOAT32)[0]
+
+    def gap(length: int) -> float:
+        """How far the log-probs of the first text are from before, cut to ``length``."""
+        part = on & (torch.arange(on.shape[1], device=on.device) < length)
+        outputs, columns, source, _ = run_alone(model, ids, mask, completion, part, part)
+        values = _normal(outputs[0], _values(outputs[0])[0, -columns[0] :][source])
+        return _gap(values, expected[:length], expected[:length].std(-1))
+
+    name = f"policy.path: {type(base).__name__} is"
+    with torch.no_grad():
+        if gap(on.shape[1]) > close:
+            raise ValueError(
+                f"{name} random: the same text has other log-probs each time; set what makes it "
+                "random to 0 in config.json, or take another model"
+            )
+        if gap(on.shape[1] - 1) > close:
+            raise ValueError(
+                f"{name} no causal language model: its tokens see what follows them; set "
+                "is_decoder to true in config.json, or take another model"
+            )
+
+
+def _not_packed(base: Any) -> str | None:
+    """Why a model is not even tried on packed rows."""
+    name = str(getattr(base.config, "_attn_implementation", None))
+    if not name.startswith(PREFIX):
+        return f"its attention ({name}) takes none of ours"
+    kinds = set(getattr(text_config(base), "layer_types", None) or ())
+    return f"it has layers of {', '.join(sorted(kinds - LAYERS))}" if kinds - LAYERS else None
+
+
+def _measure(base: Any, texts: Texts, run: Callable[[], Any]) -> list[Tensor]:
+    """Log-probs of all tokens that could stand at each place, (n, V), and a gradient, (D,).
+
+    The gradient of the completions' log-probs by a vector that is added to every embedding: it is
+    the same however texts are laid out, and it lacks what does not pass from token to token.
+    Models without an output embedding give their states instead.
+    """
+    embedding = base.get_input_embeddings()
+    with torch.inference_mode(False), torch.enable_grad():
+        shift: Any = None
+
+        def add(_: Any, __: Any, output: Tensor) -> Tensor:
+            nonlocal shift
+            if shift is None:
+                shift = output.new_zeros(output.shape[-1]).requires_grad_()
+            return output + shift
+
+        hook = embedding.register_forward_hook(add)
+        try:
+            outputs, columns, source, target = run()
+        finally:
+            hook.remove()
+        parts = []
+        for output, count in zip(outputs, columns, strict=True):
+            parts.append(_values(output)[:, -count:].flatten(0, 1))
+        order = target.argsort()
+        values = _normal(outputs[0], torch.cat(parts)[source[order]])
+        if hasattr(outputs[0], "logits"):
+            chosen = texts.completion_ids.flatten()[target[order]]
+            total = values.gather(-1, chosen[:, None]).sum()
+        else:
+            total = (values * torch.linspace(-1, 1, values.shape[-1], device=values.device)).sum()
+        (gradient,) = torch.autograd.grad(total, shift)
+    return [values.detach(), gradient.float()]
+
+
+def _values(output: Any) -> Tensor:
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state
+
+
+def _normal(output: Any, values: Tensor) -> Tensor:
+    """Log-probs of logits; states as they are; both in float32 at least."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    return values.log_softmax(-1) if hasattr(output, "logits") else values
+
+
+# --- trials --------------------------------------------------------------------------------------
+
+
+def _gap(found: Tensor, expected: Tensor, size: Tensor) -> float:
+    """Distance of two tensors, relative to a third's size."""
+    gap = (found - expected).square().mean().sqrt() / size.square().mean().sqrt().clamp(min=1e-30)
+    return gap.item()
+
+
+def _why_not(base: Any, way: str, gaps: Callable[[], list[float]]) -> str | None:
+    """Why a model is not run in this way; ``None`` if it can be."""
+    try:
+        found = gaps()
+    except NotDecodable as reason:
+        return str(reason)
+    except Exception as error:  # a model is a program, and may raise anything where it is strange
+        return "it " + _failure(error, way)
+    limits = HALF if _is_half(base) else FLOAT32
+    for what, gap, close in zip(("values", "gradients"), found, limits, strict=False):
+        if not gap < close:
+            return f"{KINDS[way]} give other {what}, by {gap:.1e} of theirs"
+    return None
+
+
+def _failure(error: Exception, way: str) -> str:
+    if "memory" in str(error):  # the device is full, which says nothing about the model
+        raise error
+    line = (str(error).splitlines() or [""])[0]
+    return f"cannot be run on {KINDS[way]} ({type(error).__name__}{line and ': '}{line})"
+
+
+def _is_half(base: Any) -> bool:
+    return torch.finfo(base.get_input_embeddings().weight.dtype).bits < 32
+
+
+@contextmanager
+def _evaluated(model: Any) -> Iterator[None]:
+    """In eval mode, as sampling has a model."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _closed(base: Any) -> Iterator[None]:
+    """The model with the attention it was loaded with: what all ways are compared with."""
+    name = getattr(base.config, "_attn_implementation", None)
+    try:
+        if name is not None and name.startswith(PREFIX):
+            base.config._attn_implementation = name.removeprefix(PREFIX)
+        yield
+    finally:
+        base.config._attn_implementation = name
+
+
+@contextmanager
+def _trial(base: Any, device: torch.device) -> Iterator[None]:
+    """Compute as exactly as the weights allow, with windows that the texts reach beyond."""
+    changed: list[tuple[Any, str, int]] = []
+    places = [text_config(base), *base.modules()]
+    for place in {
+        id(x): x for x in [*places, *(getattr(m, "config", None) for m in places)]
+    }.values():
+        for name, value in list(getattr(place, "__dict__", {}).items()):
+            is_window = name.endswith(("window", "window_size", "attention_chunk_size"))
+            if is_window and isinstance(value, int) and value > WINDOW:
+                changed.append((place, name, value))
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        for place, name, _ in changed:
+            setattr(place, name, WINDOW)
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for place, name, value in changed:
+            setattr(place, name, value)
+        torch.set_float32_matmul_precision(precision)
+
+
+def _texts(base: Any, device: torch.device) -> Texts:
+    """Texts of random tokens that mean nothing special to the model."""
+    config = text_config(base)
+    most = getattr(config, "max_position_embeddings", None) or 1000
+    shrink = min(1.0, most / (PROMPTS[0] + COMPLETIONS[0]))  # a model that reads a few tokens only
+    prompts = [max(1, int(length * shrink)) for length in PROMPTS]
+    completions = [max(1, int(length * shrink)) for length in COMPLETIONS]
+    ids = some_ids(base, 6, prompts[0] + completions[0])  # no two rows alike
+    if isinstance(config.pad_token_id, int):  # often an end of a turn, so texts hold it, too
+        ids[0, prompts[0] // 2] = max(0, config.pad_token_id)
+    prompt_mask = torch.arange(prompts[0]) >= prompts[0] - torch.tensor(prompts)[:, None]
+    on = torch.arange(completions[0]) < torch.tensor(completions)[:, None]
+    texts = (
+        ids[:2, : prompts[0]].masked_fill(~prompt_mask, 0).repeat_interleave(2, 0),
+        prompt_mask.repeat_interleave(2, 0),
+        ids[2:, : completions[0]].masked_fill(~on, 0),
+        on,
+    )
+    return Texts(*(x.to(device) for x in texts))
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+def _try_decoding(model: Any, base: Any, device: torch.device) -> Found:
+    texts = _texts(base, device)
+    limit = texts.on.shape[1]
+    uniform = torch.rand(4, limit, generator=torch.Generator().manual_seed(0)).to(device)
+    # a quarter of all tokens ends a row, so that rows leave while others run on
+    ends: Any = range(0, base.get_input_embeddings().weight.shape[0], 4)
+    groups = torch.tensor([0, 0, 1, 1], device=device)
+    policy = SimpleNamespace(model=model, eos_ids=ends, pad_id=0)
+    prompts = texts.prompt_ids[::2], texts.prompt_mask[::2]
+
+    def grouped() -> Any:
+        rows = [ids[keep] for ids, keep in zip(*prompts, strict=True)]
+        # two rows at a time: others come in where rows end
+        return GroupDecoder(model, Wanted(rows, 2, uniform, 1.0, ends, 0, num_rows=3)).run()
+
+    def plainly(size: int) -> Any:
+        parts = zip(groups.split(size), uniform.split(size), strict=True)
+        pieces = [decode_plainly(policy, *prompts, *part, 1.0, alone=size == 1) for part in parts]
+        return tuple(map(torch.cat, zip(*pieces, strict=True)))
+
+    def gaps(run: Callable[[], Any]) -> list[float]:
+        ids, logprobs = run()
+        ended = torch.isin(ids, torch.tensor(ends, device=device)).cumsum(1)
+        on = ended.cumsum(1) <= 1
+        batch = texts.prompt_ids, texts.prompt_mask, ids, on, on
+        with _closed(base):
+            outputs, columns, _, _ = run_alone(model, *batch)
+        plain = torch.cat([o.logits[0, -c:] for o, c in zip(outputs, columns, strict=True)])
+        plain = plain.to(torch.promote_types(plain.dtype, torch.float32)).log_softmax(-1)
+        exact = plain.gather(-1, ids[on][:, None])[:, 0]
+        return [_gap(logprobs[on], exact, plain.std(-1))]
+
+    reasons: list[str] = []
+    with _trial(base, device), _evaluated(model), torch.no_grad():
+        ways = {
+            "grouped": (grouped, " decodes with a cache of its own, which is slower: "),
+            "batched": (lambda: plainly(4), " decodes one row at a time, which is slow: "),
+            "alone": (lambda: plainly(1), " cannot be sampled from: "),
+        }
+        for way, (run, consequence) in ways.items():
+            reason = _why_not(base, way, lambda: gaps(run))  # noqa: B023
+            if reason is None:
+                return Found(way, tuple(reasons))
+            reasons.append(consequence + reason)
+    raise ValueError(f"policy.path: {type(base).__name__}{reasons[-1]}")
