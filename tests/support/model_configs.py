@@ -193,6 +193,7 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "inkling_text": ("its logits would hardly differ", {"logits_mup_width_multiplier": 1.0}),
     "minicpm3": ("its logits would be far apart", {"dim_model_base": 16}),
     "blt": ("it hashes bytes", {"encoder_hash_byte_group_size": [3]}),
+    "deepseek_v4": ("it is slow", {"hc_sinkhorn_iters": 2}),
     "xmod": ("it has adapters of a language", {"default_language": "en_XX"}),
     "dots3_note_text": ("its windowed layers have sizes of their own", WINDOWED),
     "dots3_note": (
