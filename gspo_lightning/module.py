@@ -31,7 +31,7 @@ from gspo_lightning.optim import (
     learning_rate_factor,
     set_learning_rate,
 )
-from gspo_lightning.policy import Policy, PolicyConfig, load_policy, load_tokenizer
+from gspo_lightning.policy import Policy, PolicyConfig, check_lengths, load_policy, load_tokenizer
 from gspo_lightning.rewards import (
     RewardTerm,
     TimeLimit,
@@ -283,6 +283,9 @@ class GSPOModule(LightningModule):
                     f"(prompts_per_rollout x group_size), got {self.num_minibatches}"
                 )
         device = self.trainer.strategy.root_device
+        examples = getattr(self.trainer.datamodule, "examples", {})  # type: ignore[attr-defined]
+        held_out = self.eval_samplers["greedy"].max_new_tokens
+        check_lengths(self.policy_config, examples, self.sampler.max_new_tokens, held_out)
         self.frozen.load(self.policy_config, device, with_reference=stage == "fit")
 
     def configure_model(self) -> None:

@@ -6,7 +6,7 @@ the policy, saved in checkpoints, never exported.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -259,7 +259,8 @@ def load_critic(config: CriticConfig, policy_config: PolicyConfig, policy: Any) 
         )
     path = config.path or policy_config.path
     check_model_folder("critic.path", path, policy_config.trust_remote_code)
-    backbone = policy_config.load("critic.path", AutoModel, config.path)
+    whole = replace(policy_config, load_in_4bit=False)  # all of a critic's weights are trained
+    backbone = whole.load("critic.path", AutoModel, config.path)
     rows = backbone.get_input_embeddings().weight.shape[0]
     needed = policy.get_input_embeddings().weight.shape[0]
     if rows < needed:

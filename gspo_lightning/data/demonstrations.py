@@ -7,6 +7,7 @@ tokenizer is the module's (``trainer.lightning_module.tokenizer``), so that no c
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -17,6 +18,7 @@ from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint.fingerprints import digest
 from gspo_lightning.data.stream import ResumableStream, pad
 from gspo_lightning.data.tables import check_file, read_rows, text_column
+from gspo_lightning.policy.reads import Limits, limits
 from gspo_lightning.rollout import Movable
 
 
@@ -54,6 +56,34 @@ class TokenizedData(LightningDataModule):
                 f"{type(self.trainer.lightning_module).__name__} has none"
             )
         return tokenizer
+
+    def check_readable(self, where: str, ids: list[int]) -> None:
+        """Refuse a text that the module's model cannot read.
+
+        Args:
+            where: Setting, file and row.
+            ids: The text's.
+
+        Raises:
+            ValueError: If an id is not embedded, or there are more than the model has positions.
+        """
+        limit = self._limits
+        if limit.ids is not None and max(ids, default=0) >= limit.ids:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise ValueError(
+                f"{where} holds {token!r}, id {max(ids)} of the tokenizer, and the model embeds "
+                f"{limit.ids} ids; take it out of the row, or save model and tokenizer as a pair"
+            )
+        if limit.tokens is not None and len(ids) > limit.tokens:
+            raise ValueError(
+                f"{where} has {len(ids)} tokens, and the model reads {limit.tokens}; shorten the "
+                "row, or take it out"
+            )
+
+    @cached_property
+    def _limits(self) -> Limits:
+        config = getattr(self.trainer.lightning_module, "policy_config", None)  # type: ignore[union-attr]
+        return Limits(None, None) if config is None else limits(config)
 
     def _skip_validation_unless(self, there: bool) -> None:
         if not there:  # Lightning would warn of a loader without batches
@@ -207,5 +237,6 @@ class SFTData(SupervisedData):
                     f"in all; at least 1 and at most data.max_tokens {self.max_tokens} may be; "
                     "raise it, or shorten the row"
                 )
+            self.check_readable(f"{key}: {path}: row {number}", prompt_ids + completion_ids)
             examples.append((prompt_ids, completion_ids))
         return examples

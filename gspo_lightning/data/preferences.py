@@ -101,5 +101,6 @@ class PreferenceData(SupervisedData):
                     f"{where}: prompt and {name!r} have {len(ids)} tokens; at least 1 and at most "
                     f"data.max_tokens {self.max_tokens} may be; raise it, or shorten the row"
                 )
+            self.check_readable(where, ids)
             encoded.append(ids)
         return encoded[0], encoded[1]

@@ -153,6 +153,7 @@ class PromptData(TokenizedData):
             ids = self.tokenizer(prompt)["input_ids"]
         if not ids:
             raise ValueError(f"{where}: the prompt is empty; write one, or take the row out")
+        self.check_readable(where, ids)
         return ids
 
     def _render(self, where: str, prompt: Any) -> str:

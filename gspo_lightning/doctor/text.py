@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from gspo_lightning.doctor.findings import Finding
+from gspo_lightning.policy.reads import overlength, positions
 
 MARK = "MARKEDANSWER"
 LOOKS_LIKE_CHAT = re.compile(r"<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<(?:start|end)_of_turn>")
@@ -159,27 +160,22 @@ def lengths(policy: Any, data: Any, prompts: list[list[int]], new_tokens: int) -
     sizes = [len(ids) for ids in prompts]
     dropped = getattr(data, "dropped", {}).get("path", 0)
     config = policy.model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    positions = getattr(config, "max_position_embeddings", None)
+    limit = positions(config)
     longest = max(sizes)
     value = {
         "longest": longest,
         "median": statistics.median(sizes),
         "dropped_share": dropped / (dropped + len(sizes)),
         "new_tokens": new_tokens,
-        "positions": positions,
+        "positions": limit,
     }
     text = f"{len(sizes)} of at most {longest} tokens, median {value['median']:g}"
     if dropped:
         text += f"; {value['dropped_share']:.0%} are longer than data.max_prompt_tokens and dropped"
-    if positions is not None and longest + new_tokens > positions:
-        text += f"; with {new_tokens} new tokens that is more than the {positions} the model reads"
-        remedy = (
-            f"lower sampler.max_new_tokens to {max(positions - longest, 0)}, or "
-            "data.max_prompt_tokens with data.overlong_prompts: drop"
-        )
-        return Finding("prompts", "error", text, remedy, value)
-    text += f", and {new_tokens} new ones" + (f"; the model reads {positions}" if positions else "")
+    # a model with a fixed table of positions is refused before it is examined
+    if trouble := overlength(config, longest, new_tokens):
+        return Finding("prompts", "warning", f"{text}; {trouble[0]}", trouble[1], value)
+    text += f", and {new_tokens} new ones" + (f"; the model reads {limit}" if limit else "")
     if dropped > len(sizes):
         remedy = "raise data.max_prompt_tokens, or see whether these are the right prompts"
         return Finding("prompts", "warning", text, remedy, value)

@@ -101,6 +101,7 @@ class ReferencePolicy:
         """
         if self.path is None and policy.weights == "random":
             raise ValueError("reference.path: a policy with random weights is in no folder")
+        policy.check_device("reference.device", device)
         key = "policy.path" if self.path is None else "reference.path"
         model = policy.load(key, AutoModelForCausalLM, self.path, self.dtype)
         self.model = freeze(model, device)
@@ -184,6 +185,7 @@ class FrozenModels:
             for key, word in places.items()
         }
         self.devices, self.policy_device = devices, device
+        policy.check_device("trainer.accelerator", device)
         for key, model in self.reward_models.items():
             check_model_folder(f"{key}.path", model.path, model.trust_remote_code)
         if reference is not None and reference.path is not None:

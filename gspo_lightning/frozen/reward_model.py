@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.guards.out_of_memory import Sizes
+from gspo_lightning.policy.folder import check_values, read_tokenizer, silence, unloadable
 from gspo_lightning.policy.policy import fingerprint, make_ready
+from gspo_lightning.policy.reads import positions
 
 
 def freeze(model: Any, device: torch.device) -> Any:
@@ -86,32 +88,38 @@ class RewardModel:
                 ``max_tokens`` is more than the model reads.
         """
         source: Any = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        self.tokenizer = AutoTokenizer.from_pretrained(self.path, padding_side="right", **source)
+        self.tokenizer = read_tokenizer(self.path, padding_side="right", **source)
         if self.chat_template and getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError(
                 f"chat_template is true, but the tokenizer of the reward model {self.path} has no "
                 "chat template"
             )
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            self.path, dtype=getattr(torch, self.dtype), output_loading_info=True, **source
-        )
+        options = source | {"dtype": getattr(torch, self.dtype), "output_loading_info": True}
+        try:
+            with silence():
+                auto = AutoModelForSequenceClassification
+                model, loading = auto.from_pretrained(self.path, **options)
+        except Exception as error:  # whatever a model's code raises for sizes that do not fit
+            raise unloadable("the reward model", self.path, error) from error
         if loading["missing_keys"]:  # transformers would draw them at random and go on
             raise ValueError(
                 f"{self.path} is no trained sequence classifier: it has no weights for "
                 f"{', '.join(sorted(loading['missing_keys'])[:3])}; RewardModelModule trains one"
             )
+        check_values(self.path, model)
         labels = model.config.num_labels
         if labels > 1 and self.label is None:
             raise ValueError(f"the reward model {self.path} has {labels} labels; set label to one")
         if self.label is not None and not 0 <= self.label < labels:
             raise ValueError(f"label {self.label} is not among the {labels} of {self.path}")
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if self.max_tokens is not None and positions is not None and self.max_tokens > positions:
+        limit = positions(model.config)
+        if self.max_tokens is not None and limit is not None and self.max_tokens > limit:
             raise ValueError(
-                f"max_tokens {self.max_tokens} is more than the {positions} tokens that the reward "
+                f"max_tokens {self.max_tokens} is more than the {limit} tokens that the reward "
                 f"model {self.path} reads"
             )
-        model.config.pad_token_id = self.tokenizer.pad_token_id
+        for config in (model.config, model.config.get_text_config()):  # a classifier reads either
+            config.pad_token_id = self.tokenizer.pad_token_id
         self.model = freeze(model, device)
         self.fingerprint = fingerprint(self.model)
 
@@ -171,7 +179,7 @@ class RewardModel:
         else:
             text = f"{prompt}{self.separator}{completion}"
             ids = self.tokenizer(text)["input_ids"]
-        limit = self.max_tokens or getattr(self.model.config, "max_position_embeddings", None)
+        limit = self.max_tokens or positions(self.model.config)
         if limit is None or len(ids) <= limit:
             return ids
         if self.overlong == "error":

@@ -2,3 +2,4 @@
 
 from gspo_lightning.policy.lora import LoRAConfig
 from gspo_lightning.policy.policy import Policy, PolicyConfig, load_policy, load_tokenizer
+from gspo_lightning.policy.reads import check_lengths

@@ -7,21 +7,33 @@ to transformers to check. ``key`` is always the setting that names the folder, f
 
 import json
 import re
+import traceback
+import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 AGAIN = "fetch or save the model again"
-# what transformers and the libraries below it raise for a folder that cannot be loaded
-BROKEN = (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, SafetensorError)
+# Numbers of a config.json below 1 surface as a division by zero or a negative size, without a name.
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # types in a header of safetensors
 
 
 def check_model_path(key: str, path: str) -> None:
@@ -65,14 +77,57 @@ def check_model_folder(key: str, path: str, trust_remote_code: bool, weights: bo
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return None
-    read_json(key, folder / "config.json")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except BROKEN as error:
-        raise ValueError(f"{key}: cannot load {path}: {reason(error)}") from error
-    for file in weight_files(key, folder) if weights else []:
-        check_weights(key, file)
+    file = folder / "config.json"
+    written = read_json(key, file)
+    check_written(f"{key}: {file}", written)
+    config = read_config(key, path, trust_remote_code)
+    text = config.get_text_config()
+    for name in SIZES:
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value < 1:
+            raise ValueError(
+                f"{key}: {file}: {name} is {value}, must be at least 1; mend it, or {AGAIN}"
+            )
+    if (folder / "generation_config.json").is_file():  # transformers would do without a broken one
+        read_json(key, folder / "generation_config.json")
+    for weights_file in weight_files(key, folder) if weights else []:
+        check_weights(key, weights_file, quantized="quantization_config" in written)
     return config
+
+
+def read_config(
+    key: str, path: str, trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
+    """The config of a model in a folder or on the hub."""
+    try:
+        with silence():
+            config = AutoConfig.from_pretrained(
+                path, trust_remote_code=trust_remote_code, revision=revision
+            )
+        config.get_text_config()  # raises for a model of several parts with text
+        return config
+    except Exception as error:  # each model's config checks itself, and may raise anything
+        raise unloadable(key, path, error) from error
+
+
+def check_written(where: str, written: dict[str, Any]) -> None:
+    """Refuse values of a config.json that libraries stumble over without saying the key.
+
+    Args:
+        where: Setting and file.
+        written: What stands in the file.
+    """
+    if not isinstance(written.get("quantization_config") or {}, dict):
+        found = written["quantization_config"]
+        raise ValueError(
+            f"{where}: quantization_config is {found!r}, not an object; mend it, or take it out "
+            "where the weights are not quantized"
+        )
+    for name in ("dtype", "torch_dtype"):
+        value = written.get(name)
+        known = isinstance(getattr(torch, str(value), None), torch.dtype)
+        if value is not None and value != "auto" and not known:
+            raise ValueError(f"{where}: {name} is {value!r}, no type of torch; write float32")
 
 
 def read_json(key: str, file: Path) -> dict[str, Any]:
@@ -108,17 +163,26 @@ def weight_files(key: str, folder: Path) -> list[Path]:
     )
 
 
-def check_weights(key: str, file: Path) -> None:
-    """Refuse a file of weights that is cut off, a placeholder, or holds anything but tensors."""
+def check_weights(key: str, file: Path, quantized: bool = False) -> None:
+    """Refuse a file of weights that is cut off, a placeholder, or holds anything but real numbers.
+
+    Args:
+        quantized: Whether whole numbers may be weights.
+    """
     with file.open("rb") as stream:
         if stream.read(32).startswith(b"version https://git-lfs"):
             raise ValueError(f"{key}: {file} is a Git LFS pointer; fetch the file: git lfs pull")
     try:
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt"):  # compares the header with the file's length
-                return
-        # reads the pickle alone: on "meta" no tensor is loaded
-        torch.load(file, map_location="meta", mmap=zipfile.is_zipfile(file), weights_only=True)
+            # opening compares the header with the file's length
+            with safe_open(file, framework="pt") as tensors:
+                types = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+            whole = [name for name, kind in types.items() if kind not in FLOATS]
+        else:  # reads the pickle alone: on "meta" no tensor is loaded
+            mapped = zipfile.is_zipfile(file)
+            found = torch.load(file, map_location="meta", mmap=mapped, weights_only=True)
+            types = {name: t.dtype for name, t in found.items() if isinstance(t, torch.Tensor)}
+            whole = [name for name, kind in types.items() if not kind.is_floating_point]
     except UnpicklingError as error:
         raise ValueError(
             f"{key}: {file} holds more than tensors, such as code, and is not loaded; convert it "
@@ -129,6 +193,91 @@ def check_weights(key: str, file: Path) -> None:
             f"{key}: {file} ({file.stat().st_size} bytes) is broken: {reason(error)}; fetch or "
             "save it again"
         ) from error
+    # masks and positions are whole numbers in files of older models, and are never called a weight
+    whole = [name for name in whole if name.endswith("weight")]
+    if whole and not quantized:  # loaded, they would be cast without a word
+        kind = str(types[whole[0]]).removeprefix("torch.")
+        raise ValueError(
+            f"{key}: {file} has {whole[0]} in {kind}, which is no type of weights; {AGAIN}, in "
+            "float32 or bfloat16"
+        )
+
+
+def check_values(where: str, model: torch.nn.Module) -> None:
+    """Refuse weights that are no numbers, and say so where most matrices are all zeros.
+
+    Args:
+        where: Setting and path, for the message.
+
+    Raises:
+        ValueError: If a weight is NaN or infinite.
+    """
+    empty, count = [], 0
+    for name, weight in model.named_parameters():
+        if not weight.is_floating_point() or not weight.numel() or weight.is_meta:
+            continue
+        total = weight.detach().sum(dtype=torch.float32)  # finite only where every number is
+        if not total.isfinite() and not (finite := weight.isfinite()).all():
+            bad = finite.numel() - int(finite.sum())
+            raise ValueError(
+                f"{where} has NaN or infinite weights: {bad} of {finite.numel()} in {name}; {AGAIN}"
+            )
+        if weight.ndim > 1 and not name.endswith("bias"):  # experts have theirs in one matrix
+            count += 1
+            if total == 0 and not weight.any():
+                empty.append(name)
+    if 2 * len(empty) > count:  # a few may be meant: added layers begin as if they were not there
+        warnings.warn(
+            f"{where}: {len(empty)} of {count} matrices are all zeros, such as {empty[0]}; such a "
+            f"model has learnt nothing: {AGAIN}",
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Hide what transformers logs while a model is read: a mistake is one line of ours."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def read_tokenizer(path: str, **options: Any) -> Any:
+    """Load a tokenizer that works.
+
+    Args:
+        path: Folder or hub name.
+        options: Of ``AutoTokenizer.from_pretrained``.
+
+    Raises:
+        ValueError: If it cannot be loaded or used, naming the path.
+    """
+    try:
+        with silence():
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ValueError(
+            f"cannot load the tokenizer of {path}: {reason(error)}; save it again"
+        ) from error
+    file = f"{path}/tokenizer_config.json"
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest >= 1:
+        raise ValueError(
+            f"{file}: model_max_length is {longest!r}, must be a number above 0; mend it or take "
+            "it out"
+        )
+    if tokenizer.vocab_size == 0:  # special tokens do not count
+        raise ValueError(f"the tokenizer of {path} has an empty vocabulary; save it again")
+    try:
+        tokenizer("")
+    except Exception as error:
+        raise ValueError(
+            f"the tokenizer of {path} fails on an empty text: {reason(error)}; save it again"
+        ) from error
+    return tokenizer
 
 
 def load_weights(key: str, auto: Any, path: str, new_head: bool = False, **options: Any) -> Any:
@@ -143,19 +292,15 @@ def load_weights(key: str, auto: Any, path: str, new_head: bool = False, **optio
     Raises:
         ValueError: If the model cannot be loaded, naming key and path.
     """
-    level = transformers_logging.get_verbosity()
-    # hides a table of several lines about missing tensors, which are errors here
-    transformers_logging.set_verbosity_error()
     try:
-        model, loading = auto.from_pretrained(
-            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    except (*BROKEN, UnpicklingError) as error:
+        with silence():  # else a table of several lines about missing tensors, which are errors
+            model, loading = auto.from_pretrained(
+                path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    except Exception as error:  # whatever a model's code raises for sizes that do not fit
         if "attn_implementation" in str(error):
             key = "policy.attention"
-        raise ValueError(f"{key}: cannot load {path}: {reason(error)}") from error
-    finally:
-        transformers_logging.set_verbosity(level)
+        raise unloadable(key, path, error) from error
     for name, found, wanted in sorted(loading["mismatched_keys"]):
         raise ValueError(
             f"{key}: {path} has {name} in the shape {tuple(found)}, its config.json says "
@@ -166,12 +311,34 @@ def load_weights(key: str, auto: Any, path: str, new_head: bool = False, **optio
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{key}: {path} has no weights for {missing[0]}{more}; {AGAIN}")
+    check_values(f"{key}: {path}", model)
     return model
 
 
+def unloadable(key: str, path: str, error: Exception) -> ValueError:
+    """The one line for a model that some library could not load."""
+    known = isinstance(error, (OSError, ImportError)) or "trust_remote_code" in str(error)
+    way_out = "" if known else f"; mend {path}/config.json, or {AGAIN}"
+    return ValueError(f"{key}: cannot load {path}: {reason(error)}{way_out}")
+
+
 def reason(error: BaseException) -> str:
-    """The first line of a library's message; later lines advise callers of that library."""
+    """A library's message in one line; later lines advise callers of that library.
+
+    What a model's own code raises says little: the keys of the config that the failing line had
+    read are named with it.
+    """
     if "trust_remote_code=True" in str(error):  # its advice is an argument that nobody here passes
-        return "it comes with Python code of its own; policy.trust_remote_code: true would run it"
+        return "it comes with Python code of its own; trust_remote_code: true would run it"
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    text = lines[0].strip().removesuffix(".") if lines else ""
+    if "alidation error for" in text and len(lines) > 1:  # the next line says key, value and want
+        text = re.sub(r"^\w+: |\. Errors: .*", "", lines[1].strip())
+        return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text).replace("NoneType", "null")
+    if isinstance(error, (OSError, ValueError, ImportError, SafetensorError, UnpicklingError)):
+        return text or type(error).__name__  # written for users
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if keys := re.findall(r"\bconfig\.([a-z]\w+)", frame.line or ""):
+            text += f" (at {', '.join(dict.fromkeys(keys))} of its config)"
+            break
+    return f"{type(error).__name__}: {text}"

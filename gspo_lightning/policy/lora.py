@@ -5,7 +5,11 @@ policy has adapters: it is an extra.
 """
 
 import importlib.util
+import math
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gspo_lightning.bounds import check_at_least, check_positive
 from gspo_lightning.engine.padded import unwrapped
+from gspo_lightning.policy.four_bits import full_weights
 
 
 @dataclass(frozen=True)
@@ -28,23 +33,40 @@ class LoRAConfig:
         rank: Rows of A and columns of B.
         alpha: The product is scaled by ``alpha / rank``.
         target_modules: Names of the layers that get adapters (``[q_proj, v_proj]``), or
-            ``all-linear``: every linear layer but the output head. Experts, whose weights lie in
-            one tensor for all, their router and a shared expert beside them get none.
+            ``all-linear``: every linear layer that reads text, but the output head. Experts, whose
+            weights lie in one tensor for all, get none whatever is named; ``all-linear`` leaves out
+            their router and a shared expert beside them, too. Layers without experts get theirs.
         export: ``merged`` writes a model of its own; ``adapter`` writes the adapters alone, which
             peft loads on top of ``policy.path``.
+        use_rslora: Scale the product by ``alpha / sqrt(rank)`` (rank-stabilised LoRA), under which
+            a larger rank does not make steps smaller.
+        modules_to_save: Names of modules that are trained whole beside the adapters, such as
+            ``[norm]`` or, where they are not tied, ``[embed_tokens, lm_head]``. Their copies are of
+            the policy's own dtype.
 
     Raises:
         ValueError: If a value is out of range.
         ImportError: If peft is not installed.
 
     Source:
-        LoRA, arXiv:2106.09685, section 4.1.
+        LoRA, arXiv:2106.09685, section 4.1; rank-stabilised LoRA, arXiv:2312.03732, section 3.2.
     """
 
     rank: int = 16
     alpha: float = 32.0
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     export: Literal["merged", "adapter"] = "merged"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+
+    @property
+    def scale(self) -> float:
+        """What the product B A is multiplied by.
+
+        >>> LoRAConfig(rank=16, alpha=8.0).scale, LoRAConfig(16, 8.0, use_rslora=True).scale
+        (0.5, 2.0)
+        """
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     def __post_init__(self) -> None:
         check_at_least(1, "policy.lora.", rank=self.rank)
@@ -55,6 +77,10 @@ class LoRAConfig:
                 "policy.lora.target_modules must be a list of layer names or all-linear, got "
                 f"{names!r}"
             )
+        if self.modules_to_save is not None and not self.modules_to_save:
+            raise ValueError(
+                "policy.lora.modules_to_save is empty; name modules, or set it to null"
+            )
         if importlib.util.find_spec("peft") is None:
             raise ImportError("policy.lora needs peft: pip install 'gspo_lightning[lora]'")
 
@@ -63,45 +89,94 @@ def add_adapters(model: Any, config: LoRAConfig) -> Any:
     """Freeze a transformers model and put adapters beside its layers, which are replaced in place.
 
     Returns:
-        The peft model around it. Its trainable parameters are the adapters.
+        The peft model around it. Its trainable parameters are the adapters and, of modules that are
+        trained whole, copies.
 
     Raises:
-        ValueError: If no layer has the given names, or one shares its weight with another layer.
+        ValueError: If no layer has the given names, one shares its weight with another layer, or
+            adapters that are exported alone would go to other layers when they are loaded.
     """
     from peft import LoraConfig, get_peft_model
 
+    whole = chosen_modules(model, config.modules_to_save or [])
+    layers = chosen_layers(model, config.target_modules, tuple(whole))
+    if config.export == "adapter":
+        _check_reloading(model, layers)
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # any number will do
         lora_dropout=0.0,
-        target_modules=chosen_layers(model, config.target_modules),
+        target_modules=layers,
+        use_rslora=config.use_rslora,
+        modules_to_save=whole or None,
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _names_as_given():
         # GPT-2 stores its matrices the other way round; peft sees that by itself and says so
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
         # peft 0.21 reads what transformers 5.23 has renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         try:
-            adapted = get_peft_model(model, settings)
-        except ValueError as error:
+            return get_peft_model(model, settings)
+        except (TypeError, ValueError) as error:
             raise ValueError(f"policy.lora.target_modules: {str(error).splitlines()[0]}") from error
-    # peft 0.21 takes gate_proj and the like in a model with experts for the experts' own tensors
-    if getattr(adapted.peft_config["default"], "target_parameters", None):
+
+
+@contextmanager
+def _names_as_given() -> Iterator[None]:
+    """Keep peft from putting adapters on experts in place of the layers that are named.
+
+    For adapters made with transformers 4, where each expert had layers of its own, peft 0.21 takes
+    every ``gate_proj`` of a model with experts for theirs, those of its dense layers included.
+    """
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # a peft that knows no such thing
+        yield
+        return
+    own = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = own
+
+
+def _check_reloading(model: Any, layers: list[str]) -> None:
+    """Refuse adapters that peft, loading them, would put on the experts after all."""
+    try:
+        from peft import LoraConfig
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:
+        return
+
+    def taken(name: str) -> bool:
+        settings = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(settings, model, None)
+        except ValueError:  # one of two that experts have in one tensor
+            return True
+        return bool(settings.target_parameters)
+
+    short = sorted({name.rpartition(".")[2] for name in layers})
+    if lost := [name for name in short if taken(name)]:
+        rest = [name for name in short if name not in lost]
         raise ValueError(
-            "policy.lora.target_modules: peft would put adapters on the experts of this model, "
-            f"which is not supported; leave feed-forward layers out of {config.target_modules}"
+            f"policy.lora.export: adapter: peft would load the adapters of {', '.join(lost)} onto "
+            f"the experts of this model; set export: merged, or target_modules: [{', '.join(rest)}]"
         )
-    return adapted
 
 
-def chosen_layers(model: Any, wanted: list[str] | str) -> list[str]:
+def chosen_layers(model: Any, wanted: list[str] | str, whole: tuple[str, ...] = ()) -> list[str]:
     """The full names of the layers that get adapters, from last parts of names or ``all-linear``.
+
+    Args:
+        whole: Full names of the modules that are trained whole.
 
     Raises:
         ValueError: If a name fits no layer, or one whose weight is another layer's, too.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    head = model.get_output_embeddings()
     layers = {
         name: layer
         for name, layer in model.named_modules()
@@ -114,28 +189,54 @@ def chosen_layers(model: Any, wanted: list[str] | str) -> list[str]:
             if any(p.ndim == 3 for p in part.parameters(recurse=False))
             and not hasattr(part, "weight")
         )
+        inside = set(model.get_decoder().modules())  # not the eyes of a model that also sees
         return [
             name
             for name, layer in layers.items()
-            if layer is not head
+            if layer in inside
+            and layer is not head
             and not isinstance(layer, nn.Embedding)
             and not name.startswith(blocks)
+            and not f"{name}.".startswith(tuple(f"{part}." for part in whole))
         ]
+    chosen = _named(model, "target_modules", "layer", list(wanted), layers)
+    for name in chosen:
+        if f"{name}.".startswith(tuple(f"{part}." for part in whole)):
+            raise ValueError(
+                f"policy.lora.target_modules: {name} is trained whole (modules_to_save); leave it "
+                "out of one of the two"
+            )
+    return chosen
+
+
+def chosen_modules(model: Any, wanted: list[str]) -> list[str]:
+    """The full names of the modules that are trained whole, from last parts of names."""
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if name and any(True for _ in module.parameters()) and type(module) is not nn.ModuleList
+    }
+    return _named(model, "modules_to_save", "module", wanted, modules)
+
+
+def _named(model: Any, key: str, what: str, wanted: list[str], known: dict[str, Any]) -> list[str]:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and embedding.weight is head.weight
     chosen = []
     for short in wanted:
-        fitting = [name for name in layers if f".{name}".endswith(f".{short}")]
+        fitting = [name for name in known if f".{name}".endswith(f".{short}")]
         if not fitting:
-            known = sorted({name.rpartition(".")[2] for name in layers})
+            names = sorted({name.rpartition(".")[2] for name in known})
             raise ValueError(
-                f"policy.lora.target_modules: no layer is called {short!r}; there are "
-                f"{', '.join(known)}"
+                f"policy.lora.{key}: no {what} is called {short!r}; there are {', '.join(names)}"
             )
-        tied = head is not None and embedding.weight is head.weight
-        if tied and any(layers[name] in (embedding, head) for name in fitting):
+        if tied and any(
+            part in (embedding, head) for name in fitting for part in known[name].modules()
+        ):
             # merged into one of two tied layers, adapters would act on the other, too
             raise ValueError(
-                f"policy.lora.target_modules: {short} shares its weight with another layer (tied "
-                "embeddings), so adapters cannot be merged into it; leave it out"
+                f"policy.lora.{key}: {short} shares its weight with another layer (tied "
+                "embeddings), so what is trained cannot be merged into it; leave it out"
             )
         chosen += fitting
     return chosen
@@ -153,14 +254,14 @@ def merged_weights(model: Any) -> dict[str, Tensor]:
     from peft.tuners.lora import LoraLayer
 
     base = unwrapped(model)
-    weights = dict(base.state_dict())
+    weights = full_weights(base, dict(base.state_dict()))
     for name in [name for name, layer in base.named_modules() if isinstance(layer, LoraLayer)]:
         layer = base.get_submodule(name)
-        own = layer.get_base_layer().weight.detach()
+        own = weights[f"{name}.base_layer.weight"]
         delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
         weights[f"{name}.base_layer.weight"] = (own.to(delta.dtype) + delta.detach()).to(own.dtype)
     return {
-        name.replace(".base_layer.", "."): weight
+        re.sub(r"\.base_layer\.|\.modules_to_save\.[^.]+\.", ".", name): weight
         for name, weight in weights.items()
-        if ".lora_" not in name
+        if not re.search(r"\.lora_|\.original_module\.", name)
     }

@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.mode import leave_routers_out, stay_in_eval_mode
 from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.engine.products import speed_up, uses_onednn
-from gspo_lightning.policy import folder
+from gspo_lightning.policy import folder, four_bits
 from gspo_lightning.policy.lora import LoRAConfig, add_adapters, merged_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,6 +39,8 @@ class PolicyConfig:
         revision: Branch, tag or commit of a model on the hub.
         trust_remote_code: Run Python code that lies beside the weights. Off unless asked.
         lora: Train adapters and leave the weights as they are; ``None`` trains all weights.
+        load_in_4bit: Round the weights below the adapters to four bits each as they are loaded, a
+            quarter of the memory of bfloat16 (QLoRA). Needs ``lora``, bitsandbytes and a GPU.
     """
 
     path: str
@@ -49,9 +51,12 @@ class PolicyConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     lora: LoRAConfig | None = None
+    load_in_4bit: bool = False
 
     def __post_init__(self) -> None:
         folder.check_model_path("policy.path", self.path)
+        if self.load_in_4bit:
+            four_bits.check_four_bits(self.lora)
         if self.lora is not None and self.weights == "random":
             raise ValueError(
                 "policy.weights is random, but with policy.lora a checkpoint holds the adapters "
@@ -64,7 +69,14 @@ class PolicyConfig:
         options["trust_remote_code"] = self.trust_remote_code
         if self.attention is not None:  # other kernels would give other log-probs
             options["attn_implementation"] = self.attention
+        if self.load_in_4bit:
+            options["quantization_config"] = four_bits.rounding(options["dtype"])
         return options
+
+    def check_device(self, key: str, device: torch.device) -> None:
+        """Refuse a device that cannot hold such a policy, naming the setting that chose it."""
+        if self.load_in_4bit:
+            four_bits.check_device(key, device)
 
     def load(self, key: str, auto: Any, path: str | None = None, dtype: str | None = None) -> Any:
         """Load a model with this policy's options, its attention open to ours.
@@ -101,7 +113,7 @@ class Policy(nn.Module):
         self.eos_ids = eos_ids(model, tokenizer)
         pad = tokenizer.pad_token_id
         self.pad_id: int = self.eos_ids[0] if pad is None else pad
-        check_vocabulary(model, tokenizer)
+        check_special_ids(model, {"eos_token_id": self.eos_ids, "pad_token": [self.pad_id]})
         make_ready(model)
 
     def export(self, path: str | Path) -> None:
@@ -137,12 +149,15 @@ class LoRAPolicy(Policy):
             # the embedding has no adapters; without the argument peft would ask the hub about it
             self.model.save_pretrained(path, save_embedding_layers=False)
         else:
-            unwrapped(self.model).save_pretrained(path, state_dict=merged_weights(self.model))
+            base, weights = unwrapped(self.model), merged_weights(self.model)
+            if any(map(four_bits.is_rounded, base.parameters())):
+                base = four_bits.plain_model(base, base.get_input_embeddings().weight.dtype)
+            base.save_pretrained(path, state_dict=weights)
         self.tokenizer.save_pretrained(path)
 
     def get_extra_state(self) -> dict[str, Any]:
         """What the state dict holds beside the adapters: what they were trained on and for."""
-        return {"start": self.start, "scale": self.lora.alpha / self.lora.rank}
+        return {"start": self.start, "scale": self.lora.scale}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Refuse adapters that were trained on other weights or for another scale.
@@ -158,8 +173,9 @@ class LoRAPolicy(Policy):
             )
         if state["scale"] != own["scale"]:
             raise ValueError(
-                f"policy.lora.alpha: the checkpoint's adapters were trained for an alpha / rank of "
-                f"{state['scale']}, here it is {own['scale']}"
+                f"policy.lora.alpha: the checkpoint's adapters were trained for a scale of "
+                f"{state['scale']:g}, here it is {own['scale']:g} (alpha / rank, or alpha / "
+                "sqrt(rank) with use_rslora)"
             )
 
 
@@ -192,27 +208,19 @@ def load_tokenizer(config: PolicyConfig) -> Any:
     """Load the tokenizer of a policy folder, set to pad on the left, and look at the rest of it.
 
     Raises:
-        ValueError: If there is no tokenizer, it has more ids than the model, or the folder's config
-            or weights are broken.
+        ValueError: If there is no tokenizer, or it, the folder's config or weights are broken.
     """
     path, pretrained = Path(config.path).expanduser(), config.weights == "pretrained"
     trust = config.trust_remote_code
-    settings = folder.check_model_folder("policy.path", config.path, trust, pretrained)
+    folder.check_model_folder("policy.path", config.path, trust, pretrained)
     if path.is_dir() and not any(any(path.glob(name)) for name in TOKENIZER_FILES):
         # transformers would make an empty one up
         raise ValueError(f"policy.path: no tokenizer in {config.path}; save one beside the weights")
+    source: Any = {"revision": config.revision, "trust_remote_code": trust}
     try:
-        source: Any = {"revision": config.revision, "trust_remote_code": trust}
-        tokenizer = AutoTokenizer.from_pretrained(config.path, padding_side="left", **source)
-    except Exception as error:  # tokenizers raises Exception itself
-        raise ValueError(
-            f"policy.path: cannot load the tokenizer of {config.path}: {folder.reason(error)}; "
-            "save it again"
-        ) from error
-    if settings is not None:
-        rows = getattr(settings.get_text_config(), "vocab_size", None)
-        _compare_vocabularies(len(tokenizer), rows)
-    return tokenizer
+        return folder.read_tokenizer(config.path, padding_side="left", **source)
+    except ValueError as error:
+        raise ValueError(f"policy.path: {error}") from error
 
 
 def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
@@ -221,8 +229,8 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
     Without a tokenizer, :func:`load_tokenizer` loads the policy's own.
 
     Raises:
-        ValueError: If weights or tokenizer cannot be read, no end-of-sequence id is known, or the
-            tokenizer has more ids than the model, or the model has no key-value cache.
+        ValueError: If weights or tokenizer cannot be read, no end-of-sequence id is known or the
+            model lacks it, or the model has no key-value cache.
     """
     if tokenizer is None:
         tokenizer = load_tokenizer(config)
@@ -252,9 +260,8 @@ def _random_model(config: PolicyConfig) -> Any:
         model = AutoModelForCausalLM.from_config(model_config, **config.options())
         if (Path(config.path) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(config.path)
-    except folder.BROKEN as error:
-        why = folder.reason(error)
-        raise ValueError(f"policy.path: cannot load {config.path}: {why}") from error
+    except Exception as error:  # whatever a model's code raises for sizes that do not fit
+        raise folder.unloadable("policy.path", config.path, error) from error
     open_attention(model)
     return model
 
@@ -279,25 +286,36 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every id that ends a completion: the generation config's, else the tokenizer's."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     ids = tokenizer.eos_token_id if ids is None else ids
-    if ids is None:
+    if ids is None or ids == []:
         raise ValueError(
             "policy.path: neither generation_config.json nor the tokenizer has an eos_token_id, "
             "so a completion could never end; add one to generation_config.json"
         )
-    return [int(i) for i in ids] if isinstance(ids, (list, tuple)) else [int(ids)]
-
-
-def check_vocabulary(model: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer that can produce ids beyond the model's embedding."""
-    _compare_vocabularies(len(tokenizer), model.get_input_embeddings().weight.shape[0])
-
-
-def _compare_vocabularies(ids: int, rows: int | None) -> None:
-    if rows is not None and ids > rows:
+    found = list(ids) if isinstance(ids, (list, tuple)) else [ids]
+    if not all(type(i) is int for i in found):
         raise ValueError(
-            f"policy.path: the tokenizer has {ids} ids, the model embeds {rows}; model and "
-            "tokenizer do not belong together, save them as a pair"
+            f"policy.path: generation_config.json: eos_token_id is {ids!r}, must be an id or a "
+            "list of ids, such as 2 or [2, 5]"
         )
+    return found
+
+
+def check_special_ids(model: Any, used: dict[str, list[int]]) -> None:
+    """Refuse ids of the tokenizer's that a run needs and the model does not embed.
+
+    Others may be beyond the model's vocabulary: published pairs exist whose last id is that of a
+    picture, which no text holds.
+
+    Args:
+        used: Ids by the name under which a user finds them.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    for name, ids in used.items():
+        if beyond := [i for i in ids if not 0 <= i < rows]:
+            raise ValueError(
+                f"policy.path: {name} is {beyond[0]}, and the model embeds ids 0 to {rows - 1}; "
+                f"set another {name} beside the weights, or save model and tokenizer as a pair"
+            )
 
 
 def make_ready(model: nn.Module) -> None:

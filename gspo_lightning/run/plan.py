@@ -102,8 +102,17 @@ def _policy(trainer: Any, module: Any) -> str:
     if trainer.world_size > 1:
         place += f" and {trainer.world_size - 1} more"
     text = f"{count:,} parameters, {share}, {types} on {place}, precision {trainer.precision}"
+    text += _surplus(model)
     exact = trainer.precision == "32-true" and trainer.strategy.root_device.type == "cpu"
     return text + (", products by oneDNN" if exact and multiplies_by_onednn(model) else "")
+
+
+def _surplus(policy: Any) -> str:
+    """Ids that the tokenizer has and the model lacks; the data has refused prompts with them."""
+    if not hasattr(policy, "tokenizer"):
+        return ""
+    ids, rows = len(policy.tokenizer), policy.model.get_input_embeddings().weight.shape[0]
+    return f", {ids - rows} of the tokenizer's {ids:,} ids unknown to it" if ids > rows else ""
 
 
 def _critic(module: Any) -> str:

@@ -22,15 +22,16 @@ from gspo_lightning.optim import (
     learning_rate_factor,
     num_optimizer_steps,
 )
-from gspo_lightning.policy.folder import BROKEN, load_weights, reason
+from gspo_lightning.policy.folder import load_weights, unloadable
 from gspo_lightning.policy.policy import (
     DTYPES,
     PolicyConfig,
-    check_vocabulary,
+    check_special_ids,
     checkpoint_activations,
     load_tokenizer,
     make_ready,
 )
+from gspo_lightning.policy.reads import positions
 from gspo_lightning.supervised.step_log import set_rate_and_log
 
 
@@ -95,6 +96,10 @@ class RewardModelModule(LightningModule):
         super().__init__()
         if not 0 <= centring < math.inf:
             raise ValueError(f"model.centring must be >= 0 and finite, got {centring}")
+        if policy.lora is not None:
+            raise ValueError(
+                "policy.lora: a reward model is trained whole here; set policy.lora to null"
+            )
         self.policy_config = policy
         self.optimizer_config = optimizer or OptimizerConfig(learning_rate=1e-5)
         self.centring = centring
@@ -135,7 +140,7 @@ class RewardModelModule(LightningModule):
         Raises:
             ValueError: If the texts are longer than the model reads.
         """
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = positions(self.model.config)
         if limit is not None and ids.shape[1] > limit:
             raise ValueError(
                 f"the model reads {limit} tokens, a text has {ids.shape[1]}; lower data.max_tokens"
@@ -196,12 +201,12 @@ def load_classifier(config: PolicyConfig, tokenizer: Any) -> Any:
             options["attn_implementation"] = config.attention
         if config.weights == "random":
             model = auto.from_config(settings, **options)
-    except BROKEN as error:
-        raise ValueError(f"{key}: cannot load {config.path}: {reason(error)}") from error
+    except Exception as error:  # whatever a model's code raises for sizes that do not fit
+        raise unloadable(key, config.path, error) from error
     if config.weights == "pretrained":
         options |= {"config": settings, "revision": config.revision}
         model = load_weights(key, auto, config.path, new_head=True, **options)
-    check_vocabulary(model, tokenizer)
+    check_special_ids(model, {"pad_token": [tokenizer.pad_token_id]})
     make_ready(model)
     if config.gradient_checkpointing:
         checkpoint_activations(model)

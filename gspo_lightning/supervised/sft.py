@@ -44,6 +44,10 @@ class SFTModule(LightningModule):
         self.tokenizer = load_tokenizer(policy)  # data is set up before there is a model
         self.policy: Any = None
 
+    def setup(self, stage: str) -> None:
+        """Check what can be checked before the policy is loaded."""
+        self.policy_config.check_device("trainer.accelerator", self.trainer.strategy.root_device)
+
     def configure_model(self) -> None:
         """Load the policy; Lightning calls this again for every fit and validate."""
         if self.policy is None:

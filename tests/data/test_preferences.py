@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import PretrainedConfig
 
 from gspo_lightning.data.preferences import PreferenceData
 from gspo_lightning.frozen.models import RewardModel
@@ -49,7 +50,7 @@ def test_a_text_is_the_one_that_the_reward_model_scores(pairs, tokenizer, monkey
     model = RewardModel("x", separator=separator)
     model.tokenizer = tokenizer
     model.model = torch.nn.Module()
-    model.model.config = type("Config", (), {})
+    model.model.config = PretrainedConfig()
     monkeypatch.setattr(model, "_score", lambda ids: scored.extend(ids) or [0.0] * len(ids))
     model(ROWS[1:2], [ROWS[1]["chosen"]])
     batch = list(data.val_dataloader())[1]

@@ -88,7 +88,7 @@ def test_the_origins_examples_are_among_them():
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
     path = tmp_path_factory.mktemp("chat")
-    build_model("qwen3").save_pretrained(path)
+    build_model("qwen3", max_position_embeddings=512).save_pretrained(path)
     tokenizer = build_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(path)

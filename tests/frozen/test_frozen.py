@@ -382,9 +382,7 @@ def test_revision_is_asked_for(monkeypatch, reward_dir):
         asked.append(options)
         raise ValueError("enough")
 
-    monkeypatch.setattr(
-        "gspo_lightning.frozen.reward_model.AutoTokenizer.from_pretrained", remember
-    )
+    monkeypatch.setattr("gspo_lightning.policy.folder.AutoTokenizer.from_pretrained", remember)
     for options in ({}, {"revision": "v2"}):
         with pytest.raises(ValueError, match="enough"):
             load(reward_dir, **options)

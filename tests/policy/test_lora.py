@@ -13,7 +13,7 @@ from gspo_lightning.callbacks.files import AdaptiveKL
 from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.frozen.models import FrozenModels, ReferencePolicy, RewardModel
 from gspo_lightning.logprobs import completion_logprobs
-from gspo_lightning.policy.lora import LoRAConfig
+from gspo_lightning.policy.lora import LoRAConfig, chosen_layers
 from gspo_lightning.policy.policy import LoRAPolicy, PolicyConfig, load_policy, make_ready
 from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.rollout import PromptBatch
@@ -36,7 +36,11 @@ ARCHITECTURES = (
     "gpt_oss",
     "qwen3_next",
     "lfm2",
+    "deepseek_v3",
+    "glm4_moe",
+    "ernie4_5_moe",
 )
+DENSE_FIRST = ("deepseek_v3", "glm4_moe", "ernie4_5_moe")
 
 
 def config(path, lora=None, **options):
@@ -119,10 +123,48 @@ def test_experts_of_a_mixture_and_its_router_get_no_adapters(folder):
     policy = load_policy(config(folder("qwen3_next")))
     assert not any(".mlp." in name for name in policy.adapter_names)
     assert any(".linear_attn." in name for name in policy.adapter_names)
-    with pytest.raises(ValueError, match=r"experts of this model.*\['q_proj', 'down_proj'\]"):
-        load_policy(
-            config(folder("qwen3_next"), LoRAConfig(target_modules=["q_proj", "down_proj"]))
-        )
+    # by name, a shared expert gets its own, and the others beside it still get none
+    policy = load_policy(config(folder("qwen3_next"), LoRAConfig(target_modules=["down_proj"])))
+    assert {name.partition(".mlp.")[2].split(".lora_")[0] for name in policy.adapter_names} == {
+        "shared_expert.down_proj"
+    }
+
+
+@pytest.mark.parametrize("architecture", DENSE_FIRST)
+def test_dense_layers_before_experts_get_adapters_and_experts_none(
+    folder, tmp_path, make_rollout, architecture
+):
+    path = folder(architecture)
+    policy = load_policy(config(path))
+    layers = {name.split(".lora_")[0].partition(".layers.")[2] for name in policy.adapter_names}
+    feed_forward = {name for name in layers if ".mlp." in name}
+    assert feed_forward == {f"0.mlp.{part}_proj" for part in ("gate", "up", "down")}
+    assert {name[0] for name in layers - feed_forward} == {"0", "1"}  # attention of both
+    # peft would load them onto the experts: refused with a list that works on this very model
+    alone = LoRAConfig(rank=3, export="adapter")
+    with pytest.raises(ValueError, match=r"policy.lora.export: adapter: .* export: merged") as info:
+        load_policy(config(path, alone))
+    names = str(info.value).partition("target_modules: [")[2].rstrip("]").split(", ")
+    policy = load_policy(config(path, LoRAConfig(rank=3, export="adapter", target_modules=names)))
+    move(policy)
+    policy.export(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = logprobs(policy.model, make_rollout())
+    assert torch.equal(logprobs(loaded, make_rollout()), expected)
+
+
+def test_a_model_that_also_sees_gets_adapters_on_what_reads_text():
+    from transformers import Gemma3Config
+
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    text |= {"head_dim": 8, "num_key_value_heads": 1, "intermediate_size": 32}
+    eyes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    eyes |= {"intermediate_size": 32, "patch_size": 14}
+    settings = Gemma3Config(text_config=text, vision_config=eyes, mm_tokens_per_image=4)
+    model = AutoModelForCausalLM.from_config(settings)
+    assert any("vision" in name for name, _ in model.named_parameters())
+    layers = chosen_layers(model, "all-linear")
+    assert len(layers) == 7 and not any("vision" in name for name in layers)
 
 
 def test_alpha_over_rank_scales_the_adapters(model_dir, make_rollout):
@@ -137,6 +179,15 @@ def test_alpha_over_rank_scales_the_adapters(model_dir, make_rollout):
     for alpha, scale in ((3.0, 1.0), (12.0, 4.0)):
         difference, product = moved(alpha)
         torch.testing.assert_close(difference, scale * product)
+
+
+def test_rank_stabilised_adapters_are_scaled_by_the_root_of_the_rank(model_dir):
+    policy = load_policy(config(model_dir, LoRAConfig(rank=4, alpha=6.0, use_rslora=True)))
+    move(policy)
+    layer = policy.model.get_base_model().model.layers[0].self_attn.q_proj
+    x = torch.ones(1, 16)
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(layer(x) - layer.base_layer(x), 3.0 * x @ product.T)  # 6 / sqrt(4)
 
 
 # --- training -----------------------------------------------------------------------------
@@ -344,10 +395,89 @@ def test_adapters_are_not_put_on_other_weights(model_dir, folder):
 def test_adapters_are_not_scaled_otherwise_than_they_were_trained(model_dir):
     state = load_policy(config(model_dir, LoRAConfig(rank=3, alpha=6.0))).state_dict()
     other = load_policy(config(model_dir, LoRAConfig(rank=3, alpha=3.0)))
-    with pytest.raises(
-        ValueError, match=r"policy.lora.alpha: .* alpha / rank of 2.0, here it is 1"
-    ):
+    with pytest.raises(ValueError, match=r"policy.lora.alpha: .* a scale of 2, here it is 1"):
         other.load_state_dict(state)
+
+
+def test_a_rank_stabilised_scale_is_another_scale(model_dir):
+    plain, root = (LoRAConfig(rank=4, alpha=6.0, use_rslora=on) for on in (False, True))
+    state = load_policy(config(model_dir, root)).state_dict()
+    with pytest.raises(ValueError, match=r"trained for a scale of 3, here it is 1.5 \(alpha"):
+        load_policy(config(model_dir, plain)).load_state_dict(state)
+    load_policy(config(model_dir, LoRAConfig(rank=4, alpha=12.0))).load_state_dict(state)
+
+
+# --- modules that are trained whole -----------------------------------------------------------
+
+WHOLE = LoRAConfig(rank=3, modules_to_save=["embed_tokens", "lm_head", "norm"], use_rslora=True)
+
+
+def test_modules_are_trained_whole_beside_the_adapters_and_resumed(tmp_path, folder, make_rollout):
+    """Saved, loaded, off for the reference, and in the merged export."""
+    path, reference, keep = folder(tie_word_embeddings=False), ReferencePolicy(device="policy"), {}
+
+    class Look(Callback):
+        def on_train_start(self, trainer, module):
+            keep["start"] = {name: p.clone() for name, p in module.policy.named_parameters()}
+
+        def on_train_end(self, trainer, module):
+            keep["reference"] = reference.logprobs(make_rollout(), 1.0)
+
+    options = {"policy": config(path, WHOLE), "reference": reference}
+    module = run(tmp_path, path, 2, [Look(), AdaptiveKL(initial=0.1)], **options)
+    policy = module.policy
+    changed = {n for n, p in policy.named_parameters() if not torch.equal(p, keep["start"][n])}
+    whole = {name for name in changed if ".modules_to_save." in name}
+    parts = {name.split(".modules_to_save.")[0].rpartition(".")[2] for name in whole}
+    assert parts == {"embed_tokens", "norm", "lm_head"} and len(whole) == 3
+    assert changed == policy.adapter_names
+    start = AutoModelForCausalLM.from_pretrained(path)
+    expected = logprobs(start, make_rollout())
+    torch.testing.assert_close(keep["reference"], expected, atol=2e-6, rtol=0)
+
+    expected = logprobs(policy.model, make_rollout())
+    assert not torch.allclose(expected, keep["reference"], atol=0.01)
+    again = load_policy(config(path, WHOLE))
+    again.load_state_dict(policy.state_dict())
+    assert torch.equal(logprobs(again.model, make_rollout()), expected)
+
+    policy.export(tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not any("lora" in name or "save" in name for name, _ in plain.named_parameters())
+    torch.testing.assert_close(logprobs(plain, make_rollout()), expected, atol=2e-5, rtol=0)
+
+
+def test_modules_trained_whole_are_exported_with_the_adapters(folder, tmp_path, make_rollout):
+    lora = LoRAConfig(rank=3, modules_to_save=["norm", "lm_head"], export="adapter")
+    policy = load_policy(config(folder(tie_word_embeddings=False), lora))
+    move(policy)
+    policy.export(tmp_path / "out")
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder(tie_word_embeddings=False)), tmp_path / "out"
+    )
+    expected = logprobs(policy.model, make_rollout())
+    assert torch.equal(logprobs(loaded, make_rollout()), expected)
+
+
+def test_a_block_that_is_trained_whole_gets_no_adapters(model_dir):
+    policy = load_policy(config(model_dir, LoRAConfig(modules_to_save=["mlp"])))
+    names = {name for name in policy.adapter_names if ".mlp." in name}
+    assert names and all(".mlp.modules_to_save." in name for name in names)
+    both = LoRAConfig(target_modules=["up_proj"], modules_to_save=["mlp"])
+    with pytest.raises(ValueError, match=r"mlp.up_proj is trained whole \(modules_to_save\); le"):
+        load_policy(config(model_dir, both))
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head", "model"])
+def test_tied_modules_are_not_trained_whole(model_dir, name):
+    lora = LoRAConfig(modules_to_save=[name])
+    with pytest.raises(ValueError, match=f"modules_to_save: {name} shares its weight with another"):
+        load_policy(config(model_dir, lora))
+
+
+def test_a_module_that_is_not_there_is_named_with_those_there_are(model_dir):
+    with pytest.raises(ValueError, match=r"modules_to_save: no module is called 'nrm'; .*, norm"):
+        load_policy(config(model_dir, LoRAConfig(modules_to_save=["nrm"])))
 
 
 # --- exports --------------------------------------------------------------------------------
@@ -419,6 +549,7 @@ def test_exported_adapters_find_their_weights_from_any_folder(
         ({"rank": 0}, "policy.lora.rank must be >= 1, got 0"),
         ({"alpha": 0.0}, "policy.lora.alpha must be above 0, got 0.0"),
         ({"target_modules": []}, r"must be a list of layer names or all-linear, got \[\]"),
+        ({"modules_to_save": []}, "policy.lora.modules_to_save is empty; name modules, or set it"),
         ({"target_modules": "q_proj"}, "must be a list of layer names or all-linear, got 'q_proj'"),
     ],
 )

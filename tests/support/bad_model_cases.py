@@ -65,6 +65,12 @@ def no_end(path):
     changed(eos_token=None)(path / "tokenizer_config.json")
 
 
+def short_table(path):
+    """A config of GPT-2 with seven positions; the prompts have four tokens each."""
+    settings = {"model_type": "gpt2", "n_positions": 7, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    (path / "config.json").write_text(json.dumps(settings | {"vocab_size": 32}))
+
+
 def checkpoint(state, **more):
     """Write a checkpoint as Lightning does, as far as it is looked at."""
     common = {"state_dict": state, "loops": {}, "epoch": 0, "global_step": 0}
@@ -177,9 +183,61 @@ MODELS = [
         files={"policy/tokenizer.json": b"{"},
     ),
     Case(
-        "more ids than the model has",
-        ("policy.path", "ids", "20"),
-        files={"policy/config.json": changed(vocab_size=20)},
+        "a prompt with an id that the model lacks",
+        ("data.path", "prompts.jsonl", "row 1", "'='", "id 16", "embeds 16 ids"),
+        files={"policy/config.json": changed(vocab_size=16)},
+    ),
+    Case(
+        "no attention heads",
+        ("policy.path", "policy/config.json", "num_attention_heads is 0", "at least 1"),
+        files={"policy/config.json": changed(num_attention_heads=0)},
+    ),
+    Case(
+        "a pad id that no layer takes",
+        ("policy.path", "policy/config.json", "Padding_idx must be within", "vocab_size"),
+        files={"policy/config.json": changed(pad_token_id=99)},
+        work=WEIGHTS,
+    ),
+    Case(
+        "a tokenizer with a word for a length",
+        ("policy.path", "policy/tokenizer_config.json", "model_max_length is 'x'"),
+        files={"policy/tokenizer_config.json": changed(model_max_length="x")},
+    ),
+    Case(
+        "weights that are not a number",
+        ("policy.path", "NaN", "1 of 16 in model.norm.weight"),
+        files={
+            "policy/model.safetensors": tensors(
+                lambda t: t["model.norm.weight"].__setitem__(0, float("inf"))
+            )
+        },
+        work=WEIGHTS,
+    ),
+    Case(
+        "weights of whole numbers",
+        ("policy.path", "policy/model.safetensors", "model.norm.weight in I32"),
+        files={
+            "policy/model.safetensors": tensors(
+                lambda t: t.update({"model.norm.weight": torch.ones(16).int()})
+            )
+        },
+    ),
+    yaml(
+        "reward model of NaN",
+        ("rewards.a.fn", "scorer", "NaN", "score.weight"),
+        scorer("scorer"),
+        files={
+            "scorer/config.json": changed(id2label={"0": "a"}, label2id={"a": 0}),
+            "scorer/model.safetensors": tensors(
+                lambda t: t.update({"score.weight": torch.full((1, 16), float("nan"))})
+            ),
+        },
+        work=WEIGHTS,
+    ),
+    Case(
+        "prompts beyond a table of positions",
+        ("policy.path", "data.path", "4 tokens", "4 new tokens", "sampler.max_new_tokens to 3"),
+        files={"policy": short_table},
     ),
     Case(
         "no end of sequence",

@@ -22,6 +22,7 @@ PAD, EOS, VOCABULARY = 0, 1, 32
 P, G, L, T = 2, 3, 4, 5
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+DENSE_FIRST = {"first_k_dense_replace": 1, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
 OWN = {  # what an architecture has of its own; windows are shorter than any text here
     "gemma2": {"sliding_window": 3, "final_logit_softcapping": 2.0},  # every other layer, all
     "mistral": {"sliding_window": 3},
@@ -39,6 +40,20 @@ OWN = {  # what an architecture has of its own; windows are shorter than any tex
         "shared_expert_intermediate_size": 16,
     },
     "lfm2": {"layer_types": ["conv", "full_attention"]},  # one short convolution
+    # a dense layer, then one of experts with a shared one
+    "deepseek_v3": EXPERTS
+    | DENSE_FIRST
+    | {
+        "num_key_value_heads": 2,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    "glm4_moe": EXPERTS | DENSE_FIRST,
+    "ernie4_5_moe": EXPERTS
+    | {"moe_layer_start_index": 1, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
     "mamba": {"state_size": 4},
     "recurrent_gemma": {"lru_width": 16, "block_types": ["recurrent", "attention"]},
 }
