@@ -12,6 +12,7 @@ from typing import Any
 
 import transformers
 
+from support.model_configs import TYPES, VARIANTS
 from support.repository import ROOT
 
 FILE = Path(__file__).with_name("model_types.json")
@@ -62,8 +63,14 @@ def _plain(line: str, kind: str) -> str:
 
 
 def write(records: list[dict[str, Any]]) -> None:
-    """Write the table, and the part of the page that is made from it."""
-    types = {record["name"]: entry(record) for record in records}
+    """Write the table, and the part of the page that is made from it.
+
+    Args:
+        records: Of all types and variants, or of some, whose lines replace those before.
+    """
+    known = json.loads(FILE.read_text())["types"] if FILE.exists() else {}
+    types = known | {record["name"]: entry(record) for record in records}
+    types = {name: types[name] for name in (*TYPES, *VARIANTS) if name in types}
     lines = ",\n".join(
         f"  {json.dumps(name)}: {json.dumps(types[name], ensure_ascii=False)}"
         for name in sorted(types)
