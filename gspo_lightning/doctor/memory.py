@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gspo_lightning.doctor.findings import Finding
+from gspo_lightning.engine.padded import text_config
 from gspo_lightning.run.plan import policy_memory, size_text
 
 TIGHT = 0.8  # of what is available: allocators lose a part, and other processes grow
@@ -57,7 +58,7 @@ def needs(trainer: Any, module: Any) -> dict[torch.device, dict[str, float]] | N
         needed = found.setdefault(place, {})
         if key == "model.reference" and not module.reference.shared:
             values = module.reference.batch_size * module.sampler.max_new_tokens
-            values *= getattr(module.policy.model.config, "vocab_size", 0)
+            values *= text_config(module.policy.model).vocab_size
             width = 2 if "16" in str(trainer.precision) else 4  # bytes
             needed["logits of the reference"] = values * width
     return found
