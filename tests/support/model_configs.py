@@ -86,6 +86,7 @@ SHARED_KEYS = {
     "num_hidden_layers": 4,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "num_kv_shared_layers": 2,
+    "intermediate_size": 32,
 }
 
 WINDOWED = {

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -33,6 +34,7 @@ from gspo_lightning.policy.lora import LoRAConfig
 from gspo_lightning.policy.policy import PolicyConfig, load_policy
 from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.rollout import PromptBatch, Samples
+from gspo_lightning.run.plan import plan_lines
 from gspo_lightning.sampling import GroupSampler
 from support import model_table
 from support.model_configs import EOS, FRESH, POLICY, TEXTS, TYPES, UNBUILT, VARIANTS, config_of
@@ -141,6 +143,13 @@ def worst(difference: Tensor) -> float:
 def places(rows: list[dict], completions: list[str]) -> list[float | None]:
     """A reward that differs within every group."""
     return [float(place) for place in range(len(rows))]
+
+
+class Plan(Callback):
+    """Makes the lines that a run shows before it trains."""
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        plan_lines(trainer, module)
 
 
 class Said(logging.Handler):
@@ -287,7 +296,7 @@ class Trial:
             root,
             self.folder,
             1,
-            [keep],
+            [keep, Plan()],
             policy=self.config,
             sampler=GroupSampler(GROUP, 3 * LENGTH if self.longest else LENGTH),
             rewards={"place": RewardTerm(places)},
