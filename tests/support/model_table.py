@@ -84,7 +84,8 @@ def write(records: list[dict[str, Any]]) -> None:
 
 def page(table: dict[str, Any]) -> str:
     """The part of docs/models.md that comes from the table."""
-    groups: dict[str, dict[str, list[str]]] = {outcome: defaultdict(list) for outcome in TITLES}
+    outcomes = dict.fromkeys([*TITLES, *(found["outcome"] for found in table["types"].values())])
+    groups: dict[str, dict[str, list[str]]] = {outcome: defaultdict(list) for outcome in outcomes}
     without: dict[str, dict[str, list[str]]] = {extra: defaultdict(list) for extra in EXTRAS}
     for name, found in table["types"].items():
         if "/" in name:  # a variant
@@ -94,7 +95,7 @@ def page(table: dict[str, Any]) -> str:
             without[extra][found[extra]].append(name)
     text = f"Transformers {table['transformers']}, {sum(map(_count, groups.values()))} types.\n"
     for outcome, rows in groups.items():
-        text += f"\n### {TITLES[outcome]} ({_count(rows)})\n\n{_rows(rows)}"
+        text += f"\n### {TITLES.get(outcome, outcome)} ({_count(rows)})\n\n{_rows(rows)}"
     for extra, rows in without.items():
         text += f"\n### Without {EXTRAS[extra]} ({_count(rows)})\n\n{_rows(rows)}"
     return text
