@@ -21,10 +21,22 @@ BEGIN, END = "<!-- made by tests/support/model_table.py: begin -->", "<!-- end -
 EXTRAS = {"lora": "LoRA on all linear layers", "checkpointed": "gradient checkpointing"}
 NUMBER = re.compile(r"\d\.\de[-+]\d+")
 TITLES = {
-    "ok": "As fast as it goes",
-    "fallback": "Right, by a slower way",
-    "refused": "Refused before training",
+    "ok": "The fastest way",
+    "fallback": "A slower way",
+    "refused": "Refused",
     "unbuilt": "Not tried",
+}
+# The plainest way that a line speaks of, and what it means; the first is said nowhere.
+SAMPLING = {
+    "": "a group at once",
+    "decodes with a cache of its own": "with the model's own cache",
+    "decodes one row at a time": "a row at a time",
+}
+UPDATE = {
+    "": "packed",
+    "rows are padded": "padded, a group's prompt read once",
+    "prompts are read once for each": "padded",
+    "rows are run one by one": "a row at a time",
 }
 
 
@@ -59,7 +71,7 @@ def _plain(line: str, kind: str) -> str:
     """A line without the model's class and without what rounding changes."""
     for start in (f"{kind}: ", f"{kind} "):
         line = line.removeprefix(start)
-    return NUMBER.sub("…", line)
+    return NUMBER.sub("…", line.replace(kind, "the model"))
 
 
 def write(records: list[dict[str, Any]]) -> None:
@@ -84,32 +96,46 @@ def write(records: list[dict[str, Any]]) -> None:
 
 def page(table: dict[str, Any]) -> str:
     """The part of docs/models.md that comes from the table."""
-    outcomes = dict.fromkeys([*TITLES, *(found["outcome"] for found in table["types"].values())])
-    groups: dict[str, dict[str, list[str]]] = {outcome: defaultdict(list) for outcome in outcomes}
-    without: dict[str, dict[str, list[str]]] = {extra: defaultdict(list) for extra in EXTRAS}
-    for name, found in table["types"].items():
-        if "/" in name:  # a variant
-            continue
-        groups[found["outcome"]]["; ".join(found["why"])].append(name)
-        for extra in EXTRAS & found.keys():
-            without[extra][found[extra]].append(name)
-    text = f"Transformers {table['transformers']}, {sum(map(_count, groups.values()))} types.\n"
-    for outcome, rows in groups.items():
-        text += f"\n### {TITLES.get(outcome, outcome)} ({_count(rows)})\n\n{_rows(rows)}"
-    for extra, rows in without.items():
-        text += f"\n### Without {EXTRAS[extra]} ({_count(rows)})\n\n{_rows(rows)}"
+    types = {name: found for name, found in table["types"].items() if "/" not in name}
+    text = f"Transformers {table['transformers']}, {len(types)} types.\n"
+    for outcome in dict.fromkeys([*TITLES, *(found["outcome"] for found in types.values())]):
+        names = [name for name, found in types.items() if found["outcome"] == outcome]
+        text += f"\n### {TITLES.get(outcome, outcome)} ({len(names)})\n\n"
+        if outcome == "ok":
+            text += f"{_list(names)}\n"
+        elif outcome == "fallback":
+            heads = "Sampling", "Log-probs and update", "Types"
+            text += _rows(heads, {name: _ways(types[name]["why"]) for name in names})
+        else:
+            text += _rows(("Reason", "Types"), {name: types[name]["why"] for name in names})
+    for extra, what in EXTRAS.items():
+        without = {name: [found[extra]] for name, found in types.items() if extra in found}
+        text += f"\n### Without {what} ({len(without)})\n\n"
+        text += _rows(("Reason", "Types"), without)
     return text
 
 
-def _count(rows: dict[str, list[str]]) -> int:
-    return sum(map(len, rows.values()))
+def _ways(lines: list[str]) -> list[str]:
+    """How a model is sampled from, and how its log-probs are computed."""
+    ways = []
+    for known in (SAMPLING, UPDATE):
+        said = [
+            way for start, way in known.items() if any(line.startswith(start) for line in lines)
+        ]
+        ways.append(said[-1])
+    return ways
 
 
-def _rows(rows: dict[str, list[str]]) -> str:
-    """A table of reasons and types, the most frequent reason first; names alone without reason."""
-    if set(rows) <= {""}:
-        return ", ".join(f"`{name}`" for name in rows.get("", ["none"])) + "\n"
-    text = "| What is said | Types |\n|---|---|\n"
-    for why, names in sorted(rows.items(), key=lambda item: (-len(item[1]), item[0])):
-        text += f"| {why.replace('|', '/')} | {', '.join(f'`{name}`' for name in names)} |\n"
-    return text
+def _list(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _rows(heads: tuple[str, ...], cells: dict[str, list[str]]) -> str:
+    """A table of what types have in common, the most frequent first."""
+    groups = defaultdict(list)
+    for name, common in cells.items():
+        groups[tuple(common)].append(name)
+    lines = [heads, ("---",) * len(heads)]
+    for common, names in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
+        lines.append((*(cell.replace("|", "/") for cell in common), _list(names)))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
