@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from gspo_lightning.doctor.findings import Finding
-from gspo_lightning.engine.padded import text_config
-from gspo_lightning.run.plan import policy_memory, size_text
+from gspo_lightning.run.plan import IN_TURN, policy_memory, size_text
 
 TIGHT = 0.8  # of what is available: allocators lose a part, and other processes grow
 _MEMINFO = Path("/proc/meminfo")
@@ -48,8 +47,8 @@ def needs(trainer: Any, module: Any) -> dict[torch.device, dict[str, float]] | N
     parts = policy_memory(trainer, module)
     if parts is None:
         return None
-    larger = max("KV cache", "micro-batch", key=parts.__getitem__)  # they are never held together
-    own = {name: parts[name] for name in ("gradients", "Adam", larger)}
+    largest = max(IN_TURN, key=parts.__getitem__)
+    own = {name: parts[name] for name in ("gradients", "Adam", largest)}
     device = trainer.strategy.root_device
     if device.type == "cpu":  # the ranks of a run share one memory
         own = {name: size * trainer.world_size for name, size in own.items()}
@@ -58,7 +57,8 @@ def needs(trainer: Any, module: Any) -> dict[torch.device, dict[str, float]] | N
         needed = found.setdefault(place, {})
         if key == "model.reference" and not module.reference.shared:
             values = module.reference.batch_size * module.sampler.max_new_tokens
-            values *= text_config(module.policy.model).vocab_size
+            config = module.policy.model.config.get_text_config()
+            values *= getattr(config, "vocab_size", 0)
             width = 2 if "16" in str(trainer.precision) else 4  # bytes
             needed["logits of the reference"] = values * width
     return found

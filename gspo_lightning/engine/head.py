@@ -135,6 +135,13 @@ def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             module.forward = before
 
 
+def tokens_of_chunk(vocabulary: int, device: torch.device) -> int:
+    """Tokens whose float32 logits exist at the same time."""
+    if device.type != "cpu":
+        return CHUNK_ELSEWHERE
+    return max(1, min(CHUNK, CHUNK_BYTES // (4 * vocabulary)))
+
+
 def token_logprobs(
     states: Tensor,
     ids: Tensor,
@@ -159,8 +166,7 @@ def token_logprobs(
         (n,) and (n,) or None, nats, float32 (float64 for a float64 model).
     """
     matrix = states.mT if head is None else getattr(head.embedding, "weight", states.mT)
-    here = max(1, min(CHUNK, CHUNK_BYTES // (4 * matrix.shape[0])))
-    size = chunk_size or (here if states.device.type == "cpu" else CHUNK_ELSEWHERE)
+    size = chunk_size or tokens_of_chunk(matrix.shape[0], states.device)
     if head is not None and is_plain(head.embedding):
         weight, bias = head.embedding.weight, head.embedding.bias
         options = head.finish, temperature, with_entropy, size

@@ -61,6 +61,7 @@ class LinearLogprobs(torch.autograd.Function):
                 if with_entropy:  # clamped: 0 * -inf would be NaN
                     mean = torch.einsum("nv,nv->n", e, x.clamp_(min=torch.finfo(exact).min))
                     entropy[part] = log_total - mean / total[part]
+                del x, e  # a chunk each, else still there while the next ones are made
         ctx.save_for_backward(hidden, weight, bias, ids, top, total, entropy)
         ctx.set_materialize_grads(False)
         return logprobs, entropy
@@ -101,6 +102,7 @@ class LinearLogprobs(torch.autograd.Function):
                     _add_product(grad_weight, d, h)
                 if grad_bias is not None:
                     grad_bias += d.sum(0)
+                del x, d
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),

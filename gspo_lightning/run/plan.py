@@ -12,11 +12,13 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gspo_lightning.engine.head import CHUNK
+from gspo_lightning.engine.head import tokens_of_chunk
 from gspo_lightning.engine.packed_attention import PREFIX
-from gspo_lightning.engine.padded import checkpoints, text_config
+from gspo_lightning.engine.padded import checkpoints
 from gspo_lightning.policy.folder import sizes
 from gspo_lightning.policy.policy import multiplies_by_onednn
+
+IN_TURN = ("KV cache", "micro-batch", "optimizer step")  # of memory, never held together
 
 
 def plan_lines(trainer: Any, module: Any) -> list[str]:
@@ -110,7 +112,7 @@ def _policy(trainer: Any, module: Any) -> str:
 
 def _surplus(policy: Any) -> str:
     """Ids that the tokenizer has and the model lacks; the data has refused prompts with them."""
-    if not hasattr(policy, "tokenizer"):
+    if not hasattr(getattr(policy, "tokenizer", None), "__len__"):
         return ""
     ids, rows = len(policy.tokenizer), policy.model.get_input_embeddings().weight.shape[0]
     return f", {ids - rows} of the tokenizer's {ids:,} ids unknown to it" if ids > rows else ""
@@ -161,7 +163,7 @@ def _memory(trainer: Any, module: Any) -> str | None:
     parts = policy_memory(trainer, module)
     if parts is None:
         return None
-    peak = sum(parts.values()) - min(parts["KV cache"], parts["micro-batch"])
+    peak = sum(parts.values()) - sum(sorted(parts[name] for name in IN_TURN)[:-1])
     shares = ", ".join(f"{name} {size_text(value)}" for name, value in parts.items())
     text = f"about {size_text(peak)} for the policy: {shares}"
     reference = getattr(module, "reference", None)
@@ -201,18 +203,25 @@ def memory_parts(
 ) -> dict[str, float] | None:
     """Estimate what training needs, part by part; the allocator's own losses come on top.
 
-    The cache and the micro-batch are never there together, so the peak is the sum of weights,
-    gradients and Adam's state, and the larger of those two. With S = prompt + new tokens, K layers,
-    D hidden, I units of the feed-forward part, V vocabulary and e bytes per value:
+    Of the cache, a micro-batch and an optimizer step only one is there at a time, so the peak is
+    the sum of weights, gradients and Adam's state, and the largest of those three. With S = prompt
+    + new tokens, K layers, D hidden, I units of the feed-forward part, V vocabulary, e bytes per
+    value and C = V times the tokens of a chunk of logits:
 
     - KV cache = decoded * S * K * 2 * (key-value heads) * (head size) * e
-    - micro-batch = activations + logits, with
-      activations = tokens * K * (12 D + 4 I) * e, what backward needs from a layer, or
+    - micro-batch = the largest of three moments:
+      activations + 2 C * 4, logits and what their entropy is made of;
+      activations + C * 4 + V * D * 4, logits and the gradient of their matrix, before it is added
+      to that of other micro-batches; and
+      the gradient of the embedding, V * D * 4, twice where the two are one (tied): both are whole
+      matrices before they are added
+    - activations = tokens * K * (12 D + 4 I) * e, what backward needs from a layer, or
       tokens * (K D + 12 D + 4 I) * e with checkpointing: each layer's input and one layer's
-      activations (attention matrices are not counted: fused kernels keep none), and
-      logits = 256 * V * 4 (a chunk of them) + V * D * e (the gradient of their matrix, before it
-      is added to that of other micro-batches)
+      activations (attention matrices are not counted: fused kernels keep none)
+    - optimizer step = what AdamW makes beside its state: twice the largest tensor on a CPU, where
+      it goes from one to the next, and once all of them elsewhere
 
+    With half precision a chunk is there a second time in two bytes, and so is the logits' matrix.
     12 D + 4 I is counted, not derived: Llama, Qwen3 and GPT-2 keep this to about a tenth.
 
     Args:
@@ -227,7 +236,7 @@ def memory_parts(
     Returns:
         Bytes by part, or None if the config does not name its sizes.
     """
-    config = text_config(model)
+    config = model.config.get_text_config()
 
     def most(name: str) -> int | None:
         return max((x for x in sizes(config, name) if x is not None), default=None)
@@ -238,21 +247,42 @@ def memory_parts(
         return None
     head_size = most("head_dim") or hidden // heads
     parameters = list(model.parameters())
-    trained = _bytes(p for p in parameters if p.requires_grad)
+    device = parameters[0].device
+    trained = [p for p in parameters if p.requires_grad]
     width = 2 if half_precision else parameters[0].element_size()
     key_value_heads = most("num_key_value_heads") or heads
     per_layer = 2 * key_value_heads * head_size * width  # bytes of a token's keys and values
     inner = most("intermediate_size") or 4 * hidden
     layer = 12 * hidden + 4 * inner
     kept = layers * hidden + layer if checkpointing else layers * layer
-    logits = CHUNK * vocabulary * 4 + vocabulary * hidden * parameters[0].element_size()
+    activations = tokens_at_once * kept * width
+    step = max((p.numel() * p.element_size() for p in trained), default=0) * 2
     return {
         "weights": _bytes(parameters),
-        "gradients": trained,
-        "Adam": 2 * trained,
+        "gradients": _bytes(trained),
+        "Adam": 2 * _bytes(trained),
         "KV cache": decoded * (prompt_tokens + new_tokens) * layers * per_layer,
-        "micro-batch": tokens_at_once * kept * width + logits,
+        "micro-batch": _largest_moment(model, activations, vocabulary, width),
+        "optimizer step": step if device.type == "cpu" else _bytes(trained),
     }
+
+
+def _largest_moment(model: Any, activations: float, vocabulary: int, width: int) -> float:
+    """Bytes of a micro-batch at their most: forward or backward of the head, or the embedding's."""
+    embedding, head = (
+        getattr(found, "weight", None)
+        for found in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    device = next(model.parameters()).device
+    values = tokens_of_chunk(vocabulary, device) * vocabulary
+    rounded = 0 if head is None or width == 4 else (values + head.numel()) * 2
+    of_head = 0 if head is None or not head.requires_grad else head.numel() * 4
+    of_embedding = embedding.numel() * 4 if embedding.requires_grad else 0
+    return max(
+        activations + rounded + 2 * values * 4,
+        activations + rounded + values * 4 + of_head,
+        of_embedding + (of_head if head is embedding else 0),
+    )
 
 
 def size_text(size: float) -> str:

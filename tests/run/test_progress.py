@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from gspo_lightning.callbacks import CurvePlot, HFExport, PredictionWriter, SampleTable
 from gspo_lightning.engine import products
@@ -435,8 +435,24 @@ def test_memory_by_hand():
     assert parts["Adam"] == 8 * (count - 50 * 48)
     assert parts["KV cache"] == 8 * 16 * 3 * 2 * 2 * 12 * 4
     activations = 4 * 16 * 3 * (12 * 48 + 4 * 96) * 4
-    logits = 256 * 50 * 4 + 50 * 48 * 4
+    logits = 2 * 256 * 50 * 4  # and their exponentials; the head's gradient is less
     assert parts["micro-batch"] == activations + logits
+    assert parts["optimizer step"] == 2 * 96 * 48 * 4  # a feed-forward matrix is the largest
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tied_embedding_has_two_gradients_at_a_time(tied):
+    model = tiny_llama(vocab_size=50_000, tie_word_embeddings=tied)
+    parts = memory_parts(model, prompt_tokens=1, new_tokens=1, decoded=1, tokens_at_once=1)
+    chunk = 256 * 50_000 * 4
+    activations = 3 * (12 * 48 + 4 * 96) * 4
+    assert parts["micro-batch"] == activations + 2 * chunk  # the larger here, tied or not
+    model = tiny_llama(vocab_size=5_000, hidden_size=4_800, tie_word_embeddings=tied)
+    parts = memory_parts(model, prompt_tokens=1, new_tokens=1, decoded=1, tokens_at_once=1)
+    matrix, chunk = 5_000 * 4_800 * 4, 256 * 5_000 * 4
+    activations = 3 * (12 * 4_800 + 4 * 96) * 4
+    assert parts["micro-batch"] == (2 * matrix if tied else activations + chunk + matrix)
+    assert parts["optimizer step"] == 2 * matrix
 
 
 def test_half_precision_and_checkpointing_shrink_the_micro_batch():
@@ -477,7 +493,7 @@ def test_the_estimate_of_activations_agrees_with_what_backward_keeps():
         decoded=rows,
         tokens_at_once=rows * (prompt + new),
     )
-    head = 256 * 50 * 4 + 50 * 96 * 4  # comes with backward, is not kept for it
+    head = 2 * 256 * 50 * 4  # comes with backward, is not kept for it
     assert parts["micro-batch"] - head == pytest.approx(measured, rel=0.15)
 
 
@@ -487,12 +503,12 @@ def test_the_plan_knows_that_activations_are_recomputed():
     module.policy.model.model.gradient_checkpointing = True  # as transformers marks it
     # 32 rows of 72 tokens: 2 layers of 12 x 64 + 4 x 256 values, or one and two inputs of 64
     assert usual.startswith("memory    about 34 MiB for the policy: weights 1 MiB, gradients 1 MiB")
-    assert "micro-batch 32 MiB; reference 1 MiB" in usual
+    assert "micro-batch 32 MiB, optimizer step 0 MiB; reference 1 MiB" in usual
     assert "micro-batch 17 MiB" in plan_lines(trainer, module)[4]
 
 
 def test_a_model_of_unknown_sizes_gets_no_estimate():
-    model = SimpleNamespace(config=SimpleNamespace())
+    model = SimpleNamespace(config=PretrainedConfig())
     assert memory_parts(model, prompt_tokens=1, new_tokens=1, decoded=1, tokens_at_once=1) is None
 
 
