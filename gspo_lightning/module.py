@@ -16,6 +16,8 @@ from lightning.pytorch import LightningModule
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.collect import Collector
 from gspo_lightning.critic import Critic, CriticConfig, check_critic, fit_critic, load_critic
+from gspo_lightning.engine.mode import raise_flags
+from gspo_lightning.engine.rotary import fix_rotary
 from gspo_lightning.evaluation import Evaluation, Evaluator, describe
 from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel
 from gspo_lightning.guards.faults import Faults
@@ -295,11 +297,23 @@ class GSPOModule(LightningModule):
         if self.critic_config is not None and self.needs_critic and self.critic is None:
             self.critic = load_critic(self.critic_config, self.policy_config, self.policy.model)
         self.frozen.share(self.policy)
-        for part in self.modules():  # only flags, which Lightning wants to see: `on_train_start`
-            part.training = True
+
+    def _fix_lengths(self) -> None:
+        """Make all texts of the run alike to rotary embeddings that depend on the longest one."""
+        prompts = getattr(self.trainer.datamodule, "max_prompt_tokens", 0)  # type: ignore[attr-defined]
+        samplers = (self.sampler, *self.eval_samplers.values())
+        longest = prompts + max(sampler.max_new_tokens for sampler in samplers)
+        backbone = getattr(self.critic, "backbone", None)
+        for model in (self.policy.model, backbone, getattr(self.reference, "model", None)):  # type: ignore[union-attr]
+            if model is not None:
+                fix_rotary(model, longest)
+
+    on_validation_start = on_test_start = on_predict_start = _fix_lengths
 
     def on_fit_start(self) -> None:
         """Make the two halves of a step, now that the models are there, and watch the run."""
+        self._fix_lengths()
+        raise_flags(self)
         old_logprobs = OldLogProbs(
             self.policy,
             self.sampler,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.engine.group_decoder import GroupDecoder, Wanted
+from gspo_lightning.engine.mode import mode_kept
 from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.engine.plain_decoder import decode_plainly
 from gspo_lightning.engine.probe import decoding
@@ -105,13 +106,9 @@ class GroupSampler:
         shape = (len(batch) * self.group_size, self.max_new_tokens)
         uniform = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
         uniform = uniform.to(batch.prompt_ids.device)
-        was_training = policy.model.training
-        policy.model.eval()  # gradient checkpointing would switch the KV cache off in train mode
-        try:
-            with ordered_weights(policy.model) as computed:
-                ids, logprobs = self._decode(policy, batch, uniform, computed)
-        finally:
-            policy.model.train(was_training)
+        with mode_kept(policy.model), ordered_weights(policy.model) as computed:
+            policy.model.eval()  # gradient checkpointing would switch the KV cache off in train mode
+            ids, logprobs = self._decode(policy, batch, uniform, computed)
         # at temperature 0 nothing is drawn from a distribution
         return completed(
             policy, batch, ids, self.group_size, logprobs if self.temperature else None

@@ -6,6 +6,8 @@ clamped), would move the ratio off 1 before the first step. Decides that a model
 what it computes in eval mode.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -39,6 +41,26 @@ def _train(base: nn.Module, mode: bool = True) -> nn.Module:
         module.training = mode and getattr(module, "gradient_checkpointing", False)
     base.training = mode
     return base
+
+
+def raise_flags(module: nn.Module) -> None:
+    """Mark all parts as in train mode: Lightning warns of others when a fit begins.
+
+    Nothing may be computed until ``module.train()`` has set the mode itself.
+    """
+    for part in module.modules():
+        part.training = True
+
+
+@contextmanager
+def mode_kept(model: nn.Module) -> Iterator[None]:
+    """Give every part its mode back that it had before."""
+    before = {part: part.training for part in model.modules()}
+    try:
+        yield
+    finally:
+        for part, training in before.items():
+            part.training = training
 
 
 def leave_routers_out(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gspo_lightning.engine.drawing import NotDecodable
 from gspo_lightning.engine.group_decoder import GroupDecoder, Wanted
+from gspo_lightning.engine.mode import mode_kept
 from gspo_lightning.engine.packed_attention import LAYERS, PREFIX
 from gspo_lightning.engine.packing import pack, run_packed
 from gspo_lightning.engine.padded import run_alone, run_padded, text_config, unwrapped
@@ -69,15 +70,9 @@ def reading(model: Any, device: torch.device, *, packed: bool = True) -> str:
     Raises:
         ValueError: If the model gives other numbers each time, or cannot read a single text.
     """
-    base = unwrapped(model)
-    if getattr(base, "config", None) is None:  # a module of one's own, which has no attention
-        return "shared"
-    tried = base.__dict__.setdefault("_gspo_reading", {})
-    case = packed, getattr(base.config, "_attn_implementation", None)
-    if case not in tried:
-        tried[case] = _try_reading(model, base, device, packed)
-    say_once(base, *tried[case].reasons)
-    return tried[case].way
+    found = _reading(model, device, packed)
+    say_once(unwrapped(model), *found.reasons)
+    return found.way
 
 
 def decoding(model: Any, device: torch.device) -> str:
@@ -90,11 +85,42 @@ def decoding(model: Any, device: torch.device) -> str:
     Raises:
         ValueError: If even single rows are not drawn from what plain passes give.
     """
+    found = _decoding(model, device)
+    say_once(unwrapped(model), *found.reasons)
+    return found.way
+
+
+def plainer_ways(model: Any, device: torch.device, *, sampled: bool) -> list[str]:
+    """Why a model is not run in the best ways, for a plan; nothing says it once more.
+
+    Args:
+        model: As for :func:`reading`.
+        device: Likewise.
+        sampled: Whether completions are drawn from it here.
+    """
+    reasons = [*_reading(model, device, True).reasons]
+    if sampled:
+        reasons += _decoding(model, device).reasons
+    unwrapped(model).__dict__.setdefault("_gspo_said", set()).update(reasons)
+    return [reason.removeprefix(": ").strip() for reason in reasons]
+
+
+def _reading(model: Any, device: torch.device, packed: bool) -> Found:
+    base = unwrapped(model)
+    if getattr(base, "config", None) is None:  # a module of one's own, which has no attention
+        return Found("shared")
+    tried = base.__dict__.setdefault("_gspo_reading", {})
+    case = packed, getattr(base.config, "_attn_implementation", None)
+    if case not in tried:
+        tried[case] = _try_reading(model, base, device, packed)
+    return tried[case]
+
+
+def _decoding(model: Any, device: torch.device) -> Found:
     base = unwrapped(model)
     if "_gspo_decoding" not in base.__dict__:
         base.__dict__["_gspo_decoding"] = _try_decoding(model, base, device)
-    say_once(base, *base.__dict__["_gspo_decoding"].reasons)
-    return base.__dict__["_gspo_decoding"].way
+    return base.__dict__["_gspo_decoding"]
 
 
 def say_once(base: Any, *lines: str) -> None:
@@ -144,8 +170,10 @@ def _try_reading(model: Any, base: Any, device: torch.device, packed: bool) -> F
         return [_gap(values, values_alone, spread), _gap(gradient, gradient_alone, gradient_alone)]
 
     reasons: list[str] = []
-    with _trial(base, device):
-        with _closed(base), _evaluated(model):
+    with _trial(base, device), mode_kept(model):
+        model.train(model.training)  # whatever the flags of its parts say
+        with _closed(base), mode_kept(model):
+            model.eval()
             try:
                 expected = _measure(base, texts, alone)
             except Exception as error:
@@ -292,17 +320,6 @@ def _is_half(base: Any) -> bool:
 
 
 @contextmanager
-def _evaluated(model: Any) -> Iterator[None]:
-    """In eval mode, as sampling has a model."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@contextmanager
 def _closed(base: Any) -> Iterator[None]:
     """The model with the attention it was loaded with: what all ways are compared with."""
     name = getattr(base.config, "_attn_implementation", None)
@@ -347,8 +364,9 @@ def _texts(base: Any, device: torch.device) -> Texts:
     prompts = [max(1, int(length * shrink)) for length in PROMPTS]
     completions = [max(1, int(length * shrink)) for length in COMPLETIONS]
     ids = some_ids(base, 6, prompts[0] + completions[0])  # no two rows alike
-    if isinstance(config.pad_token_id, int):  # often an end of a turn, so texts hold it, too
-        ids[0, prompts[0] // 2] = max(0, config.pad_token_id)
+    pad = getattr(config, "pad_token_id", None)
+    if isinstance(pad, int):  # often the end of a turn, so that texts hold it, too
+        ids[0, prompts[0] // 2] = max(0, pad)
     prompt_mask = torch.arange(prompts[0]) >= prompts[0] - torch.tensor(prompts)[:, None]
     on = torch.arange(completions[0]) < torch.tensor(completions)[:, None]
     texts = (
@@ -396,7 +414,8 @@ def _try_decoding(model: Any, base: Any, device: torch.device) -> Found:
         return [_gap(logprobs[on], exact, plain.std(-1))]
 
     reasons: list[str] = []
-    with _trial(base, device), _evaluated(model), torch.no_grad():
+    with _trial(base, device), mode_kept(model), torch.no_grad():
+        model.eval()
         ways = {
             "grouped": (grouped, " decodes with a cache of its own, which is slower: "),
             "batched": (lambda: plainly(4), " decodes one row at a time, which is slow: "),

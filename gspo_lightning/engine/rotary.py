@@ -7,6 +7,7 @@ its longest text, as servers of such models have it: then no number depends on a
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -16,32 +17,34 @@ from torch import Tensor, nn
 
 from gspo_lightning.engine.padded import unwrapped
 
+log = logging.getLogger(__name__)
+
 BEYOND = 4  # times `max_position_embeddings`: dynamic scaling begins where that ends
 
 
-def fix_rotary(model: Any, longest: int) -> str | None:
-    """Let every text have the frequencies that a text of ``longest`` tokens has.
+def fix_rotary(model: Any, longest: int) -> None:
+    """Let every text have the frequencies that a text of ``longest`` tokens has, and say so.
 
     Args:
         model: A transformers model, also within peft; models without such an embedding stay as
             they are.
         longest: Tokens of the longest text that the model will see.
-
-    Returns:
-        What is to be said about it, if anything changed.
     """
     base = unwrapped(model)
     limit = rotary_limit(base)
     if limit is None or longest <= limit:
-        return None
+        return
     base.__dict__["_gspo_rotary_limit"] = None
     for module in _rotaries(base):
         own = module.__dict__.pop("_gspo_own_forward", module.forward)
         module.__dict__["_gspo_own_forward"] = own
         module.forward = partial(_as_in_a_text_of, longest, own)
-    return (
-        f"its rotary embedding depends on the length beyond {limit:,} tokens; texts here may have "
-        f"{longest:,}, and all are read with the frequencies of that length"
+    log.warning(
+        "%s: its rotary embedding depends on the length beyond %s tokens; texts here may have %s, "
+        "and all of them are read with the frequencies of that length",
+        type(base).__name__,
+        f"{limit:,}",
+        f"{longest:,}",
     )
 
 
@@ -64,8 +67,8 @@ def check_lengths(base: Any, longest: int) -> None:
     if limit is not None and longest > limit:
         raise ValueError(
             f"{type(base).__name__}: its rotary embedding is another one beyond {limit:,} tokens, "
-            f"and a text here may have {longest:,}; call gspo_lightning.engine.rotary.fix_rotary("
-            "model, longest) with the tokens of the longest text before the first pass"
+            f"and a text here may have {longest:,}; lower the lengths, or call "
+            "gspo_lightning.engine.rotary.fix_rotary(model, longest) before the first pass"
         )
 
 

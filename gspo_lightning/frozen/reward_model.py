@@ -4,6 +4,7 @@ A plain object, not a module, so that Lightning never sees it. Decides how promp
 become one text and what happens to a text that is too long.
 """
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,10 +13,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
 from gspo_lightning.bounds import check_at_least
+from gspo_lightning.engine.probe import some_ids
+from gspo_lightning.engine.rotary import rotary_limit
 from gspo_lightning.guards.out_of_memory import Sizes
 from gspo_lightning.policy.folder import check_values, read_tokenizer, silence, unloadable
 from gspo_lightning.policy.policy import fingerprint, make_ready
 from gspo_lightning.policy.reads import positions
+
+log = logging.getLogger(__name__)
 
 
 def freeze(model: Any, device: torch.device) -> Any:
@@ -68,6 +73,7 @@ class RewardModel:
     model: Any = field(default=None, init=False, repr=False)
     tokenizer: Any = field(default=None, init=False, repr=False)
     fingerprint: str | None = field(default=None, init=False, repr=False)
+    batches: str = field(default="any", init=False, repr=False)  # any lengths, alike, alone
     counts: dict[str, int] = field(default_factory=lambda: {"truncated": 0}, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -122,6 +128,28 @@ class RewardModel:
             config.pad_token_id = self.tokenizer.pad_token_id
         self.model = freeze(model, device)
         self.fingerprint = fingerprint(self.model)
+        self._find_batches()
+
+    def _find_batches(self) -> None:
+        """Find what may share a batch with a text and leave its score as it is alone, by trying."""
+        texts = [ids.tolist() for ids in some_ids(self.model, 3, 9)]
+        texts[1] = texts[1][:5]
+        alone = torch.tensor([self._score([text])[0] for text in texts])
+        half = torch.finfo(next(self.model.parameters()).dtype).bits < 32
+        close = (0.3 if half else 1e-3) * alone.std()
+
+        def same(index: list[int]) -> bool:
+            together = torch.tensor(self._score([texts[i] for i in index]))
+            return bool((together - alone[index]).abs().max() <= close)
+
+        if self.tokenizer.pad_token_id is not None and not same([0, 1, 2]):
+            self.batches = "alike" if same([0, 2]) else "alone"
+            which = "texts of one length only" if self.batches == "alike" else "one text"
+            log.warning(
+                "the reward model %s scores a text otherwise beside others; a batch holds %s",
+                self.path,
+                which,
+            )
 
     def release(self) -> None:
         self.model = self.tokenizer = None
@@ -146,14 +174,18 @@ class RewardModel:
 
     def _score_all(self, encoded: list[list[int]]) -> list[float]:
         """Score all texts, ``batch_size`` at once."""
-        # Sorted by length: little padding. Without a pad token a batch holds one length only.
+        # Sorted by length: little padding.
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         scores = [0.0] * len(encoded)
         while order:
-            size = self.batch_size
-            if self.tokenizer.pad_token_id is None:
-                alike = [len(encoded[i]) == len(encoded[order[0]]) for i in order]
-                size = min(size, sum(alike))
+            length, size = len(encoded[order[0]]), self.batch_size
+            limit = rotary_limit(self.model)
+            if self.batches == "alike" or (limit is not None and length > limit):
+                size = min(size, sum(len(encoded[i]) == length for i in order))
+            elif limit is not None:
+                size = min(size, sum(len(encoded[i]) <= limit for i in order))
+            if self.batches == "alone" or self.tokenizer.pad_token_id is None:
+                size = 1  # without a pad token a classifier takes no batch
             chosen, order = order[:size], order[size:]
             for i, value in zip(chosen, self._score([encoded[i] for i in chosen]), strict=True):
                 scores[i] = value

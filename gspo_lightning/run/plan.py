@@ -13,16 +13,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gspo_lightning.engine.head import tokens_of_chunk
-from gspo_lightning.engine.packed_attention import PREFIX
 from gspo_lightning.engine.padded import checkpoints
+from gspo_lightning.engine.probe import plainer_ways, reading
 from gspo_lightning.policy.folder import sizes
 from gspo_lightning.policy.policy import multiplies_by_onednn
+from gspo_lightning.sampling import GroupSampler
 
 IN_TURN = ("KV cache", "micro-batch", "optimizer step")  # of memory, never held together
 
 
 def plan_lines(trainer: Any, module: Any) -> list[str]:
-    """At most nine lines of a name and a text: what is known of a run before the first batch.
+    """At most ten lines of a name and a text: what is known of a run before the first batch.
 
     ``trainer`` is set up, so that data and devices are known; ``module`` may be of any kind.
     """
@@ -30,6 +31,7 @@ def plan_lines(trainer: Any, module: Any) -> list[str]:
         "plan": _work(trainer, module),
         "updates": _updates(trainer, module) if hasattr(module, "sampler") else None,
         "policy": _policy(trainer, module),
+        "passes": _passes(trainer, module),
         "critic": _critic(module) if getattr(module, "critic", None) is not None else None,
         "scoring": _frozen(module) or None,
         "memory": _memory(trainer, module),
@@ -118,6 +120,16 @@ def _surplus(policy: Any) -> str:
     return f", {ids - rows} of the tokenizer's {ids:,} ids unknown to it" if ids > rows else ""
 
 
+def _passes(trainer: Any, module: Any) -> str | None:
+    """Where the model is not run in the best way; it is tried here, before the first batch."""
+    model = getattr(getattr(module, "policy", None), "model", None)
+    if model is None:
+        return None
+    sampled = isinstance(getattr(module, "sampler", None), GroupSampler)
+    found = plainer_ways(model, next(model.parameters()).device, sampled=sampled)
+    return "; ".join(found) or None
+
+
 def _critic(module: Any) -> str:
     """What values come from; parameters are those of its own layers, not the policy's."""
     count = sum(p.numel() for p in module.critic.parameters())
@@ -182,8 +194,8 @@ def _bytes(parameters: Iterable[Any]) -> int:
 
 def _tokens_at_once(module: Any, rows: int, prompt_tokens: int) -> int:
     """Tokens of the largest micro-batch: packed rows share a prompt within their group."""
-    config = getattr(module.policy.model, "config", None)
-    packed = str(getattr(config, "_attn_implementation", "")).startswith(PREFIX)
+    model = module.policy.model
+    packed = reading(model, next(model.parameters()).device) == "packed"
     prompts = math.ceil(rows / module.sampler.group_size) if packed else rows
     new_tokens = module.sampler.max_new_tokens
     tokens = prompts * prompt_tokens + rows * new_tokens

@@ -16,6 +16,8 @@ from torch.nn.functional import logsigmoid
 from torch.optim import Optimizer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from gspo_lightning.engine.mode import raise_flags
+from gspo_lightning.engine.rotary import check_lengths
 from gspo_lightning.optim import (
     OptimizerConfig,
     build_optimizer,
@@ -119,7 +121,14 @@ class RewardModelModule(LightningModule):
         """Load the model; Lightning calls this again for every fit and validate."""
         if self.model is None:
             self.model = load_classifier(self.policy_config, self.tokenizer)
-            self.model.train()  # dropout is 0: only so that all modules are in one mode
+
+    def on_fit_start(self) -> None:
+        """Show Lightning a module in train mode, as it asks for."""
+        raise_flags(self)
+
+    def on_train_start(self) -> None:
+        """Have the model compute as in eval mode, and recompute activations where that is set."""
+        self.train()
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW; each training step sets its learning rate."""
@@ -145,6 +154,7 @@ class RewardModelModule(LightningModule):
             raise ValueError(
                 f"the model reads {limit} tokens, a text has {ids.shape[1]}; lower data.max_tokens"
             )
+        check_lengths(self.model, ids.shape[1])
         ids = ids.masked_fill(~mask, self.model.config.pad_token_id)
         return self.model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float()
 

@@ -12,6 +12,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gspo_lightning.engine.mode import raise_flags
+from gspo_lightning.engine.rotary import fix_rotary
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.masked import masked_mean
 from gspo_lightning.optim import (
@@ -52,7 +54,19 @@ class SFTModule(LightningModule):
         """Load the policy; Lightning calls this again for every fit and validate."""
         if self.policy is None:
             self.policy = load_policy(self.policy_config, self.tokenizer)
-            self.policy.train()  # dropout is 0: only so that all modules are in one mode
+
+    def on_validation_start(self) -> None:
+        """Make all texts alike to rotary embeddings that depend on the longest one."""
+        fix_rotary(self.policy.model, getattr(self.trainer.datamodule, "max_tokens", 0))  # type: ignore[attr-defined]
+
+    def on_fit_start(self) -> None:
+        """Likewise, and before any batch."""
+        self.on_validation_start()
+        raise_flags(self)
+
+    def on_train_start(self) -> None:
+        """Have the model compute as in eval mode, and recompute activations where that is set."""
+        self.train()
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW; each training step sets its learning rate."""
