@@ -294,6 +294,7 @@ class GSPOModule(LightningModule):
         """Load the policy, once, where Lightning wants it."""
         if self.policy is None:
             self.policy = load_policy(self.policy_config, self.tokenizer)
+            self.policy.train()  # computes as in eval mode, but recomputes activations where set
         if self.critic_config is not None and self.needs_critic and self.critic is None:
             self.critic = load_critic(self.critic_config, self.policy_config, self.policy.model)
         self.frozen.share(self.policy)

@@ -107,7 +107,7 @@ class GroupSampler:
         uniform = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
         uniform = uniform.to(batch.prompt_ids.device)
         with mode_kept(policy.model), ordered_weights(policy.model) as computed:
-            policy.model.eval()  # gradient checkpointing would switch the KV cache off in train mode
+            policy.model.eval()  # gradient checkpointing would switch the KV cache off otherwise
             ids, logprobs = self._decode(policy, batch, uniform, computed)
         # at temperature 0 nothing is drawn from a distribution
         return completed(

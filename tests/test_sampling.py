@@ -8,6 +8,7 @@ import torch
 from gspo_lightning.policy.policy import Policy, checkpoint_activations
 from gspo_lightning.rollout import PromptBatch
 from gspo_lightning.sampling import GroupSampler
+from support.passes import tried
 from support.prompts import PROMPTS, batch_of
 
 EVERY = (
@@ -129,7 +130,7 @@ def test_other_shapes_of_the_distribution_are_not_offered(name):
 def test_decoding_stops_when_every_row_has_ended_by_any_id(policy, monkeypatch):
     policy.eos_ids = list(range(32))
     calls = []
-    forward = policy.model.forward
+    forward = tried(policy.model).forward
 
     def counted(*args, **kwargs):
         calls.append(1)

@@ -121,6 +121,7 @@ class RewardModelModule(LightningModule):
         """Load the model; Lightning calls this again for every fit and validate."""
         if self.model is None:
             self.model = load_classifier(self.policy_config, self.tokenizer)
+            self.model.train()  # computes as in eval mode, but recomputes activations where set
 
     def on_fit_start(self) -> None:
         """Show Lightning a module in train mode, as it asks for."""

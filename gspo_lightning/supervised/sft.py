@@ -54,6 +54,7 @@ class SFTModule(LightningModule):
         """Load the policy; Lightning calls this again for every fit and validate."""
         if self.policy is None:
             self.policy = load_policy(self.policy_config, self.tokenizer)
+            self.policy.train()  # computes as in eval mode, but recomputes activations where set
 
     def on_validation_start(self) -> None:
         """Make all texts alike to rotary embeddings that depend on the longest one."""

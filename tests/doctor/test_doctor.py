@@ -378,9 +378,13 @@ def test_dropout(capsys, monkeypatch, folder):
 
 
 def test_a_model_that_mixes_the_rows_of_a_batch(capsys, monkeypatch, folder):
+    """One that the trial at load does not find out."""
+
     def mix(module, args, logits):
         return logits + 0.1 * logits.flatten(0, -2).mean(0)
 
+    monkeypatch.setattr("gspo_lightning.engine.states.reading", lambda *_, **__: "packed")
+    monkeypatch.setattr("gspo_lightning.sampling.decoding", lambda *_: "grouped")
     after_loading(monkeypatch, lambda model: model.lm_head.register_forward_hook(mix))
     found = doctor(capsys, "--model.micro_batch_size 2 --model.reference null")
     assert errors(found) == ["gradient"]

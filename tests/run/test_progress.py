@@ -20,6 +20,7 @@ from gspo_lightning.run.plan import (
 from gspo_lightning.run.progress import RolloutProgress, RunSummary
 from support.dummies import DummyModule
 from support.model_configs import config_of
+from support.passes import tried
 from support.rollout_dummies import RolloutData, RolloutDummy, fit, make_trainer
 
 
@@ -467,7 +468,7 @@ def test_half_precision_and_checkpointing_shrink_the_micro_batch():
 
 
 def test_the_estimate_of_activations_agrees_with_what_backward_keeps():
-    model = tiny_llama(hidden_size=96, intermediate_size=256, num_hidden_layers=4)
+    model = tried(tiny_llama(hidden_size=96, intermediate_size=256, num_hidden_layers=4))
     rows, prompt, new = 3, 24, 40
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}

@@ -33,7 +33,7 @@ def loop(model, rollout, temperature=1.0):
 
 def tried(model):
     """The model, its ways found: what is counted from now on are no trials."""
-    for way in (probe.reading, probe.decoding):
+    for way in (probe.decoding, probe.reading):  # decoding opens the attention
         way(model, next(model.parameters()).device)
     return model
 
