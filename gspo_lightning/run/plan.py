@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+
 from gspo_lightning.engine.head import tokens_of_chunk
 from gspo_lightning.engine.padded import checkpoints
 from gspo_lightning.engine.probe import plainer_ways, reading
@@ -282,13 +284,13 @@ def memory_parts(
 def _largest_moment(model: Any, activations: float, vocabulary: int, width: int) -> float:
     """Bytes of a micro-batch at their most: forward or backward of the head, or the embedding's."""
     embedding, head = (
-        getattr(found, "weight", None)
+        getattr(found, "weight", torch.empty(0))  # a head that is no matrix has no gradient of one
         for found in (model.get_input_embeddings(), model.get_output_embeddings())
     )
     device = next(model.parameters()).device
     values = tokens_of_chunk(vocabulary, device) * vocabulary
-    rounded = 0 if head is None or width == 4 else (values + head.numel()) * 2
-    of_head = 0 if head is None or not head.requires_grad else head.numel() * 4
+    rounded = 0 if width == 4 else (values + head.numel()) * 2
+    of_head = head.numel() * 4 if head.requires_grad else 0
     of_embedding = embedding.numel() * 4 if embedding.requires_grad else 0
     return max(
         activations + rounded + 2 * values * 4,
