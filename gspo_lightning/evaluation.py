@@ -106,7 +106,8 @@ class Evaluator(torch.nn.Module):
         """Complete and score the prompts of one batch."""
         for kind, sampler in samplers.items():
             samples = sampler.sample(policy, batch, seed=seed)
-            scores = score(self.terms, samples.rows, samples.texts)
+            texts = samples.texts, samples.special_texts
+            scores = score(self.terms, samples.rows, texts[0], special=texts[1])
             if self.settings.correct is not None:
                 right = (scores.parts[self.settings.correct] >= self.settings.threshold).float()
                 self.means.update(f"accuracy_{kind}", right)

@@ -42,6 +42,7 @@ from gspo_lightning.rewards import (
     count_names,
     load_whitening_state,
     ramp_tokens,
+    row_checks,
     score_or_keep,
     whitening_state,
 )
@@ -159,7 +160,7 @@ class GSPOModule(LightningModule):
         self.tokenizer = load_tokenizer(policy)
         self.policy: Policy | None = None
         self.rewards = rewards
-        self.columns_needed = columns_needed(rewards)
+        self.columns_needed, self.row_checks = columns_needed(rewards), row_checks(rewards)
         self.sampler = sampler
         self.objective = objective
         self.reference = reference

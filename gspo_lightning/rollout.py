@@ -80,13 +80,14 @@ class Samples(Movable):
         prompt_ids: Token ids, padded on the left, each prompt repeated G times, (B, L) int64.
         prompt_mask: True on real prompt tokens, (B, L) bool.
         completion_ids: Token ids, padded on the right, (B, T) int64.
-        mask: True on completion tokens up to and including the first end of sequence, (B, T) bool.
-        finished: True where an end of sequence was generated, (B,) bool.
+        mask: True on completion tokens up to and including the one that ends it, (B, T) bool.
+        finished: True where the policy ended the completion itself, (B,) bool.
         rows: The data row behind each completion, length B.
-        texts: The decoded completions, length B.
+        texts: The completions as they continue their prompts, without what ended them, length B.
         group_size: G. Rows g * G to g * G + G - 1 share a prompt; 1 promises nothing.
         logprobs: Log-softmax(logits / temperature) of each token as the sampler's own forward pass
             saw it, nats, (B, T) float32, 0 under a False mask; None where a sampler gives none.
+        special_texts: The texts with special tokens kept; None where a sampler gives none.
 
     Raises:
         ValueError: If a shape or dtype does not fit; the message names the field.
@@ -101,6 +102,7 @@ class Samples(Movable):
     texts: list[str]
     group_size: int
     logprobs: Tensor | None = field(kw_only=True, default=None)
+    special_texts: list[str] | None = field(kw_only=True, default=None)
 
     def __post_init__(self) -> None:
         if self.completion_ids.ndim != 2:
@@ -256,6 +258,7 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
         return torch.cat(padded)
 
     with_logprobs = all(part.logprobs is not None for part in parts)
+    special = [text for part in parts for text in part.special_texts or ()]
     return Samples(
         prompt_ids=stack("prompt_ids", left=True),
         prompt_mask=stack("prompt_mask", left=True),
@@ -266,6 +269,7 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
         texts=[text for part in parts for text in part.texts],
         group_size=parts[0].group_size,
         logprobs=stack("logprobs", left=False) if with_logprobs else None,
+        special_texts=special if len(special) == sum(map(len, parts)) else None,
     )
 
 

@@ -20,7 +20,8 @@ from gspo_lightning.engine.probe import decoding
 from gspo_lightning.engine.products import ordered_weights
 from gspo_lightning.engine.rotary import check_lengths
 from gspo_lightning.engine.step_graphs import cuda_graph_recorder
-from gspo_lightning.rollout import PromptBatch, Samples, completion_mask
+from gspo_lightning.engine.texts import Watch
+from gspo_lightning.rollout import PromptBatch, Samples
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 class Sampler(Protocol):
     """Anything that completes prompts.
 
-    ``policy`` has ``model``, ``tokenizer``, ``eos_ids`` and ``pad_id``.
+    ``policy`` has ``model``, ``tokenizer``, ``eos_ids``, ``ends`` and ``pad_id``.
 
     Attributes:
         group_size: G, completions per prompt.
@@ -92,7 +93,7 @@ class GroupSampler:
         """Complete every prompt of ``batch`` G times.
 
         Args:
-            policy: Has ``model``, ``tokenizer``, ``eos_ids`` and ``pad_id``.
+            policy: Has ``model``, ``tokenizer``, ``eos_ids``, ``ends`` and ``pad_id``.
             batch: The prompts, on the model's device.
             seed: The completions are a function of it, of the prompts and of the weights.
 
@@ -124,37 +125,35 @@ class GroupSampler:
             record = cuda_graph_recorder()
         elif self.cuda_graphs:
             self._tell(f"sampler.cuda_graphs: the policy is on {uniform.device}, without a GPU")
-        longest = int(batch.prompt_mask.sum(1).max()) + self.max_new_tokens
-        check_lengths(unwrapped(policy.model), longest)
+        prompts = _prompts(batch)
+        group = torch.arange(len(batch), device=uniform.device).repeat_interleave(self.group_size)
+
+        def watch(groups: Tensor) -> Watch | None:
+            texts = [prompts[g].tolist() for g in groups.tolist()] if policy.ends.strings else None
+            return None if texts is None else Watch(policy.ends, texts)
+
+        check_lengths(unwrapped(policy.model), max(map(len, prompts)) + self.max_new_tokens)
         way = decoding(policy.model, uniform.device)
         if way == "grouped":
-            prompts = zip(batch.prompt_ids, batch.prompt_mask, strict=True)
             wanted = Wanted(
-                prompts=[ids[keep] for ids, keep in prompts],
+                prompts=prompts,
                 group_size=self.group_size,
                 uniform=uniform,
                 temperature=self.temperature,
                 eos_ids=policy.eos_ids,
                 pad_id=policy.pad_id,
                 num_rows=num_rows,
+                stopped=watch(group),
                 computed=computed,
                 record=record,
             )
             return GroupDecoder(policy.model, wanted).run()
-        if way == "alone":
-            num_rows = 1
-        group = torch.arange(len(batch), device=uniform.device).repeat_interleave(self.group_size)
+        known = policy, batch.prompt_ids, batch.prompt_mask
+        alone = way == "alone"
+        size = 1 if alone else num_rows
         parts = [
-            decode_plainly(
-                policy,
-                batch.prompt_ids,
-                batch.prompt_mask,
-                rows,
-                numbers,
-                self.temperature,
-                alone=way == "alone",
-            )
-            for rows, numbers in zip(group.split(num_rows), uniform.split(num_rows), strict=True)
+            decode_plainly(*known, rows, numbers, self.temperature, watch(rows), alone=alone)
+            for rows, numbers in zip(group.split(size), uniform.split(size), strict=True)
         ]
         ids, logprobs = zip(*parts, strict=True)
         return torch.cat(ids), torch.cat(logprobs)
@@ -172,13 +171,15 @@ def completed(
     """The samples that drawn tokens make, cut behind the longest completion.
 
     Args:
-        policy: Has ``tokenizer`` and ``eos_ids``.
+        policy: Has ``eos_ids`` and ``ends``.
         batch: P prompts.
         ids: Drawn tokens of P * G rows, padded on the right, (B, T) int64.
         group_size: G.
         logprobs: Of the tokens, (B, T) float32, arbitrary behind the end.
     """
-    mask, finished = completion_mask(ids, policy.eos_ids)
+    prompts = [prompt.tolist() for prompt in _prompts(batch)]
+    read = policy.ends.read(prompts, ids, policy.eos_ids, group_size)
+    mask = read.mask
     longest = int(mask.sum(1).max())
     ids, mask = ids[:, :longest], mask[:, :longest]
     group = torch.arange(len(batch)).repeat_interleave(group_size)
@@ -188,12 +189,16 @@ def completed(
         prompt_mask=batch.prompt_mask[index],
         completion_ids=ids,
         mask=mask,
-        finished=finished,
+        finished=read.finished,
         rows=[batch.rows[i] for i in group.tolist()],
-        texts=[
-            policy.tokenizer.decode(row[keep].tolist(), skip_special_tokens=True)
-            for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)
-        ],
+        texts=read.texts,
         group_size=group_size,
         logprobs=None if logprobs is None else logprobs[:, :longest].masked_fill(~mask, 0),
+        special_texts=read.special_texts,
     )
+
+
+def _prompts(batch: PromptBatch) -> list[Tensor]:
+    """Ids of each prompt, without padding."""
+    pairs = zip(batch.prompt_ids, batch.prompt_mask, strict=True)
+    return [ids[keep] for ids, keep in pairs]

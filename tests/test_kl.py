@@ -181,6 +181,33 @@ def test_the_proportional_rule_by_hand(observed, expected):
     assert rule.next_coef(0.2, observed, sequences=64) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("sequences", [8, 32, 4096])
+def test_a_horizon_in_rollouts_is_as_fast_for_every_size_of_rollout(sequences):
+    """Fact 37, with a horizon of 4 rollouts."""
+    rule = ProportionalKL(target=0.05, rollouts=4)
+    assert rule.next_coef(0.2, 9.9, sequences) == pytest.approx(0.2 * (1 + 0.2 / 4))
+    assert rule.next_coef(0.2, 0.055, sequences) == pytest.approx(0.2 * (1 + 0.1 / 4))
+    assert rule.next_coef(0.2, 0.0, sequences) == pytest.approx(0.2 * (1 - 0.2 / 4))
+
+
+def test_the_default_of_the_proportional_rule_answers_within_a_short_run():
+    """Twelve times the target for nine rollouts of 32 completions: the coefficient doubles."""
+    coef = 0.05
+    for _ in range(9):
+        coef = ProportionalKL(target=0.05).next_coef(coef, 0.6, sequences=32)
+    assert coef == pytest.approx(0.05 * 1.1**9)
+    assert coef > 2 * 0.05
+
+
+def test_a_rule_of_before_the_horizon_in_rollouts_has_the_same_marks():
+    """Or a run that was begun with a horizon in completions could not be continued."""
+    marks = ProportionalKL(target=0.12, horizon=500).marks()
+    assert {k: v for k, v in marks.items() if v is not None} == {
+        "rule": "ProportionalKL", "rule.target": 0.12, "rule.horizon": 500, "rule.clip": 0.2,
+    }  # fmt: skip
+    assert ProportionalKL(target=0.12).marks()["rule.rollouts"] == 2.0
+
+
 def test_the_clip_of_the_proportional_rule_bounds_the_error():
     rule = ProportionalKL(target=0.01, horizon=1000, clip=0.5)
     assert rule.next_coef(1.0, 9.9, sequences=100) == pytest.approx(1.05)
@@ -221,6 +248,8 @@ def test_a_bad_setting_of_the_multiplicative_rule_is_named(arguments, name):
 def test_a_bad_setting_of_the_proportional_rule_is_named():
     with pytest.raises(ValueError, match=r"^horizon must"):
         ProportionalKL(0.01, horizon=0)
+    with pytest.raises(ValueError, match=r"^rollouts must exceed clip = 0.2, got 0.2"):
+        ProportionalKL(0.01, rollouts=0.2)
     with pytest.raises(ValueError, match=r"^clip must"):
         ProportionalKL(0.01, clip=0.0)
     with pytest.raises(ValueError, match=r"^horizon must exceed clip \* sequences = 20"):

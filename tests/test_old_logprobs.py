@@ -55,7 +55,7 @@ class Telling(GroupSampler):
 
 
 def replace_model(policy, model):
-    names = ("tokenizer", "eos_ids", "pad_id")
+    names = ("tokenizer", "eos_ids", "ends", "pad_id")
     return SimpleNamespace(model=model, **{name: getattr(policy, name) for name in names})
 
 

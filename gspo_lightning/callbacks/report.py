@@ -160,17 +160,29 @@ def plain(value: Any) -> Any:
 
 
 def markdown_table(samples: list[dict[str, Any]], longest: int = 400) -> str:
-    """The samples as a Markdown table; texts are escaped and cut to ``longest`` characters."""
+    """The samples as a Markdown table; texts are escaped, and ``longest`` characters at most."""
     numbers = ["reward", *samples[0]["parts"], "advantage", "length", "truncated", "ratio"]
     table = [["prompt", "completion", *numbers]]
     for sample in samples:
         texts = [sample["prompt"], sample["completion"]]
-        texts = [t if len(t) <= longest else t[: longest - 1] + "…" for t in texts]
+        texts = [shortened(text, longest) for text in texts]
         values = {**sample, **sample["parts"]}
         cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in map(values.get, numbers)]
         table.append([*texts, *cells])
     head, *lines = ("| " + " | ".join(map(escape, cells)) + " |" for cells in table)
     return "\n".join([head, "|" + " --- |" * len(table[0]), *lines])
+
+
+def shortened(text: str, longest: int) -> str:
+    """Head and tail of a longer text: a chat prompt ends with the question and the answer's header.
+
+    >>> shortened("0123456789", 9), shortened("012345678", 9)
+    ('012 … 789', '012345678')
+    """
+    if len(text) <= longest:
+        return text
+    half = (longest - 3) // 2
+    return f"{text[:half]} … {text[-half:]}"
 
 
 def escape(text: str) -> str:

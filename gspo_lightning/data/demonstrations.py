@@ -18,6 +18,7 @@ from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint.fingerprints import digest
 from gspo_lightning.data.stream import ResumableStream, pad
 from gspo_lightning.data.tables import check_file, read_rows, text_column
+from gspo_lightning.policy.chat import LONGEST_TOKEN
 from gspo_lightning.policy.reads import Limits, limits
 from gspo_lightning.rollout import Movable
 
@@ -163,6 +164,15 @@ class SupervisedData(TokenizedData):
     def _read(self, key: str, path: str) -> list[tuple[list[int], list[int]]]:
         raise NotImplementedError
 
+    def _check_size(self, where: str, *texts: str) -> None:
+        """Refuse megabytes before they are tokenised, which takes minutes."""
+        size = sum(map(len, texts))
+        if size > LONGEST_TOKEN * self.max_tokens:
+            raise ValueError(
+                f"{where} has {size:,} characters, more than data.max_tokens {self.max_tokens} can "
+                "be; raise it, or shorten the row"
+            )
+
     def val_dataloader(self) -> DataLoader | list:
         return self._loader(self.val_examples, self.collate, self.batch_size)
 
@@ -227,6 +237,7 @@ class SFTData(SupervisedData):
             raise ValueError("the tokenizer has no eos_token, so no demonstration could end")
         examples = []
         for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
+            self._check_size(f"{key}: {path}: row {number}", prompt, completion)
             prompt_ids = tokenizer(prompt)["input_ids"]
             completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
             completion_ids = [*completion_ids, tokenizer.eos_token_id]

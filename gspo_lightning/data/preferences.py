@@ -93,6 +93,7 @@ class PreferenceData(SupervisedData):
                 f"{where}: {self.columns[1]!r} and {self.columns[2]!r} are one text; take the pair "
                 "out"
             )
+        self._check_size(where, prompt, max(chosen, rejected, key=len))
         encoded = []
         for name, text in zip(self.columns[1:], (chosen, rejected), strict=True):
             ids = self.tokenizer(f"{prompt}{self.separator}{text}")["input_ids"]

@@ -4,16 +4,19 @@
 ``rows``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from gspo_lightning.bounds import check_at_least
+from gspo_lightning.checkpoint.fingerprints import digest
 from gspo_lightning.data.demonstrations import TokenizedData, check_files, check_kind_of_data
 from gspo_lightning.data.stream import pad
-from gspo_lightning.data.tables import column, read_rows
+from gspo_lightning.data.tables import check_patterns, column, extract, read_rows
+from gspo_lightning.policy.chat import LONGEST_TOKEN, Chat, TooLong, checked
 from gspo_lightning.rollout import PromptBatch
 
 
@@ -28,13 +31,20 @@ class PromptData(TokenizedData):
         predict_path: Prompts for ``predict``; ``None`` takes ``val_path``, else ``path``.
         prompts_per_rollout: P, prompts per rollout and rank.
         num_rollouts: Length of the run; ``None`` is one pass over the prompts.
-        prompt_column: Column with the prompt: a text, or a list of chat messages.
+        prompt_column: Column with the prompt: a text, or a list of chat messages. A message of the
+            assistant's at its end is a beginning, which the policy continues.
+        extract: Regular expressions by column, for a file that is read as it was published: group 1
+            of the last match (or the whole match) becomes the column. ``{answer: '####(.+)'}``
+            takes the answer out of a solution; a row in which nothing matches is an error.
         chat_template: Render prompts with the tokenizer's chat template; otherwise texts go in raw.
+            A template that asks for the date gets that of the run's start, also in a continued run.
         system_prompt: System message put before each chat.
         max_prompt_tokens: Longest prompt allowed, in tokens.
         overlong_prompts: ``error`` stops at a longer prompt, ``drop`` leaves it out and says how
             many were. A prompt is never cut.
         val_batch_size: Prompts per validation batch.
+        chat_template_arguments: What the template is given besides the messages, such as
+            ``enable_thinking: false``; ``chat_template`` names one of several templates.
 
     Raises:
         ValueError: For a missing or broken file, row, column or value, naming it.
@@ -49,15 +59,19 @@ class PromptData(TokenizedData):
         prompts_per_rollout: int = 8,
         num_rollouts: int | None = None,
         prompt_column: str = "prompt",
+        extract: dict[str, str] | None = None,
         chat_template: bool = False,
         system_prompt: str | None = None,
         max_prompt_tokens: int = 512,
         overlong_prompts: Literal["error", "drop"] = "error",
         val_batch_size: int = 64,
+        chat_template_arguments: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if system_prompt is not None and not chat_template:
             raise ValueError("data.system_prompt needs data.chat_template: true")
+        if chat_template_arguments and not chat_template:
+            raise ValueError("data.chat_template_arguments needs data.chat_template: true")
         self.paths = {"path": path, "val_path": val_path, "test_path": test_path or val_path}
         self.paths["predict_path"] = predict_path or val_path or path
         check_at_least(
@@ -69,9 +83,14 @@ class PromptData(TokenizedData):
             val_batch_size=val_batch_size,
         )
         check_files(self.paths)
+        check_patterns(extract or {})
+        self.extract = extract or {}
         self.prompts_per_rollout, self.num_rollouts = prompts_per_rollout, num_rollouts
         self.prompt_column = prompt_column
         self.chat_template, self.system_prompt = chat_template, system_prompt
+        self.chat_template_arguments = chat_template_arguments or {}
+        self.chat: Chat | None = None
+        self.started = datetime.now()  # the date that a template sees
         self.max_prompt_tokens, self.overlong_prompts = max_prompt_tokens, overlong_prompts
         self.val_batch_size = val_batch_size
         self.examples: dict[str, list[tuple[list[int], dict]]] = {}
@@ -86,6 +105,10 @@ class PromptData(TokenizedData):
             "test": ["test_path"],
             "predict": ["predict_path"],
         }[stage]
+        if self.chat_template and self.chat is None:
+            if self.trainer.world_size > 1:  # type: ignore[union-attr]
+                self.started = self.trainer.strategy.broadcast(self.started)  # type: ignore[union-attr]
+            self._make_chat()
         for key in wanted:
             if key not in self.examples and self.paths[key] is not None:
                 self.examples[key] = self._read(f"data.{key}", str(self.paths[key]))
@@ -111,23 +134,65 @@ class PromptData(TokenizedData):
         assert self.stream is not None
         return self.stream.share(counts)
 
+    def fingerprints(self) -> dict[str, str]:
+        """Marks of the rows and of how they are rendered; of the tokens where nothing is rendered.
+
+        Not of renderings: one with a date would be another one on the next day.
+        """
+        if not self.chat_template:
+            return super().fingerprints()
+        ways = (self.system_prompt, sorted(self.chat_template_arguments.items()))
+        return {
+            "data.rows": digest(repr(row) for _, row in self.examples["path"]),
+            "data.rendering": digest(map(repr, ways)),
+        }
+
+    def state_dict(self) -> dict[str, str]:
+        """When the run began, if its prompts tell."""
+        tells = self.chat is not None and self.chat.reads_clock
+        return {"started": self.started.isoformat()} if tells else {}
+
+    def load_state_dict(self, state_dict: Mapping[str, str]) -> None:
+        """Render the prompts as they were when the run began."""
+        self.started = datetime.fromisoformat(state_dict["started"])
+        if self.chat is None:
+            return
+        self._make_chat()
+        self.examples = {
+            key: self._read(f"data.{key}", str(self.paths[key])) for key in self.examples
+        }
+        if self.stream is not None:
+            self.stream.examples = self.examples["path"]
+
+    @property
+    def longest_text(self) -> int:
+        """Characters beyond which a text has too many tokens in any vocabulary."""
+        return LONGEST_TOKEN * self.max_prompt_tokens
+
+    def _make_chat(self) -> None:
+        self.chat = Chat(
+            self.tokenizer, self.chat_template_arguments, self.started, self.longest_text
+        )
+
     def _read(self, key: str, path: str) -> list[tuple[list[int], dict]]:
-        rows = read_rows(key, path)
+        rows = extract(key, path, read_rows(key, path), self.extract)
         # a reward must not find out in the middle of the run that a row lacks its column
-        needed = getattr(self.trainer.lightning_module, "columns_needed", {})  # type: ignore[union-attr]
-        for term, name in needed.items():
+        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        for term, name in getattr(module, "columns_needed", {}).items():
             column(key, path, rows, name, why=f", which reward {term!r} needs")
+        for term, check in getattr(module, "row_checks", {}).items():
+            check_rows(f"{key}: {path}", rows, term, check)
         examples = []
         for number, prompt in enumerate(column(key, path, rows, self.prompt_column), start=1):
-            ids = self._encode(f"{key}: {path}: row {number}", prompt)
-            if len(ids) <= self.max_prompt_tokens:
-                examples.append((ids, rows[number - 1]))
-            elif self.overlong_prompts == "error":
-                raise ValueError(
-                    f"{key}: {path}: row {number} has {len(ids)} tokens, above "
-                    f"data.max_prompt_tokens {self.max_prompt_tokens}; raise it, or set "
-                    "data.overlong_prompts to drop"
-                )
+            where = f"{key}: {path}: row {number}"
+            try:
+                examples.append((self._encode(where, prompt), rows[number - 1]))
+            except TooLong as error:
+                if self.overlong_prompts == "error":
+                    raise ValueError(
+                        f"{where}{error}, above data.max_prompt_tokens {self.max_prompt_tokens}; "
+                        "raise it, or set data.overlong_prompts to drop"
+                    ) from error
         if not examples:
             raise ValueError(
                 f"{key}: {path}: all {len(rows)} prompts are longer than data.max_prompt_tokens "
@@ -141,47 +206,53 @@ class PromptData(TokenizedData):
         return examples
 
     def _encode(self, where: str, prompt: Any) -> list[int]:
-        if self.chat_template:
-            text = self._render(where, prompt)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Token ids of a prompt; ``TooLong`` if there are too many, else ``ValueError``."""
+        if self.chat is not None:
+            ids = self.tokenizer(self._render(where, prompt), add_special_tokens=False)["input_ids"]
         else:
             if not isinstance(prompt, str):
                 raise ValueError(
                     f"{where}: column {self.prompt_column!r} is a {type(prompt).__name__}, not a "
                     "text; a list of chat messages needs data.chat_template: true"
                 )
+            if len(prompt) > self.longest_text:  # tokenising megabytes would take minutes
+                raise TooLong(f" has {len(prompt):,} characters")
             ids = self.tokenizer(prompt)["input_ids"]
         if not ids:
             raise ValueError(f"{where}: the prompt is empty; write one, or take the row out")
+        if len(ids) > self.max_prompt_tokens:
+            raise TooLong(f" has {len(ids)} tokens")
         self.check_readable(where, ids)
         return ids
 
     def _render(self, where: str, prompt: Any) -> str:
-        """A prompt through the chat template; transformers runs that in Jinja's sandbox."""
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            raise ValueError(
-                "data.chat_template is true, but the tokenizer has no chat template; set it to "
-                "false, or save chat_template.jinja beside the tokenizer"
-            )
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        whole = isinstance(messages, list) and messages and all(map(is_message, messages))
-        if not whole or prompt == "":
-            raise ValueError(
-                f"{where}: column {self.prompt_column!r} must be a text or a list of messages with "
-                f"role and content, got {str(prompt)[:60]!r}"
-            )
-        if self.system_prompt is not None:
-            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        """A prompt through the chat template."""
+        assert self.chat is not None
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template is a program, and may raise anything
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"{where}: the tokenizer's chat template fails: {reason}; mend the template or the "
-                "messages"
-            ) from error
+            messages = checked(prompt)
+        except ValueError as error:
+            raise ValueError(f"{where}: column {self.prompt_column!r} {error}") from error
+        system = [{"role": "system", "content": self.system_prompt}]
+        if self.system_prompt is None:
+            system = []
+        try:
+            return self.chat.prompt([*system, *messages])
+        except TooLong as error:
+            raise TooLong(f": {error}") from error
+        except ValueError as error:
+            if system and self._renders(messages):
+                raise ValueError(
+                    f"{where}: data.system_prompt: the template takes no system message ({error}); "
+                    "set it to null, and write what it says into the prompts"
+                ) from error
+            raise ValueError(f"{where}: {error}") from error
+
+    def _renders(self, messages: list[dict]) -> bool:
+        assert self.chat is not None
+        try:
+            return bool(self.chat.prompt(messages))
+        except ValueError:
+            return False
 
     def _batches(self, key: str) -> DataLoader | list:
         return self._loader(self.examples.get(key, []), collate_prompts, self.val_batch_size)
@@ -196,17 +267,16 @@ class PromptData(TokenizedData):
         return self._batches("predict_path")
 
 
-def is_message(message: Any) -> bool:
-    """Whether this is a chat message: who says it, and what; a content may be a list of parts.
-
-    >>> is_message({"role": "user", "content": "1+1="}), is_message("1+1=")
-    (True, False)
-    """
-    return (
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and (isinstance(message.get("content"), str | list) or "tool_calls" in message)
-    )
+def check_rows(where: str, rows: list[dict], term: str, check: Callable[[dict], None]) -> None:
+    """Raise ValueError, naming row and reward, for a row that a reward cannot judge."""
+    for number, row in enumerate(rows, start=1):
+        try:
+            check(row)
+        except ValueError as error:
+            raise ValueError(
+                f"{where}: row {number}: {error}, which reward {term!r} reads; mend the row, or "
+                "name another column"
+            ) from error
 
 
 def collate_prompts(examples: list[tuple[list[int], dict]]) -> PromptBatch:

@@ -6,6 +6,9 @@ line. A column ``id``, where there is one, must tell the rows apart.
 
 import codecs
 import json
+import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +97,9 @@ def read_object(where: str, line: bytes) -> dict:
     if b"\0" in line:
         raise ValueError(f"{where}: holds a NUL byte; write the file again as UTF-8 text")
     try:
-        row = json.loads(line.decode(), object_pairs_hook=columns, parse_constant=refuse)
+        row = json.loads(
+            line.decode(), object_pairs_hook=columns, parse_constant=refuse, parse_float=finite
+        )
         if b"\\ud" in line or b"\\uD" in line:  # half a character passes json, no tokenizer
             json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -136,6 +141,14 @@ def refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON, write null for it")
 
 
+def finite(number: str) -> float:
+    """A JSON number as Python has it, unless that would be infinite, which no answer is."""
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError(f"{number[:20]} is too large for a number, write it as a text, or null")
+    return value
+
+
 def read_with_datasets(key: str, file: Path) -> list[dict]:
     try:
         import datasets
@@ -171,6 +184,50 @@ def column(key: str, path: str, rows: list[dict], name: str, why: str = "") -> l
                 f"{null}; mend the row, or name another column"
             )
     return [row[name] for row in rows]
+
+
+def extract(key: str, path: str, rows: list[dict], patterns: Mapping[str, str]) -> list[dict]:
+    r"""Rows in which a pattern has taken the part that is needed out of a column's text.
+
+    Args:
+        key: The setting that names the file, for messages.
+        path: The file, for messages.
+        rows: Rows of the file; they stay as they are.
+        patterns: Regular expressions by column (``.`` matches line ends, too): group 1 of the last
+            match becomes the column, or the whole match if there is no group, without white space
+            at its ends.
+
+    Raises:
+        ValueError: For a row without the column, or in which the pattern finds nothing.
+
+    >>> extract("data.path", "x", [{"answer": "6*12=72\n#### 72"}], {"answer": r"####(.+)"})
+    [{'answer': '72'}]
+    """
+    for name, pattern in patterns.items():
+        form = re.compile(pattern, re.DOTALL)
+        parts = []
+        for number, text in enumerate(text_column(key, path, rows, name), start=1):
+            matches = list(form.finditer(text))
+            part = (matches[-1][min(form.groups, 1)] or "").strip() if matches else ""
+            if not part:
+                raise ValueError(
+                    f"{key}: {path}: row {number}: data.extract finds no {pattern!r} in column "
+                    f"{name!r}, which ends in {text[-60:]!r}; mend the row or the pattern"
+                )
+            parts.append(part)
+        rows = [row | {name: part} for row, part in zip(rows, parts, strict=True)]
+    return rows
+
+
+def check_patterns(patterns: Mapping[str, str]) -> None:
+    """Refuse what is no regular expression, naming the column."""
+    for name, pattern in patterns.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"data.extract.{name} {pattern!r} is no regular expression: {error}"
+            ) from error
 
 
 def text_column(key: str, path: str, rows: list[dict], name: str) -> list[str]:

@@ -9,37 +9,86 @@ import copy
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.doctor import memory, numbers, rewards, text
-from gspo_lightning.doctor.findings import Finding, as_json, as_lines, attempt, worst
+from gspo_lightning.doctor.clipping import clipping
+from gspo_lightning.doctor.findings import Finding, announced, as_json, as_lines, attempt, worst
 from gspo_lightning.rewards.terms import overlong_penalty
 from gspo_lightning.rollout import Samples, join_samples, stream_seed
 from gspo_lightning.run.one_line import printable
-from gspo_lightning.run.plan import plan_lines
+from gspo_lightning.run.plan import kl_speed, plan_lines, too_slow
 
 Checks = dict[str, Callable[[], Finding | list[Finding]]]
 DRAWS = ("sample/0", "doctor")  # groups per prompt; the first are drawn as in the first rollout
+WIDTH = 14  # columns of a check's name: lines are printed before all names are known
 
 
-def examine(trainer: Any, module: Any, num_prompts: int, max_new_tokens: int) -> list[Finding]:
+@dataclass(frozen=True)
+class Effort:
+    """How much is looked at; what a user asks for is never less, and never more than the run does.
+
+    Attributes:
+        num_prompts: Prompts that are completed, ``len(DRAWS)`` groups each.
+        max_new_tokens: Longest completion.
+        rows: Completions whose noise is measured.
+        kl_rows: Completions whose KL is measured, one by one.
+        gradient_rows: Completions whose gradient is computed in several cuts.
+        trial_rows: Completions of a trial update.
+    """
+
+    num_prompts: int = 4
+    max_new_tokens: int = 256
+    rows: int = numbers.ROWS
+    kl_rows: int = numbers.ROWS
+    gradient_rows: int = numbers.GRADIENT_ROWS
+    trial_rows: int = 64
+
+
+# What a CPU samples in about a quarter of a minute, in multiplications and additions: two for each
+# weight and token. A model that would take longer is looked at on fewer and shorter completions.
+AFFORDABLE = 4e11
+SHORTEST = 16  # tokens of a completion: fewer say nothing
+QUICK = Effort(num_prompts=2, rows=8, kl_rows=4, gradient_rows=2, trial_rows=4)
+
+
+def effort_for(module: Any, thorough: bool) -> Effort:
+    """All there is to look at, or where that would take minutes, what takes less than one."""
+    per_token = 2 * sum(p.numel() for p in module.policy.parameters())
+    sampler = module.sampler
+    completions = Effort.num_prompts * len(DRAWS) * sampler.group_size
+    longest = min(Effort.max_new_tokens, sampler.max_new_tokens)
+    slow = module.device.type == "cpu" and per_token * completions * longest > AFFORDABLE
+    if thorough or not slow:
+        return Effort()
+    completions = QUICK.num_prompts * len(DRAWS) * sampler.group_size
+    tokens = max(SHORTEST, min(longest, int(AFFORDABLE / per_token / completions)))
+    return replace(QUICK, max_new_tokens=tokens)
+
+
+def examine(
+    trainer: Any, module: Any, effort: Effort, show: Callable[[list[Finding]], None]
+) -> list[Finding]:
     """Run every check; one that fails is a finding and does not stop the others.
 
     Args:
         trainer: Set up for ``fit``, before the first batch.
         module: A GSPOModule.
-        num_prompts: Prompts to complete, the first of the run.
-        max_new_tokens: Longest completion here; the run's own limit, if that is lower.
+        effort: How much is looked at: the first prompts of the run, completions no longer than
+            those of the run.
+        show: Called with the findings of each check as it ends.
     """
     data, policy = trainer.datamodule, module.policy
     examples = data.examples["path"]
     prompts = [ids for ids, _ in examples]
     limit = module.sampler.max_new_tokens
-    cap = min(max_new_tokens, limit)
+    cap = min(effort.max_new_tokens, limit)
     drawn: list[Samples] = []
+    totals: list[torch.Tensor] = []
     checks: Checks = {
         "plan": lambda: plan(trainer, module),
         "memory": lambda: memory.memory(trainer, module),
@@ -52,27 +101,47 @@ def examine(trainer: Any, module: Any, num_prompts: int, max_new_tokens: int) ->
         "template": lambda: text.template(policy, data, examples),
         "clip range": lambda: clip_range(module),
         "dropout": lambda: numbers.dropout(policy),
-        "sampling": lambda: sampling(trainer, module, num_prompts, cap, drawn),
+        "sampling": lambda: sampling(trainer, module, effort.num_prompts, cap, drawn),
     }
-    found = [finding for check in checks.items() for finding in attempt(*check)]
+    found = run_checks(checks, show)
     if not drawn:
         return found
     samples = drawn[0]
     checks = {
         "prompt": lambda: text.example(policy, samples),
         "truncated": lambda: rewards.truncation(samples.finished.cpu(), cap, limit),
-        "rewards": lambda: earned(module, samples, cap),
-        "kl": lambda: numbers.start_kl(module, trainer, samples),
-        "ratio noise": lambda: numbers.noise(module, data, samples),
-        "gradient": lambda: numbers.first_step(module, trainer, data, samples),
+        "rewards": lambda: earned(module, samples, cap, totals),
+        "kl": lambda: numbers.start_kl(module, trainer, samples, effort.kl_rows),
+        "ratio noise": lambda: numbers.noise(module, data, samples, effort.rows),
+        "gradient": lambda: numbers.first_step(
+            module, trainer, data, samples, effort.gradient_rows
+        ),
+        "clipping": lambda: clipping(module, data, samples, totals, effort.trial_rows),
     }
-    return found + [finding for check in checks.items() for finding in attempt(*check)]
+    return found + run_checks(checks, show)
+
+
+def run_checks(checks: Checks, show: Callable[[list[Finding]], None]) -> list[Finding]:
+    """One after the other, each named as it begins and shown as it ends."""
+    found = []
+    for name, check in checks.items():
+        with announced(name):
+            part = attempt(name, check)
+        show(part)
+        found += part
+    return found
 
 
 def plan(trainer: Any, module: Any) -> list[Finding]:
-    """The lines with which a run begins; memory and folder have no place here."""
+    """The lines with which a run begins, but those that are examined by themselves."""
     pairs = [line.split(maxsplit=1) for line in plan_lines(trainer, module)]
-    return [Finding(name, "ok", text) for name, text in pairs if name not in ("memory", "run")]
+    said = {name: said for name, said in pairs if name not in ("memory", "clip", "run")}
+    found = [Finding(name, "ok", line) for name, line in said.items()]
+    speed = kl_speed(trainer, module)
+    if speed is None or not (slow := too_slow(trainer, speed[2])):
+        return found
+    line = said["penalty"].removesuffix(f"; {slow}")
+    return [f if f.check != "penalty" else Finding(f.check, "warning", line, slow) for f in found]
 
 
 def clip_range(module: Any) -> Finding:
@@ -112,12 +181,16 @@ def sampling(
     return Finding("sampling", "ok", said, value=value)
 
 
-def earned(module: Any, samples: Samples, cap: int) -> list[Finding]:
-    """Each term, their sum as group statistics would see it, and flat groups."""
+def earned(module: Any, samples: Samples, cap: int, totals: list[torch.Tensor]) -> list[Finding]:
+    """Each term, their sum as group statistics would see it, also into ``totals``, and flat groups.
+
+    Where most completions are cut below the run's limit, rewards that are all alike are no error:
+    a term that looks for an answer has seen none.
+    """
     found, scores = rewards.terms(module.rewards, samples)
     if worst(found) == "error":
         return found  # the sum would not be the one of the run
-    total, finished = scores.total, samples.finished.cpu()
+    total, finished, lost = scores.total, samples.finished.cpu(), 0.0
     if cap == module.sampler.max_new_tokens:  # else a cut completion is none that hit the limit
         if module.overlong_ramp is not None:
             lengths = samples.mask.sum(1).cpu()
@@ -125,20 +198,39 @@ def earned(module: Any, samples: Samples, cap: int) -> list[Finding]:
         if module.truncated != "keep":
             cut = 0.0 if module.truncated == "zero_reward" else torch.nan
             total = torch.where(finished, total, cut)
+            lost = (~finished).float().mean().item()
+    totals.append(total)
     size = samples.group_size
     if size == 1:  # with a critic a completion is not compared with others of its prompt
         return found
-    return [*found, rewards.total(total, size), rewards.flat(total, size, len(DRAWS))]
+    limit = module.sampler.max_new_tokens
+    unknown = cap < limit and (~finished).float().mean() > rewards.MOST
+    compared = [rewards.total(total, size, lost), rewards.flat(total, size, len(DRAWS))]
+    if unknown:
+        remedy = f"most completions were cut for speed: use --max_new_tokens {limit}"
+        compared = [
+            each if each.status == "ok" else replace(each, status="warning", remedy=remedy)
+            for each in compared
+        ]
+    return [*found, *compared]
 
 
 def set_up_and_examine(
-    trainer: Any, model: Any, datamodule: Any, num_prompts: int, max_new_tokens: int
+    trainer: Any,
+    model: Any,
+    datamodule: Any,
+    num_prompts: int | None = None,
+    max_new_tokens: int | None = None,
+    thorough: bool = False,
+    show: Callable[[list[Finding]], None] = lambda found: None,
 ) -> list[Finding]:
     """Let ``fit`` set everything up, and examine it where training would begin.
 
     ValueError if a number is below 1, or module and data are of another kind.
     """
-    check_at_least(1, num_prompts=num_prompts, max_new_tokens=max_new_tokens)
+    wanted = {"num_prompts": num_prompts, "max_new_tokens": max_new_tokens}
+    asked = {name: number for name, number in wanted.items() if number is not None}
+    check_at_least(1, **asked)
     if not (hasattr(model, "sampler") and hasattr(model, "objective")):
         raise ValueError(f"doctor examines GSPOModule, and the model is {type(model).__name__}")
     if not (hasattr(datamodule, "draw") and hasattr(datamodule, "examples")):
@@ -146,8 +238,10 @@ def set_up_and_examine(
     found: list[Finding] = []
 
     def look() -> None:
+        module = trainer.lightning_module
+        effort = replace(effort_for(module, thorough), **asked)
         with trainer.strategy.precision_plugin.train_step_context():  # as around a training step
-            found.extend(examine(trainer, trainer.lightning_module, num_prompts, max_new_tokens))
+            found.extend(examine(trainer, module, effort, show))
 
     trainer.instead_of_training = look
     try:
@@ -158,11 +252,25 @@ def set_up_and_examine(
 
 
 def main(
-    trainer: Any, model: Any, datamodule: Any, num_prompts: int, max_new_tokens: int, json: bool
+    trainer: Any,
+    model: Any,
+    datamodule: Any,
+    num_prompts: int | None,
+    max_new_tokens: int | None,
+    thorough: bool,
+    json: bool,
 ) -> int:
     """Examine and print what was found; returns the exit code, 1 after an error, else 0."""
     started = time.perf_counter()
-    findings = set_up_and_examine(trainer, model, datamodule, num_prompts, max_new_tokens)
+
+    def show(found: list[Finding]) -> None:
+        # Prompts and tokens are quoted in the lines, and not every terminal can print them.
+        lines = as_lines(found, WIDTH)
+        if lines and trainer.is_global_zero and not json:
+            print("\n".join(map(printable, lines)), flush=True)
+
+    wanted = num_prompts, max_new_tokens, thorough
+    findings = set_up_and_examine(trainer, model, datamodule, *wanted, show)
     code = int(worst(findings) == "error")
     if not trainer.is_global_zero:
         return code
@@ -171,7 +279,5 @@ def main(
         return code
     counts = Counter(finding.status for finding in findings)
     said = ", ".join(f"{counts[status]} {status}" for status in ("error", "warning", "ok"))
-    lines = [*as_lines(findings), f"{said}; {time.perf_counter() - started:.1f} s"]
-    # Prompts and tokens are quoted in the lines, and not every terminal can print them.
-    print("\n".join(map(printable, lines)), flush=True)
+    print(f"{said}; {time.perf_counter() - started:.1f} s", flush=True)
     return code

@@ -3,10 +3,15 @@
 import json
 import math
 import os
+import sys
+import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from lightning.pytorch.utilities import rank_zero_only
 
 Status = Literal["ok", "warning", "error"]
 
@@ -41,15 +46,33 @@ def worst(findings: Iterable[Finding]) -> Status:
     return "error" if "error" in found else "warning" if "warning" in found else "ok"
 
 
-def as_lines(findings: Sequence[Finding]) -> list[str]:
-    """One line per finding, and one below it for its remedy.
+@contextmanager
+def announced(name: str) -> Iterator[None]:
+    """Say on standard error what is examined, and its seconds when that ends.
+
+    On a terminal the line goes when it has ended, as what was found takes its place.
+    """
+    stream, start = sys.stderr, time.perf_counter()
+    if getattr(rank_zero_only, "rank", 0):
+        yield
+        return
+    print(f"{name} ...", end="", file=stream, flush=True)
+    try:
+        yield
+    finally:
+        end = "\r\x1b[K" if stream.isatty() else f" {time.perf_counter() - start:.1f} s\n"
+        print(end, end="", file=stream, flush=True)
+
+
+def as_lines(findings: Sequence[Finding], width: int = 0) -> list[str]:
+    """One line per finding, and one below it for its remedy; names take ``width`` columns or more.
 
     >>> for line in as_lines([Finding("pad", "error", "id 99 of 32", "mend the tokenizer")]):
     ...     print(line)
     error    pad  id 99 of 32
                   -> mend the tokenizer
     """
-    width = max((len(finding.check) for finding in findings), default=0)
+    width = max([width, *(len(finding.check) for finding in findings)])
     lines = []
     for finding in findings:
         lines.append(f"{finding.status:<8} {finding.check:<{width}}  {finding.text}")

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gspo_lightning.doctor.findings import Finding
+from gspo_lightning.guards.health import what_fits
 from gspo_lightning.kl import kl_estimate
 from gspo_lightning.logprobs import LogProbs, samples_logprobs
-from gspo_lightning.loss import micro_loss
+from gspo_lightning.loss import LossChoices, micro_loss
 from gspo_lightning.masked import masked_mean
 from gspo_lightning.objectives import importance_log_ratio, token_weights
 from gspo_lightning.rollout import Rollout, Samples
@@ -32,11 +33,11 @@ KL_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 @dataclass(frozen=True)
 class Cut:
-    """One gradient: in which micro-batches, its tensors, ratios and clip fractions on the way."""
+    """One gradient: in which micro-batches, its tensors, log s and clip fractions on the way."""
 
     size: int
     gradients: list[Tensor]
-    ratios: Tensor
+    log_ratios: Tensor
     clipped: float
 
 
@@ -73,18 +74,31 @@ def spread(total: int, count: int) -> Tensor:
     return torch.linspace(0, total - 1, min(count, total)).round().long()
 
 
+def rows_of(groups: Tensor, size: int) -> Tensor:
+    """The rows of some groups of this size.
+
+    >>> rows_of(torch.tensor([0, 2]), 3).tolist()
+    [0, 1, 2, 6, 7, 8]
+    """
+    return (groups[:, None] * size + torch.arange(size)).flatten()
+
+
 def logprobs_in_run(module: Any, samples: Samples, **options: bool) -> LogProbs:
     """Log-probs as the update computes them."""
     return samples_logprobs(module.policy.model, samples, module.sampler.temperature, **options)
 
 
-def as_rollout(module: Any, samples: Samples) -> Rollout:
-    """Samples with reference log-probs, and made-up advantages and returns around them."""
-    advantages = torch.linspace(-1, 1, len(samples), device=samples.mask.device)
+def as_rollout(
+    module: Any, samples: Samples, advantages: Tensor | None = None, with_ref: bool = True
+) -> Rollout:
+    """Samples as a rollout; advantages are made up unless given."""
+    if advantages is None:
+        advantages = torch.linspace(-1, 1, len(samples))
+    advantages = advantages.to(samples.mask.device)
     with torch.no_grad():
         old = logprobs_in_run(module, samples).logprobs
         ref = None
-        if module.reference is not None:
+        if with_ref and module.reference is not None:
             ref = module.reference.logprobs(samples, module.sampler.temperature).to(old.device)
         values = None
         if module.critic is not None:
@@ -103,11 +117,16 @@ def as_rollout(module: Any, samples: Samples) -> Rollout:
     )
 
 
-def gradient(module: Any, rollout: Rollout, size: int) -> Cut:
-    """The gradient of one optimizer step, ``size`` rows at a time, by the update's code."""
+def gradient(module: Any, rollout: Rollout, size: int, choices: LossChoices | None = None) -> Cut:
+    """The gradient of one optimizer step, ``size`` rows at a time, by the update's code.
+
+    ``choices`` are the module's, unless others are given. Without gradients enabled there are none.
+    """
+    choices = choices or module.choices
     aggregation, limit = module.objective.aggregation, module.sampler.max_new_tokens
     weights = token_weights(rollout.mask, aggregation, limit)
-    parameters = [p for p in module.policy.parameters() if p.requires_grad]
+    wanted = torch.is_grad_enabled()
+    parameters = [p for p in module.policy.parameters() if p.requires_grad and wanted]
     module.policy.zero_grad(set_to_none=True)
     log_ratios, clipped = [], 0.0
     try:
@@ -116,28 +135,31 @@ def gradient(module: Any, rollout: Rollout, size: int) -> Cut:
             value = None
             if module.critic is not None:
                 value = module.critic.loss(module.policy.model, micro, part).loss
-            loss = micro_loss(*found, micro, part, module.choices, value)
-            module.manual_backward(loss.total)
+            loss = micro_loss(*found, micro, part, choices, value)
+            if wanted:
+                module.manual_backward(loss.total)
             own = found.logprobs.detach(), loss.old, micro.mask
             log_ratios.append(importance_log_ratio(*own, "sequence")[:, 0].float().cpu())
             clipped = max(clipped, loss.clip.clip_fraction_sequences.item())
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     finally:
         module.policy.zero_grad(set_to_none=True)
-    return Cut(size, gradients, torch.cat(log_ratios).exp(), clipped)
+    return Cut(size, gradients, torch.cat(log_ratios), clipped)
 
 
-def first_step(module: Any, trainer: Any, data: Any, samples: Samples) -> list[Finding]:
+def first_step(
+    module: Any, trainer: Any, data: Any, samples: Samples, rows: int = GRADIENT_ROWS
+) -> list[Finding]:
     """Ratio and clip fraction of the first step, and the same gradient in several cuts.
 
-    The rows are as few as fit where one configured micro-batch fits twice.
+    The rows are as few as fit where one configured micro-batch fits twice, and at most ``rows``.
     """
     size = configured_size(module, data)
-    rollout = as_rollout(module, samples.select(spread(len(samples), min(GRADIENT_ROWS, 2 * size))))
+    rollout = as_rollout(module, samples.select(spread(len(samples), min(rows, 2 * size))))
     whole = gradient(module, rollout, len(rollout))
     sizes = sorted({1, min(size, len(rollout))} - {len(rollout)})
     return [
-        start_ratio(whole.ratios, whole.clipped),
+        start_ratio(whole.log_ratios.exp(), whole.clipped),
         invariance(whole, (gradient(module, rollout, s) for s in sizes), trainer, module),
     ]
 
@@ -157,7 +179,7 @@ def invariance(whole: Cut, cuts: Any, trainer: Any, module: Any) -> Finding:
     """Compare gradients of the same rows: cuts and padding must not matter."""
     largest = max(g.abs().max().item() for g in whole.gradients)
     tolerance = TOLERANCE[dtype_of(module, trainer)]
-    rows = len(whole.ratios)
+    rows = len(whole.log_ratios)
     if not largest > 0:
         text = f"is {largest} everywhere for {rows} completions with made-up advantages"
         remedy = "no loss term reaches a trained weight; see policy.lora and requires_grad"
@@ -201,8 +223,10 @@ def with_longer_prompt(samples: Samples) -> Samples:
     return replace(more, prompt_ids=ids, prompt_mask=prompt_mask, mask=mask, group_size=1)
 
 
-def noise(module: Any, data: Any, samples: Samples) -> Finding:
+def noise(module: Any, data: Any, samples: Samples, most: int = ROWS) -> Finding:
     """What rounding does to the log-ratio of unchanged weights, beside the clip range.
+
+    Measured on ``most`` completions, at the lengths that they have.
 
     Twice: the same batches again, with and without a graph, which is what ``policy/ratio_noise``
     measures in a run; and the same completions with other padding. The latter tells the size of a
@@ -211,8 +235,7 @@ def noise(module: Any, data: Any, samples: Samples) -> Finding:
     """
     level, size = module.objective.ratio, configured_size(module, data)
     group = samples.group_size  # whole groups, as in a rollout; of different prompts
-    groups = spread(len(samples) // group, max(1, ROWS // group))
-    rows = (groups[:, None] * group + torch.arange(group)).flatten()[:ROWS]
+    rows = rows_of(spread(len(samples) // group, max(1, most // group)), group)[:most]
     same: list[Tensor] = []
     other: list[Tensor] = []
     for part in (samples.select(index) for index in rows.split(size)):
@@ -228,26 +251,25 @@ def noise(module: Any, data: Any, samples: Samples) -> Finding:
             values.append(log_ratio[:, 0] if whole else log_ratio[part.mask])
     width = module.objective.clip_width
     here, there = (torch.cat(v).square().mean().sqrt().item() for v in (same, other))
-    value = {"same_batches": here, "other_batches": there, "clip_range": width}
+    tokens = samples.select(rows).mask.sum(1).float().mean().item()
+    value = {"same_batches": here, "other_batches": there, "clip_range": width, "tokens": tokens}
     text = (
-        f"log-ratio of unchanged weights: {here:.1e} in the same batches, {there:.1e} with other "
-        f"padding; clip range {width:.1e}"
+        f"log-ratio of unchanged weights at {tokens:.0f} tokens: {here:.1e} in the same batches, "
+        f"{there:.1e} with other padding; clip range {width:.1e}"
     )
-    if max(here, there) > width / 3:
-        remedy = (
-            "above a third of the range, the clip follows rounding: set policy.dtype float32 and "
-            "trainer.precision 32-true, or widen objective.clip_low and clip_high"
-        )
+    if (most_of_it := max(here, there)) > width / 3:
+        fits = what_fits(most_of_it, module.objective, tokens)
+        remedy = f"above a third of the range, the clip follows rounding: {fits}"
         return Finding("ratio noise", "warning", text, remedy, value)
     return Finding("ratio noise", "ok", text, value=value)
 
 
 @torch.no_grad()
-def start_kl(module: Any, trainer: Any, samples: Samples) -> Finding:
+def start_kl(module: Any, trainer: Any, samples: Samples, rows: int = ROWS) -> Finding:
     """KL against the reference before any step: 0 for the policy's own start."""
     if module.reference is None:
         return Finding("kl", "ok", "no reference, so no KL is measured")
-    part = samples.select(spread(len(samples), ROWS))
+    part = samples.select(spread(len(samples), rows))
     old = torch.cat([logprobs_in_run(module, row).logprobs for row in part.micro_batches(1)])
     ref = module.reference.logprobs(part, module.sampler.temperature).to(old.device)
     kl = masked_mean(kl_estimate(old, ref, "k3"), part.mask, dim=1).mean().item()

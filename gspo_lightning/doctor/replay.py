@@ -96,7 +96,8 @@ def replay(dump: dict[str, Any], device: torch.device) -> Looks:
     choices = LossChoices(**chosen | {"objective": Objective(**chosen["objective"])})
     batch = dump["minibatch"]
     rows: list[dict] = [{}] * len(batch["texts"])
-    minibatch = Rollout(**{f.name: batch[f.name] for f in fields(Rollout)} | {"rows": rows})
+    known = {f.name: batch[f.name] for f in fields(Rollout) if f.name in batch}  # older dumps
+    minibatch = Rollout(**known | {"rows": rows})
     minibatch, weights = minibatch.to(device), dump["weights"].to(device)
     for name, parameter in policy.model.named_parameters():
         looks.at(f"weight: {name}", parameter)

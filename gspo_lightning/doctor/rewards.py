@@ -16,6 +16,10 @@ from gspo_lightning.rewards.terms import RewardError, RewardTerm, Scores, score
 
 MOST = 0.5  # of completions cut, or of rewards missing: what is left does not describe the whole
 FLAT = 0.5  # of groups: the batch that teaches is half the batch that is paid for
+ENDLESS = (
+    "set policy.stop_strings or policy.stop_token_ids (a base model may never end a text), raise "
+    "sampler.max_new_tokens, or set model.truncated: keep"
+)
 SAME = 1e-6  # relative difference of rewards that count as equal, as in ``flat_groups``
 
 
@@ -27,7 +31,10 @@ def truncation(finished: Tensor, cap: int, limit: int) -> Finding:
     share = (~finished).float().mean().item()
     value = {"cut_share": share, "cap": cap, "limit": limit}
     text = f"{share:.0%} of {len(finished)} completions were cut at {cap} tokens"
-    remedy = "raise sampler.max_new_tokens, or see eos above"
+    remedy = (
+        "raise sampler.max_new_tokens, set policy.stop_strings or policy.stop_token_ids for a base "
+        "model, or see eos above"
+    )
     if cap < limit:
         text += f"; how many would be at the limit of {limit} is not known"
         remedy = f"what rewards say below is not to be trusted; use --max_new_tokens {limit}"
@@ -41,7 +48,8 @@ def terms(rewards: Mapping[str, RewardTerm], samples: Any) -> tuple[list[Finding
     working, broken = dict(rewards), []
     while True:  # all completions at once, as in a run: a judge that is asked costs money
         try:
-            scores = score(working, samples.rows, samples.texts)
+            special = samples.special_texts
+            scores = score(working, samples.rows, samples.texts, special=special)
             break
         except RewardError as error:
             check, remedy = f"reward {error.term}", "mend the function, or the rows that it needs"
@@ -75,12 +83,16 @@ def term_spread(name: str, term: RewardTerm, part: Tensor) -> Finding:
     return Finding(check, "ok", text, value=value)
 
 
-def total(rewards: Tensor, group_size: int) -> Finding:
-    """Spread of the rewards as groups see them: (B,), NaN where missing."""
+def total(rewards: Tensor, group_size: int, cut: float = 0.0) -> Finding:
+    """Spread of the rewards as groups see them: (B,), NaN where missing.
+
+    ``cut`` is the share of completions whose reward ``model.truncated`` took away.
+    """
     valid = ~rewards.isnan()
+    why = f": {cut:.0%} hit the limit, and model.truncated took their reward" if cut > MOST else ""
     if not valid.any():
-        text = "no completion has a reward"
-        return Finding("rewards", "error", text, "see the reward terms above")
+        text = f"no completion has a reward{why}"
+        return Finding("rewards", "error", text, ENDLESS if why else "see the reward terms above")
     groups = rewards.view(-1, group_size)
     relative = group_advantages(groups, "relative").flatten()[valid]
     spread = math.sqrt((relative**2).mean().item())
@@ -88,9 +100,9 @@ def total(rewards: Tensor, group_size: int) -> Finding:
     value = {"min": low, "mean": rewards[valid].mean().item(), "max": high, "group_std": spread}
     text = f"{low:.3g} to {high:.3g}, standard deviation within groups {spread:.3g}"
     if _same(low, high):
-        text = f"every completion earns {low:.3g}, so no update has a direction"
+        text = f"every completion earns {low:.3g}, so no update has a direction{why}"
         remedy = "mend the reward terms, or use prompts of another difficulty, or a warm start"
-        return Finding("rewards", "error", text, remedy, value)
+        return Finding("rewards", "error", text, ENDLESS if why else remedy, value)
     return Finding("rewards", "ok", text, value=value)
 
 

@@ -3,17 +3,18 @@
 Decides which combinations of tokenizer, model and prompts are mistakes.
 """
 
+import itertools
 import re
 import statistics
-from functools import partial
 from typing import Any
 
+from gspo_lightning.callbacks.report import shortened
 from gspo_lightning.doctor.findings import Finding
 from gspo_lightning.policy.reads import overlength, positions
 
 MARK = "MARKEDANSWER"
 LOOKS_LIKE_CHAT = re.compile(r"<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<(?:start|end)_of_turn>")
-SHOWN = 300  # characters of a rendered text
+SHOWN = 400  # characters of a rendered text
 
 
 def named(tokenizer: Any, ids: list[int]) -> str:
@@ -26,38 +27,54 @@ def vocabulary_size(policy: Any) -> int:
     return policy.model.get_input_embeddings().weight.shape[0]
 
 
-def turn_end(tokenizer: Any) -> list[int]:
-    """What the chat template writes behind an answer, as ids; empty if that cannot be seen."""
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids that stand for no ordinary text: special tokens, and those added to the vocabulary."""
+    return {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+
+
+def around_answer(chat: Any) -> tuple[str, str]:
+    """What the chat template writes before and behind an answer; twice "" if that is not seen."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    _, found, behind = text.rpartition(MARK)
-    return tokenizer(behind, add_special_tokens=False)["input_ids"] if found and behind else []
+    before, _, behind = chat.render(messages).rpartition(MARK)
+    return before, behind if before else ""
+
+
+def turn_end(chat: Any) -> list[int]:
+    """The special tokens that the chat template writes behind an answer, as ids.
+
+    Ordinary text there, such as a line end, can end no completion: it occurs inside of answers.
+    """
+    tokenizer = chat.tokenizer
+    ids = tokenizer(around_answer(chat)[1], add_special_tokens=False)["input_ids"]
+    return [i for i in ids if i in special_ids(tokenizer)]
 
 
 def eos(policy: Any, data: Any) -> Finding:
     """Compare the ids that end a completion with what tokenizer and template end a text with."""
     tokenizer, ids, size = policy.tokenizer, policy.eos_ids, vocabulary_size(policy)
     own = tokenizer.eos_token_id
-    value = {"eos_ids": ids, "tokenizer": own}
-    mend = "set eos_token_id in generation_config.json of policy.path"
+    value = {"eos_ids": ids, "tokenizer": own, "stop_strings": policy.ends.strings}
+    file = "eos_token_id in generation_config.json of policy.path"
+    mend = f"set policy.stop_token_ids, or {file},"
     if beyond := [i for i in ids if not 0 <= i < size]:
         text = f"{beyond} end a completion, but the model has ids 0 to {size - 1}"
-        return Finding("eos", "error", text, mend, value)
+        return Finding("eos", "error", text, f"set {file}", value)
     if own is not None and own not in ids:
         text = (
             f"completions end at {named(tokenizer, ids)}, the tokenizer ends texts with "
             f"{named(tokenizer, [own])}: the policy would write that and be decoded on"
         )
         return Finding("eos", "error", text, f"{mend} to [{own}, ...]", value)
-    if getattr(data, "chat_template", False):
-        behind = turn_end(tokenizer)
+    if getattr(data, "chat", None) is not None:
+        behind = turn_end(data.chat)
         value["turn_end"] = behind
         if behind and not set(behind) & set(ids):
-            special = [i for i in behind if i in tokenizer.all_special_ids]
-            end = named(tokenizer, special[:1] or behind[:1])
+            end = named(tokenizer, behind[:1])
             text = f"completions end at {named(tokenizer, ids)}, the chat template ends a turn with"
             return Finding("eos", "error", f"{text} {end}", f"{mend} to a list with both", value)
-    return Finding("eos", "ok", f"completions end at {named(tokenizer, ids)}", value=value)
+    texts = "".join(f", or where the text has {string!r}" for string in policy.ends.strings)
+    said = f"completions end at {named(tokenizer, ids) or 'no token'}{texts}"
+    return Finding("eos", "ok", said, value=value)
 
 
 def padding(policy: Any) -> Finding:
@@ -106,12 +123,30 @@ def bos(policy: Any, data: Any, prompts: list[list[int]]) -> Finding:
 
 def prompt_end(policy: Any, prompts: list[list[int]]) -> Finding:
     """Find prompts that end with an end of sequence: the completion would start behind it."""
-    ended = sum(ids[-1] in policy.eos_ids for ids in prompts)
+    # a stop id may be a newline, with which a prompt may well end
+    own = set(policy.eos_ids) - set(policy.ends.token_ids)
+    ended = sum(ids[-1] in own for ids in prompts)
     if ended:
         text = f"{ended} of {len(prompts)} prompts end with an end of sequence"
         remedy = "set add_eos_token to false in tokenizer_config.json, or mend the chat template"
         return Finding("prompt end", "error", text, remedy, ended)
     return Finding("prompt end", "ok", "no prompt ends with an end of sequence", value=0)
+
+
+def opens_turn(chat: Any) -> bool:
+    """Whether a prompt ends where an answer begins.
+
+    Some templates write no header for an answer, as a question's end opens it (``[/INST]``), and
+    some write the header always: then what stands before an answer is the prompt, spaces aside. A
+    question that ends as an answer does opens nothing.
+    """
+    messages = [{"role": "user", "content": "a"}]
+    prompt = chat.render(messages, opens=True)
+    if prompt != chat.render(messages):
+        return True
+    before = around_answer(chat)[0].rstrip()
+    end = chat.tokenizer(prompt, add_special_tokens=False)["input_ids"][-1:]
+    return bool(before) and prompt.startswith(before) and end != turn_end(chat)[:1]
 
 
 def template(policy: Any, data: Any, examples: list[tuple[list[int], dict]]) -> Finding:
@@ -120,9 +155,7 @@ def template(policy: Any, data: Any, examples: list[tuple[list[int], dict]]) -> 
     has, used = getattr(tokenizer, "chat_template", None) is not None, data.chat_template
     value = {"tokenizer": has, "used": used}
     if used:
-        messages = [{"role": "user", "content": "a"}]
-        render = partial(tokenizer.apply_chat_template, messages, tokenize=False)
-        if render(add_generation_prompt=False) == render(add_generation_prompt=True):
+        if not opens_turn(data.chat):
             text = "the chat template opens no turn for the answer (add_generation_prompt)"
             remedy = "the policy would have to write the header itself; mend the chat template"
             return Finding("template", "warning", text, remedy, value)
@@ -182,14 +215,23 @@ def lengths(policy: Any, data: Any, prompts: list[list[int]], new_tokens: int) -
     return Finding("prompts", "ok", text, value=value)
 
 
+def marked(tokenizer: Any, ids: list[int]) -> str:
+    """Ids as text, each special token in marks: one that is mere text looks the same without."""
+    special = special_ids(tokenizer)
+    runs = itertools.groupby(enumerate(ids), lambda pair: pair[1] in special and ("id", pair[0]))
+    texts = [(found, tokenizer.decode([i for _, i in run])) for found, run in runs]
+    return "".join(f"«{text}»" if found else text for found, text in texts)
+
+
 def example(policy: Any, samples: Any) -> list[Finding]:
-    """The first prompt and completion as the policy sees them, special tokens included."""
+    """The first prompt and completion as the policy sees them, special tokens marked."""
     prompt = samples.prompt_ids[0][samples.prompt_mask[0]].tolist()
     completion = samples.completion_ids[0][samples.mask[0]].tolist()
-    texts = [policy.tokenizer.decode(ids) for ids in (prompt, completion)]
-    quoted = [repr(text if len(text) <= SHOWN else f"{text[:SHOWN]} ...") for text in texts]
+    texts = [marked(policy.tokenizer, ids) for ids in (prompt, completion)]
+    quoted = [repr(shortened(text, SHOWN)) for text in texts]
     size = f"{len(completion)} tokens" + ("" if samples.finished[0] else ", cut off")
+    legend = " (« » marks special tokens)" if "«" in texts[0] else ""
     return [
-        Finding("prompt", "ok", quoted[0], value=texts[0]),
+        Finding("prompt", "ok", f"{quoted[0]}{legend}", value=texts[0]),
         Finding("completion", "ok", f"{quoted[1]} ({size})", value=texts[1]),
     ]

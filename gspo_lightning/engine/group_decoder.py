@@ -40,6 +40,8 @@ class Wanted:
         eos_ids: All ids that end a sequence.
         pad_id: Stands behind the end.
         num_rows: Rows that run at once.
+        stopped: Told each row's new token, whether a stop string ends the row there; ``None``
+            where there are no stop strings.
         computed: How many rows a step computes where so many run; what comes on top is not read.
         record: Makes a recording of a decode step of fixed shape; ``None`` computes each step
             anew, with no more rows and tokens than there are.
@@ -52,6 +54,7 @@ class Wanted:
     eos_ids: list[int]
     pad_id: int
     num_rows: int
+    stopped: Callable[[int, int], bool] | None = None
     computed: Callable[[int], int] = lambda count: count
     record: Callable[[Play], Play] | None = None
 
@@ -227,10 +230,13 @@ class GroupDecoder:
         place += 1
         self.lengths[start : self.num] += 1
         full = self.step - (self.ids.shape[1] - 1)  # rows that came in at this step have T tokens
+        stopped = self.wanted.stopped
         return [
             slot
             for slot, newest in enumerate(token.tolist(), start)
-            if newest in self.wanted.eos_ids or self.admitted[slot] == full
+            if newest in self.wanted.eos_ids
+            or self.admitted[slot] == full
+            or (stopped is not None and stopped(self.running[slot], newest))
         ]
 
     def _drop(self, ended: list[int]) -> None:

@@ -4,6 +4,7 @@ Decides how rows share a batch that is padded on the left, and when finished one
 for every model that fills a cache, recurrent layers included.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def decode_plainly(
     groups: Tensor,
     uniform: Tensor,
     temperature: float,
+    stopped: Callable[[int, int], bool] | None = None,
     *,
     alone: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -35,6 +37,7 @@ def decode_plainly(
         groups: The prompt of each row, ascending, repeats allowed, (N,) int64.
         uniform: Numbers in [0, 1) that decide each token, (N, T).
         temperature: Divides the logits.
+        stopped: Told each row's new token, whether a stop string ends the row there.
         alone: Leave mask and positions of a single row to the model, as some know no others.
 
     Returns:
@@ -78,6 +81,10 @@ def decode_plainly(
         ids[rows[running], t] = token[running]
         logprobs[rows[running], t] = logprob[running]
         running = running & ~torch.isin(token, eos)
+        if stopped is not None:
+            news = zip(running.tolist(), rows.tolist(), token.tolist(), strict=True)
+            goes_on = [on and not stopped(row, newest) for on, row, newest in news]
+            running = torch.tensor(goes_on, device=running.device)
         num_running = int(running.sum())
         if num_running == 0 or t + 1 == limit:
             break

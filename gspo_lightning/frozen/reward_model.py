@@ -16,6 +16,7 @@ from gspo_lightning.bounds import check_at_least
 from gspo_lightning.engine.probe import some_ids
 from gspo_lightning.engine.rotary import rotary_limit
 from gspo_lightning.guards.out_of_memory import Sizes
+from gspo_lightning.policy.chat import Chat, checked
 from gspo_lightning.policy.folder import check_values, read_tokenizer, silence, unloadable
 from gspo_lightning.policy.policy import fingerprint, make_ready
 from gspo_lightning.policy.reads import positions
@@ -72,6 +73,7 @@ class RewardModel:
     trust_remote_code: bool = False
     model: Any = field(default=None, init=False, repr=False)
     tokenizer: Any = field(default=None, init=False, repr=False)
+    chat: Chat | None = field(default=None, init=False, repr=False)
     fingerprint: str | None = field(default=None, init=False, repr=False)
     batches: str = field(default="any", init=False, repr=False)  # any lengths, alike, alone
     counts: dict[str, int] = field(default_factory=lambda: {"truncated": 0}, init=False, repr=False)
@@ -95,11 +97,9 @@ class RewardModel:
         """
         source: Any = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         self.tokenizer = read_tokenizer(self.path, padding_side="right", **source)
-        if self.chat_template and getattr(self.tokenizer, "chat_template", None) is None:
-            raise ValueError(
-                f"chat_template is true, but the tokenizer of the reward model {self.path} has no "
-                "chat template"
-            )
+        if self.chat_template:
+            key = f"chat_template of the reward model {self.path}"
+            self.chat = Chat(self.tokenizer, key=key)
         options = source | {"dtype": getattr(torch, self.dtype), "output_loading_info": True}
         try:
             with silence():
@@ -204,9 +204,7 @@ class RewardModel:
                 f"{found}"
             )
         if self.chat_template:
-            asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            messages = [*asked, {"role": "assistant", "content": completion}]
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            text = self._conversation(prompt, completion)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             text = f"{prompt}{self.separator}{completion}"
@@ -222,6 +220,21 @@ class RewardModel:
             )
         self.counts["truncated"] += 1
         return ids[-limit:]
+
+    def _conversation(self, prompt: str | list[dict], completion: str) -> str:
+        """Prompt and completion as the reward model's template writes them, nothing left out."""
+        assert self.chat is not None
+        try:
+            messages = checked(prompt)
+            begun = messages[-1].get("content") if messages[-1]["role"] == "assistant" else None
+            if begun is not None:  # the policy continued it: one turn
+                messages.pop()
+            answer = {"role": "assistant", "content": f"{begun or ''}{completion}"}
+            return self.chat.conversation([*messages, answer])
+        except ValueError as error:
+            column = self.prompt_column
+            text = f"the reward model {self.path} cannot read column {column!r}: {error}"
+            raise ValueError(text) from error
 
     def _score(self, encoded: list[list[int]]) -> list[float]:
         pad_id = self.tokenizer.pad_token_id or 0

@@ -21,6 +21,7 @@ STEADY = 5  # rollouts in a row: figures of one rollout scatter, five alike are 
 COLLAPSED = 0.1  # of the entropy at the start: samples of a group are then nearly copies
 DETERMINISTIC = 5e-3  # nats per token: an entropy that is collapse wherever it began
 FAR = 4.0  # targets: adaptive rules already push at twice the target
+LONG = 10  # rollouts in which a rule that fits the run brings KL back towards its target
 START = 3  # rollouts whose mean is "the start"
 MEMORY = 0.8  # of the moving average: about the last five rollouts
 LONGER = 1.5  # times the length at the start, for nothing: more than sampling explains
@@ -32,6 +33,7 @@ WIDE = 0.05  # a sequence ratio is an average over tokens and stays far closer t
 
 LENGTH, REWARD = "train/avg_response_length", "train/reward"
 SPREAD, ENTROPY = "reward/group_std", "policy/entropy"
+KL, COEF = "train/kl_divergence", "train/kl_coef"
 Figures = Mapping[str, float]
 
 
@@ -61,7 +63,7 @@ class History:
 
     def add(self, figures: Figures) -> None:
         """Take the figures of a rollout in."""
-        for name in (LENGTH, REWARD, SPREAD, ENTROPY):
+        for name in (LENGTH, REWARD, SPREAD, ENTROPY, COEF):
             if (value := figures.get(name)) is None:
                 continue
             count = self.seen.get(name, 0)
@@ -84,6 +86,14 @@ class History:
 # ---- the rules: what to say of a rollout that shows the sign, None of any other ------------------
 
 
+def spread_text(figures: Figures, run: History) -> str:
+    """How wide the log-ratio of a sequence spreads, and who says which range suits that."""
+    spread = figures.get("policy/sequence_log_ratio_std", 0.0)
+    if not spread or run.objective.ratio not in ("sequence", "sequence_token"):
+        return ""  # the figure is of means over tokens
+    return f" (log s spreads by {spread:.1e}; `python train.py doctor` proposes a range)"
+
+
 def unclipped(figures: Figures, run: History) -> str | None:
     """Not one ratio was clipped, though there was something to learn and several steps."""
     clipped = figures.get("train/clip_fraction_sequences", 1.0)
@@ -92,7 +102,7 @@ def unclipped(figures: Figures, run: History) -> str | None:
             f"nothing was clipped for {PATIENCE} rollouts of {run.steps} steps each: the clip "
             f"range {run.clip_range} does nothing, or the steps are too small; for a sequence "
             "ratio, which stays close to 1, try clip_low 3e-4 and clip_high 4e-4, else raise "
-            "optimizer.learning_rate"
+            f"optimizer.learning_rate{spread_text(figures, run)}"
         )
     return None
 
@@ -105,7 +115,7 @@ def overclipped(figures: Figures, run: History) -> str | None:
             f"{share:.0%} of the ratios are clipped, so most of a rollout teaches nothing: its "
             f"steps are too large for the clip range {run.clip_range}; lower "
             "optimizer.learning_rate, num_epochs or num_minibatches, or widen objective.clip_low "
-            "and clip_high"
+            f"and clip_high{spread_text(figures, run)}"
         )
     return None
 
@@ -115,8 +125,9 @@ def truncated(figures: Figures, run: History) -> str | None:
     if (share := figures.get("rollout/truncated_fraction", 0.0)) > CUT:
         return (
             f"{share:.0%} of the completions hit the limit of {run.limit} tokens: it is too short, "
-            "or the policy never ends a text; raise sampler.max_new_tokens, or see what `python "
-            "train.py doctor` says of eos"
+            "or the policy never ends a text; raise sampler.max_new_tokens, set "
+            "policy.stop_strings or policy.stop_token_ids (a base model may need them), or see "
+            "what `python train.py doctor` says of eos"
         )
     return None
 
@@ -183,24 +194,90 @@ def kl(figures: Figures, run: History) -> str | None:
     """KL is far above its target and the coefficient can rise no further."""
     if run.kl_target is None or run.kl_ceiling is None:
         return None
-    observed = figures.get("train/kl_divergence", 0.0)
-    at_ceiling = figures.get("train/kl_coef", 0.0) >= run.kl_ceiling
-    if observed > FAR * run.kl_target and at_ceiling:
+    if figures.get(KL, 0.0) > FAR * run.kl_target and figures.get(COEF, 0.0) >= run.kl_ceiling:
         return (
-            f"KL is {observed:.3g}, far above its target of {run.kl_target:.3g}, and kl_coef is at "
-            f"its ceiling of {run.kl_ceiling:.3g}: nothing holds the policy back any more; raise "
-            "maximum or target of AdaptiveKL's rule, or lower optimizer.learning_rate"
+            f"KL is {figures[KL]:.3g}, far above its target of {run.kl_target:.3g}, and kl_coef "
+            f"is at its ceiling of {run.kl_ceiling:.3g}: nothing holds the policy back any more; "
+            "raise maximum or target of AdaptiveKL's rule, or lower optimizer.learning_rate"
         )
     return None
 
 
+def kl_above(figures: Figures, run: History) -> str | None:
+    """KL stays far above its target, whatever the rule does with the coefficient."""
+    observed, now = figures.get(KL, 0.0), figures.get(COEF, 0.0)
+    if run.kl_target is None or observed <= FAR * run.kl_target:
+        return None
+    if run.kl_ceiling is not None and now >= run.kl_ceiling:
+        return None  # what ``kl`` says
+    return (
+        f"KL has been above {FAR:g} times its target of {run.kl_target:.3g} for {LONG} rollouts "
+        f"(now {observed:.3g}), while kl_coef went from {run.start.get(COEF, now):.3g} to "
+        f"{now:.3g}: the rule is too slow for this run, or the target forbids what there is to "
+        "learn; raise AdaptiveKL's initial or its rule's speed (rollouts or horizon, factor_up), "
+        "raise target, or lower optimizer.learning_rate"
+    )
+
+
+def kl_below(figures: Figures, run: History) -> str | None:
+    """KL stays far below its target although the coefficient is above the one of the start."""
+    observed, now, start = figures.get(KL), figures.get(COEF, 0.0), run.begun(COEF)
+    if run.kl_target is None or observed is None or start is None or now <= start * FAR:
+        return None
+    if observed < run.kl_target / FAR:
+        return (
+            f"KL has been below a quarter of its target of {run.kl_target:.3g} for {LONG} rollouts "
+            f"(now {observed:.3g}) at a kl_coef of {now:.3g}, {now / start:.0f} times that of the "
+            "start: the penalty holds the policy back; make AdaptiveKL's rule slower (rollouts or "
+            "horizon, factor_up), or lower its maximum"
+        )
+    return None
+
+
+def rounding(figures: Figures) -> float:
+    """Standard deviation of log-ratios of unchanged weights, of the kind that the objective takes.
+
+    Passes in the same batches round alike while no weight has moved, and no longer after the first
+    step. The sampler computes the same log-probs in batches of its own: it shows what is to come.
+    """
+    return max(figures.get(f"policy/{name}_noise", 0.0) for name in ("ratio", "sampler"))
+
+
+def what_fits(noise: float, objective: Objective, tokens: float | None = None) -> str:
+    """Precision, length and clip range at which noise is a third of the range.
+
+    Args:
+        noise: Standard deviation of the log-ratio.
+        objective: Ratio and clip range.
+        tokens: Length of the completions that it was measured on.
+
+    >>> what_fits(1e-2, Objective(), tokens=12)
+    'set trainer.precision 32-true and policy.dtype float32, widen the range (clip_low 0.03, \
+clip_high 0.04), or use completions of 120,000 tokens or more instead of 12'
+    """
+    scale = 3 * noise / objective.clip_width
+    wide = ", ".join(
+        f"{name} {scale * getattr(objective, name):.2g}" for name in ("clip_low", "clip_high")
+    )
+    text = f"set trainer.precision 32-true and policy.dtype float32, widen the range ({wide})"
+    if tokens is None or not objective.ratio.startswith("sequence"):
+        return text.replace(", widen", " or widen")
+    if objective.ratio == "sequence_sum":  # it grows with the length
+        longer, bound = tokens / scale**2, "less"
+    else:  # a mean: errors of tokens cancel with the root of their number
+        longer, bound = tokens * scale**2, "more"
+    longer = float(f"{longer:.2g}")
+    return f"{text}, or use completions of {longer:,.0f} tokens or {bound} instead of {tokens:.0f}"
+
+
 def noise(figures: Figures, run: History) -> str | None:
     """Rounding alone moves the ratio by a third of what the clip allows."""
-    width = run.objective.clip_width
-    if (spread := figures.get("policy/ratio_noise", 0.0)) > width / 3:
+    width, spread = run.objective.clip_width, rounding(figures)
+    if spread > width / 3:
         return (
-            f"the log-ratio carries noise of {spread:.1e} (standard deviation), above a third of "
-            f"the clip range {width:.1e}; use policy.dtype float32 or a wider range"
+            f"the log-ratio carries noise of {spread:.1e} (standard deviation for unchanged "
+            f"weights), {spread / width:.2g} times the clip range of {width:.1e}: the clip follows "
+            f"rounding; {what_fits(spread, run.objective, figures.get(LENGTH))}"
         )
     return None
 
@@ -225,13 +302,18 @@ def length(figures: Figures, run: History) -> str | None:
 def variance(figures: Figures, run: History) -> str | None:
     """Rewards no longer differ within groups."""
     start, now = run.start.get(SPREAD, 0.0), figures.get(SPREAD)
-    if now is not None and now <= VANISHED * start:
-        return (
-            f"the rewards do not differ within groups any more (standard deviation {now:.1e}, at "
-            f"the start {start:.1e}): nothing is left to learn from; use other prompts "
-            "(data.path), or a reward term that tells these apart"
+    if now is None or now > VANISHED * start:
+        return None
+    mend = "use other prompts (data.path), or a reward term that tells these apart"
+    if (share := figures.get("rollout/truncated_fraction", 0.0)) > CUT:
+        mend = (
+            f"{share:.0%} of the completions hit the limit, and model.truncated makes them alike: "
+            "set policy.stop_strings or policy.stop_token_ids, or raise sampler.max_new_tokens"
         )
-    return None
+    return (
+        f"the rewards do not differ within groups any more (standard deviation {now:.1e}, at the "
+        f"start {start:.1e}): nothing is left to learn from; {mend}"
+    )
 
 
 class Rule(NamedTuple):
@@ -250,6 +332,8 @@ RULES: dict[str, Rule] = {
     "draws": Rule(1, draws),
     "entropy": Rule(STEADY, entropy),
     "kl": Rule(STEADY, kl),
+    "kl_above": Rule(LONG, kl_above),
+    "kl_below": Rule(LONG, kl_below),
     "noise": Rule(1, noise),
     "length": Rule(STEADY, length),
     "variance": Rule(STEADY, variance),

@@ -18,6 +18,7 @@ from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.mode import leave_routers_out, stay_in_eval_mode
 from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.engine.products import speed_up, uses_onednn
+from gspo_lightning.engine.texts import ends_of
 from gspo_lightning.policy import folder, four_bits
 from gspo_lightning.policy.lora import LoRAConfig, add_adapters, merged_weights
 
@@ -39,6 +40,11 @@ class PolicyConfig:
         revision: Branch, tag or commit of a model on the hub.
         trust_remote_code: Run Python code that lies beside the weights. Off unless asked.
         lora: Train adapters and leave the weights as they are; ``None`` trains all weights.
+        stop_strings: Texts that end a completion, such as ``Question:`` for a base model with
+            few-shot prompts, at the token that completes one. The token is trained; rewards see the
+            text before the stop string. ``None`` takes those of ``generation_config.json``.
+        stop_token_ids: Ids that end a completion beside the end-of-sequence ids.
+        include_stop_str_in_output: Whether rewards see the stop string or stop token, too.
         load_in_4bit: Round the weights below the adapters to four bits each as they are loaded, a
             quarter of the memory of bfloat16 (QLoRA). Needs ``lora``, bitsandbytes and a GPU.
     """
@@ -51,6 +57,9 @@ class PolicyConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     lora: LoRAConfig | None = None
+    stop_strings: list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
     load_in_4bit: bool = False
 
     def __post_init__(self) -> None:
@@ -102,17 +111,24 @@ class Policy(nn.Module):
     Attributes:
         model: The transformers model; its parameters are the policy's parameters.
         tokenizer: The tokenizer, padding on the left.
-        eos_ids: Every id that ends a completion (``generation_config.eos_token_id``).
+        eos_ids: Every id that ends a completion (``generation_config.eos_token_id``, and stop ids).
+        ends: What ends a completion beside an end of sequence, and the text that it leaves.
         pad_id: Id written into padded positions. Masks come from lengths, so it may equal an EOS.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, config: PolicyConfig | None = None) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self.eos_ids = eos_ids(model, tokenizer)
+        generation = model.generation_config
+        self.ends = ends_of(tokenizer, config, getattr(generation, "stop_strings", None))
+        own = eos_ids(model, tokenizer, needed=not self.ends.strings and not self.ends.token_ids)
+        self.eos_ids = list(dict.fromkeys([*own, *self.ends.token_ids]))
         pad = tokenizer.pad_token_id
-        self.pad_id: int = self.eos_ids[0] if pad is None else pad
+        self.pad_id: int = (self.eos_ids or [0])[0] if pad is None else pad
+        if config is not None and (config.stop_strings is not None or self.ends.token_ids):
+            generation.eos_token_id = self.eos_ids or None  # an export ends where the policy did
+            generation.stop_strings = self.ends.strings or None
         check_special_ids(model, {"eos_token_id": self.eos_ids, "pad_token": [self.pad_id]})
         make_ready(model)
 
@@ -132,9 +148,11 @@ class LoRAPolicy(Policy):
         start: Fingerprint of the weights without adapters.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, lora: LoRAConfig) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, lora: LoRAConfig, config: PolicyConfig | None = None
+    ) -> None:
         self.start = fingerprint(model)
-        super().__init__(add_adapters(model, lora), tokenizer)
+        super().__init__(add_adapters(model, lora), tokenizer, config)
         self.lora = lora
         self.adapter_names = {name for name, p in self.named_parameters() if p.requires_grad}
         self.register_state_dict_post_hook(_keep_adapters)
@@ -208,7 +226,8 @@ def load_tokenizer(config: PolicyConfig) -> Any:
     """Load the tokenizer of a policy folder, set to pad on the left, and look at the rest of it.
 
     Raises:
-        ValueError: If there is no tokenizer, or it, the folder's config or weights are broken.
+        ValueError: If there is no tokenizer, or it, the folder's config or weights are broken, or a
+            stop string or stop id is none of this tokenizer.
     """
     path, pretrained = Path(config.path).expanduser(), config.weights == "pretrained"
     trust = config.trust_remote_code
@@ -218,9 +237,11 @@ def load_tokenizer(config: PolicyConfig) -> Any:
         raise ValueError(f"policy.path: no tokenizer in {config.path}; save one beside the weights")
     source: Any = {"revision": config.revision, "trust_remote_code": trust}
     try:
-        return folder.read_tokenizer(config.path, padding_side="left", **source)
+        tokenizer = folder.read_tokenizer(config.path, padding_side="left", **source)
     except ValueError as error:
         raise ValueError(f"policy.path: {error}") from error
+    ends_of(tokenizer, config)
+    return tokenizer
 
 
 def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
@@ -246,7 +267,10 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
             "key-value cache can be sampled from here"
         )
     lora = config.lora
-    policy = LoRAPolicy(model, tokenizer, lora) if lora else Policy(model, tokenizer)
+    if lora is None:
+        policy = Policy(model, tokenizer, config)
+    else:
+        policy = LoRAPolicy(model, tokenizer, lora, config)
     if config.gradient_checkpointing:
         checkpoint_activations(policy.model)
     return policy
@@ -282,14 +306,17 @@ def checkpoint_activations(model: Any) -> None:
         ) from error
 
 
-def eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Every id that ends a completion: the generation config's, else the tokenizer's."""
+def eos_ids(model: Any, tokenizer: Any, needed: bool = True) -> list[int]:
+    """Every end-of-sequence id: the generation config's, else the tokenizer's."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     ids = tokenizer.eos_token_id if ids is None else ids
+    if ids in (None, []) and not needed:
+        return []
     if ids is None or ids == []:
         raise ValueError(
             "policy.path: neither generation_config.json nor the tokenizer has an eos_token_id, "
-            "so a completion could never end; add one to generation_config.json"
+            "so a completion could never end; add one to generation_config.json, or set "
+            "policy.stop_strings"
         )
     found = list(ids) if isinstance(ids, (list, tuple)) else [ids]
     if not all(type(i) is int for i in found):

@@ -1,6 +1,7 @@
 """What a completion is worth: reward terms, their weighted sum, verifiers, a time limit."""
 
 from gspo_lightning.rewards.calls import RewardError
+from gspo_lightning.rewards.code_tests import CodeTests
 from gspo_lightning.rewards.failed import score_or_keep
 from gspo_lightning.rewards.terms import (
     MarkedAnswer,
@@ -12,10 +13,12 @@ from gspo_lightning.rewards.terms import (
     load_whitening_state,
     overlong_penalty,
     ramp_tokens,
+    row_checks,
     score,
     whitening_state,
 )
 from gspo_lightning.rewards.text_rewards import (
+    CosineLength,
     LengthBonus,
     RepetitionPenalty,
     SoftOverlong,
@@ -28,6 +31,8 @@ from gspo_lightning.rewards.verifiers import (
     LastNumber,
     MathVerify,
     RegexMatch,
+    TagCount,
     TagFormat,
     ValidJSON,
 )
+from gspo_lightning.rewards.words import ChoiceLetter, WordMatch

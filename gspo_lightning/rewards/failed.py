@@ -21,11 +21,12 @@ def score_or_keep(
         RewardError: As ``score`` does, with the name of the file.
     """
     try:
-        return score(terms, samples.rows, samples.texts, **options)
+        return score(terms, samples.rows, samples.texts, special=samples.special_texts, **options)
     except RewardError as error:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("w", encoding="utf-8") as lines:
-            for i, text in enumerate(samples.texts):
+            texts = terms[error.term].texts(samples.texts, samples.special_texts)
+            for i, text in enumerate(texts):
                 record = {
                     "completion": i,
                     "term": error.term,

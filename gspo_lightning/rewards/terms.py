@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gspo_lightning.rewards import calls
 from gspo_lightning.rewards.calls import RewardError
+from gspo_lightning.rewards.verifiers import comparable
 
 EPSILON = 1e-6  # added to the standard deviation: equal rewards whiten to 0
 
@@ -91,9 +92,10 @@ class RewardTerm:
         fn: Called with the rows of the data and the completions, both of length B; gives one number
             a completion, ``None`` where the term does not apply, or an exception in the place of a
             number for a completion that alone is at fault. An attribute ``column`` names a
-            column that every row must have, which is checked before training; an attribute
-            ``counts``, a dict of numbers by name, is logged as ``reward/<term>_<name>`` after each
-            rollout.
+            column that every row must have, which is checked before training; a method
+            ``check_row`` is called with each row before training, and raises ``ValueError`` for one
+            that cannot be judged; an attribute ``counts``, a dict of numbers by name, is logged as
+            ``reward/<term>_<name>`` after each rollout.
         weight: Factor of the term in the sum.
         whiten: Take the mean of all raw values of the run off and divide by their standard
             deviation, so that terms of different units can be added. The values of a rollout are
@@ -108,6 +110,8 @@ class RewardTerm:
             after an exception ``fn`` is called with one completion at a time to find them.
             ``retry N`` calls again up to N times, after 1, 2, 4, ... seconds
             (``reward/<term>_retries``), and then stops; ``retry N, then skip`` then skips.
+        special_tokens: Give ``fn`` the completions with their special tokens in the text, but for
+            one that ended them: for markers and channels that the tokenizer holds as such.
 
     Attributes:
         statistics: What ``whiten`` has seen so far.
@@ -124,6 +128,7 @@ class RewardTerm:
     scale: float = 1.0
     clip: tuple[float, float] | None = None
     on_error: str = "stop"
+    special_tokens: bool = False
     statistics: RunningStatistics = field(
         default_factory=RunningStatistics, init=False, repr=False, compare=False
     )
@@ -137,6 +142,16 @@ class RewardTerm:
         if self.clip is not None and not self.clip[0] < self.clip[1]:
             raise ValueError(f"a reward's clip must be (low, high), low < high, got {self.clip}")
         object.__setattr__(self, "policy", calls.error_policy(self.on_error))  # frozen
+
+    def texts(self, completions: list[str], special: list[str] | None) -> list[str]:
+        """What ``fn`` is called with, of completions without and with special tokens."""
+        if not self.special_tokens:
+            return completions
+        if special is None:
+            raise ValueError(
+                "a reward has special_tokens: true, but this sampler gives no Samples.special_texts"
+            )
+        return special
 
     def shape(self, raw: Tensor) -> Tensor:
         """What ``weight`` is applied to, from raw values; (B,), NaN stays NaN."""
@@ -161,6 +176,7 @@ def score(
     rows: list[dict],
     completions: list[str],
     *,
+    special: list[str] | None = None,
     learn: bool = False,
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Scores:
@@ -173,6 +189,7 @@ def score(
         terms: Reward terms by name.
         rows: Rows of the data, one per completion.
         completions: Completion texts.
+        special: The same with special tokens kept, for terms that ask for them.
         learn: Whether the statistics of whitening take these values in, once per rollout.
         reduce: Sums a tensor over ranks, for these statistics; ``None`` for one rank.
 
@@ -192,7 +209,8 @@ def score(
     parts: dict[str, Tensor] = {}
     counts: dict[str, float] = {}
     for name, term in terms.items():
-        called = calls.call(name, term.fn, rows, completions, term.policy)
+        texts = term.texts(completions, special)
+        called = calls.call(name, term.fn, rows, texts, term.policy)
         _say_once(name, term, called, len(completions))
         values = called.values or []
         numbers = [math.nan if value is None else value for value in values]
@@ -245,6 +263,12 @@ def columns_needed(terms: Mapping[str, RewardTerm]) -> dict[str, str]:
     return {name: column for name, column in columns.items() if isinstance(column, str)}
 
 
+def row_checks(terms: Mapping[str, RewardTerm]) -> dict[str, Callable[[dict], None]]:
+    """How terms look at a row before training, by the name of the term."""
+    checks = {name: getattr(term.fn, "check_row", None) for name, term in terms.items()}
+    return {name: check for name, check in checks.items() if callable(check)}
+
+
 def whitening_state(terms: Mapping[str, RewardTerm]) -> dict[str, dict[str, Any]]:
     """The statistics of the whitened terms, as plain values."""
     return {name: term.statistics.state_dict() for name, term in terms.items() if term.whiten}
@@ -273,6 +297,10 @@ class MarkedAnswer:
     def __init__(self, marker: str = "answer: ", column: str = "answer") -> None:
         self.marker = marker
         self.column = column
+
+    def check_row(self, row: dict) -> None:
+        """Refuse a row, before training, whose answer cannot be compared with a text."""
+        comparable(row.get(self.column), self.column)
 
     def __call__(self, rows: list[dict], completions: list[str]) -> list[float | None]:
         """Score B completions; a row without the column is a ``ValueError`` that names it."""

@@ -6,6 +6,8 @@ the decoded text; the penalty for coming close to the limit in *tokens* is the m
 ``overlong_ramp``.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from gspo_lightning.bounds import check_at_least
@@ -68,6 +70,77 @@ class SoftOverlong:
 
         lengths = torch.tensor([len(pieces(text, self.unit)) for text in completions])
         return overlong_penalty(lengths, self.limit, self.ramp).tolist()
+
+
+class CosineLength:
+    """A verifier's verdict, moved by the length of the text along half a cosine.
+
+    ``limit_value + (short_value - limit_value) * (1 + cos(pi * length / limit)) / 2``, with the two
+    values of ``right`` or of ``wrong``. A right text is worth most when it is short; a wrong one
+    costs least when it is long, which leaves room to think. A verdict between 0 and 1 lies as far
+    between both curves.
+
+    Args:
+        fn: The verifier, with verdicts in [0, 1]; where it gives ``None``, so does this.
+        limit: Length at which the curves end, in ``unit``, >= 1.
+        unit: What is counted.
+        right: Values of a right text without length and at ``limit``.
+        wrong: Values of a wrong text without length and at ``limit``.
+        exceeded: Value of a text of ``limit`` or longer, right or wrong; ``None`` stays at the end
+            of the curve.
+
+    Source:
+        "Demystifying Long Chain-of-Thought Reasoning in LLMs", arXiv:2502.03373, the cosine reward
+        (r_0, r_L and r_e are the two values and ``exceeded``), there in tokens.
+
+    >>> ten_words = "ten words of which no one knows whether they matter"
+    >>> CosineLength(lambda rows, texts: [1.0, 0.0], limit=20)([{}] * 2, [ten_words] * 2)
+    [0.75, -0.75]
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[list[dict], list[str]], Sequence[float | None]],
+        limit: int,
+        unit: Unit = "words",
+        right: tuple[float, float] = (1.0, 0.5),
+        wrong: tuple[float, float] = (-1.0, -0.5),
+        exceeded: float | None = None,
+    ) -> None:
+        check_at_least(1, "CosineLength.", limit=limit)
+        values = {"right": right, "wrong": wrong, "exceeded": (exceeded or 0.0,)}
+        for name, numbers in values.items():
+            if not all(map(math.isfinite, numbers)):
+                raise ValueError(f"CosineLength.{name} must be finite, got {numbers}")
+        self.fn = fn
+        self.limit = limit
+        self.unit = unit
+        self.right = right
+        self.wrong = wrong
+        self.exceeded = exceeded
+        self.column = getattr(fn, "column", None)
+        self.check_row = getattr(fn, "check_row", None)
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """What the verifier counts."""
+        return getattr(self.fn, "counts", {})
+
+    def __call__(self, rows: list[dict], completions: list[str]) -> list[float | Exception | None]:
+        verdicts = self.fn(rows, completions)
+        return [self._value(*pair) for pair in zip(verdicts, completions, strict=True)]
+
+    def _value(self, verdict: float | Exception | None, text: str) -> float | Exception | None:
+        if verdict is None or isinstance(verdict, Exception):
+            return verdict
+        if not 0 <= verdict <= 1:
+            return ValueError(f"CosineLength.fn gave {verdict}, which is no verdict in [0, 1]")
+        length = len(pieces(text, self.unit))
+        if self.exceeded is not None and length >= self.limit:
+            return self.exceeded
+        cosine = (1 + math.cos(math.pi * min(length / self.limit, 1.0))) / 2
+        right, wrong = (end + (short - end) * cosine for short, end in (self.right, self.wrong))
+        return verdict * right + (1 - verdict) * wrong
 
 
 class RepetitionPenalty:

@@ -80,6 +80,7 @@ class TimeLimit:
             )
         self.package = PACKAGE if module.startswith(f"{PACKAGE}.") else None
         self.column = getattr(fn, "column", None)
+        self.check_row = getattr(fn, "check_row", None)
         self.seconds = seconds
         self.on_timeout = on_timeout
         self.counts_of_fn: dict[str, float] = dict.fromkeys(getattr(fn, "counts", {}), 0)

@@ -76,8 +76,9 @@ class CommandTrainer(Trainer):
         self,
         model: Any,
         datamodule: Any,
-        num_prompts: int = 4,
-        max_new_tokens: int = 256,
+        num_prompts: int | None = None,
+        max_new_tokens: int | None = None,
+        thorough: bool = False,
         json: bool = False,
     ) -> int:
         """Examine a config in seconds, without training: each line ok, warning or error.
@@ -85,15 +86,18 @@ class CommandTrainer(Trainer):
         Args:
             model: A GSPOModule.
             datamodule: Its PromptData.
-            num_prompts: Prompts to complete, each twice group_size times.
+            num_prompts: Prompts to complete, each twice group_size times; 4, or 2 where a model is
+                slow.
             max_new_tokens: Longest completion, in tokens, to save time; never above the sampler's.
+                256, or what a CPU samples in a quarter of a minute.
+            thorough: Whether to look at as much of a slow model as of a fast one, in minutes.
             json: Whether to print a JSON list instead of lines.
 
         Returns:
             Exit code: 1 after an error that was found, else 0.
         """
         tool = resolve_name(TOOLS["doctor"])
-        return tool(self, model, datamodule, num_prompts, max_new_tokens, json)
+        return tool(self, model, datamodule, num_prompts, max_new_tokens, thorough, json)
 
     def _run_stage(self) -> Any:
         # Override a private method: nothing public runs after all setup and before training.
@@ -136,7 +140,7 @@ class GSPOCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's four, without options that would do nothing here, and the doctor."""
         four = {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
-        return four | {"doctor": {"model", "datamodule", "json"}}
+        return four | {"doctor": {"model", "datamodule", "json", "thorough"}}
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.add_argument(
@@ -160,6 +164,8 @@ class GSPOCLI(LightningCLI):
         if subcommand == "doctor":  # a flag: an argument of the method would want a value
             text = "Print a JSON list instead of lines."
             parser.add_argument("--json", action="store_true", help=text)
+            text = "Look at as much of a slow model as of a fast one, which takes minutes."
+            parser.add_argument("--thorough", action="store_true", help=text)
         return parser
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
@@ -254,7 +260,7 @@ class GSPOCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "doctor":
-            return kwargs | {"json": self._get(self.config, "json")}
+            return kwargs | {name: self._get(self.config, name) for name in ("json", "thorough")}
         return kwargs | {"ckpt_path": self.checkpoint and str(self.checkpoint)}
 
     def doctor(self, **arguments: Any) -> None:

@@ -17,11 +17,15 @@ import torch
 from gspo_lightning.engine.head import tokens_of_chunk
 from gspo_lightning.engine.padded import checkpoints
 from gspo_lightning.engine.probe import plainer_ways, reading
+from gspo_lightning.optim import OptimizerConfig, learning_rate_factor
 from gspo_lightning.policy.folder import sizes
 from gspo_lightning.policy.policy import multiplies_by_onednn
 from gspo_lightning.sampling import GroupSampler
 
 IN_TURN = ("KV cache", "micro-batch", "optimizer step")  # of memory, never held together
+# Nats by which half precision rounds the log-prob of a token: 7e-3 (the demo's policy) to 3e-2 (270
+# million parameters).
+HALF_ROUNDING = 1e-2
 
 
 def plan_lines(trainer: Any, module: Any) -> list[str]:
@@ -36,6 +40,8 @@ def plan_lines(trainer: Any, module: Any) -> list[str]:
         "passes": _passes(trainer, module),
         "critic": _critic(module) if getattr(module, "critic", None) is not None else None,
         "scoring": _frozen(module) or None,
+        "clip": _clip(trainer, module) if hasattr(module, "objective") else None,
+        "penalty": _penalty(trainer, module) if hasattr(module, "sampler") else None,
         "memory": _memory(trainer, module),
         "run": trainer.default_root_dir,
     }
@@ -89,13 +95,104 @@ def _updates(trainer: Any, module: Any) -> str:
     micro = min(module.micro_batch_size or size, size)
     epochs = f"{module.num_epochs} epoch{'s' if module.num_epochs > 1 else ''}"
     parts = [f"{epochs} x {module.num_minibatches} mini-batches of {size}"]
+    group_size = module.sampler.group_size
     if micro < size:
-        parts.append(f"{micro} at a time")
+        again = f", each prompt read {-(-group_size // micro)} times"
+        shared = micro < group_size and shares_prompts(module)
+        parts.append(f"{micro} at a time" + (again if shared else ""))
     if module.micro_batch_tokens is not None:
         parts.append(f"at most {module.micro_batch_tokens:,} tokens at a time")
     text = f"{steps} optimizer steps per rollout ({', '.join(parts)})"
     total = total_batches(trainer)
-    return text if total is None else f"{text}, {steps * total:,} in all"
+    if total is None:
+        return text
+    text = f"{text}, {steps * total:,} in all"
+    config = getattr(module, "optimizer_config", None)
+    if config is None:
+        return text
+    return f"{text}; they move a weight by at most {steps * furthest(config, total):.1e}"
+
+
+def furthest(config: OptimizerConfig, total: int) -> float:
+    """How far AdamW moves a weight at most, decay apart, with one step in each unit of a schedule.
+
+    A step is at most the learning rate, or (1 - beta1) / sqrt(1 - beta2) of it where that is more.
+
+    Source:
+        Adam, arXiv:1412.6980, section 2.1.
+
+    >>> round(furthest(OptimizerConfig(learning_rate=1e-6, warmup=4), total=5) * 1e6, 6)
+    3.5
+    """
+    beta1, beta2 = config.betas
+    factor = learning_rate_factor(config, total)
+    rates = sum(factor(index) for index in range(total)) * config.learning_rate
+    return rates * max(1.0, (1 - beta1) / math.sqrt(1 - beta2))
+
+
+def shares_prompts(module: Any) -> bool:
+    """Whether rows of a group that share a pass share their prompt, too."""
+    model = module.policy.model
+    return reading(model, next(model.parameters()).device) in ("packed", "shared")
+
+
+def _clip(trainer: Any, module: Any) -> str:
+    """The clip range, and whether rounding is of its size: measured is that later, by `doctor`."""
+    objective, limit = module.objective, module.sampler.max_new_tokens
+    low, high = objective.clip_low, objective.clip_high
+    bounds = f"capped at 1 + {high:g}"
+    if objective.surrogate == "clip":
+        bounds = f"within [1 - {low:g}, 1 + {high:g}]"
+    text = f"{objective.ratio} ratio {bounds}"
+    if module.num_epochs * module.num_minibatches == 1:
+        return f"{text}; never clipped: one optimizer step per rollout"
+    mean = objective.ratio in ("sequence", "sequence_token")
+    rounding = HALF_ROUNDING / math.sqrt(limit) if mean else HALF_ROUNDING
+    parameter = next(iter(module.policy.parameters()))
+    half = "16" in str(trainer.precision) or parameter.element_size() < 4
+    if half and rounding > objective.clip_width / 3:
+        text += f"; half precision rounds it by some {rounding:.0e}"
+        text += f" at {limit} tokens, more at fewer" if mean else ""
+        return f"{text}: see `ratio noise` of doctor, or set trainer.precision 32-true"
+    return f"{text}; `doctor` proposes one from a trial update"
+
+
+def kl_speed(trainer: Any, module: Any) -> tuple[Any, float, float] | None:
+    """The KL rule, its first coefficient, and the factor by which a rollout raises that at most.
+
+    None without a rule, or where the first coefficient is already the largest.
+    """
+    for callback in getattr(trainer, "callbacks", ()):
+        rule: Any = getattr(callback, "rule", None)
+        coef = getattr(callback, "initial", None)
+        if coef is not None and hasattr(rule, "next_coef"):
+            prompts = trainer.datamodule.prompts_per_rollout * trainer.world_size
+            largest = rule.next_coef(coef, 1e6 * rule.target, prompts * module.sampler.group_size)
+            return None if largest <= coef else (rule, coef, largest / coef)
+    return None
+
+
+def _penalty(trainer: Any, module: Any) -> str | None:
+    found = kl_speed(trainer, module)
+    if found is None:
+        return f"KL coefficient {module.kl_coef:g}" if getattr(module, "kl_coef", 0.0) > 0 else None
+    rule, coef, factor = found
+    text = (
+        f"KL coefficient from {coef:g}, aims at {rule.target:g} nats per token, rises by at most "
+        f"{factor - 1:.2g} of itself a rollout"
+    )
+    return text + (f"; {slow}" if (slow := too_slow(trainer, factor)) else "")
+
+
+def too_slow(trainer: Any, factor: float) -> str:
+    """What to say of a KL rule that cannot even double its coefficient in the run; else nothing."""
+    total = total_batches(trainer)
+    if total is None or total * math.log(factor) >= math.log(2):
+        return ""
+    return (
+        f"too slow for {total:,} rollouts, x{factor**total:.2g} in all: lower rollouts or horizon "
+        "of AdaptiveKL's rule, or raise its initial"
+    )
 
 
 def _policy(trainer: Any, module: Any) -> str:
@@ -114,14 +211,6 @@ def _policy(trainer: Any, module: Any) -> str:
     return text + (", products by oneDNN" if exact and multiplies_by_onednn(model) else "")
 
 
-def _surplus(policy: Any) -> str:
-    """Ids that the tokenizer has and the model lacks; the data has refused prompts with them."""
-    if not hasattr(getattr(policy, "tokenizer", None), "__len__"):
-        return ""
-    ids, rows = len(policy.tokenizer), policy.model.get_input_embeddings().weight.shape[0]
-    return f", {ids - rows} of the tokenizer's {ids:,} ids unknown to it" if ids > rows else ""
-
-
 def _passes(trainer: Any, module: Any) -> str | None:
     """Where the model is not run in the best way; it is tried here, before the first batch."""
     model = getattr(getattr(module, "policy", None), "model", None)
@@ -130,6 +219,14 @@ def _passes(trainer: Any, module: Any) -> str | None:
     sampled = isinstance(getattr(module, "sampler", None), GroupSampler)
     found = plainer_ways(model, next(model.parameters()).device, sampled=sampled)
     return "; ".join(found) or None
+
+
+def _surplus(policy: Any) -> str:
+    """Ids that the tokenizer has and the model lacks; the data has refused prompts with them."""
+    if not hasattr(getattr(policy, "tokenizer", None), "__len__"):
+        return ""
+    ids, rows = len(policy.tokenizer), policy.model.get_input_embeddings().weight.shape[0]
+    return f", {ids - rows} of the tokenizer's {ids:,} ids unknown to it" if ids > rows else ""
 
 
 def _critic(module: Any) -> str:

@@ -5,7 +5,7 @@ import torch
 
 from gspo_lightning.data import PromptData, SFTData
 from gspo_lightning.data.stream import ResumableStream, pad
-from gspo_lightning.data.tables import read_rows
+from gspo_lightning.data.tables import extract, read_rows
 from support.tiny_data import attach, write
 
 
@@ -199,11 +199,49 @@ def test_without_held_out_prompts_validation_is_off_and_validate_is_refused(prom
         ({"val_batch_size": 0}, "data.val_batch_size must be >= 1"),
         ({"system_prompt": "be kind"}, "needs data.chat_template"),
         ({"val_path": "nowhere.jsonl"}, "data.val_path: there is no file nowhere.jsonl"),
+        ({"extract": {"answer": "("}}, r"data.extract.answer '\(' is no regular expression"),
     ],
 )
 def test_prompt_data_names_the_bad_argument(prompts, options, message):
     with pytest.raises(ValueError, match=message):
         PromptData(prompts, **options)
+
+
+# --- parts of a column ---------------------------------------------------------------------------
+
+
+def test_a_published_file_is_read_as_it_is(tmp_path, tokenizer):
+    rows = [{"question": f"{n}+{n}=", "answer": f"2*{n}={2 * n}\n#### {2 * n} "} for n in (3, 4)]
+    path = write(tmp_path / "published.jsonl", rows)
+    data = PromptData(path, path, prompt_column="question", extract={"answer": "####(.+)"})
+    attach(data, tokenizer).setup("fit")
+    (batch,) = data.val_dataloader()
+    assert batch.rows == [{"question": "3+3=", "answer": "6"}, {"question": "4+4=", "answer": "8"}]
+    assert [row["answer"] for row in data.stream.draw(2).rows] in (["6", "8"], ["8", "6"])
+
+
+def test_the_last_match_counts_and_a_group_is_not_needed():
+    rows = [{"a": "x1 x2\nx3", "b": "y"}, {"a": "x4"}]
+    assert [row["a"] for row in extract("k", "f", rows, {"a": r"x\d"})] == ["x3", "x4"]
+    assert [row["a"] for row in extract("k", "f", rows, {"a": r"x(\d)"})] == ["3", "4"]
+    assert extract("k", "f", rows, {}) == rows and rows[0]["a"] == "x1 x2\nx3"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"a": "3"},
+            r"k: f: row 2: data.extract finds no '#\(\.\*\)' in column 'a', which ends in '3'",
+        ),
+        ({"a": "#  "}, "k: f: row 2: data.extract finds no .* mend the row or the pattern"),
+        ({"a": 3}, "k: f: row 2: column 'a' is a int, not a text"),
+        ({"b": "#3"}, "k: f: row 2 has no column 'a'"),
+    ],
+)
+def test_a_row_in_which_nothing_is_found_is_named(row, message):
+    with pytest.raises(ValueError, match=message):
+        extract("k", "f", [{"a": "#1"}, row], {"a": "#(.*)"})
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.doctor import memory as doctor_memory
 from gspo_lightning.doctor.examine import set_up_and_examine
 from gspo_lightning.doctor.rewards import flat, flat_share, terms, truncation
+from gspo_lightning.engine import probe
 from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.policy import load_policy
@@ -107,7 +108,7 @@ def test_the_demo_is_healthy_and_nothing_is_written(capsys, monkeypatch, tmp_pat
     assert {line.split()[0] for line in lines} == {"ok"}, out
     assert summary.startswith(f"0 error, 0 warning, {len(lines)} ok; ")
     assert "exactly 1 before the first step" in out
-    assert "'6+9+1+7='" in out and "<eos>' (4 tokens)" in out  # as the policy sees them
+    assert "'6+9+1+7='" in out and "«<eos>»' (4 tokens)" in out  # as the policy sees them
     assert not root.exists() and list(tmp_path.iterdir()) == []
 
 
@@ -125,6 +126,7 @@ def test_a_healthy_config_as_json(capsys, folder):
     assert found["sampling"]["value"]["completions"] == 4 * 2 * 4  # prompts, draws, G
     assert found["memory cpu"]["status"] == "ok"
     assert "3 rollouts, each 4 prompts x 4 completions" in found["plan"]["text"]
+    assert "raise optimizer.learning_rate" in found["clipping"]["remedy"]  # 1e-6 for a tiny model
 
 
 def test_options_change_what_is_drawn(capsys, folder):
@@ -164,7 +166,7 @@ def test_no_weight_changes_and_no_gradient_stays(tmp_path, model_dir):
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    findings = set_up_and_examine(trainer, module, data, 4, 256)
+    findings = set_up_and_examine(trainer, module, data)
     assert {f.status for f in findings} <= {"ok", "warning"}, findings
     fresh = load_policy(module.policy_config).state_dict()
     assert all(
@@ -255,10 +257,13 @@ def test_a_template_that_forgets_the_beginning_and_one_that_is_not_used(capsys, 
 
 
 def test_a_turn_that_ends_with_another_token(capsys, folder):
-    save_tokenizer(chat=CHAT, close="\n")
+    save_tokenizer(chat=CHAT, close="<unk>")
     found = doctor(capsys, "--data.chat_template true")
     assert errors(found) == ["eos"]
-    assert "the chat template ends a turn with '\\n'" in found["eos"]["text"]
+    assert "the chat template ends a turn with '<unk>' (2)" in found["eos"]["text"]
+    save_tokenizer(chat=CHAT, close="\n")  # ordinary text, which can end no completion
+    found = doctor(capsys, "--data.chat_template true", code=0)
+    assert found["eos"]["status"] == found["template"]["status"] == "ok"
 
 
 def test_a_template_that_opens_no_turn_for_the_answer(capsys, folder):
@@ -322,6 +327,25 @@ def test_a_constant_reward(capsys, folder):
     assert found["flat groups"]["value"]["measured"] == 1.0
 
 
+def test_rewards_of_completions_that_were_cut_for_speed_are_no_error(capsys, folder):
+    marked = "--model.rewards.digits.fn gspo_lightning.rewards.terms.MarkedAnswer"
+    options = f"{marked} --model.rewards.digits.fn.column prompt --max_new_tokens 2"
+    found = doctor(capsys, options, code=0)
+    for name in ("rewards", "flat groups"):
+        assert found[name]["status"] == "warning", found[name]
+        assert found[name]["remedy"].endswith("use --max_new_tokens 12")
+
+
+def test_a_kl_rule_that_cannot_answer_within_the_run(capsys, folder):
+    callback = "--trainer.callbacks+ gspo_lightning.AdaptiveKL --trainer.callbacks.rule"
+    rule = f"{callback} gspo_lightning.kl.ProportionalKL --trainer.callbacks.rule.target 0.05"
+    found = doctor(capsys, f"{rule} --trainer.callbacks.rule.horizon 2000", code=0)["penalty"]
+    assert found["status"] == "warning"
+    assert found["remedy"].startswith("too slow for 3 rollouts, x1")
+    found = doctor(capsys, f"{rule} --data.num_rollouts 30", code=0)["penalty"]
+    assert found["status"] == "ok"
+
+
 def test_a_reward_that_raises_stops_no_other_check(capsys, folder):
     before = files()
     found = doctor(capsys, "--model.rewards.digits.fn test_doctor.raises")
@@ -383,8 +407,8 @@ def test_a_model_that_mixes_the_rows_of_a_batch(capsys, monkeypatch, folder):
     def mix(module, args, logits):
         return logits + 0.1 * logits.flatten(0, -2).mean(0)
 
-    monkeypatch.setattr("gspo_lightning.engine.states.reading", lambda *_, **__: "packed")
-    monkeypatch.setattr("gspo_lightning.sampling.decoding", lambda *_: "grouped")
+    monkeypatch.setattr(probe, "_try_reading", lambda *_: probe.Found("packed"))
+    monkeypatch.setattr(probe, "_try_decoding", lambda *_: probe.Found("grouped"))
     after_loading(monkeypatch, lambda model: model.lm_head.register_forward_hook(mix))
     found = doctor(capsys, "--model.micro_batch_size 2 --model.reference null")
     assert errors(found) == ["gradient"]

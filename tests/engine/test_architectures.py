@@ -194,7 +194,7 @@ def test_models_without_a_key_value_cache_are_refused(
         load_policy(PolicyConfig(str(path)))
     # takes one and gives none, which only shows when it runs
     policy = Policy(make_model("recurrent_gemma"), tokenizer)
-    with pytest.raises(ValueError, match="RecurrentGemmaForCausalLM gives no past_key_values"):
+    with pytest.raises(ValueError, match="cannot be sampled from: it gives no past_key_values"):
         GroupSampler(2, 4).sample(policy, prompts_of(make_rollout()), seed=0)
 
 

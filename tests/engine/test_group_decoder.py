@@ -15,6 +15,7 @@ from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.group_attention import GroupAttention
 from gspo_lightning.engine.products import filled
 from gspo_lightning.engine.step_graphs import cuda_graph_recorder
+from gspo_lightning.engine.texts import Ends
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.policy.policy import Policy
 from gspo_lightning.sampling import GroupSampler
@@ -369,6 +370,16 @@ def test_recorded_steps_draw_what_steps_one_by_one_draw(
     assert_same(sampler.sample(policy, batch, seed=7), expected)
     assert not own_lines(caplog)
     assert len(counts) < steps  # Python ran for new shapes only, twice each
+
+
+def test_recorded_steps_end_at_stop_strings_as_others_do(policy, monkeypatch):
+    batch, sampler = batch_of(PROMPTS), GroupSampler(3, 30, batch_size=7)
+    free = sampler.sample(policy, batch, seed=7)
+    policy.ends = Ends(policy.tokenizer, ["=", "12", "\n"])
+    expected = sampler.sample(policy, batch, seed=7)
+    assert (expected.mask.sum(1) < free.mask.sum(1)).any()
+    record_with(record, monkeypatch)
+    assert_same(sampler.sample(policy, batch, seed=7), expected)
 
 
 @pytest.mark.parametrize("good", [0, 3])

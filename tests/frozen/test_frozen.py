@@ -21,6 +21,7 @@ from gspo_lightning.frozen.models import (
     resolve_device,
 )
 from gspo_lightning.logprobs import completion_logprobs
+from gspo_lightning.policy.chat import Chat
 from gspo_lightning.policy.policy import PolicyConfig
 from gspo_lightning.rewards.terms import RewardTerm
 from support.repository import ROOT
@@ -263,9 +264,24 @@ def test_a_chat_template_takes_a_list_of_messages(tmp_path, tokenizer):
         plain([{"prompt": messages}], ["4"])
 
 
+def test_a_begun_answer_and_its_end_are_one_turn_and_no_message_gets_lost(tmp_path, tokenizer):
+    model = load(chat_dir(tmp_path / "chat", tokenizer), chat_template=True)
+    asked = {
+        "role": "user",
+        "content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "2="}],
+    }
+    messages = [asked, {"role": "assistant", "content": "1+"}]
+    expected = alone(model, "u: 2+2=\na: 1+3\n", add_special_tokens=False)
+    assert model([{"prompt": messages}], ["3"]) == pytest.approx([expected], abs=1e-5)
+    model.tokenizer.chat_template = TEMPLATE.replace("in messages", "in messages[-1:]")
+    model.chat = Chat(model.tokenizer)
+    with pytest.raises(ValueError, match=r"cannot read column 'prompt': .* of message 1, of role"):
+        model([{"prompt": "2+2="}], ["4"])
+
+
 def test_a_chat_template_that_is_not_there_is_one_line_before_training(tmp_path, reward_dir):
     term = RewardModel(reward_dir, device="cpu", chat_template=True)
-    message = r"^model.rewards.taste.fn: chat_template is true, but the tokenizer of .* has no chat"
+    message = r"^model.rewards.taste.fn: chat_template of .* is true, but the tokenizer has no chat"
     with pytest.raises(ValueError, match=message):
         run(tmp_path, reward_dir, rewards={"taste": RewardTerm(term)})
 

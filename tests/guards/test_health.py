@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from gspo_lightning.callbacks.files import AdaptiveKL
-from gspo_lightning.guards.health import PATIENCE, RULES, START, STEADY, Health
+from gspo_lightning.guards.health import LONG, PATIENCE, RULES, START, STEADY, Health, what_fits
 from gspo_lightning.kl import MultiplicativeKL, ProportionalKL
 from gspo_lightning.objectives import Objective
 from support.command import REAL, checkpoints, run
+from support.repository import ROOT
 
 WELL = {
     "train/clip_fraction_sequences": 0.1,
@@ -19,6 +20,7 @@ WELL = {
     "rollout/flat_groups_kept": 0.0,
     "policy/entropy": 0.5,
     "policy/ratio_noise": 0.0,
+    "policy/sampler_noise": 0.0,
     "train/kl_divergence": 0.01,
     "train/kl_coef": 0.2,
     "train/avg_response_length": 20.0,
@@ -64,12 +66,18 @@ CASES = [  # rule, figures that show it, figures that just do not, cause, settin
     ("draws", {"flat_groups_kept": 3.0}, {"flat_groups_kept": 0.0},
      "left 3 of a rollout's groups", "model.max_draws"),
     ("entropy", {"entropy": 0.049}, {"entropy": 0.051}, "from 0.5 to 0.049", "entropy_coef"),
-    ("kl", {"kl_divergence": 0.041, "kl_coef": 1.0}, {"kl_divergence": 0.041, "kl_coef": 0.99},
-     "0.041, far above its target of 0.01", "maximum or target"),
     ("kl", {"kl_divergence": 0.041, "kl_coef": 1.0}, {"kl_divergence": 0.04, "kl_coef": 1.0},
-     "at its ceiling of 1", "maximum or target"),
+     "far above its target of 0.01, and kl_coef is at its ceiling of 1", "maximum or target"),
+    ("kl_above", {"kl_divergence": 0.041, "kl_coef": 0.99},
+     {"kl_divergence": 0.04, "kl_coef": 0.99}, "while kl_coef went from 0.2 to 0.99", "rollouts"),
+    ("kl_below", {"kl_divergence": 0.0024, "kl_coef": 0.81},
+     {"kl_divergence": 0.0026, "kl_coef": 0.81}, "at a kl_coef of 0.81, 4 times", "its maximum"),
+    ("kl_below", {"kl_divergence": 0.0024, "kl_coef": 0.81},
+     {"kl_divergence": 0.0024, "kl_coef": 0.79}, "a quarter of its target of 0.01", "factor_up"),
     ("noise", {"ratio_noise": 1.01e-4}, {"ratio_noise": 0.99e-4},
      "noise of 1.0e-04", "policy.dtype float32"),
+    ("noise", {"sampler_noise": 9e-3}, {"sampler_noise": 0.99e-4},
+     "30 times the clip range of 3.0e-04", "trainer.precision 32-true"),
     ("length", {"avg_response_length": 40.0}, {"avg_response_length": 30.0},
      "grew from 20 to", "overlong_ramp"),
     ("length", {"avg_response_length": 40.0}, {"avg_response_length": 40.0, "reward": 0.6},
@@ -107,6 +115,12 @@ def test_every_rule_has_a_case():
     assert {case[0] for case in CASES} == set(RULES)
 
 
+def test_the_documentation_lists_every_rule():
+    text = (ROOT / "docs" / "doctor.md").read_text().partition("## Run health")[2]
+    listed = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert sorted(listed) == sorted(RULES)
+
+
 def test_one_step_per_rollout_cannot_clip_and_is_not_reported():
     assert said(watch(steps=1), [figures(clip_fraction_sequences=0.0)] * 2 * PATIENCE) == []
 
@@ -127,9 +141,34 @@ def test_a_token_ratio_is_judged_by_its_tokens():
     assert "70% of the ratios" in said(watch(tokens), [many] * 10)[0][1]
 
 
-def test_a_rule_without_a_ceiling_is_never_at_it():
-    health = watch(rule=ProportionalKL(target=0.01))
-    assert said(health, [figures(kl_divergence=9.0, kl_coef=9.0)] * 10) == []
+def test_a_rule_without_a_ceiling_is_never_at_it_and_may_be_too_slow():
+    """The coefficient of a horizon far too long creeps while KL is at twelve times its target."""
+    rule, coef, rollouts = ProportionalKL(target=0.05, horizon=2000), 0.05, []
+    for _ in range(LONG):
+        rollouts.append(figures(kl_divergence=0.6, kl_coef=coef))
+        coef = rule.next_coef(coef, 0.6, sequences=32)
+    ((number, text),) = said(watch(rule=rule), rollouts)
+    assert number == LONG
+    assert "(now 0.6), while kl_coef went from 0.0502 to 0.0515: the rule is too slow" in text
+
+
+def test_noise_comes_with_what_fits():
+    """A third of the range: three times the noise as range, or as many tokens as average it out."""
+    ((_, text),) = said(watch(), [figures(sampler_noise=9e-3, avg_response_length=12.0)] * 2)
+    assert "(clip_low 0.027, clip_high 0.036)" in text  # 3 * 9e-3, and as the range is shaped
+    assert "97,000 tokens or more instead of 12" in text  # 12 * (3 * 9e-3 / 3e-4) ** 2
+    summed = Objective("sequence_sum", clip_low=0.2, clip_high=0.2)
+    assert "33 tokens or less instead of 300" in what_fits(0.2, summed, tokens=300)  # sum grows
+    tokens = Objective("token", clip_low=0.2, clip_high=0.2)
+    assert "tokens or" not in what_fits(0.2, tokens, tokens=300)  # each token has its own
+
+
+def test_a_clip_range_that_does_not_fit_comes_with_the_spread_of_the_ratio():
+    spread = {"policy/sequence_log_ratio_std": 4.4e-3}
+    for clipped in (0.0, 0.9):
+        rollout = figures(clip_fraction_sequences=clipped) | spread
+        ((_, text),) = said(watch(), [rollout] * PATIENCE)
+        assert "(log s spreads by 4.4e-03; `python train.py doctor` proposes a range)" in text
 
 
 def test_an_entropy_that_is_nothing_from_the_start_is_collapse():

@@ -241,7 +241,15 @@ EVERY = {
     "gspo_lightning.rewards.verifiers.LastNumber": "{missing: skip}",
     "gspo_lightning.rewards.verifiers.MathVerify": "{column: a}",
     "gspo_lightning.rewards.verifiers.RegexMatch": "{pattern: x, where: search}",
-    "gspo_lightning.rewards.verifiers.TagFormat": "{tags: [a, b]}",
+    "gspo_lightning.rewards.verifiers.TagFormat": "{tags: [a, b], text_after: true, opened: true}",
+    "gspo_lightning.rewards.TagCount": "{tags: [a], opened: true}",
+    "gspo_lightning.rewards.ChoiceLetter": "{letters: ABCD, pattern: [x, '.+']}",
+    "gspo_lightning.rewards.WordMatch": "{measure: exact, unit: characters}",
+    "gspo_lightning.rewards.CodeTests": "{seconds: 2, memory_mib: 256, score: share, workers: 1}",
+    "gspo_lightning.rewards.CosineLength": (
+        "{limit: 9, right: [2, 1], wrong: [-10, 0], exceeded: -10, "
+        "fn: {class_path: gspo_lightning.rewards.LastNumber, init_args: {column: a}}}"
+    ),
     "gspo_lightning.rewards.verifiers.ValidJSON": "{required: [a]}",
     "gspo_lightning.rewards.text_rewards.LengthBonus": "{target: 5}",
     "gspo_lightning.rewards.text_rewards.SoftOverlong": "{limit: 9, ramp: 5, unit: characters}",

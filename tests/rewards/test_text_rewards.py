@@ -5,7 +5,13 @@ from collections import Counter
 import pytest
 
 from gspo_lightning.rewards.terms import RewardTerm, score
-from gspo_lightning.rewards.text_rewards import LengthBonus, RepetitionPenalty, SoftOverlong
+from gspo_lightning.rewards.text_rewards import (
+    CosineLength,
+    LengthBonus,
+    RepetitionPenalty,
+    SoftOverlong,
+)
+from gspo_lightning.rewards.verifiers import LastNumber
 
 
 def one(fn, text):
@@ -80,3 +86,70 @@ def test_they_are_terms_of_a_sum():
 def test_a_bad_argument_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def given(*verdicts):
+    return lambda rows, texts: list(verdicts)
+
+
+# cos(0) = 1, cos(pi / 3) = 1/2, cos(pi / 2) = 0, cos(2 pi / 3) = -1/2, cos(pi) = -1
+@pytest.mark.parametrize(
+    ("size", "right", "wrong"),
+    [
+        (0, 1.0, -1.0),
+        (4, 0.875, -0.875),
+        (6, 0.75, -0.75),
+        (8, 0.625, -0.625),
+        (12, 0.5, -0.5),
+        (40, 0.5, -0.5),  # and not up again
+    ],
+)
+def test_cosine_length(size, right, wrong):
+    texts = ["word " * size] * 2
+    assert CosineLength(given(1.0, 0.0), limit=12)([{}] * 2, texts) == pytest.approx([right, wrong])
+    characters = CosineLength(given(1, 0), limit=12, unit="characters")
+    assert characters([{}] * 2, ["x" * size] * 2) == pytest.approx([right, wrong])
+
+
+def test_cosine_length_with_the_values_of_the_paper():
+    # r_0 and r_L are 2 and 1 for right, -10 and 0 for wrong texts, and r_e is -10
+    paper = {"right": (2.0, 1.0), "wrong": (-10.0, 0.0), "exceeded": -10.0}
+    for size, values in {0: [2.0, -10.0], 5: [1.5, -5.0], 10: [-10.0] * 2}.items():
+        scores = CosineLength(given(1, 0), limit=10, **paper)([{}] * 2, ["word " * size] * 2)
+        assert scores == pytest.approx(values)
+
+
+def test_cosine_length_is_the_reward_of_trl():
+    rewards = pytest.importorskip("trl.rewards")
+    pytest.importorskip("math_verify")
+    theirs = rewards.get_cosine_scaled_reward(max_len=100)
+    sizes = [0, 1, 30, 77, 100, 250]
+    for text in (r"\boxed{2}", r"\boxed{3}"):
+        expected = theirs([[{"content": text}]] * 6, ["2"] * 6, [[1] * size for size in sizes])
+        ours = CosineLength(given(*[float("2" in text)] * 6), limit=100)
+        assert ours([{}] * 6, ["word " * size for size in sizes]) == pytest.approx(expected)
+
+
+def test_cosine_length_hands_on_what_is_no_verdict():
+    slow = TimeoutError("took too long")
+    scores = CosineLength(given(None, slow, 0.5), limit=4)([{}] * 3, ["a b"] * 3)
+    assert scores[:2] == [None, slow] and scores[2] == pytest.approx(0.0)
+    (wrong,) = CosineLength(given(2.0), limit=4)([{}], ["a"])
+    assert str(wrong) == "CosineLength.fn gave 2.0, which is no verdict in [0, 1]"
+    around = CosineLength(LastNumber("n"), limit=4)
+    with pytest.raises(ValueError, match="holds no number"):
+        around.check_row({"n": "none"})
+    assert around.column == "n" and around([{"n": 3}], ["it is 3 now"]) == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": 0}, r"CosineLength\.limit must be >= 1, got 0"),
+        ({"limit": 9, "right": (1.0, float("nan"))}, r"CosineLength\.right must be finite"),
+        ({"limit": 9, "exceeded": float("-inf")}, r"CosineLength\.exceeded must be finite"),
+    ],
+)
+def test_cosine_length_names_the_bad_argument(options, message):
+    with pytest.raises(ValueError, match=message):
+        CosineLength(given(), **options)

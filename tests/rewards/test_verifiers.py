@@ -1,6 +1,7 @@
 """Verifiers: what counts as equal, case by case."""
 
 import sys
+import time
 
 import pytest
 
@@ -9,6 +10,7 @@ from gspo_lightning.rewards.verifiers import (
     LastNumber,
     MathVerify,
     RegexMatch,
+    TagCount,
     TagFormat,
     ValidJSON,
     last_number,
@@ -38,6 +40,12 @@ def test_a_pattern_says_which_part_is_judged():
     assert one(LastNumber(pattern="answer is (.*)"), "the answer is 7 of 9", 9) == 1.0
 
 
+def test_of_several_patterns_the_first_one_that_matches_decides():
+    marked = LastNumber(pattern=["####(.*)", r"boxed\{(\d+)|(x)", ".+"])
+    texts = ["boxed{3} #### 2", "boxed{3} or 4", "x or 4", "5", ""]
+    assert marked([{"answer": n} for n in (2, 3, 4, 5, 6)], texts) == [1.0, 1.0, 1.0, 1.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [
@@ -57,6 +65,19 @@ def test_a_pattern_says_which_part_is_judged():
         ("x-7", "7"),
         ("(3)-7", "7"),
         ("$-1,000", "-1000"),
+        ("-$3", "-3"),
+        (r"-\$3.50", "-3.5"),
+        ("-€1,000", "-1000"),
+        ("-**3**", "-3"),
+        ("_-3_", "-3"),
+        ("10-$3", "3"),
+        ("5 - $3", "3"),
+        ("$3", "3"),
+        ("1{,}000", "1000"),
+        (r"1\,000", "1000"),
+        (r"1,\!000", "1000"),
+        ("1\N{NARROW NO-BREAK SPACE}000", "1000"),
+        ("**1,000.**", "1000"),
         ("50%", "50"),
         ("3 apples", "3"),
         ("1.5e3", "1500"),
@@ -67,6 +88,10 @@ def test_a_pattern_says_which_part_is_judged():
 )
 def test_last_number(text, number):
     assert last_number(text) == float(number)
+
+
+def test_a_debt_is_no_gain():
+    assert LastNumber()([{"answer": n} for n in (3, -3)], ["-$3"] * 2) == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("text", ["", "none", "-", "..."])
@@ -90,9 +115,15 @@ def test_last_number_of_a_very_long_number_is_quick():
     assert one(LastNumber(), "1,234" * 20_000, 9) == 0.0
 
 
-def test_an_answer_without_a_number_is_an_error():
-    with pytest.raises(ValueError, match="the answer 'none' holds no number"):
-        one(LastNumber(), "3", "none")
+def test_an_answer_without_a_number_is_an_error_before_training_too():
+    for judge in (lambda: one(LastNumber(), "3", "none"), lambda: check("none")):
+        with pytest.raises(ValueError, match="the answer 'none' holds no number"):
+            judge()
+    check("3"), check(3), check(None)  # one that is missing is found by its column
+
+
+def check(answer):
+    LastNumber().check_row({"answer": answer})
 
 
 @pytest.mark.parametrize(
@@ -110,6 +141,84 @@ def test_an_answer_without_a_number_is_an_error():
 )
 def test_math_verify(answer, text, expected):
     pytest.importorskip("math_verify")
+    assert one(MathVerify(), text, answer) == expected
+
+
+# What is words, and what is algebra. The third value is None where the answer cannot be read.
+@pytest.mark.parametrize(
+    ("answer", "text", "expected"),
+    [
+        ("silent", r"\boxed{listen}", None),
+        ("silent", r"\boxed{silent}", None),
+        ("$silent$", r"\boxed{listen}", 0.0),
+        ("$silent$", r"\boxed{Silent}", 1.0),
+        (r"\boxed{\text{silent}}", r"\boxed{listen}", 0.0),
+        (r"$\text{red}$", r"$\text{ red }$", 1.0),
+        ("no", r"\boxed{on}", None),
+        ("七十二", "72", None),
+        ("forty two", "42", None),
+        ("3 apples and 4 pears", "4", None),
+        ("abcd + 2", "2", None),
+        ("72 dollars", r"\boxed{72}", 1.0),
+        ("72 dollars", r"\boxed{27}", 0.0),
+        ("72", r"\boxed{72 dollars}", 1.0),
+        ("about 3/4", "0.75", 1.0),
+        ("50 percent", "0.5", 1.0),
+        ("答案是72", r"\boxed{72}", 1.0),
+        ("72 in", "72", 1.0),
+        ("5 km/h", r"\boxed{5 km/h}", 1.0),
+        ("5 km/h", r"\boxed{6 km/h}", 0.0),
+        ("-$3", r"\boxed{-3}", 1.0),
+        ("-$3", r"\boxed{3}", 0.0),
+        ("3", "The answer is -$3", 0.0),
+        ("abc + 2", r"\boxed{2+bca}", 1.0),
+        ("$5xyz$", r"\boxed{5zxy}", 1.0),
+        ("x = 5", "5", 1.0),
+        (r"2\pi r", "2", 0.0),
+        ("pi/2", r"\boxed{\frac{\pi}{2}}", 1.0),
+        (r"\sin x", r"\boxed{sin(x)}", 1.0),
+        (r"3\frac{1}{2}", "3.5", 1.0),
+        ("(1, 2)", "2", 0.0),
+        ("A", r"\boxed{\text{(A)}}", 1.0),
+        ("A", r"\boxed{B}", 0.0),
+    ],
+)
+def test_words_are_never_read_as_algebra(answer, text, expected):
+    pytest.importorskip("math_verify")
+    verifier = MathVerify()
+    assert one(verifier, text, answer) == expected
+    assert verifier.counts == {"unreadable_answers": int(expected is None)}
+
+
+# Cases of the kinds that the tests of math-verify have; the library itself is asked again.
+@pytest.mark.parametrize(
+    ("answer", "text", "expected"),
+    [
+        ("-5", "-5", True),
+        ("7425000", "7,425,000", True),
+        ("1000", "1 000", True),
+        ("1000.99", "1000,99", True),
+        ("1,22", "1.22", True),
+        ("1000.99", "it is not 10 but 1,000.99€", True),
+        ("2", "AZYUK2A", False),
+        ("-10/9", r"$-\frac{10}{9}$", True),
+        ("$[0,9)$", "$[0,1)$", False),
+        ("$9$", r"Answer \[ 9 \]", True),
+        (r"$\sqrt{3}$", r"$\sqrt3 $", True),
+        ("$1/3$", r"$\frac{1}{3} \text{meters}$", True),
+        ("$1/3$", r"$k = \frac{1}{3}$", True),
+        (r"$28\%$", "28 percent", True),
+        (r"$28\%$", r"$\boxed{28 percent}$", True),
+        ("$0.28$", "28", False),
+        ("$2-2p$", r"If $2-x=p$, then $x=2-p$. Thus $x-p=\boxed{2-2p}$.", True),
+        (r"$\text{Evelyn}$", r"Therefore, $\boxed{\text{Evelyn}}$ is our answer.", True),
+        (r"$\boxed{\text{C}}$", r"$\boxed{\text{(C)}}.$", True),
+    ],
+)
+def test_math_verify_is_no_worse_than_the_library_alone(answer, text, expected):
+    library = pytest.importorskip("math_verify")
+    readings = (library.parse(part, parsing_timeout=None) for part in (answer, text))
+    assert library.verify(*readings, timeout_seconds=None) == expected
     assert one(MathVerify(), text, answer) == expected
 
 
@@ -161,6 +270,60 @@ def test_tags_can_be_chosen():
     assert one(TagFormat(), "<a>1</a>") == 0.0
 
 
+THOUGHTS = [
+    "<think>a</think>b",
+    "<think>\na\nb\n</think>\nc",
+    "<think>a <b> c</think>\nd",
+    "<think></think>\na",
+    "<think>\na\nb",
+    "a. b",
+    "a</think>\nb",
+    "a<think>b</think>\nc",
+    "<think>a<think>b</think></think>c",
+    "<think>a</think>\nb\n<think>c</think>\nd",
+]
+
+
+def test_thoughts_and_then_anything_as_the_reward_of_trl_has_it():
+    rewards = pytest.importorskip("trl.rewards")
+    theirs = rewards.think_format_reward([[{"content": text}] for text in THOUGHTS])
+    assert theirs == [1.0] * 4 + [0.0] * 6
+    assert TagFormat(["think"], text_after=True)([{}] * 10, THOUGHTS) == theirs
+
+
+def test_a_tag_that_the_prompt_opens():
+    opened = TagFormat(["think"], text_after=True, opened=True)
+    whole = [f"<think>{text}" for text in THOUGHTS]
+    expected = TagFormat(["think"], text_after=True)([{}] * 10, whole)
+    assert opened([{}] * 10, THOUGHTS) == expected and 1.0 in expected
+    assert one(TagCount(opened=True), "7</think><answer>7</answer>") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("<think>a</think><answer>b</answer>", 1.0),
+        ("</answer><answer></think><think>", 1.0),
+        ("<think>a</think><think>b</think>", 0.0),
+        ("<think>a</think>b", 0.5),
+        ("<think>a<answer>b</answer>", 0.75),
+        ("", 0.0),
+    ],
+)
+def test_tag_count(text, share):
+    assert one(TagCount(), text) == share
+
+
+@pytest.mark.parametrize("part", [" ", "\n", "1", "1,", "1 ", "####", "(", "-$", "<think>", "ab "])
+def test_a_text_that_repeats_itself_is_judged_at_once(part):
+    pytest.importorskip("math_verify")
+    text = part * (60_000 // len(part))
+    start = time.process_time()
+    for verifier in (LastNumber(), TagFormat(), TagCount(), ExactMatch()):
+        one(verifier, text, "1")
+    assert time.process_time() - start < 1
+
+
 @pytest.mark.parametrize(
     ("text", "valid", "with_keys"),
     [
@@ -203,6 +366,10 @@ def test_a_row_without_an_answer_is_an_error_or_does_not_apply(kind):
         (lambda: LastNumber(tolerance=-1.0), "LastNumber.tolerance must be >= 0, got -1.0"),
         (lambda: TagFormat([]), "TagFormat.tags must be different names"),
         (lambda: TagFormat(["a", "a"]), "TagFormat.tags must be different names"),
+        (lambda: TagFormat("ab"), "TagFormat.tags must be different names, at least one, got 'ab'"),
+        (lambda: TagCount([]), "TagCount.tags must be different names"),
+        (lambda: LastNumber(pattern=[]), "LastNumber.pattern is an empty list"),
+        (lambda: LastNumber(pattern=[".", "("]), "LastNumber.pattern '\\(' is no regular"),
     ],
 )
 def test_a_bad_argument_is_named(make, message):

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shlex
 import sys
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from gspo_lightning.callbacks.files import AdaptiveKL
+from gspo_lightning.compare.settings import TRIED
 from gspo_lightning.critic.critic import CriticConfig
 from gspo_lightning.frozen.models import RewardModel
 from gspo_lightning.kl import MultiplicativeKL, ProportionalKL
@@ -16,7 +18,7 @@ from gspo_lightning.module import GSPOModule
 from gspo_lightning.objectives import Objective
 from gspo_lightning.supervised.reward_model import RewardModelModule
 from gspo_lightning.supervised.sft import SFTModule
-from support.command import instantiated
+from support.command import instantiated, run
 from support.repository import ROOT
 from support.tiny_run import write_prompts
 
@@ -28,9 +30,9 @@ OVERLAYS = {
     "sft_arithmetic_moe.yaml",
 }  # not alone
 CONFIGS = sorted({path.name for path in (ROOT / "configs").glob("*.yaml")} - OVERLAYS)
-TASKS, ALGORITHMS, KL, HARDWARE = (
+TASKS, ALGORITHMS, KL, HARDWARE, MODELS = (
     sorted(path.stem for path in (ROOT / "configs" / folder).glob("*.yaml"))
-    for folder in ("task", "algorithm", "kl", "hardware")
+    for folder in ("task", "algorithm", "kl", "hardware", "model")
 )
 FILES = sorted(
     str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").glob("**/*.yaml")
@@ -67,7 +69,7 @@ def test_the_demo_is_what_the_readme_says():
 @pytest.fixture
 def stack(model_dir, tmp_path, monkeypatch):
     """Instantiate base.yaml and overlays, in a folder with every file that they name."""
-    for name in ("gsm8k/train", "gsm8k/heldout", "preference/prompts", "preference/heldout"):
+    for name in ("gsm8k/train", "gsm8k/test", "preference/prompts", "preference/heldout"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         write_prompts(tmp_path / "data" / f"{name}.jsonl")
     for name in ("arithmetic", "scenarios"):
@@ -185,7 +187,7 @@ def test_every_task_and_every_kl_overlay_go_together(stack, task, kl):
     assert cli.model.kl_coef == (0.04 if kl == "fixed" else 0.0)
     assert len([c for c in cli.trainer.callbacks if type(c).__name__ == "CurvePlot"]) == 1
     if kl == "adaptive":
-        assert kl_callbacks(cli)[0].rule == ProportionalKL(target=0.05, horizon=2000)
+        assert kl_callbacks(cli)[0].rule == ProportionalKL(target=0.05, rollouts=2)
     if kl == "origin":
         assert kl_callbacks(cli)[0].rule == MultiplicativeKL(0.01, minimum=0.01, maximum=1.0)
         assert kl_callbacks(cli)[0].coef == 0.2
@@ -197,6 +199,48 @@ def test_every_algorithm_takes_a_kl_overlay_on_top(stack, algorithm):
     cli = stack(*names)
     assert cli.model.reference is not None and cli.model.frozen.device == "cuda:1"
     assert len(kl_callbacks(cli)) == 1
+
+
+def test_the_defaults_of_base_fit_each_other(stack):
+    """Rounding within the clip range, a prompt read once, a KL rule that can answer in the run."""
+    cli = stack("task/gsm8k", "kl/adaptive")
+    model, (adaptive,) = cli.model, kl_callbacks(cli)
+    assert str(cli.trainer.precision) == "32-true" and model.policy_config.dtype == "float32"
+    assert model.micro_batch_size == model.sampler.group_size
+    coef, rollouts = adaptive.coef, cli.datamodule.num_rollouts
+    for _ in range(rollouts // 10):
+        coef = adaptive.rule.next_coef(coef, 1.0, sequences=32)
+    assert coef > 5 * adaptive.coef
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("task", ["gsm8k", "arithmetic"])
+def test_a_kind_of_model_goes_on_any_task_and_under_any_algorithm(stack, name, task):
+    model = stack(f"task/{task}", "hardware/cpu", f"model/{name}").model
+    found = model.optimizer_config.learning_rate, model.objective.clip_high
+    assert found == {"small": (2e-4, 5e-3), "lora": (1e-5, 4e-4)}[name]
+    assert (model.policy_config.lora is not None) == (name == "lora")
+    model = stack(f"task/{task}", f"model/{name}", "algorithm/dapo").model
+    assert model.objective.clip_high == 0.28
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_kind_of_model_trains_on_the_embedded_task(tmp_path, capsys, name):
+    files = ("base", "task/arithmetic", f"model/{name}", "hardware/cpu")
+    config = " ".join(f"--config configs/{file}.yaml" for file in files)
+    small = "--data.num_rollouts 1 --data.prompts_per_rollout 4 --trainer.limit_val_batches 0"
+    code, _, err = run(capsys, f"fit {config} {small} --trainer.default_root_dir {tmp_path}/run")
+    assert code == 0, err
+    assert (tmp_path / "run" / "export" / "config.json").is_file()
+
+
+def test_every_line_of_the_page_on_settings_is_a_config_and_stands_there(stack):
+    page = (ROOT / "docs" / "choosing_settings.md").read_text()
+    for name, options in TRIED.items():
+        options = options.replace("configs/", f"{ROOT}/configs/")
+        assert isinstance(stack("task/arithmetic", options=shlex.split(options)).model, GSPOModule)
+        assert f"\n| {name} |" in page
 
 
 def test_grpos_penalty_can_be_switched_off(stack):
@@ -255,10 +299,23 @@ def test_the_origins_numbers(stack, machine):
     assert (said["accelerator"], said["devices"]) == ("gpu", [0])
 
 
-def test_the_gsm8k_reward_reads_the_answer_behind_the_mark(stack):
+def test_the_gsm8k_reward_reads_the_number_behind_the_mark(stack):
     term = stack("task/gsm8k").model.rewards["right"]
-    texts = ["6 * 12 = 72\n#### 72", "72", "#### 73"]
-    assert term.fn([{"prompt": "", "answer": "72"}] * 3, texts) == [1.0, 0.0, 0.0]
+    right = [
+        "6 * 12 = 72\n#### 72",
+        "#### 72\nIn 3 steps.",
+        "The answer is 72.\n3",
+        r"\boxed{72} of 3",
+    ]
+    wrong = ["#### 73", "#### 72\n#### 3", "The answer is 7, not\n72.", "none", "", "5 * 72"]
+    rows = [{"answer": "72"}] * 10
+    assert term.fn(rows, right + wrong) == [1.0] * 4 + [0.0] * 6
+
+
+def test_few_shot_prompts_go_on_top_of_a_task(stack):
+    cli = stack("task/gsm8k", "sampler/few_shot")
+    assert cli.model.policy_config.stop_strings == ["\nQ:"]
+    assert not cli.datamodule.chat_template
 
 
 def readme_configs():

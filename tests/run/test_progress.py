@@ -6,11 +6,21 @@ import torch
 from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from gspo_lightning.callbacks import CurvePlot, HFExport, PredictionWriter, SampleTable
+from gspo_lightning.callbacks import (
+    AdaptiveKL,
+    CurvePlot,
+    HFExport,
+    PredictionWriter,
+    SampleTable,
+)
 from gspo_lightning.engine import products
+from gspo_lightning.kl import MultiplicativeKL, ProportionalKL
 from gspo_lightning.logprobs import completion_logprobs
+from gspo_lightning.objectives import Objective
+from gspo_lightning.optim import OptimizerConfig, build_optimizer
 from gspo_lightning.run import plan, progress
 from gspo_lightning.run.plan import (
+    furthest,
     memory_parts,
     plan_lines,
     resume_command,
@@ -338,7 +348,7 @@ def planned(**changes):
 
 def plan_of(**changes) -> dict[str, str]:
     lines = plan_lines(*planned(**changes))
-    assert len(lines) <= 8
+    assert len(lines) <= 9
     return {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
 
 
@@ -382,6 +392,74 @@ def test_the_plan_shows_epochs_and_micro_batches():
     assert plan["updates"] == (
         "8 optimizer steps per rollout (2 epochs x 4 mini-batches of 32, 8 at a time), 320 in all"
     )
+
+
+def test_the_plan_says_how_often_an_update_reads_a_prompt(monkeypatch):
+    trainer, module = planned(module={"micro_batch_size": 4})
+    way = "padded"
+    monkeypatch.setattr(plan, "reading", lambda *_: way)
+
+    def updates():
+        return next(line for line in plan_lines(trainer, module) if line.startswith("updates"))
+
+    assert "4 at a time)" in updates()  # a model whose rows do not share a prompt reads it 8 times
+    way = "packed"
+    assert "4 at a time, each prompt read 2 times)" in updates()
+    module.micro_batch_size = 3
+    assert "3 at a time, each prompt read 3 times)" in updates()
+    module.micro_batch_size = 8
+    assert "8 at a time)" in updates()
+
+
+def test_the_plan_bounds_how_far_a_weight_moves():
+    """Ten rollouts of a warm-up to 1e-6: 4 steps each at 0.1, 0.2, ... 1.0 times that."""
+    config = OptimizerConfig(learning_rate=1e-6, warmup=10)
+    data = SimpleNamespace(num_rollouts=10, prompts_per_rollout=16, longest_prompt=32)
+    plan = plan_of(module={"optimizer_config": config}, datamodule=data)
+    assert plan["updates"].endswith("40 in all; they move a weight by at most 2.2e-05")
+    # beta2 of 0.999 lets a step be 0.1 / sqrt(0.001) times the learning rate
+    wild = OptimizerConfig(learning_rate=1.0, betas=(0.9, 0.999))
+    assert furthest(wild, 5) == pytest.approx(5 * 0.1 / 0.001**0.5)
+
+
+def test_no_weight_moves_further_than_the_plan_says():
+    """The worst for AdamW: no gradient for long, then the same one."""
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    config = OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.999))
+    optimizer = build_optimizer(torch.nn.ParameterList([weight]), config)
+    for step in range(400):
+        weight.grad = torch.full_like(weight, 1e-12 if step < 395 else 1.0)
+        optimizer.step()
+    assert 5e-3 < weight.abs().item() < furthest(config, 400)
+
+
+def test_the_plan_shows_the_clip_range_and_what_rounds_by_more():
+    objective = {"objective": Objective()}
+    plan = plan_of(module=objective)
+    assert plan["clip"].startswith("sequence ratio within [1 - 0.0003, 1 + 0.0004]; `doctor`")
+    half = plan_of(module=objective, precision="bf16-mixed")
+    assert "rounds it by some 2e-03 at 40 tokens" in half["clip"]  # 1e-2 / sqrt(40)
+    assert half["clip"].endswith("or set trainer.precision 32-true")
+    wide = {"objective": Objective("token", clip_low=0.2, clip_high=0.2)}
+    assert "rounds" not in plan_of(module=wide, precision="bf16-mixed")["clip"]
+    once = plan_of(module=objective | {"num_minibatches": 1})
+    assert once["clip"].endswith("never clipped: one optimizer step per rollout")
+
+
+def test_the_plan_says_how_fast_a_kl_rule_is():
+    def penalty(rule, **changes):
+        return plan_of(callbacks=[AdaptiveKL(rule, 0.05)], **changes)["penalty"]
+
+    # 0.2 x 128 / 2000 a rollout; in 40 of them 1.0128 ** 40 = 1.66
+    slow = penalty(ProportionalKL(0.05, horizon=2000))
+    assert "rises by at most 0.013 of itself a rollout; too slow for 40 rollouts, x1.7 in" in slow
+    fits = penalty(ProportionalKL(0.05))
+    assert fits.endswith("aims at 0.05 nats per token, rises by at most 0.1 of itself a rollout")
+    assert penalty(MultiplicativeKL()).endswith("rises by at most 0.5 of itself a rollout")
+    # at its ceiling a coefficient is not slow, it is there
+    assert penalty(MultiplicativeKL(maximum=0.05)) == "KL coefficient 0.1"
+    assert plan_of()["penalty"] == "KL coefficient 0.1"
+    assert "penalty" not in plan_of(module={"kl_coef": 0.0})
 
 
 def test_the_plan_comes_before_any_work(tmp_path, capsys):
@@ -500,12 +578,16 @@ def test_the_estimate_of_activations_agrees_with_what_backward_keeps():
 
 def test_the_plan_knows_that_activations_are_recomputed():
     trainer, module = planned()
-    usual = plan_lines(trainer, module)[-2]
+
+    def memory():
+        return next(line for line in plan_lines(trainer, module) if line.startswith("memory"))
+
+    usual = memory()
     module.policy.model.model.gradient_checkpointing = True  # as transformers marks it
     # 32 rows of 72 tokens: 2 layers of 12 x 64 + 4 x 256 values, or one and two inputs of 64
     assert usual.startswith("memory    about 34 MiB for the policy: weights 1 MiB, gradients 1 MiB")
     assert "micro-batch 32 MiB, optimizer step 0 MiB; reference 1 MiB" in usual
-    assert "micro-batch 17 MiB" in plan_lines(trainer, module)[-2]
+    assert "micro-batch 17 MiB" in memory()
 
 
 def test_a_model_of_unknown_sizes_gets_no_estimate():

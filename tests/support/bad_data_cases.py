@@ -14,6 +14,19 @@ def row(name, words, *lines, **more):
     return Case(name, words, files={"prompts.jsonl": content}, **more)
 
 
+TEMPLATE = b"""{% if messages[0].role == 'system' %}{{ raise_exception('No system') }}{% endif %}
+{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}{{ thinking }}="""
+
+
+def chat(name, words, prompt='"1+2"', template=TEMPLATE, options=""):
+    """A chat prompt of which something is wrong."""
+    files = {
+        "prompts.jsonl": f'{{"prompt": {prompt}, "answer": "1"}}\n'.encode(),
+        "policy/chat_template.jinja": template,
+    }
+    return Case(name, words, f"--data.chat_template true {options}".strip(), files=files)
+
+
 def directory(path):
     path.unlink(missing_ok=True)
     path.mkdir()
@@ -145,7 +158,7 @@ DATA_FILES = [
     ),
     Case(
         "a broken template",
-        (f"{DATA}: row 1", "chat template", "mend"),
+        ("data.chat_template", "cannot be read", "mend"),
         "--data.chat_template true",
         files={"policy/chat_template.jinja": b"{% for m in %}"},
     ),
@@ -160,6 +173,64 @@ DATA_FILES = [
         ("data.val_path", "validate"),
         "--data.val_path null",
         command="validate",
+    ),
+    row(
+        "an answer beyond all numbers",
+        (f"{DATA}:2", "1e999", "too large", "null"),
+        GOOD,
+        '{"prompt": "1", "answer": 1e999}\n',
+    ),
+    row(
+        "a list of answers",
+        (f"{DATA}: row 2", "'answer'", "list ['3']", "reward 'correct'"),
+        GOOD,
+        '{"prompt": "1+2=", "answer": ["3"]}\n',
+    ),
+    row(
+        "an object for an answer",
+        (f"{DATA}: row 1", "'answer'", "dict {}", "reward 'correct'"),
+        '{"prompt": "1+2=", "answer": {}}\n',
+    ),
+    chat(
+        "a picture in a message",
+        (f"{DATA}: row 1", "message 1", "part", "image"),
+        '[{"role": "user", "content": [{"type": "image", "url": "x"}]}]',
+    ),
+    chat(
+        "a role that the template leaves out",
+        (f"{DATA}: row 1", "message 2", "'human'"),
+        '[{"role": "user", "content": "1"}, {"role": "human", "content": "2"}]',
+    ),
+    chat(
+        "a system message where none is taken",
+        (f"{DATA}: row 1", "data.system_prompt", "null", "No system"),
+        options="--data.system_prompt 1+1",
+    ),
+    chat(
+        "a template that writes without end",
+        (f"{DATA}: row 1", "8,192 characters", "data.max_prompt_tokens 32"),
+        template=b'{{ "x" * 10**9 }}',
+    ),
+    chat(
+        "a template that writes half a character",
+        (f"{DATA}: row 1", "surrogate", "mend the template"),
+        template=b'{{ messages[0].content }}{{ "\\ud800" }}',
+    ),
+    chat(
+        "an argument that the template does not read",
+        ("data.chat_template_arguments", "'tinking'", "'thinking'"),
+        options="--data.chat_template_arguments.tinking true",
+    ),
+    key(
+        "arguments without a template",
+        ("data.chat_template_arguments", "data.chat_template: true"),
+        "--data.chat_template_arguments.thinking true",
+    ),
+    row(
+        "megabytes in a prompt",
+        (f"{DATA}: row 2", "9,000,000 characters", "data.max_prompt_tokens 32", "drop"),
+        GOOD,
+        b'{"answer": "1", "prompt": "' + b"1" * 9_000_000 + b'"}\n',
     ),
     Case(
         "broken held-out data",
@@ -204,6 +275,12 @@ DEMONSTRATIONS = [
         ("data.path: demos.jsonl: row 1", "max_tokens"),
         "--data.max_tokens 2",
         config="sft.yaml",
+    ),
+    Case(
+        "megabytes in a demonstration",
+        ("data.path: demos.jsonl: row 1", "9,000,000 characters", "data.max_tokens 1024"),
+        config="sft.yaml",
+        files={"demos.jsonl": b'{"prompt": "' + b"1" * 8_999_999 + b'", "completion": "1"}\n'},
     ),
     Case(
         "demonstration id twice",
