@@ -140,7 +140,8 @@ def some_ids(base: Any, *shape: int) -> Tensor:
         if name.endswith(("_id", "_index"))
         for id in (value if isinstance(value, list | tuple) else [value])
     }
-    rows = min(base.get_input_embeddings().weight.shape[0], 1000)
+    rows = base.get_input_embeddings().weight.shape[0]  # some embed more than they can predict
+    rows = min(rows, getattr(text_config(base), "vocab_size", None) or rows, 1000)
     ordinary = torch.tensor([id for id in range(rows) if id not in special] or [0])
     generator = torch.Generator().manual_seed(0)
     return ordinary[torch.randint(len(ordinary), shape, generator=generator)]

@@ -83,16 +83,24 @@ def check_model_folder(key: str, path: str, trust_remote_code: bool, weights: bo
     config = read_config(key, path, trust_remote_code)
     text = config.get_text_config()
     for name in SIZES:
-        value = getattr(text, name, None)
-        if isinstance(value, int) and value < 1:
-            raise ValueError(
-                f"{key}: {file}: {name} is {value}, must be at least 1; mend it, or {AGAIN}"
-            )
+        for value in sizes(text, name):
+            if isinstance(value, int) and value < 1:
+                raise ValueError(
+                    f"{key}: {file}: {name} is {value}, must be at least 1; mend it, or {AGAIN}"
+                )
     if (folder / "generation_config.json").is_file():  # transformers would do without a broken one
         read_json(key, folder / "generation_config.json")
     for weights_file in weight_files(key, folder) if weights else []:
         check_weights(key, weights_file, quantized="quantization_config" in written)
     return config
+
+
+def sizes(config: Any, name: str) -> list[Any]:
+    """What a config of text says of a size: one value, or one a layer where layers differ."""
+    if getattr(config, "is_heterogeneous", False):
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
+    value = getattr(config, name, None)
+    return value if isinstance(value, list) else [value]
 
 
 def read_config(

@@ -190,6 +190,8 @@ def chosen_layers(model: Any, wanted: list[str] | str, whole: tuple[str, ...] = 
             and not hasattr(part, "weight")
         )
         inside = set(model.get_decoder().modules())  # not the eyes of a model that also sees
+        if model.get_input_embeddings() not in inside:  # some call their output embedding so
+            inside = set(model.modules())
         return [
             name
             for name, layer in layers.items()
@@ -198,6 +200,7 @@ def chosen_layers(model: Any, wanted: list[str] | str, whole: tuple[str, ...] = 
             and not isinstance(layer, nn.Embedding)
             and not name.startswith(blocks)
             and not f"{name}.".startswith(tuple(f"{part}." for part in whole))
+            and not _read_by_kernels(model, name)
         ]
     chosen = _named(model, "target_modules", "layer", list(wanted), layers)
     for name in chosen:
@@ -207,6 +210,18 @@ def chosen_layers(model: Any, wanted: list[str] | str, whole: tuple[str, ...] = 
                 "out of one of the two"
             )
     return chosen
+
+
+def _read_by_kernels(model: Any, name: str) -> bool:
+    """Whether peft refuses a layer: kernels of Mamba read its weight past any adapter."""
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils
+
+    check = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
+    try:
+        return check is not None and bool(check(LoraConfig(), model, name.rpartition(".")[2]))
+    except ValueError:
+        return True
 
 
 def chosen_modules(model: Any, wanted: list[str]) -> list[str]:

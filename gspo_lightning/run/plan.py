@@ -18,6 +18,7 @@ from gspo_lightning.engine.head import tokens_of_chunk
 from gspo_lightning.engine.padded import checkpoints
 from gspo_lightning.engine.probe import plainer_ways, reading
 from gspo_lightning.optim import OptimizerConfig, learning_rate_factor
+from gspo_lightning.policy.folder import sizes
 from gspo_lightning.policy.policy import multiplies_by_onednn
 from gspo_lightning.sampling import GroupSampler
 
@@ -347,21 +348,22 @@ def memory_parts(
         Bytes by part, or None if the config does not name its sizes.
     """
     config = model.config.get_text_config()
-    layers, hidden, heads, vocabulary = (
-        getattr(config, name, None)
-        for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
-    )
+
+    def most(name: str) -> int | None:
+        return max((x for x in sizes(config, name) if x is not None), default=None)
+
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    layers, hidden, heads, vocabulary = map(most, names)
     if layers is None or hidden is None or heads is None or vocabulary is None:
         return None
-    head_size = getattr(config, "head_dim", None) or hidden // heads
+    head_size = most("head_dim") or hidden // heads
     parameters = list(model.parameters())
     device = parameters[0].device
     trained = [p for p in parameters if p.requires_grad]
     width = 2 if half_precision else parameters[0].element_size()
-    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    key_value_heads = most("num_key_value_heads") or heads
     per_layer = 2 * key_value_heads * head_size * width  # bytes of a token's keys and values
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    inner = max(inner) if isinstance(inner, list) else inner  # some models have one for each layer
+    inner = most("intermediate_size") or 4 * hidden
     layer = 12 * hidden + 4 * inner
     kept = layers * hidden + layer if checkpointing else layers * layer
     activations = tokens_at_once * kept * width

@@ -19,6 +19,7 @@ from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.rollout import PromptBatch
 from gspo_lightning.run.plan import plan_lines
 from gspo_lightning.sampling import GroupSampler
+from support.model_configs import config_of
 from support.passes import inputs
 from support.tiny_models import save_reward_model
 from support.tiny_run import run
@@ -581,3 +582,18 @@ def test_adapters_on_tied_embeddings_are_refused(folder, name):
 def test_random_weights_are_refused(model_dir):
     with pytest.raises(ValueError, match=r"policy.weights is random, but with policy.lora"):
         config(model_dir, weights="random")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # kernels read the weight of a Mamba layer's out_proj past any adapter
+        ("falcon_h1", "down_proj gate_proj in_proj k_proj o_proj q_proj up_proj v_proj"),
+        # what it calls its decoder is its output embedding
+        ("modernbert-decoder", "Wi Wo dense k_proj q_proj v_proj"),
+    ],
+)
+def test_all_linear_leaves_out_what_peft_cannot_adapt(name, expected):
+    model = AutoModelForCausalLM.from_config(config_of(name))
+    chosen = {layer.rpartition(".")[2] for layer in chosen_layers(model, "all-linear")}
+    assert chosen == set(expected.split())

@@ -29,6 +29,7 @@ from gspo_lightning.run.plan import (
 )
 from gspo_lightning.run.progress import RolloutProgress, RunSummary
 from support.dummies import DummyModule
+from support.model_configs import config_of
 from support.passes import tried
 from support.rollout_dummies import RolloutData, RolloutDummy, fit, make_trainer
 
@@ -592,3 +593,16 @@ def test_the_plan_knows_that_activations_are_recomputed():
 def test_a_model_of_unknown_sizes_gets_no_estimate():
     model = SimpleNamespace(config=PretrainedConfig())
     assert memory_parts(model, prompt_tokens=1, new_tokens=1, decoded=1, tokens_at_once=1) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "largest_head"),
+    [("gemma3", 8), ("gemma4_text", 16)],  # sizes in a nested config; of 8 and 16 by layer
+)
+def test_memory_is_estimated_where_a_config_nests_its_sizes_or_has_them_by_layer(
+    name, largest_head
+):
+    model = AutoModelForCausalLM.from_config(config_of(name))
+    parts = memory_parts(model, prompt_tokens=12, new_tokens=8, decoded=3, tokens_at_once=24)
+    # rows x tokens x layers x (keys and values) x heads x their size x bytes
+    assert parts["KV cache"] == 3 * 20 * 2 * 2 * 1 * largest_head * 4
