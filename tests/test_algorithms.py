@@ -111,7 +111,9 @@ def as_rollout(model, batch, step):
 
 def module_loss(model, batch):
     """What an update makes a gradient of, in two micro-batches, and the share of clipped tokens."""
-    model.trainer = SimpleNamespace(default_root_dir="", global_rank=0, callbacks=[])
+    model.trainer = SimpleNamespace(
+        default_root_dir="", global_rank=0, callbacks=[], datamodule=None
+    )
     model.configure_model()
     model.on_fit_start()
     if model.critic_config is not None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.engine.probe import some_ids
 from gspo_lightning.engine.rotary import rotary_limit
-from gspo_lightning.guards.out_of_memory import Sizes
+from gspo_lightning.guards.out_of_memory import Sizes, is_out_of_memory
 from gspo_lightning.policy.chat import Chat, checked
 from gspo_lightning.policy.folder import check_values, read_tokenizer, silence, unloadable
 from gspo_lightning.policy.policy import fingerprint, make_ready
@@ -128,7 +128,11 @@ class RewardModel:
             config.pad_token_id = self.tokenizer.pad_token_id
         self.model = freeze(model, device)
         self.fingerprint = fingerprint(self.model)
-        self._find_batches()
+        try:
+            self._find_batches()
+        except Exception as error:  # short memory is said, with what to do, as texts are scored
+            if not is_out_of_memory(error):
+                raise
 
     def _find_batches(self) -> None:
         """Find what may share a batch with a text and leave its score as it is alone, by trying."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gspo_lightning.doctor import text
+from gspo_lightning.engine.texts import Ends
 from gspo_lightning.policy.chat import Chat
 from support.chat_templates import STYLES, chat_tokenizer
 
@@ -17,7 +18,8 @@ def examined(style, template=None, eos=None):
     ids = tokenizer.convert_tokens_to_ids(eos or [style.ends or "</s>"])
     data = SimpleNamespace(chat_template=True, chat=Chat(tokenizer), prompt_column="prompt")
     data.chat.prompt([{"role": "user", "content": "2+3?"}])  # as the data's prompts were rendered
-    return SimpleNamespace(tokenizer=tokenizer, eos_ids=ids, model=Model()), data
+    policy = SimpleNamespace(tokenizer=tokenizer, eos_ids=ids, ends=Ends(tokenizer), model=Model())
+    return policy, data
 
 
 class Model:
