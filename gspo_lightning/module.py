@@ -305,10 +305,8 @@ class GSPOModule(LightningModule):
         prompts = getattr(self.trainer.datamodule, "max_prompt_tokens", 0)  # type: ignore[attr-defined]
         samplers = (self.sampler, *self.eval_samplers.values())
         longest = prompts + max(sampler.max_new_tokens for sampler in samplers)
-        backbone = getattr(self.critic, "backbone", None)
-        for model in (self.policy.model, backbone, getattr(self.reference, "model", None)):  # type: ignore[union-attr]
-            if model is not None:
-                fix_rotary(model, longest)
+        others = getattr(self.critic, "backbone", None), getattr(self.reference, "model", None)
+        fix_rotary(self.policy.model, longest, *others)  # type: ignore[union-attr]
 
     on_validation_start = on_test_start = on_predict_start = _fix_lengths
 

@@ -117,9 +117,15 @@ def _find(base: Any, embedding: Any, ids: Tensor) -> Head | str:
             works = head.works()
         return head if works else "its logits come from more than its output embedding"
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        if "memory" in str(error):  # the device is full, which says nothing about the model
+        if is_full(error):  # which says nothing about the model
             raise
         return f"its output embedding cannot be had apart ({error})"
+
+
+def is_full(error: Exception) -> bool:
+    """Whether an error says that the device is full; "a single memory location" does not."""
+    full = any(words in str(error) for words in ("out of memory", "allocate memory"))
+    return full or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 @contextmanager

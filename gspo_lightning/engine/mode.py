@@ -15,7 +15,7 @@ from torch import nn
 
 from gspo_lightning.engine.padded import text_config, unwrapped
 
-RATES = ("dropout", "layerdrop", "drop_path")  # in names of attributes
+RATES = "drop"  # in names of attributes: dropout, pdrop, layerdrop, drop_path
 
 
 def stay_in_eval_mode(model: Any) -> None:
@@ -29,7 +29,7 @@ def stay_in_eval_mode(model: Any) -> None:
         if isinstance(module, nn.modules.dropout._DropoutNd):  # alpha and feature dropout, too
             module.p = 0.0
         for name, value in vars(module).items():
-            if isinstance(value, float) and any(rate in name for rate in RATES):
+            if isinstance(value, float) and RATES in name:
                 setattr(module, name, 0.0)
     base.train = partial(_train, base)
     base.train(base.training)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gspo_lightning.engine.drawing import NotDecodable
 from gspo_lightning.engine.group_decoder import GroupDecoder, Wanted
+from gspo_lightning.engine.head import is_full
 from gspo_lightning.engine.mode import mode_kept
 from gspo_lightning.engine.packed_attention import LAYERS, PREFIX
 from gspo_lightning.engine.packing import pack, run_packed
@@ -310,7 +311,7 @@ def _why_not(base: Any, way: str, gaps: Callable[[], list[float]]) -> str | None
 
 
 def _failure(error: Exception, way: str) -> str:
-    if "memory" in str(error):  # the device is full, which says nothing about the model
+    if is_full(error):  # which says nothing about the model
         raise error
     line = (str(error).splitlines() or [""])[0]
     return f"cannot be run on {KINDS[way]} ({type(error).__name__}{line and ': '}{line})"
@@ -366,8 +367,8 @@ def _texts(base: Any, device: torch.device) -> Texts:
     completions = [max(1, int(length * shrink)) for length in COMPLETIONS]
     ids = some_ids(base, 6, prompts[0] + completions[0])  # no two rows alike
     pad = getattr(config, "pad_token_id", None)
-    if isinstance(pad, int):  # often the end of a turn, so that texts hold it, too
-        ids[0, prompts[0] // 2] = max(0, pad)
+    if isinstance(pad, int) and pad < base.get_input_embeddings().weight.shape[0]:
+        ids[0, prompts[0] // 2] = max(0, pad)  # often the end of a turn, so that texts hold it, too
     prompt_mask = torch.arange(prompts[0]) >= prompts[0] - torch.tensor(prompts)[:, None]
     on = torch.arange(completions[0]) < torch.tensor(completions)[:, None]
     texts = (
@@ -384,28 +385,41 @@ def _texts(base: Any, device: torch.device) -> Texts:
 
 def _try_decoding(model: Any, base: Any, device: torch.device) -> Found:
     texts = _texts(base, device)
-    limit = texts.on.shape[1]
-    uniform = torch.rand(4, limit, generator=torch.Generator().manual_seed(0)).to(device)
-    # a quarter of all tokens ends a row, so that rows leave while others run on
-    ends: Any = range(0, base.get_input_embeddings().weight.shape[0], 4)
+    on = texts.on
+    lengths = on.sum(1).tolist()
+    uniform = torch.rand(on.shape, generator=torch.Generator().manual_seed(0)).to(device)
     groups = torch.tensor([0, 0, 1, 1], device=device)
-    policy = SimpleNamespace(model=model, eos_ids=ends, pad_id=0)
+    nothing = [-1]  # ends a row but its length: left to chance, all of a prompt could end at once
+    policy = SimpleNamespace(model=model, eos_ids=nothing, pad_id=0)
     prompts = texts.prompt_ids[::2], texts.prompt_mask[::2]
+
+    def stops(first: int) -> Callable[[int, int], bool]:
+        """Ends rows, counted from ``first`` on, at their lengths: some leave as others run on."""
+        drawn = [0] * len(lengths)
+
+        def stopped(row: int, _: int) -> bool:
+            drawn[first + row] += 1
+            return drawn[first + row] == lengths[first + row]
+
+        return stopped
 
     def grouped() -> Any:
         rows = [ids[keep] for ids, keep in zip(*prompts, strict=True)]
-        # two rows at a time: others come in where rows end
-        return GroupDecoder(model, Wanted(rows, 2, uniform, 1.0, ends, 0, num_rows=3)).run()
+        # three rows at a time: the fourth comes in where one ends
+        wanted = Wanted(rows, 2, uniform, 1.0, nothing, 0, num_rows=3, stopped=stops(0))
+        return GroupDecoder(model, wanted).run()
 
     def plainly(size: int) -> Any:
-        parts = zip(groups.split(size), uniform.split(size), strict=True)
-        pieces = [decode_plainly(policy, *prompts, *part, 1.0, alone=size == 1) for part in parts]
+        pieces = [
+            decode_plainly(policy, *prompts, rows, numbers, 1.0, stops(i * size), alone=size == 1)
+            for i, (rows, numbers) in enumerate(
+                zip(groups.split(size), uniform.split(size), strict=True)
+            )
+        ]
         return tuple(map(torch.cat, zip(*pieces, strict=True)))
 
     def gaps(run: Callable[[], Any]) -> list[float]:
         ids, logprobs = run()
-        ended = torch.isin(ids, torch.tensor(ends, device=device)).cumsum(1)
-        on = ended.cumsum(1) <= 1
         batch = texts.prompt_ids, texts.prompt_mask, ids, on, on
         with _closed(base):
             outputs, columns, _, _ = run_alone(model, *batch)

@@ -22,34 +22,44 @@ log = logging.getLogger(__name__)
 BEYOND = 4  # times `max_position_embeddings`: dynamic scaling begins where that ends
 
 
-def fix_rotary(model: Any, longest: int) -> None:
+def fix_rotary(model: Any, longest: int, *others: Any) -> None:
     """Let every text have the frequencies that a text of ``longest`` tokens has, and say so.
 
     Args:
         model: A transformers model, also within peft; models without such an embedding stay as
             they are.
         longest: Tokens of the longest text that the model will see.
+        others: Further models that read the same texts, or ``None``.
     """
-    base = unwrapped(model)
+    lines = [_fix(unwrapped(each), longest) for each in (model, *others) if each is not None]
+    for line in dict.fromkeys(line for line in lines if line is not None):
+        log.warning(line)
+
+
+def _fix(base: Any, longest: int) -> str | None:
+    """Fix a model's embeddings; the line to say, or ``None`` where nothing was to be done."""
     limit = rotary_limit(base)
     if limit is None or longest <= limit:
-        return
-    base.__dict__["_gspo_rotary_limit"] = None
+        return None
+    known = base.__dict__
+    limit = known.setdefault("_gspo_rotary_own_limit", limit)
+    known["_gspo_rotary_limit"] = longest  # a longer text would still change them
     for module in _rotaries(base):
         own = module.__dict__.pop("_gspo_own_forward", module.forward)
         module.__dict__["_gspo_own_forward"] = own
         module.forward = partial(_as_in_a_text_of, longest, own)
-    log.warning(
-        "%s: its rotary embedding depends on the length beyond %s tokens; texts here may have %s, "
-        "and all of them are read with the frequencies of that length",
-        type(base).__name__,
-        f"{limit:,}",
-        f"{longest:,}",
+    return (
+        f"{type(base).__name__}: its rotary embedding depends on the length beyond {limit:,} "
+        f"tokens; texts here may have {longest:,}, and all of them are read with the frequencies "
+        "of that length"
     )
 
 
 def rotary_limit(base: Any) -> int | None:
-    """The most tokens of a text up to which frequencies stay; ``None`` where they always stay."""
+    """The most tokens of a text up to which frequencies stay; ``None`` where they always stay.
+
+    After :func:`fix_rotary` that is the longest text that it was told of.
+    """
     known = base.__dict__
     if "_gspo_rotary_limit" not in known:
         limits = [_limit(module) for module in _rotaries(base)]
@@ -72,6 +82,13 @@ def check_rotary(base: Any, longest: int) -> None:
         )
 
 
+def forget_lengths(base: Any) -> None:
+    """Let the next text have frequencies of its own: dynamic scaling keeps the longest one's."""
+    for module in _rotaries(base):
+        for kind in _kinds(module):
+            _first(module, 2, **kind)
+
+
 def _rotaries(base: Any) -> Iterator[nn.Module]:
     for module in getattr(base, "modules", tuple)():
         if "Rotary" in type(module).__name__ and "position_ids" in _arguments(module):
@@ -84,14 +101,13 @@ def _arguments(module: nn.Module) -> list[str]:
 
 def _limit(module: Any) -> int | None:
     """The largest text whose first positions are as in a short one, found by trying."""
-    most = BEYOND * (getattr(module.config, "max_position_embeddings", None) or 2**17)
-    kinds: list[dict[str, Any]] = [{}]
-    if "layer_type" in _arguments(module):
-        kinds = [{"layer_type": kind} for kind in module.rope_type]  # by kind of layer
+    config = getattr(module, "config", None)  # a model's own code may have none here
+    most = BEYOND * (getattr(config, "max_position_embeddings", None) or 2**17)
 
     def changes(length: int) -> bool:
         return any(
-            not torch.equal(_first(module, length, **k), _first(module, 2, **k)) for k in kinds
+            not torch.equal(_first(module, length, **kind), _first(module, 2, **kind))
+            for kind in _kinds(module)
         )
 
     if not changes(most):
@@ -101,6 +117,13 @@ def _limit(module: Any) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if changes(middle) else (middle, high)
     return low
+
+
+def _kinds(module: Any) -> list[dict[str, Any]]:
+    """The arguments beside positions that an embedding is called with: of each kind of layer."""
+    if "layer_type" not in _arguments(module):
+        return [{}]
+    return [{"layer_type": kind} for kind in module.rope_type]
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.engine.probe import some_ids
-from gspo_lightning.engine.rotary import rotary_limit
+from gspo_lightning.engine.rotary import forget_lengths, rotary_limit
 from gspo_lightning.guards.out_of_memory import Sizes, is_out_of_memory
 from gspo_lightning.policy.chat import Chat, checked
 from gspo_lightning.policy.folder import check_values, read_tokenizer, silence, unloadable
@@ -191,6 +191,8 @@ class RewardModel:
             if self.batches == "alone" or self.tokenizer.pad_token_id is None:
                 size = 1  # without a pad token a classifier takes no batch
             chosen, order = order[:size], order[size:]
+            if limit is not None and length > limit:
+                forget_lengths(self.model)
             for i, value in zip(chosen, self._score([encoded[i] for i in chosen]), strict=True):
                 scores[i] = value
         return scores

@@ -21,6 +21,7 @@ from gspo_lightning.run.terminal_log import say
 
 # What a user's mistake raises: bad values, missing files, devices, packages.
 MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException)
+UNREACHED = "parameters that were not used in producing the loss"  # Lightning's, under ddp
 
 
 def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> int:
@@ -41,7 +42,7 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
         return error.code if isinstance(error.code, int) else 0
     # A reward function is the user's, numbers and memory are the run's: the error names its cause.
     of_run = isinstance(error, FloatingPointError) or is_out_of_memory(error)
-    known = of_run or isinstance(error, RewardError) or not watch.begun
+    known = of_run or isinstance(error, RewardError) or UNREACHED in str(error) or not watch.begun
     full = disk_fault(error)
     text = full or (mistake(error) if known else None)
     gone = text is None and is_of_another_rank(error)
@@ -85,6 +86,12 @@ def mistake(error: BaseException) -> str | None:
         lines = [" ".join(line.split()) for line in text.splitlines()]
         text = f"ckpt_path: the checkpoint is of another model: {' '.join(lines[1:2])}"
         return f"{text[:LONGEST]}; set model.init_args.policy to what it was made with"
+    if UNREACHED in text:
+        return (
+            "trainer.strategy: no text reaches some of the policy's weights (those for pictures, "
+            "or an expert's), and ddp waits for their gradient; set trainer.strategy to "
+            "ddp_find_unused_parameters_true, or train adapters (policy.lora)"
+        )
     if "Accelerator` can not run on your system" in text:
         return f"trainer.accelerator: {text.partition(' The following')[0]} Use cpu, or auto"
     if is_out_of_memory(error) and not isinstance(error, OutOfMemory):

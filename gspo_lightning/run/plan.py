@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from gspo_lightning.critic.critic import decoder
 from gspo_lightning.engine.head import tokens_of_chunk
 from gspo_lightning.engine.padded import checkpoints
 from gspo_lightning.engine.probe import plainer_ways, reading
@@ -212,13 +213,24 @@ def _policy(trainer: Any, module: Any) -> str:
 
 
 def _passes(trainer: Any, module: Any) -> str | None:
-    """Where the model is not run in the best way; it is tried here, before the first batch."""
+    """Where models are not run in the best way; they are tried here, before the first batch."""
     model = getattr(getattr(module, "policy", None), "model", None)
     if model is None:
         return None
-    sampled = isinstance(getattr(module, "sampler", None), GroupSampler)
-    found = plainer_ways(model, next(model.parameters()).device, sampled=sampled)
-    return "; ".join(found) or None
+    critic = getattr(module, "critic", None)
+    others = {
+        "reference": getattr(getattr(module, "reference", None), "model", None),
+        "critic": critic and (decoder(model) if critic.backbone is None else critic.backbone),
+    }
+
+    def found(model: Any, sampled: bool) -> list[str]:
+        return plainer_ways(model, next(model.parameters()).device, sampled=sampled)
+
+    reasons = found(model, isinstance(getattr(module, "sampler", None), GroupSampler))
+    for name, other in others.items():
+        if other is not None:
+            reasons += [f"{name}: {why}" for why in found(other, False) if why not in reasons]
+    return "; ".join(reasons) or None
 
 
 def _surplus(policy: Any) -> str:

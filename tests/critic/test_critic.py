@@ -492,6 +492,26 @@ def test_the_plan_names_the_critic_and_what_it_takes(tmp_path, model_dir, backbo
     assert plan["policy"].startswith(f"{count:,} parameters")  # the critic's are not counted here
 
 
+def test_the_plan_says_how_critic_and_reference_are_run_and_nothing_says_it_again(
+    tmp_path, make_model, tokenizer, caplog
+):
+    """Doge's layers do not say their windows."""
+    make_model("doge", sliding_window=3).save_pretrained(tmp_path / "doge")
+    tokenizer.save_pretrained(tmp_path / "doge")
+    lines = []
+
+    class Plan(Callback):
+        def on_train_start(self, trainer, module):
+            lines.extend(plan_lines(trainer, module))
+
+    with caplog.at_level("WARNING", "gspo_lightning"):
+        run(tmp_path, tmp_path / "doge", 1, [Plan()], **ppo(CriticConfig()))
+    (line,) = [line for line in lines if line.startswith("passes")]
+    assert line.count("packed rows give other values") == 2  # the policy's, the critic's
+    assert "; critic: rows are padded" in line
+    assert not [m for m in caplog.messages if "rows are padded" in m]
+
+
 def test_the_critics_gradient_is_measured_and_scaled_down_apart_from_the_policys():
     critic = Critic(CriticConfig(), hidden_size=2)
     critic.head.weight.grad = torch.tensor([[3.0, 4.0]])

@@ -120,6 +120,52 @@ def test_single_rows_have_the_same_log_probs_and_gradients(llama, make_rollout, 
         torch.testing.assert_close(packed, alone, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("seed", [1, 7])
+def test_padding_that_decoding_sees_is_found_whatever_is_drawn(make_model, seed):
+    """Rows of both prompts draw more than one token: a first token comes from the prompt's pass."""
+    model = ready(make_model("llama", seed))
+    model._supports_attention_backend = False
+    forward = model.model.forward
+
+    def unmasked(*args, attention_mask=None, past_key_values=None, **kwargs):
+        if past_key_values is not None and past_key_values.get_seq_length():
+            attention_mask = attention_mask if attention_mask is None else attention_mask * 0 + 1
+        options = {"attention_mask": attention_mask, "past_key_values": past_key_values}
+        return forward(*args, **options, **kwargs)
+
+    model.model.forward = unmasked
+    model.config._attn_implementation = "sdpa"
+    assert probe.decoding(model, CPU) == "alone"
+
+
+def test_rows_of_a_trial_end_at_their_lengths_and_leave_a_place(llama, monkeypatch):
+    """Others come in and move up, in the one and in the other decoder."""
+    drawn = []
+    gap = probe._gap
+    monkeypatch.setattr(probe, "_gap", lambda *args: drawn.append(len(args[0])) or gap(*args))
+    assert probe.decoding(llama, CPU) == "grouped"
+    assert drawn == [sum(probe.COMPLETIONS)]
+
+
+def test_a_pad_token_that_a_model_does_not_embed_is_in_no_text(make_model):
+    model = ready(make_model("gpt2"))
+    model.config.pad_token_id = 32
+    assert probe.reading(model, CPU) == "packed"
+
+
+def test_a_state_that_rows_cannot_share_is_no_short_memory(llama):
+    """What torch says of a tensor that is written in place, where rows are one row repeated."""
+    forward = llama.model.forward
+
+    def in_place(*args, past_key_values=None, attend=None, **kwargs):
+        if attend is not None or (past_key_values and past_key_values.get_seq_length()):
+            torch.zeros(1, 3).expand(2, 3).add_(1)
+        return forward(*args, past_key_values=past_key_values, **kwargs)
+
+    llama.model.forward = in_place
+    assert probe.reading(llama, CPU) == "padded"
+
+
 def test_memory_that_is_short_says_nothing_about_a_model(llama):
     def full(*args, **kwargs):
         raise RuntimeError("CUDA out of memory")
@@ -170,6 +216,40 @@ def test_train_mode_computes_what_eval_mode_does(make_model, make_rollout, optio
     assert model.training and torch.equal(found, expected)
     modes = {type(part).__name__ for part in model.modules() if part.training}
     assert modes == {"MixtralForCausalLM"} | RECOMPUTING[checkpointing]
+
+
+@pytest.mark.parametrize(
+    ("dropout", "axes"),
+    [
+        (torch.nn.Dropout, 3),
+        (torch.nn.Dropout1d, 3),
+        (torch.nn.Dropout2d, 4),
+        (torch.nn.Dropout3d, 5),
+        (torch.nn.AlphaDropout, 3),
+        (torch.nn.FeatureAlphaDropout, 3),
+    ],
+)
+def test_every_kind_of_dropout_is_off_in_whatever_mode(llama, make_rollout, dropout, axes):
+    expected = completion_logprobs(llama, *inputs(make_rollout())).logprobs
+    norm = llama.model.norm
+    norm.noise, forward = dropout(0.5), norm.forward
+    norm.forward = lambda x: norm.noise(forward(x)[(None,) * (axes - 3)]).view(x.shape)
+    make_ready(llama)
+    for part in llama.train().modules():
+        part.training = True  # as of a layer that recomputes
+    assert torch.equal(completion_logprobs(llama, *inputs(make_rollout())).logprobs, expected)
+
+
+def test_dropout_of_a_layer_that_recomputes_is_off(make_model, make_rollout):
+    """Dbrx calls the function with a rate of its own, in the layer that is in train mode."""
+    attention = {"attn_config": {"kv_n_heads": 1, "rope_theta": 1e4, "clip_qkv": 8.0}}
+    experts = {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}
+    sizes = {"d_model": 16, "n_heads": 2, "n_layers": 2, "tie_word_embeddings": False}
+    model = make_model("dbrx", **attention, ffn_config=experts, **sizes, resid_pdrop=0.5)
+    checkpoint_activations(ready(model))
+    rollout = make_rollout()
+    expected = completion_logprobs(model.eval(), *inputs(rollout)).logprobs
+    assert torch.equal(completion_logprobs(model.train(), *inputs(rollout)).logprobs, expected)
 
 
 def test_parts_have_their_mode_back(llama):
@@ -251,6 +331,31 @@ def test_beyond_it_all_texts_have_the_frequencies_of_the_longest(
     assert (loop_of_first(model) - short).abs().max() > 1e-3  # not those of a short text
     again = copy.deepcopy(model)
     assert torch.equal(loop_of_first(again), loop_of_first(model))
+
+
+def test_texts_longer_than_the_longest_of_a_run_are_refused_until_it_is_told_of_them(
+    make_model, make_rollout, caplog
+):
+    models = [rotary(make_model, "llama", DYNAMIC) for _ in range(2)]
+    rollout = make_rollout()  # 4 + 5 tokens
+    longer = torch.nn.functional.pad(rollout.prompt_ids, (3, 0), value=5)
+    mask = torch.nn.functional.pad(rollout.prompt_mask, (3, 0), value=True)
+    texts = longer, mask, rollout.completion_ids, rollout.mask
+    with caplog.at_level(logging.WARNING, "gspo_lightning"):
+        fix_rotary(models[0], 11, None, models[1])
+        assert len(caplog.messages) == 1  # of two models of a kind
+        with pytest.raises(ValueError, match="another one beyond 11 tokens, and a text here may h"):
+            completion_logprobs(models[1], *texts)
+        fix_rotary(models[1], 12)
+    assert "beyond 9 tokens; texts here may have 12" in caplog.messages[1]
+    alone = [completion_logprobs(models[1], *(x[i : i + 1] for x in texts)) for i in range(6)]
+    found = completion_logprobs(models[1], *texts).logprobs
+    torch.testing.assert_close(found, torch.cat([x.logprobs for x in alone]), atol=1e-5, rtol=0)
+
+
+def test_a_rotary_embedding_of_a_models_own_code_needs_no_config(llama):
+    del llama.model.rotary_emb.config
+    assert rotary_limit(llama) is None
 
 
 def loop_of_first(model):

@@ -209,6 +209,21 @@ def test_without_a_pad_token_the_scores_are_the_same(reward_dir):
     assert model(ROWS, TEXTS) == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_score_does_not_depend_on_the_texts_before(tmp_path, tokenizer):
+    """Dynamic scaling keeps the frequencies of the longest text so far."""
+    path = Path(save_reward_model(tmp_path, tokenizer, num_labels=1))
+    config = AutoConfig.from_pretrained(path)
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+    config.max_position_embeddings = 8
+    config.save_pretrained(path)
+    model = load(path)
+    model.max_tokens = 64  # beyond where scaling begins
+    rows = [{"prompt": "1+2+3+4+5="}, {"prompt": "1+2+3+4+5+6+7+8="}]
+    (first,) = model(rows[:1], ["15"])
+    model(rows[1:], ["36"])
+    assert model(rows[:1], ["15"]) == [first]
+
+
 def test_separator_changes_the_text(reward_dir):
     assert load(reward_dir, separator="\n")(ROWS, TEXTS) != load(reward_dir)(ROWS, TEXTS)
 

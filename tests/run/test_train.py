@@ -542,6 +542,16 @@ def test_short_memory_is_one_line_and_how_to_go_on(capsys, error, line):
     assert capsys.readouterr().err == f"error: {line}\ngo on\n"
 
 
+def test_weights_that_no_text_reaches_are_one_line_under_ddp(capsys):
+    watch = Watch()
+    watch.begun = True
+    error = "your LightningModule has parameters that were not used in producing the loss ret"
+    assert report(RuntimeError(error), watch, lambda _: "") == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: trainer.strategy: no text reaches some of the policy's weights")
+    assert "ddp_find_unused_parameters_true" in line and line.count("\n") == 1
+
+
 BROKEN = """
 trainer:
   accelerator: cpu
