@@ -216,7 +216,9 @@ class Critic(nn.Module):
 
 def decoder(model: Any) -> Any:
     """The layers of a causal language model below its output head, adapters included."""
-    return unwrapped(model).base_model
+    base = unwrapped(model)
+    found = base.get_decoder()  # base_model is more than that, or the whole model, in some types
+    return getattr(base, "model", base.base_model) if found is base else found
 
 
 def fit_critic(state: dict[str, Any], config: CriticConfig | None, training: bool) -> None:

@@ -132,7 +132,7 @@ class RewardModel:
             self._find_batches()
         except Exception as error:  # short memory is said, with what to do, as texts are scored
             if not is_out_of_memory(error):
-                raise
+                self._score_one(error)
 
     def _find_batches(self) -> None:
         """Find what may share a batch with a text and leave its score as it is alone, by trying."""
@@ -154,6 +154,18 @@ class RewardModel:
                 self.path,
                 which,
             )
+
+    def _score_one(self, trouble: Exception) -> None:
+        """Leave texts alone that are more than ids to a model: some ask for an end of sequence."""
+        try:
+            self._score([self.tokenizer("1 + 2 = 3")["input_ids"]])
+        except Exception as error:
+            line = (str(error).splitlines() or [""])[0]
+            kind = type(error).__name__
+            raise ValueError(f"{self.path} cannot score a text ({kind}: {line})") from error
+        self.batches = "alone"
+        line = (str(trouble).splitlines() or [type(trouble).__name__])[0]
+        log.warning("the reward model %s: a batch holds one text: %s", self.path, line)
 
     def release(self) -> None:
         self.model = self.tokenizer = None

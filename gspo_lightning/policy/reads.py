@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from gspo_lightning.policy.folder import read_config
 from gspo_lightning.policy.policy import PolicyConfig
 
+POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 Prompts = Mapping[str, Sequence[tuple[list[int], Any]]]
 
 
@@ -30,7 +31,10 @@ def limits(config: PolicyConfig) -> Limits:
 
 def positions(config: Any) -> int | None:
     """Tokens of a text that a model of this config was made for, None if it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    found = [getattr(text, name, None) for name in POSITIONS]
+    # -1 stands for texts of any length
+    return next((most for most in found if isinstance(most, int) and most > 0), None)
 
 
 def has_fixed_positions(config: Any) -> bool:

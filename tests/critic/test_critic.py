@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from lightning.pytorch import Callback
+from transformers import AutoModelForCausalLM
 
 from gspo_lightning.critic.critic import Critic, CriticConfig, decoder, load_critic
 from gspo_lightning.data.prompts import PromptData
@@ -15,10 +16,11 @@ from gspo_lightning.guards.out_of_memory import MICRO, TOKENS
 from gspo_lightning.objectives import Objective
 from gspo_lightning.optim import OptimizerConfig
 from gspo_lightning.policy.lora import LoRAConfig
-from gspo_lightning.policy.policy import PolicyConfig, load_policy
+from gspo_lightning.policy.policy import PolicyConfig, load_policy, make_ready
 from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.run.plan import plan_lines
 from gspo_lightning.sampling import GroupSampler
+from support.model_configs import config_of
 from support.observers import Outputs, Steps
 from support.reward_functions import digits
 from support.tiny_run import make_module, make_trainer, run, write_prompts
@@ -510,6 +512,23 @@ def test_the_plan_says_how_critic_and_reference_are_run_and_nothing_says_it_agai
     assert line.count("packed rows give other values") == 2  # the policy's, the critic's
     assert "; critic: rows are padded" in line
     assert not [m for m in caplog.messages if "rows are padded" in m]
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "gemma3", "bart"])
+def test_a_value_head_on_the_policys_layers_finds_them(kind, make_rollout):
+    model = AutoModelForCausalLM.from_config(config_of(kind)).eval()
+    make_ready(model)
+    critic = Critic(CriticConfig(backbone="policy"), hidden_size=16)
+    torch.nn.init.ones_(critic.head.weight)
+    rollout, states = make_rollout(), []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    values = critic(model, rollout)
+    prompt = rollout.prompt_ids[3][rollout.prompt_mask[3]]
+    with torch.no_grad():
+        model(input_ids=torch.cat([prompt, rollout.completion_ids[3]])[None], use_cache=False)
+    count = int(rollout.mask[3].sum())
+    expected = states[-1][0].sum(-1)[len(prompt) - 1 :][:count]
+    torch.testing.assert_close(values[3, :count], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_critics_gradient_is_measured_and_scaled_down_apart_from_the_policys():

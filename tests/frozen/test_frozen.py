@@ -224,6 +224,26 @@ def test_a_score_does_not_depend_on_the_texts_before(tmp_path, tokenizer):
     assert model(rows[:1], ["15"]) == [first]
 
 
+def test_a_model_that_asks_for_more_than_ids_scores_one_text_at_once(
+    reward_dir, monkeypatch, caplog
+):
+    expected = load(reward_dir)(ROWS, TEXTS)
+    score = RewardModel._score
+
+    def choosy(self, encoded):
+        if any(13 not in ids for ids in encoded):  # no plus sign
+            raise ValueError("each text must hold a sum")
+        return score(self, encoded)
+
+    monkeypatch.setattr(RewardModel, "_score", choosy)
+    model = load(reward_dir)
+    assert model.batches == "alone" and "one text: each text must hold a sum" in caplog.text
+    assert model(ROWS[:2], TEXTS[:2]) == pytest.approx(expected[:2], abs=1e-5)
+    monkeypatch.setattr(RewardModel, "_score", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match=r"cannot score a text \(ZeroDivisionError: division by"):
+        load(reward_dir)
+
+
 def test_separator_changes_the_text(reward_dir):
     assert load(reward_dir, separator="\n")(ROWS, TEXTS) != load(reward_dir)(ROWS, TEXTS)
 

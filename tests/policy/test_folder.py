@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, Qwen3Config
+from transformers import GPT2Config, MptConfig, Qwen3Config, XLNetConfig
 
 from gspo_lightning.critic.critic import CriticConfig, load_critic
 from gspo_lightning.frozen.models import ReferencePolicy
@@ -224,6 +224,9 @@ def test_texts_beyond_a_table_of_positions_are_refused_and_others_said(tmp_path)
         check(table, 9, 11)
     with pytest.raises(ValueError, match=r"the 7 the model reads; lower data.max_prompt_tokens"):
         check(GPT2Config(n_positions=7), 1, 1)
+    with pytest.raises(ValueError, match=r"the 8 the model reads; lower sampler.max_new_tokens"):
+        check(MptConfig(max_seq_len=8), 2, 1)
+    check(XLNetConfig(), 9, 9)  # -1 stands for no limit
     rotary = Qwen3Config(max_position_embeddings=16)
     with pytest.warns(UserWarning, match=found + ", and it was not trained on longer texts"):
         check(rotary, 10, 10)
