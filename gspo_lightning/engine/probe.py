@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 PROMPTS, COMPLETIONS = (7, 4), (5, 3, 4, 5)  # tokens of the texts; two of them to a prompt
 WINDOW = 4  # tokens that a window sees during a trial
+# Endings of names: of windows, and of the place in a row from which on scores are scaled.
+WINDOWS, FLOORS = ("window", "window_size", "attention_chunk_size"), ("floor_scale", "n_floor")
 # Distances that rounding does not reach, of log-probs and of the gradient, relative to their size.
 FLOAT32, HALF = (1e-4, 1e-3), (0.1, 0.5)
 KINDS = {  # what a way runs a model on
@@ -337,13 +339,15 @@ def _closed(base: Any) -> Iterator[None]:
 def _trial(base: Any, device: torch.device) -> Iterator[None]:
     """Compute as exactly as the weights allow, with windows that the texts reach beyond."""
     changed: list[tuple[Any, str, int]] = []
+    longest = base.__dict__.get("_gspo_longest", 0)  # of the run's texts, where that is known
     places = [text_config(base), *base.modules()]
     for place in {
         id(x): x for x in [*places, *(getattr(m, "config", None) for m in places)]
     }.values():
         for name, value in list(getattr(place, "__dict__", {}).items()):
-            is_window = name.endswith(("window", "window_size", "attention_chunk_size"))
-            if is_window and isinstance(value, int) and value > WINDOW:
+            if not isinstance(value, int) or value <= WINDOW:
+                continue
+            if name.endswith(WINDOWS) or (name.endswith(FLOORS) and value < longest):
                 changed.append((place, name, value))
     precision = torch.get_float32_matmul_precision()
     try:

@@ -38,10 +38,10 @@ def fix_rotary(model: Any, longest: int, *others: Any) -> None:
 
 def _fix(base: Any, longest: int) -> str | None:
     """Fix a model's embeddings; the line to say, or ``None`` where nothing was to be done."""
-    limit = rotary_limit(base)
+    known, limit = base.__dict__, rotary_limit(base)
+    known["_gspo_longest"] = longest  # trials reach beyond what begins before that
     if limit is None or longest <= limit:
         return None
-    known = base.__dict__
     limit = known.setdefault("_gspo_rotary_own_limit", limit)
     known["_gspo_rotary_limit"] = longest  # a longer text would still change them
     for module in _rotaries(base):

@@ -14,6 +14,7 @@ from gspo_lightning.engine.rotary import fix_rotary, rotary_limit
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.policy.policy import Policy, checkpoint_activations, make_ready
 from gspo_lightning.sampling import GroupSampler
+from support.model_configs import config_of
 from support.passes import inputs, loop
 from support.prompts import PROMPTS, batch_of
 
@@ -69,6 +70,19 @@ def test_a_window_that_only_the_model_knows_of_is_found(make_model, tokenizer):
     assert model.config.sliding_window == 4096  # as before
     samples, plain = samples_and_plain_logprobs(model, tokenizer)
     torch.testing.assert_close(samples.logprobs.double(), plain, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("longest", "ways"), [(20, ["shared", "batched"]), (21, ["alone"] * 2)])
+def test_scores_that_are_scaled_from_a_place_in_the_row_on_are_tried_where_texts_reach_it(
+    longest, ways
+):
+    """Llama 4 counts the places of a row, padding included, in layers without positions."""
+    config = config_of("llama4_text")
+    config.no_rope_layers, config.floor_scale, config.attn_scale = [0, 0], 20, 3.0
+    model = ready(AutoModelForCausalLM.from_config(config))
+    fix_rotary(model, longest)
+    assert [probe.reading(model, CPU), probe.decoding(model, CPU)] == ways
+    assert model.config.floor_scale == 20  # as before
 
 
 @pytest.mark.parametrize(
