@@ -335,8 +335,8 @@ def memory_parts(
 
     With half precision a chunk is there a second time in two bytes, and so is the logits' matrix;
     under autocast so are the matrices of the layers, which it casts once a step and keeps.
-    12 D + 4 I is counted, not derived: Llama, Qwen3 and GPT-2 keep this to about a tenth in float32;
-    under autocast Qwen3 and Llama keep 6 and 20 % less, GPT-2 a third.
+    12 D + 4 I is counted, not derived: Llama, Qwen3 and GPT-2 keep this to about a tenth, under
+    autocast Qwen3 and Llama 6 and 20 % less, GPT-2 a third.
 
     Args:
         model: A transformers model.
