@@ -14,7 +14,7 @@ from gspo_lightning.engine.head import Head, find_head
 from gspo_lightning.engine.packing import pack, run_packed
 from gspo_lightning.engine.padded import run_alone, run_padded, unwrapped
 from gspo_lightning.engine.probe import reading, say_once, some_ids
-from gspo_lightning.engine.rotary import check_rotary
+from gspo_lightning.engine.rotary import check_rotary, rotary_limit
 
 
 class States(NamedTuple):
@@ -60,7 +60,9 @@ def predicting_states(
         raise ValueError("prompt_mask must end in True in every row: prompts are left-padded")
     # a token before a wanted one is context even if it does not count itself
     context = mask.flip(1).cumsum(1).flip(1) > 0
-    check_rotary(unwrapped(model), prompt_ids.shape[1] + mask.shape[1])
+    limit = rotary_limit(unwrapped(model))
+    if limit is not None and prompt_ids.shape[1] + mask.shape[1] > limit:  # with padding
+        check_rotary(unwrapped(model), int((prompt_mask.sum(1) + context.sum(1)).max()))
     way = reading(model, prompt_ids.device, packed=packed)
     head = _head(model, prompt_ids.device) if with_head else None
     # any id may stand in the padding, also one without an embedding

@@ -7,16 +7,21 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gspo_lightning.critic.critic import CriticConfig
 from gspo_lightning.engine import probe
 from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.mode import mode_kept, raise_flags
 from gspo_lightning.engine.rotary import fix_rotary, rotary_limit
+from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.logprobs import completion_logprobs
+from gspo_lightning.objectives import Objective
 from gspo_lightning.policy.policy import Policy, checkpoint_activations, make_ready
 from gspo_lightning.sampling import GroupSampler
 from support.model_configs import config_of
+from support.observers import Outputs
 from support.passes import inputs, loop
 from support.prompts import PROMPTS, batch_of
+from support.tiny_run import run
 
 CPU = torch.device("cpu")
 LONGROPE = {
@@ -360,6 +365,7 @@ def test_texts_longer_than_the_longest_of_a_run_are_refused_until_it_is_told_of_
         assert len(caplog.messages) == 1  # of two models of a kind
         with pytest.raises(ValueError, match="another one beyond 11 tokens, and a text here may h"):
             completion_logprobs(models[1], *texts)
+        completion_logprobs(models[1], *(x[3:] for x in texts))  # 12 columns, 10 tokens
         fix_rotary(models[1], 12)
     assert "beyond 9 tokens; texts here may have 12" in caplog.messages[1]
     alone = [completion_logprobs(models[1], *(x[i : i + 1] for x in texts)) for i in range(6)]
@@ -387,6 +393,33 @@ def test_a_long_text_alone_is_what_transformers_computes_for_it(make_model):
             fix_rotary(model, 12)
             found = model(ids, use_cache=False).logits
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_policy_reference_and_critic_of_a_run_have_the_same_frequencies(
+    make_model, tokenizer, tmp_path
+):
+    model = rotary(make_model, "phi3", LONGROPE)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    keep = Outputs()
+    module = run(
+        tmp_path,
+        tmp_path / "model",
+        callbacks=[keep],
+        sampler=GroupSampler(1, 6),
+        reference=ReferencePolicy(device="cpu"),
+        kl_coef=0.1,
+        critic=CriticConfig(),
+        advantages="gae",
+        objective=Objective(ratio="token", clip_low=0.2, clip_high=0.2),
+    )
+    rollout = keep.all[0]["rollout"]
+    assert (rollout.prompt_mask.sum(1) + rollout.mask.sum(1)).max() > 9
+    torch.testing.assert_close(rollout.ref_logprobs, rollout.old_logprobs, atol=1e-6, rtol=0)
+    call = torch.zeros(1), torch.arange(6)[None]  # six tokens, which alone have the short ones
+    expected, own = (m.rotary_emb(*call)[0] for m in (module.policy.model.model, model.model))
+    assert torch.equal(module.critic.backbone.rotary_emb(*call)[0], expected)
+    assert not torch.equal(own, expected)
 
 
 # --- composite configs ---------------------------------------------------------------------------
