@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gspo_lightning.engine.linear_logprobs import linear
+from gspo_lightning.engine.padded import text_config
 
 # dense FLOP/s of tensor cores in bfloat16, of plain cores in float32, bytes/s; from data sheets
 DATA_SHEETS = {
@@ -105,7 +106,7 @@ class Work:
 def shape_of(model: Any) -> Shape:
     """Read the sizes of a Hugging Face causal language model with dense layers."""
     body, head = linear_weights(model)
-    config = model.config
+    config = text_config(model)
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -118,9 +119,9 @@ def shape_of(model: Any) -> Shape:
 
 
 def linear_weights(model: Any) -> tuple[list[Tensor], Tensor]:
-    """The weights (out, in) of all linear layers but the head, and that of the head."""
+    """The weights (out, in) of all linear layers that read text, and that of the head."""
     head = model.get_output_embeddings()
-    body = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    body = [m.weight for m in model.get_decoder().modules() if isinstance(m, nn.Linear)]
     return [weight.detach() for weight in body], head.weight.detach()
 
 

@@ -267,8 +267,10 @@ def read_tokenizer(path: str, **options: Any) -> Any:
         with silence():
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # tokenizers raises Exception itself
+        there = Path(path).expanduser().is_dir()
+        way_out = "save it again" if there else "go online, or give a folder that holds the model"
         raise ValueError(
-            f"cannot load the tokenizer of {path}: {reason(error)}; save it again"
+            f"cannot load the tokenizer of {path}: {reason(error)}; {way_out}"
         ) from error
     file = f"{path}/tokenizer_config.json"
     longest = tokenizer.model_max_length

@@ -30,6 +30,7 @@ from gspo_lightning.run.plan import resume_command, this_python
 from gspo_lightning.run.terminal_log import TerminalLog, say
 from gspo_lightning.run.tracing import RolloutProfile
 
+config_files.keep_texts()
 # A tool stands above the command line, which knows its name and imports it when it is asked for.
 TOOLS = {
     "doctor": "gspo_lightning.doctor.examine:main",

@@ -1,6 +1,7 @@
 """Config files: read before they are parsed, so that a broken one is named with its line.
 
-Decides what a config file must be: UTF-8 text, one YAML mapping, plain values, no key twice.
+Decides what a config file must be: UTF-8 text, one YAML mapping, plain values, no key twice; and
+that a text which begins with ``#`` is a text.
 """
 
 import itertools
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import get_loader, set_loader
 
 WAY_OUT = "a config looks like configs/arithmetic.yaml"
 
@@ -98,3 +100,18 @@ def check_keys(path: str, node: Any, prefix: str = "") -> None:
             )
         lines[name] = line
         check_keys(path, value, f"{name}.")
+
+
+def keep_texts() -> None:
+    """Let the parser take a quoted text that begins with ``#`` as it stands.
+
+    It reads the text of a setting that may also be null as YAML once more, where such a text is a
+    comment: the pattern ``####(.*)`` would be no pattern, and a system prompt with a heading none.
+    """
+    load = get_loader("yaml")
+
+    def loaded(text: str) -> Any:
+        value = load(text)
+        return text if value is None and text.lstrip().startswith("#") else value
+
+    set_loader("yaml", loaded, (yaml.YAMLError,))

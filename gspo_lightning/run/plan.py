@@ -326,14 +326,17 @@ def memory_parts(
       to that of other micro-batches; and
       the gradient of the embedding, V * D * 4, twice where the two are one (tied): both are whole
       matrices before they are added
-    - activations = tokens * K * (12 D + 4 I) * e, what backward needs from a layer, or
-      tokens * (K D + 12 D + 4 I) * e with checkpointing: each layer's input and one layer's
-      activations (attention matrices are not counted: fused kernels keep none)
+    - activations = tokens * K * (12 D w + 4 I e), what backward needs from a layer, or
+      tokens * (K D w + 12 D w + 4 I e) with checkpointing: each layer's input and one layer's
+      activations (attention matrices are not counted: fused kernels keep none); w is the bytes of
+      a weight, for autocast leaves norms and the sums between layers as wide as those
     - optimizer step = what AdamW makes beside its state: twice the largest tensor on a CPU, where
       it goes from one to the next, and once all of them elsewhere
 
-    With half precision a chunk is there a second time in two bytes, and so is the logits' matrix.
-    12 D + 4 I is counted, not derived: Llama, Qwen3 and GPT-2 keep this to about a tenth.
+    With half precision a chunk is there a second time in two bytes, and so is the logits' matrix;
+    under autocast so are the matrices of the layers, which it casts once a step and keeps.
+    12 D + 4 I is counted, not derived: Llama, Qwen3 and GPT-2 keep this to about a tenth, under
+    autocast Qwen3 and Llama 6 and 20 % less, GPT-2 a third.
 
     Args:
         model: A transformers model.
@@ -360,13 +363,16 @@ def memory_parts(
     parameters = list(model.parameters())
     device = parameters[0].device
     trained = [p for p in parameters if p.requires_grad]
-    width = 2 if half_precision else parameters[0].element_size()
+    wide = parameters[0].element_size()
+    width = 2 if half_precision else wide
     key_value_heads = most("num_key_value_heads") or heads
     per_layer = 2 * key_value_heads * head_size * width  # bytes of a token's keys and values
     inner = most("intermediate_size") or 4 * hidden
-    layer = 12 * hidden + 4 * inner
-    kept = layers * hidden + layer if checkpointing else layers * layer
-    activations = tokens_at_once * kept * width
+    layer = 12 * hidden * wide + 4 * inner * width
+    kept = layers * hidden * wide + layer if checkpointing else layers * layer
+    activations = tokens_at_once * kept
+    if width < wide:
+        activations += width * _in_layers(model)
     step = max((p.numel() * p.element_size() for p in trained), default=0) * 2
     return {
         "weights": _bytes(parameters),
@@ -376,6 +382,13 @@ def memory_parts(
         "micro-batch": _largest_moment(model, activations, vocabulary, width),
         "optimizer step": step if device.type == "cpu" else _bytes(trained),
     }
+
+
+def _in_layers(model: Any) -> int:
+    """Values in all matrices but the embeddings."""
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = {id(getattr(found, "weight", None)) for found in embeddings}
+    return sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in ends)
 
 
 def _largest_moment(model: Any, activations: float, vocabulary: int, width: int) -> float:

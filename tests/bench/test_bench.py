@@ -79,6 +79,18 @@ def test_a_shape_counts_every_weight_that_is_multiplied():
     )
 
 
+def test_the_shape_of_a_model_that_also_sees_is_that_of_its_text():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    text = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    vision = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=vision | {"intermediate_size": 8}
+    )
+    assert shape_of(AutoModelForCausalLM.from_config(config)) == shape_of(build_model("qwen3"))
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "expected"),
     [

@@ -132,6 +132,7 @@ def plan(seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["", "TMPDIR elsewhere"])
 def test_a_run_killed_24_times_is_the_straight_run_bit_for_bit(straight, warm, tmp_path, elsewhere):
+    """Eight times where files are made on another file system than the run's."""
     environment = {}
     if elsewhere:
         other = Path("/dev/shm")
@@ -140,14 +141,15 @@ def test_a_run_killed_24_times_is_the_straight_run_bit_for_bit(straight, warm, t
         environment["TMPDIR"] = str(other)
     runs = Runs(warm, tmp_path)
     died = Counter()
-    for kill in plan(seed=int(elsewhere)):
+    for kill in plan(seed=int(elsewhere))[: 8 if elsewhere else 24]:
         ended = runs.fit("--ckpt_path=auto", kill=kill, **environment)
         assert ended.code == -9, f"{kill} came too late: {ended}"
         died[runs.phase()] += 1
         damaged = [path for path in list_checkpoints(runs.root) if damage(path)]
         assert not damaged, kill
-    assert all(died[phase] for phase in PHASES), died
-    assert sum(died[phase] for phase in PHASES) >= 15, died
+    if not elsewhere:
+        assert all(died[phase] for phase in PHASES), died
+        assert sum(died[phase] for phase in PHASES) >= 15, died
     ended = runs.fit("--ckpt_path=auto", **environment)
     assert ended.code == 0, ended.output
     assert_same_run(runs.root, straight)

@@ -7,15 +7,20 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gspo_lightning.critic.critic import CriticConfig
 from gspo_lightning.engine import probe
 from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.mode import mode_kept, raise_flags
 from gspo_lightning.engine.rotary import fix_rotary, rotary_limit
+from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.logprobs import completion_logprobs
+from gspo_lightning.objectives import Objective
 from gspo_lightning.policy.policy import Policy, checkpoint_activations, make_ready
 from gspo_lightning.sampling import GroupSampler
+from support.observers import Outputs
 from support.passes import inputs, loop
 from support.prompts import PROMPTS, batch_of
+from support.tiny_run import run
 
 CPU = torch.device("cpu")
 LONGROPE = {
@@ -268,6 +273,33 @@ def test_a_long_text_alone_is_what_transformers_computes_for_it(make_model):
             fix_rotary(model, 12)
             found = model(ids, use_cache=False).logits
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_policy_reference_and_critic_of_a_run_have_the_same_frequencies(
+    make_model, tokenizer, tmp_path
+):
+    model = rotary(make_model, "phi3", LONGROPE)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    keep = Outputs()
+    module = run(
+        tmp_path,
+        tmp_path / "model",
+        callbacks=[keep],
+        sampler=GroupSampler(1, 6),
+        reference=ReferencePolicy(device="cpu"),
+        kl_coef=0.1,
+        critic=CriticConfig(),
+        advantages="gae",
+        objective=Objective(ratio="token", clip_low=0.2, clip_high=0.2),
+    )
+    rollout = keep.all[0]["rollout"]
+    assert (rollout.prompt_mask.sum(1) + rollout.mask.sum(1)).max() > 9
+    torch.testing.assert_close(rollout.ref_logprobs, rollout.old_logprobs, atol=1e-6, rtol=0)
+    call = torch.zeros(1), torch.arange(6)[None]  # six tokens, which alone have the short ones
+    expected, own = (m.rotary_emb(*call)[0] for m in (module.policy.model.model, model.model))
+    assert torch.equal(module.critic.backbone.rotary_emb(*call)[0], expected)
+    assert not torch.equal(own, expected)
 
 
 # --- composite configs ---------------------------------------------------------------------------

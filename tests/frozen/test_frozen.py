@@ -13,6 +13,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from gspo_lightning.engine.rotary import rotary_limit
 from gspo_lightning.frozen.models import (
     FrozenModels,
     ReferencePolicy,
@@ -25,7 +26,7 @@ from gspo_lightning.policy.chat import Chat
 from gspo_lightning.policy.policy import PolicyConfig
 from gspo_lightning.rewards.terms import RewardTerm
 from support.repository import ROOT
-from support.tiny_models import save_reward_model
+from support.tiny_models import build_model, save_reward_model
 from support.tiny_run import outputs_of, run
 
 CPU = torch.device("cpu")
@@ -355,6 +356,24 @@ def test_scores_of_other_architectures_are_those_of_one_text_at_a_time(
     pairs = zip(ROWS, TEXTS, strict=True)
     expected = [alone(model, f"{row['prompt']} {text}") for row, text in pairs]
     assert model(ROWS, TEXTS) == pytest.approx(expected, abs=1e-5)
+
+
+def test_scores_do_not_depend_on_a_rotary_embedding_of_the_longest_text(tmp_path, tokenizer):
+    """Texts of 5, 7 and 12 tokens; beyond 9 the frequencies are others."""
+    parameters = {"rope_type": "longrope", "rope_theta": 10_000.0, "factor": 4.0}
+    parameters |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    parameters |= {"original_max_position_embeddings": 9}
+    config = build_model("llama", rope_parameters=parameters, num_labels=1).config
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts, rows = ["3", "1+2+3+4+", "3+4", "56789+12"], [{"prompt": "1+2="}] * 4
+    scorer = load(str(tmp_path), separator="")
+    assert rotary_limit(scorer.model) == 9
+    expected = [load(str(tmp_path), separator="")(rows[:1], [text])[0] for text in texts]
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 0]):
+        found = scorer([rows[i] for i in order], [texts[i] for i in order])
+        assert found == pytest.approx([expected[i] for i in order], abs=1e-5)
 
 
 REMOTE = """

@@ -128,6 +128,15 @@ def test_a_missing_tokenizer_is_one_line(model_dir, tmp_path):
     assert "\n" not in str(info.value)
 
 
+def test_a_model_of_the_hub_that_is_out_of_reach_is_one_line(monkeypatch):
+    def unreachable(*args, **options):
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", unreachable)
+    with pytest.raises(ValueError, match=r"hub; go online, or give a folder that holds the model$"):
+        load_policy(PolicyConfig("nobody/no-such-model"))
+
+
 def test_an_unknown_architecture_is_one_line(model_dir, tmp_path):
     odd = tmp_path / "odd"
     shutil.copytree(model_dir, odd)

@@ -356,3 +356,37 @@ def test_the_configs_of_the_readme_are_instantiated(tmp_path, model_dir):
         )  # fmt: skip
         assert isinstance(cli.model, GSPOModule)
     sys.path.remove(str(tmp_path))
+
+
+def test_a_text_that_begins_like_a_comment_is_a_text(tmp_path, model_dir):
+    """In a file and on the command line."""
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    settings = {
+        "trainer": {"accelerator": "cpu", "default_root_dir": str(tmp_path / "run")},
+        "model": {
+            "class_path": "gspo_lightning.GSPOModule",
+            "init_args": {
+                "policy": {"path": str(model_dir)},
+                "rewards": {
+                    "right": {
+                        "fn": {
+                            "class_path": "gspo_lightning.rewards.LastNumber",
+                            "init_args": {"pattern": "####(.*)"},
+                        }
+                    }
+                },
+            },
+        },
+        "data": {
+            "class_path": "gspo_lightning.PromptData",
+            "init_args": {"path": str(prompts), "system_prompt": "# Rules\nBe brief."},
+        },
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    command = ["--config", config, "--data.chat_template=true"]
+    cli = instantiated(*command)
+    assert cli.model.rewards["right"].fn.patterns[0].pattern == "####(.*)"
+    assert cli.datamodule.system_prompt == "# Rules\nBe brief."
+    assert instantiated(*command, "--data.system_prompt", "# x").datamodule.system_prompt == "# x"
+    assert instantiated(*command, "--data.system_prompt", "null").datamodule.system_prompt is None

@@ -374,6 +374,16 @@ def test_the_plan_says_where_onednn_multiplies(monkeypatch):
     assert plan_of(precision="bf16-mixed")["policy"].endswith("precision bf16-mixed")
 
 
+def test_the_plan_counts_ids_that_the_model_lacks():
+    def plan(count):
+        trainer, module = planned()
+        module.policy.tokenizer = ["x"] * count
+        return next(x for x in plan_lines(trainer, module) if x.startswith("policy"))
+
+    assert plan(35).endswith(", 3 of the tokenizer's 35 ids unknown to it")
+    assert "unknown" not in plan(32)
+
+
 def test_the_plan_of_a_resumed_run_counts_what_is_left():
     plan = plan_of(fit_loop=SimpleNamespace(total_batch_idx=29))
     assert plan["plan"].startswith("40 rollouts (30 done), each 16 prompts")
@@ -538,11 +548,16 @@ def test_half_precision_and_checkpointing_shrink_the_micro_batch():
     sizes = {"prompt_tokens": 64, "new_tokens": 64, "decoded": 8, "tokens_at_once": 8192}
     model = tiny_llama(vocab_size=2)
     full = memory_parts(model, **sizes)
-    half = memory_parts(model, **sizes, half_precision=True)
+    mixed = memory_parts(model, **sizes, half_precision=True)
     checkpointed = memory_parts(model, **sizes, checkpointing=True)
-    assert half["KV cache"] == full["KV cache"] / 2
-    assert half["micro-batch"] == pytest.approx(full["micro-batch"] / 2, rel=0.01)
+    assert mixed["KV cache"] == full["KV cache"] / 2
+    # 12 x 64 values of four bytes and 4 x 192 of two; the layers' matrices once more in two bytes
+    copies = 2 * sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
+    layers = 8192 * 2 * (12 * 64 * 4 + 4 * 192 * 2)
+    assert mixed["micro-batch"] == pytest.approx(layers + copies, rel=0.01)
     assert checkpointed["micro-batch"] < 0.5 * full["micro-batch"]
+    half = memory_parts(model.bfloat16(), **sizes)
+    assert half["micro-batch"] == pytest.approx(full["micro-batch"] / 2, rel=0.01)
 
 
 def test_the_estimate_of_activations_agrees_with_what_backward_keeps():

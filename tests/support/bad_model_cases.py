@@ -36,6 +36,10 @@ def tensors(change):
     return rewrite
 
 
+def whole_head(found):
+    found["score.weight"] = found["score.weight"].int()
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -221,6 +225,18 @@ MODELS = [
                 lambda t: t.update({"model.norm.weight": torch.ones(16).int()})
             )
         },
+    ),
+    Case(
+        "reference of whole numbers",
+        ("reference.path", "scorer/model.safetensors", "score.weight in I32"),
+        "--model.reference.path ./scorer",
+        files={"scorer/model.safetensors": tensors(whole_head)},
+    ),
+    yaml(
+        "reward model of whole numbers",
+        ("rewards.a.fn", "scorer/model.safetensors", "score.weight in I32"),
+        scorer("scorer"),
+        files={"scorer/model.safetensors": tensors(whole_head)},
     ),
     yaml(
         "reward model of NaN",
