@@ -20,6 +20,7 @@ from gspo_lightning.doctor.findings import Finding
 from gspo_lightning.optim import build_optimizer
 from gspo_lightning.rollout import Rollout, Samples
 
+FAR = 1.0  # spread of log s, beyond which most ratios lie outside of any clip range that is in use
 PAPER = 0.15  # of the tokens are clipped with GSPO: arXiv:2507.18071, section 5.3
 LOW, HIGH = 3.0, 4.0  # how the published range is shaped: 3e-4 below 1, 4e-4 above
 MOST = 0.8  # of the sequences: the trial clips none, so its steps go further than those of a run
@@ -167,6 +168,9 @@ def clipping(
         f"{value['tokens']:.0f} tokens{note}; [1 - {low:g}, 1 + {high:g}] would clip {share:.0%} "
         "of the tokens"
     )
+    if not deviation <= FAR:
+        remedy = "no clip range mends steps that far: lower optimizer.learning_rate"
+        return [Finding("clipping", "warning", text, remedy, value | {"proposed": None})]
     proposal = ""
     if wanted is not None:
         proposal = f"objective.clip_low {wanted[0]:.1g} and clip_high {wanted[1]:.1g}"

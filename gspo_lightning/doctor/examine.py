@@ -5,7 +5,9 @@ up by ``fit`` itself, by the same parser, on the same devices, up to the first b
 prompts are completed and looked at from all sides. Nothing is written, no weight changes.
 """
 
+import contextlib
 import copy
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -270,7 +272,9 @@ def main(
             print("\n".join(map(printable, lines)), flush=True)
 
     wanted = num_prompts, max_new_tokens, thorough
-    findings = set_up_and_examine(trainer, model, datamodule, *wanted, show)
+    # What rewards print is no part of the list that a program reads.
+    with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+        findings = set_up_and_examine(trainer, model, datamodule, *wanted, show)
     code = int(worst(findings) == "error")
     if not trainer.is_global_zero:
         return code

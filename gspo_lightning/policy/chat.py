@@ -169,16 +169,22 @@ class Chat:
 
     def _continued(self, messages: list[dict]) -> str:
         """The text up to the end of the last message's content."""
-        last = messages[-1]
+        last, given = messages[-1], messages[-1]["content"]
         # The space shows whether the template trims a content: then the part given is trimmed, too.
-        marked = {**last, "content": f"{last['content']}{MARK} "}
+        marked = {**last, "content": f"{given}{MARK} "}
         text, found, behind = self.render([*messages[:-1], marked]).rpartition(MARK)
         if not found:
             raise ValueError(
                 "the chat template leaves out the last message, of role 'assistant', which the "
                 "policy should continue; mend the template or the messages"
             )
-        return text if behind.startswith(" ") else text.rstrip()
+        if not "".join(text.split()).endswith("".join(given.split())):
+            raise ValueError(
+                "the chat template leaves out the beginning of the last message, of role "
+                "'assistant', such as its thoughts; mend the template or the message"
+            )
+        # Of the given part alone: the end of the header that opens the turn is no part of it.
+        return text if behind.startswith(" ") or not given.strip() else text.rstrip()
 
     def _lost(self, messages: list[dict], text: str) -> list[int]:
         """Which messages' texts are not in their rendering ``text``.

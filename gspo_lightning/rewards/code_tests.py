@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,8 +23,12 @@ from gspo_lightning.bounds import check_at_least, check_positive
 from gspo_lightning.rewards.verifiers import AnswerVerifier, Missing, Patterns
 
 WORKER = Path(__file__).with_name("one_test.py")
-FENCED = r"```(?:python3?|py)?[ \t]*\n(.*?)```"
+# Behind a program many a model shows how to start it and what it prints, in blocks of their own: a
+# block that says Python counts before all others.
+PYTHON_BLOCK = r"```[ \t]{0,9}(?i:python3?|py)\b[^\n]{0,99}\n(.*?)```"
+BLOCK = r"```[ \t]{0,9}\r?\n(.*?)```"
 LARGEST_FILE = 4 << 20  # bytes of output, and of each file that a program writes
+PARSING = threading.Lock()  # filters of warnings are those of all threads
 
 
 class CodeTest(NamedTuple):
@@ -56,8 +62,8 @@ class CodeTests(AnswerVerifier):
             share of tests that are passed.
         workers: Completions that are tested at a time.
         missing: ``error`` or ``skip`` for a row without the column.
-        pattern: Finds the program; see ``AnswerVerifier``. As it stands: the last fenced block, or
-            without one the whole completion.
+        pattern: Finds the program; see ``AnswerVerifier``. As it stands: the last fenced block
+            of Python, else the last block without a language, else the whole completion.
 
     Raises:
         ValueError: If a limit is out of range, or a row's tests are none, or no Python.
@@ -75,7 +81,7 @@ class CodeTests(AnswerVerifier):
         score: Literal["all", "share"] = "all",
         workers: int = 4,
         missing: Missing = "error",
-        pattern: Patterns = [FENCED, ".+"],  # noqa: B006 - never written into
+        pattern: Patterns = [PYTHON_BLOCK, BLOCK, ".+"],  # noqa: B006 - never written into
     ) -> None:
         super().__init__(column, missing, pattern)
         check_positive("CodeTests.", seconds=seconds)
@@ -130,7 +136,8 @@ def read_tests(answer: Any) -> list[CodeTest]:
             tests.append(CodeTest(given=str(one["input"]), expected=str(one["output"])))
         elif isinstance(one, str):
             try:
-                ast.parse(one)
+                with PARSING, warnings.catch_warnings(action="ignore"):  # "\d" in a test's string
+                    ast.parse(one)
             except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
                 raise ValueError(
                     f"test {number} is no Python: {error}; got {one[:60]!r}"
@@ -157,10 +164,11 @@ def run_test(
     # What stands in front of the tests must not pass them by ending early, so that they say a word
     # at their end that the program was not told.
     word = secrets.token_hex(16)
-    (folder / "input").write_text(word if test.expected is None else test.given)
+    given_text = word if test.expected is None else test.given
+    (folder / "input").write_text(given_text, encoding="utf-8", errors="replace")
     kind = "check" if test.expected is None else "program"
     limits = [str(memory), str(int(seconds) + 2), str(LARGEST_FILE)]
-    with (folder / "input").open("rb") as given, output.open("wb") as printed:
+    with (folder / "input").open("rb") as given, output.open("w+b") as printed:
         process = subprocess.Popen(
             [sys.executable, "-P", "-S", "-B", WORKER, kind, folder, *limits, *packages()],
             stdin=given,
@@ -170,8 +178,9 @@ def run_test(
             env=environment(work),
             start_new_session=True,
         )
-    in_time = wait(process, seconds)
-    said = output.read_bytes()[: LARGEST_FILE + 1].decode(errors="replace")
+        in_time = wait(process, seconds)
+        printed.seek(0)  # not by its name: a program may delete the folder
+        said = printed.read(LARGEST_FILE + 1).decode(errors="replace")
     if not in_time:
         return None
     if test.expected is None:

@@ -35,11 +35,14 @@ def last_number(text: str) -> Decimal | None:
     return Decimal(sign + re.sub(SEPARATOR, "", digits))
 
 
+EXPONENT = re.compile(r"\s*[-+]?[0-9]*\.?[0-9]+[eE][-+]?[0-9]{1,3}\s*")
 DELIMITER = re.compile(r"\$|\\boxed|\\\(|\\\[")
 TEXT = re.compile(r"\\(?:text\w*|math\w+|mbox|operatorname)\s*\{([^{}]*)\}")
 FUNCTION = r"(?:arc)?(?:sin|cos|tan|cot|sec|csc)|sinh|cosh|tanh|log|ln|exp|pi"
 PLAIN_FUNCTION = re.compile(rf"(?<![A-Za-z\\])(?:{FUNCTION})(?![A-Za-z])")
-NO_WORD = re.compile(rf"\\[A-Za-z]+|(?<![A-Za-z])(?:{FUNCTION}|sqrt)(?![A-Za-z])")
+# Names of environments and colours, columns of an array, and lengths are not words of the answer.
+MARKUP = r"\\(?:begin|end|color|hspace)\s*\{[^{}]*\}(?:\{[lcr|\s]*\})?"
+NO_WORD = re.compile(rf"{MARKUP}|\\[A-Za-z]+|(?<![A-Za-z])(?:{FUNCTION}|sqrt)(?![A-Za-z])")
 LETTER = r"[^\W\d_]"
 # What makes a text words, not algebra: four letters in a row (two where they are neither Latin nor
 # Greek), or a unit such as that of 5 km/h.
@@ -61,6 +64,8 @@ def read_answer(answer: str) -> list:
         answer = answer.replace("\\$", "").replace("$", "")
     if DELIMITER.search(answer):
         return read_result(answer)
+    if EXPONENT.fullmatch(answer):  # 1e-05, as Python writes it, would be a product with Euler's e
+        return read_result(f"{Decimal(answer.strip()):f}")
     letters = NO_WORD.sub(" ", TEXT.sub(" ", answer))
     if re.search(WORDS_OUTSIDE, letters) or only_words(answer):
         return read_number(answer)

@@ -173,7 +173,7 @@ class GSPOCLI(LightningCLI):
         """Parse; Lightning's version warns when a program passes arguments, as tests do."""
         for path in config_files.config_paths(args):
             config_files.check_config_file(path)
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(config_files.nested_nulls(args))
 
     def _set_seed(self) -> None:
         """Refuse what numpy would, with the name of the key."""

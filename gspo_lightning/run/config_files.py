@@ -5,6 +5,7 @@ that a text which begins with ``#`` is a text.
 """
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,28 @@ def config_paths(args: Sequence[str]) -> Iterator[str]:
         flag, equals, path = word.partition("=")
         if flag in ("--config", "-c") and (equals or following is not None):
             yield path if equals else following
+
+
+def nested_nulls(args: Sequence[str]) -> list[str]:
+    """The words of a command line with each null of a nested key as that of a mapping.
+
+    jsonargparse takes the other form, deeper than two keys, for the text None.
+
+    >>> nested_nulls(["--model.policy.lora=null", "--model.reference", "null"])
+    ['--model.policy={lora: null}', '--model.reference', 'null']
+    """
+    joined: list[str] = []
+    for word in args:
+        if word == "null" and joined and re.fullmatch(r"--[\w.]+", joined[-1]):
+            word = f"{joined.pop()}=null" if joined[-1].count(".") > 1 else word
+        if match := re.fullmatch(r"(--\w+\.\w+)\.([\w.]+)=null", word):
+            *outer, last = match[2].split(".")
+            inner = f"{{{last}: null}}"
+            for key in reversed(outer):
+                inner = f"{{{key}: {inner}}}"
+            word = f"{match[1]}={inner}"
+        joined.append(word)
+    return joined
 
 
 def check_config_file(path: str) -> None:

@@ -191,7 +191,7 @@ _CHATTER = re.compile(
 _HARMLESS = (
     # lightning 2.6.6 itself asks torch for LeafSpec, which torch 2.13 has deprecated
     r".*isinstance\(treespec, LeafSpec\)",
-    # likewise, whatever two ranks tell each other
+    # lightning 2.6.6 gathers from all ranks by a function that torch 2.13 has deprecated
     r"torch\.distributed\.nn\.functional\.all_gather is deprecated",
     # tokenised prompts lie in memory: worker processes would only cost time
     r"The '\w+_dataloader' does not have many workers",

@@ -118,6 +118,14 @@ def test_the_advice_names_the_range_and_warns_where_nothing_is_clipped(examined)
     assert found.value["clipped_tokens"] == 0
 
 
+@pytest.mark.parametrize("rate", [30.0, 1e30])  # far, and beyond all numbers
+def test_steps_that_no_range_can_clip_are_said_to_be_too_far(examined, rate):
+    module, data, samples = examined(optimizer=OptimizerConfig(learning_rate=rate))
+    (found,) = clipping(module, data, samples, [torch.tensor([1.0, 0.0, 0.5, 0.0, 0.2, 1.0])], 64)
+    assert found.status == "warning" and found.remedy.endswith("lower optimizer.learning_rate")
+    assert "clip_low" not in found.text and found.value["proposed"] is None
+
+
 def test_where_a_sequence_is_never_clipped_there_is_no_advice(examined):
     module, data, samples = examined(num_minibatches=1)
     assert clipping(module, data, samples, [], 64) == []

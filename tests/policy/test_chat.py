@@ -130,6 +130,21 @@ def test_the_thinking_switch_and_a_begun_thought():
     assert make_chat(CHATML).prompt(begun) == STYLES["chatml"].prompt + "<s>5"
 
 
+@pytest.mark.parametrize("given", ["", " \n"])
+def test_an_answer_that_is_not_begun_yet_leaves_the_header_whole(given):
+    messages = [QUESTION, {"role": "assistant", "content": given}]
+    for name in ("gemma", "llama-3"):  # these trim contents
+        assert Chat(chat_tokenizer(STYLES[name])).prompt(messages) == STYLES[name].prompt
+
+
+def test_a_begun_answer_keeps_its_thoughts():
+    messages = [QUESTION, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nIt is"}]
+    with pytest.raises(ValueError, match="leaves out the beginning of the last message"):
+        Chat(chat_tokenizer(STYLES["deepseek"])).prompt(messages)  # the policy would not see them
+    kept = Chat(chat_tokenizer(STYLES["qwen3"])).prompt(messages)
+    assert kept.endswith("assistant\n<think>\nhm\n</think>\n\nIt is")
+
+
 def test_an_answer_that_a_template_leaves_out_cannot_be_continued():
     users = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     with pytest.raises(ValueError, match="leaves out the last message, of role 'assistant'"):

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 
 import pytest
 
@@ -22,6 +23,9 @@ def one(text, tests=CHECK, **options):
     [
         ADD,
         f"First:\n```python\n1/0\n```\nBetter:\n```py\n{ADD}```\nDone.",
+        f"```Python\r\n{ADD}```\nRun it:\n```bash\npython a.py\n```\nIt prints\n```\n3\n```",
+        f"```\n1/0\n```\nor\n```\n{ADD}```",
+        f"import shutil\nshutil.rmtree('..', ignore_errors=True)\n{ADD}",
         f"import numpy\n{ADD}",  # installed packages are there
         f"from dataclasses import dataclass\n@dataclass\nclass P:\n    x: 'int' = 1\n{ADD}",
         f"{ADD}if __name__ == '__main__':\n    raise SystemExit(1)",  # not run as a program
@@ -46,6 +50,7 @@ def test_a_right_program_passes(text, monkeypatch):
         f"{ADD}raise SystemExit(0)",
         "import os\nos._exit(0)",
         "print('passed')\nexit()",
+        "open('../test.py', 'w').write('')",
         f"x = [0] * 10**10\n{ADD}",
         f"x = bytearray(2 << 30)\n{ADD}",
         "while True: print('x' * 1000)",
@@ -59,6 +64,12 @@ def test_a_right_program_passes(text, monkeypatch):
 )
 def test_a_wrong_program_fails_and_does_no_harm(text):
     assert one(text) == (0.0, 0)
+
+
+def test_a_test_may_hold_what_python_warns_of():
+    with warnings.catch_warnings(record=True, action="always") as seen:
+        CodeTests().check_row({"tests": [r"assert '\d'"]})
+    assert seen == []
 
 
 def test_open_files_of_the_run_are_closed_to_the_program(tmp_path):

@@ -18,7 +18,7 @@ OVERLAY = yaml.safe_load((ROOT / "configs/task/gsm8k.yaml").read_text())
 SPELLINGS = [
     *("{n}", "{n:,}", "{n}.", "{n:,}.", "{n}.0", "{n}.00", "{n:,}.00"),
     *("**{n}**", "**{n:,}**.", "**{n}.**", "`{n}`", "{n} clips", "{n}%", "= {n}", "({n})"),
-    *("The answer is {n}.", "the answer is: **{n:,}**", "Answer: {n}", "A: {n}"),
+    *("The answer is {n}.", "the answer is: **{n:,}**", "Answer: {n}", "**Answer**: {n}", "A: {n}"),
     *(r"\boxed{{{n}}}", r"$\boxed{{{n:,}}}$.", r"\boxed{{{n}\text{{ clips}}}}", "$ {n} $"),
 ]
 CURRENCY = [

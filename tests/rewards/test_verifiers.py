@@ -181,6 +181,8 @@ def test_math_verify(answer, text, expected):
         ("(1, 2)", "2", 0.0),
         ("A", r"\boxed{\text{(A)}}", 1.0),
         ("A", r"\boxed{B}", 0.0),
+        ("1.5e3", "1500", 1.0),
+        ("1e-05", "$10^{-5}$", 1.0),
     ],
 )
 def test_words_are_never_read_as_algebra(answer, text, expected):
@@ -213,6 +215,21 @@ def test_words_are_never_read_as_algebra(answer, text, expected):
         ("$2-2p$", r"If $2-x=p$, then $x=2-p$. Thus $x-p=\boxed{2-2p}$.", True),
         (r"$\text{Evelyn}$", r"Therefore, $\boxed{\text{Evelyn}}$ is our answer.", True),
         (r"$\boxed{\text{C}}$", r"$\boxed{\text{(C)}}.$", True),
+        (
+            r"$\begin{pmatrix} 1 \\ 2 \end{pmatrix}$",
+            r"\boxed{\begin{bmatrix}1\\2\end{bmatrix}}",
+            True,
+        ),
+        (
+            r"$\begin{array}{cccc}1&2&3&4\end{array}$",
+            r"$\begin{array}{cccc}1&2&3&4\end{array}$",
+            True,
+        ),
+        (
+            r"$\begin{pmatrix} 1 \\ 2 \end{pmatrix}$",
+            r"\boxed{\begin{pmatrix}1\\3\end{pmatrix}}",
+            False,
+        ),
     ],
 )
 def test_math_verify_is_no_worse_than_the_library_alone(answer, text, expected):

@@ -50,6 +50,17 @@ def test_config_begins_with_what_it_is(name):
     assert (ROOT / "configs" / name).read_text().startswith("# ")
 
 
+def test_the_command_line_can_take_back_what_a_config_sets():
+    """Also of keys so deep that jsonargparse takes their null for a text."""
+    module = instantiated(
+        *("--config", "configs/arithmetic.yaml", "--model.policy.lora={rank: 4}"),
+        *("--model.policy.lora=null", "--model.sampler.batch_size=5"),
+        *("--model.sampler.batch_size", "null", "--model.policy.stop_strings=null"),
+    ).model
+    policy = module.policy_config
+    assert (policy.lora, policy.stop_strings, module.sampler.batch_size) == (None, None, None)
+
+
 def test_the_demo_is_what_the_readme_says():
     cli = instantiated("--config", "configs/arithmetic.yaml")
     assert cli.model.objective.ratio == "sequence"
