@@ -125,17 +125,17 @@ FILES = [ROOT / "train.py", *sorted((ROOT / "gspo_lightning").rglob("*.py"))]
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_no_file_runs_what_it_reads(path):
+    runs_programs = path.stem == "one_test"  # the process of CodeTests, which is asked to
     for name, call in calls(path):
-        assert name not in {"eval", "exec", "compile", "__import__", "os.system"}, name
+        running = {"eval", "exec", "compile", "__import__", "os.system"}
+        assert name not in running or (runs_programs and name in ("exec", "compile")), name
         assert not re.search(
             r"(pickle|dill|marshal|joblib)\.loads?$|yaml\.(unsafe_|full_)?load$", name
         ) or (
             path.stem == "time_limit"  # a message between two processes of one run
         ), name
         assert not name.endswith(("load_dataset", "torch.hub.load")), name
-        assert not name.endswith("SourceFileLoader") or (
-            path.stem == "one_test"  # the process of CodeTests, which is asked to run programs
-        ), name
+        assert not name.endswith("SourceFileLoader") or runs_programs, name
         given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         assert given.get("shell", "False") == "False", name
         if name == "torch.load":
