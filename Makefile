@@ -15,8 +15,8 @@ export OMP_NUM_THREADS ?= 1
 demo: $(VENV)/demo.stamp  ## train the embedded default to a rising reward
 	$(PY) train.py fit --config configs/arithmetic.yaml --trainer.default_root_dir $(RUN)
 
-test: $(VENV)/dev.stamp  ## every test; those marked gpu are skipped where there is no GPU
-	$(PY) -m pytest -q -n 2 --dist worksteal --durations 5
+test: $(VENV)/dev.stamp  ## every test but those of rare models; gpu ones are skipped without one
+	$(PY) -m pytest -q -n 2 --dist worksteal --durations 5 -m "not models"
 
 test-core: $(VENV)/dev.stamp  ## the maths and the loop, in less than a minute
 	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow" tests/test_*.py gspo_lightning/*.py
