@@ -122,10 +122,13 @@ def _find(base: Any, embedding: Any, ids: Tensor) -> Head | str:
         return f"its output embedding cannot be had apart ({error})"
 
 
-def is_full(error: Exception) -> bool:
+def is_full(error: BaseException) -> bool:
     """Whether an error says that the device is full; "a single memory location" does not."""
-    full = any(words in str(error) for words in ("out of memory", "allocate memory"))
-    return full or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # The CPU's allocator, and CUDA outside of torch's own, raise a plain RuntimeError.
+    words = "out of memory", "can't allocate memory"
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in words)
 
 
 @contextmanager

@@ -23,6 +23,15 @@ def run_padded(
 ) -> tuple[Any, Tensor, Tensor, int]:
     """Run a model on padded rows, cut to what any row needs.
 
+    Args:
+        model: A causal language model.
+        prompt_ids: Left-padded, (B, L) int64.
+        prompt_mask: True on real prompt tokens, (B, L) bool.
+        completion_ids: Right-padded, (B, T) int64.
+        context: True on the completion tokens that are part of the text, (B, T) bool.
+        mask: True on those whose log-probs are wanted, (B, T) bool.
+        group_size: Rows that share a prompt, side by side; 1 shares none.
+
     Returns:
         The model's output; which states of its last columns, flattened, predict wanted tokens;
         where these stand in a flattened (B, T); and the number of these last columns.
@@ -68,6 +77,8 @@ def run_alone(
     mask: Tensor,
 ) -> tuple[list[Any], list[int], Tensor, Tensor]:
     """Run a model on one text at a time, as anyone would, for models that read no others right.
+
+    Arguments are those of :func:`run_padded`.
 
     Returns:
         The outputs of all passes; how many of the last columns count in each; which of the states

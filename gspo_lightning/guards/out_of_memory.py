@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gspo_lightning.engine.head import is_full
 from gspo_lightning.rollout import Samples
 
 MICRO, TOKENS = "micro_batch_size", "micro_batch_tokens"
@@ -26,10 +27,7 @@ class OutOfMemory(RuntimeError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device, or the machine, has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError | OutOfMemory):
-        return True
-    # The CPU's allocator raises a plain RuntimeError.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, OutOfMemory) or is_full(error)
 
 
 @dataclass
