@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
@@ -79,6 +80,36 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
+
+
+def read_without_tensors(key: str, path: str | Path, way_out: str = "give another") -> dict:
+    """What a checkpoint of a training run holds, no tensor read: they are on the meta device.
+
+    Args:
+        key: What names the file, for messages.
+        path: The file.
+        way_out: What to do about a file that is none.
+
+    Raises:
+        ValueError: If the file is no such checkpoint, is damaged, or holds code.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{key}: there is no file {path}; {way_out}")
+    if is_sealed(path) and (reason := damage(path)):
+        raise ValueError(f"{key}: {path} {reason}; {way_out}")
+    try:
+        found = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{key}: {path} holds more than plain values and tensors, such as code, so it is not "
+            f"loaded; {way_out}"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{key}: cannot read {path}: {line}; {way_out}") from error
+    if not isinstance(found, dict) or not {"state_dict", "loops"} <= found.keys():
+        raise ValueError(f"{key}: {path} is no checkpoint of a training run; {way_out}")
+    return found
 
 
 def is_sealed(path: str | Path) -> bool:

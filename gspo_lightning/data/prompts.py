@@ -98,7 +98,7 @@ class PromptData(TokenizedData):
 
     def setup(self, stage: str) -> None:
         """Read and tokenise what ``stage`` needs."""
-        check_kind_of_data(self, self.trainer.lightning_module)  # type: ignore[union-attr]
+        check_kind_of_data(self, self.trainer.lightning_module)
         wanted = {
             "fit": ["path", "val_path"],
             "validate": ["val_path"],
@@ -106,8 +106,8 @@ class PromptData(TokenizedData):
             "predict": ["predict_path"],
         }[stage]
         if self.chat_template and self.chat is None:
-            if self.trainer.world_size > 1:  # type: ignore[union-attr]
-                self.started = self.trainer.strategy.broadcast(self.started)  # type: ignore[union-attr]
+            if self.trainer.world_size > 1:
+                self.started = self.trainer.strategy.broadcast(self.started)
             self._make_chat()
         for key in wanted:
             if key not in self.examples and self.paths[key] is not None:
@@ -177,7 +177,7 @@ class PromptData(TokenizedData):
     def _read(self, key: str, path: str) -> list[tuple[list[int], dict]]:
         rows = extract(key, path, read_rows(key, path), self.extract)
         # a reward must not find out in the middle of the run that a row lacks its column
-        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        module: Any = self.trainer.lightning_module
         for term, name in getattr(module, "columns_needed", {}).items():
             column(key, path, rows, name, why=f", which reward {term!r} needs")
         for term, check in getattr(module, "row_checks", {}).items():

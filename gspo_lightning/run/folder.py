@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from gspo_lightning.checkpoint.files import checkpoint_number, list_checkpoints, numbered_files
 from gspo_lightning.checkpoint.fingerprints import settings
 from gspo_lightning.checkpoint.io import damage, replacing
+from gspo_lightning.policy.settings import flat
 from gspo_lightning.run.provenance import write_provenance
 from gspo_lightning.run.terminal_log import TerminalLog, say
 
@@ -174,15 +175,3 @@ def remove_traces(root: Path, present: set[Path]) -> None:
             file.unlink()
     if root.is_dir() and not any(root.iterdir()):
         root.rmdir()
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, keys joined by dots.
-
-    >>> flat({"data": {"path": "a", "rows": [1, 2]}})
-    {'data.path': 'a', 'data.rows': [1, 2]}
-    """
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    parts = (flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in tree.items())
-    return {key: value for part in parts for key, value in part.items()}

@@ -5,7 +5,6 @@ Decides how a mistake that a parser found is worded, and what of the libraries' 
 
 import contextlib
 import difflib
-import logging
 import os
 import re
 import sys
@@ -19,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from gspo_lightning.checkpoint.fingerprints import moved
 from gspo_lightning.checkpoint.io import disk_fault
+from gspo_lightning.guards.trainer import leave_out_noise
 
 LONGEST = 400  # characters of an error line; beyond come dumps of whole configs
 
@@ -182,23 +182,6 @@ def _expected(reason: str) -> str:
 # Control characters, and those that change the direction of text or end a line for some readers.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
-# Messages of Lightning that are advertising, or repeat what the plan and our own lines say.
-_CHATTER = re.compile(
-    r"💡 Tip|(GPU|TPU|HPU) available|`Trainer\.fit` stopped|Restor(ing|ed) |Loaded model weights"
-    r"|`Trainer\(limit_|\s*Detected KeyboardInterrupt|(\[rank: \d+\] )?Seed set to "
-    r"|`weights_only` was not set"
-)
-_HARMLESS = (
-    # lightning 2.6.6 itself asks torch for LeafSpec, which torch 2.13 has deprecated
-    r".*isinstance\(treespec, LeafSpec\)",
-    # lightning 2.6.6 gathers from all ranks by a function that torch 2.13 has deprecated
-    r"torch\.distributed\.nn\.functional\.all_gather is deprecated",
-    # tokenised prompts lie in memory: worker processes would only cost time
-    r"The '\w+_dataloader' does not have many workers",
-    # data.val_path: null is a choice
-    r"Total length of `list` across ranks is zero",
-)
-
 
 def printable(text: str) -> str:
     r"""Text without control characters: a terminal obeys them, and a completion may be quoted.
@@ -213,9 +196,6 @@ def printable(text: str) -> str:
 def quiet() -> Iterator[None]:
     """Keep known noise out of the output, and show what warnings remain as one line each."""
 
-    def keep(record: logging.LogRecord) -> bool:
-        return not _CHATTER.match(record.getMessage())
-
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         sys.stderr.write(f"warning: {printable(' '.join(str(message).split()))}\n")
 
@@ -224,21 +204,14 @@ def quiet() -> Iterator[None]:
         if arguments.exc_value is None or disk_fault(arguments.exc_value) is None:
             threading.__excepthook__(arguments)
 
-    noisy = ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed")
-    loggers = [logging.getLogger(f"lightning.{part}") for part in noisy]
     transformers_logging.disable_progress_bar()  # one per folder of weights, gone in no time
     # Lightning 2.6.6 calls jsonargparse by names that have been renamed since.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     with warnings.catch_warnings():
-        for pattern in _HARMLESS:
-            warnings.filterwarnings("ignore", message=pattern)
+        leave_out_noise()
         previous, warnings.showwarning = warnings.showwarning, show
         hook, threading.excepthook = threading.excepthook, end
-        for logger in loggers:
-            logger.addFilter(keep)
         try:
             yield
         finally:
             warnings.showwarning, threading.excepthook = previous, hook
-            for logger in loggers:
-                logger.removeFilter(keep)

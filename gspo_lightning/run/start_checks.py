@@ -1,12 +1,11 @@
 """What can be refused before a model is loaded, though Lightning would find it later or never."""
 
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from safetensors import safe_open
 
+from gspo_lightning.checkpoint.io import read_without_tensors
 from gspo_lightning.policy.folder import weight_files
 
 
@@ -17,18 +16,7 @@ def check_checkpoint(path: Path, module: Any) -> None:
     The ValueError names the file and the way out.
     """
     way_out = "give one that a run of this config wrote, or last"
-    try:
-        found = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-    except UnpicklingError as error:
-        raise ValueError(
-            f"ckpt_path: {path} holds more than plain values and tensors, such as code, so it is "
-            f"not loaded; {way_out}"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"ckpt_path: cannot read {path}: {line}; {way_out}") from error
-    if not isinstance(found, dict) or not {"state_dict", "loops"} <= found.keys():
-        raise ValueError(f"ckpt_path: {path} is no checkpoint of a training run; {way_out}")
+    found = read_without_tensors("ckpt_path", path, way_out)
     key = getattr(module, "checkpoint_key", None)
     if key is not None and key not in found:
         raise ValueError(

@@ -22,7 +22,6 @@ from gspo_lightning.optim import (
     OptimizerConfig,
     build_optimizer,
     learning_rate_factor,
-    num_optimizer_steps,
 )
 from gspo_lightning.policy.folder import load_weights, unloadable
 from gspo_lightning.policy.policy import (
@@ -34,7 +33,7 @@ from gspo_lightning.policy.policy import (
     make_ready,
 )
 from gspo_lightning.policy.reads import positions
-from gspo_lightning.supervised.step_log import set_rate_and_log
+from gspo_lightning.supervised.step_log import num_optimizer_steps, set_rate_and_log
 
 
 class PairLoss(NamedTuple):

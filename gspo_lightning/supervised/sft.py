@@ -20,10 +20,9 @@ from gspo_lightning.optim import (
     OptimizerConfig,
     build_optimizer,
     learning_rate_factor,
-    num_optimizer_steps,
 )
 from gspo_lightning.policy.policy import PolicyConfig, load_policy, load_tokenizer
-from gspo_lightning.supervised.step_log import set_rate_and_log
+from gspo_lightning.supervised.step_log import num_optimizer_steps, set_rate_and_log
 
 
 class SFTModule(LightningModule):
