@@ -409,7 +409,10 @@ def test_dropout_is_off_in_train_mode(tmp_path, make_model, tokenizer):
         ({"micro_batch_size": 0}, "model.micro_batch_size must be >= 1"),
         ({"micro_batch_tokens": 0}, "model.micro_batch_tokens must be >= 1"),
         ({"sampler": GroupSampler(group_size=1)}, "sampler.group_size must be >= 2, got 1"),
-        ({"sampler": GroupSampler(temperature=0.0)}, "sampler.temperature must be above 0, got 0.0"),
+        (
+            {"sampler": GroupSampler(temperature=0.0)},
+            "temperature must be above 0, got 0.0",
+        ),
         ({"rewards": {}}, "model.rewards is empty"),
         ({"kl_coef": 0.1}, "there is no reference"),
         ({"kl_coef": -0.1}, "model.kl_coef must be >= 0, got -0.1"),

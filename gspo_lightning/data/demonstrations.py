@@ -20,6 +20,7 @@ from gspo_lightning.data.stream import ResumableStream, pad
 from gspo_lightning.data.tables import check_file, read_rows, text_column
 from gspo_lightning.policy.chat import LONGEST_TOKEN
 from gspo_lightning.policy.reads import Limits, limits
+from gspo_lightning.policy.settings import settings_of
 from gspo_lightning.rollout import Movable
 
 
@@ -240,6 +241,7 @@ class SFTData(SupervisedData):
         shuffle: bool = True,
     ) -> None:
         super().__init__(path, val_path, batch_size, num_steps, max_tokens)
+        self.save_hyperparameters(settings_of(SFTData, locals()), logger=False)
         self.prompt_column, self.completion_column = prompt_column, completion_column
         self.shuffle = shuffle
 

@@ -17,6 +17,7 @@ from gspo_lightning.data.demonstrations import TokenizedData, check_files, check
 from gspo_lightning.data.stream import pad
 from gspo_lightning.data.tables import check_patterns, column, extract, read_rows
 from gspo_lightning.policy.chat import LONGEST_TOKEN, Chat, TooLong, checked
+from gspo_lightning.policy.settings import settings_of
 from gspo_lightning.rollout import PromptBatch
 
 
@@ -68,6 +69,7 @@ class PromptData(TokenizedData):
         chat_template_arguments: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(settings_of(PromptData, locals()), logger=False)
         if system_prompt is not None and not chat_template:
             raise ValueError("data.system_prompt needs data.chat_template: true")
         if chat_template_arguments and not chat_template:

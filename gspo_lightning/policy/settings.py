@@ -8,6 +8,7 @@ imported, so reward functions and samplers of others come from whoever loads it.
 import inspect
 import json
 import numbers
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -67,8 +68,10 @@ def settings_of(owner: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
     hints = _hints(owner)
     for name, hint in hints.items():
         value = arguments[name]
-        values = {f"{name}.{key}": v for key, v in value.items()} if _is_dict(hint, value) else {}
-        for key, item in (values or {name: value}).items():
+        values = {name: value}
+        if get_origin(hint) is dict and isinstance(value, dict):
+            values = {f"{name}.{key}": item for key, item in value.items()}
+        for key, item in values.items():
             kinds: Any = tuple(kind for kind in (hint, *get_args(hint)) if is_dataclass(kind))
             if kinds and item is not None and not isinstance(item, kinds):
                 known = ", ".join(f.name for f in fields(kinds[0]) if f.init)
@@ -133,10 +136,6 @@ def _hints(owner: Any) -> dict[str, Any]:
     return {k: hint for k, hint in get_type_hints(owner.__init__).items() if k != "return"}
 
 
-def _is_dict(hint: Any, value: Any) -> bool:
-    return get_origin(hint) is dict and isinstance(value, dict)
-
-
 def _made(hint: Any, value: Any) -> Any:
     """A value of the hinted type from its plain form; what is no plain form stays as it is."""
     if isinstance(value, dict) and "class_path" in value:
@@ -176,8 +175,10 @@ def table(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = {}
     for key, value in flat(dict(settings)).items():
-        if isinstance(value, bool | list):
+        if isinstance(value, list):
             value = json.dumps(value, ensure_ascii=False)
+        if key.endswith("class_path"):
+            value = re.sub(rf"^{OWN}[\w.]*\.", "", value)
         if isinstance(value, str) and len(value) > LONGEST_TEXT:
             value = f"{value[:LONGEST_TEXT]}..."
         if value is not None:
@@ -198,19 +199,22 @@ def log_settings(module: Any, figures: Sequence[str] = FIGURES) -> None:
     trainer = module.trainer
     if not trainer.enable_autolog_hparams:
         return
-    known = {"seed_everything": module.seed, "trainer": {"precision": trainer.precision}}
+    seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything set
+    known: dict[str, Any] = {"seed_everything": seed, "trainer": {"precision": trainer.precision}}
     known |= {"model": module.hparams_initial, "data": getattr(trainer.datamodule, "hparams", {})}
     for callback in trainer.callbacks:
         if isinstance(getattr(callback, "rule", None), KLRule):  # it decides what is trained
             known[type(callback).__name__] = plain(callback)["init_args"]
     values = table(known)
+    if trainer.loggers:
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
     for logger in trainer.loggers:
-        writer = getattr(logger.experiment, "file_writer", None)
-        if writer is None:
+        writer = logger.experiment
+        if not isinstance(writer, SummaryWriter):
             logger.log_hyperparams(values)
             continue
-        from torch.utils.tensorboard.summary import hparams
-
         logger.log_hyperparams(values, metrics={})  # for its YAML file; None would draw a curve
-        for part in hparams(values, dict.fromkeys(figures, 0))[:2]:
-            writer.add_summary(part)
+        shown = {k: json.dumps(v) if isinstance(v, bool) else v for k, v in values.items()}
+        for part in hparams(shown, dict.fromkeys(figures, 0))[:2]:
+            writer._get_file_writer().add_summary(part)  # its own add_hparams opens another run
