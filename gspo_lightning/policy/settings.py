@@ -21,6 +21,14 @@ from gspo_lightning.sampling import GroupSampler
 
 OWN = "gspo_lightning."
 LONGEST_TEXT = 200  # characters of a value in a logger's table
+# What people vary; TensorBoard shows five columns of a tab that could have seventy.
+SHOWN_FIRST = (
+    "AdaptiveKL.rule.target",
+    "model.objective.clip_low",
+    "model.objective.ratio",
+    "model.optimizer.learning_rate",
+    "model.sampler.group_size",
+)
 FIGURES = ("val/accuracy_greedy", "val/accuracy_sampled", "val/reward", "train/reward")
 SAMPLER = f"{GroupSampler.__module__}.{GroupSampler.__qualname__}"
 
@@ -206,15 +214,26 @@ def log_settings(module: Any, figures: Sequence[str] = FIGURES) -> None:
         if isinstance(getattr(callback, "rule", None), KLRule):  # it decides what is trained
             known[type(callback).__name__] = plain(callback)["init_args"]
     values = table(known)
-    if trainer.loggers:
-        from torch.utils.tensorboard import SummaryWriter
-        from torch.utils.tensorboard.summary import hparams
     for logger in trainer.loggers:
-        writer = logger.experiment
-        if not isinstance(writer, SummaryWriter):
+        if type(logger.experiment).__name__ != "SummaryWriter":  # on ranks other than 0, too
             logger.log_hyperparams(values)
             continue
         logger.log_hyperparams(values, metrics={})  # for its YAML file; None would draw a curve
-        shown = {k: json.dumps(v) if isinstance(v, bool) else v for k, v in values.items()}
-        for part in hparams(shown, dict.fromkeys(figures, 0))[:2]:
-            writer._get_file_writer().add_summary(part)  # its own add_hparams opens another run
+        for part in _summaries(values, figures):
+            # its own add_hparams would open another run
+            logger.experiment._get_file_writer().add_summary(part)
+
+
+def _summaries(values: dict[str, Any], figures: Sequence[str]) -> list[Any]:
+    """What TensorBoard reads: which columns there are, and this run's values."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+    from torch.utils.tensorboard.summary import hparams
+
+    shown = {key: json.dumps(v) if isinstance(v, bool) else v for key, v in values.items()}
+    columns, start, _ = hparams(shown, dict.fromkeys(figures, 0))
+    packed = columns.value[0].metadata.plugin_data
+    data = HParamsPluginData.FromString(packed.content)
+    for column in data.experiment.hparam_infos:
+        column.differs = column.name in SHOWN_FIRST
+    packed.content = data.SerializeToString()
+    return [columns, start]
