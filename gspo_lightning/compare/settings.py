@@ -78,6 +78,9 @@ COLUMNS = {  # of the table: a figure of the last rollouts
     "KL": ("train/kl_divergence", "{:.3f}"),
     "cut": ("rollout/truncated_fraction", "{:.0%}"),
 }
+MADE_COLUMNS = {
+    "reward": ("train/reward", "{:.2f}")
+} | COLUMNS  # held-out scores know no truncation
 
 
 def command(name: str, folder: Path, rollouts: int) -> list[str]:
@@ -134,12 +137,17 @@ def run(name: str, root: Path, rollouts: int) -> dict[str, Any]:
     return json.loads(record.read_text())
 
 
+def columns(name: str) -> dict[str, tuple[str, str]]:
+    """Of the table in which a line stands: that of the shipped policy, or of the models made."""
+    return MADE_COLUMNS if "{made}" in TRIED[name] else COLUMNS
+
+
 def line(name: str, record: dict[str, Any]) -> list[str]:
     """A line of the table: accuracies held out, figures as means of the last rollouts."""
     held_out = record["validations"][-1]
     cells = [name, f"{held_out['val/accuracy_greedy']:.3f}"]
     cells.append(f"{held_out['val/accuracy_sampled']:.3f}")
-    for figure, shape in COLUMNS.values():
+    for figure, shape in columns(name).values():
         values = [r[figure] for r in record["rollouts"][-LAST:] if r.get(figure) is not None]
         cells.append(shape.format(statistics.mean(values)) if values else "")
     return cells
@@ -151,19 +159,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/settings"), help="their folder")
     parser.add_argument("--rollouts", type=int, default=30, help="of each run")
     options = parser.parse_args(argv)
-    head = ["settings", "greedy", "sampled", *COLUMNS]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    tables: dict[tuple[str, ...], list[str]] = {}  # lines by heads
     try:
         for kind in made_models.KINDS:
             make(kind, options.runs)
         for done, name in enumerate(TRIED, start=1):
             cells = line(name, run(name, options.runs, options.rollouts))
             say(f"[{done}/{len(TRIED)}] {' | '.join(cells)}")
-            lines.append("| " + " | ".join(cells) + " |")
+            head = ("settings", "greedy", "sampled", *columns(name))
+            tables.setdefault(head, []).append("| " + " | ".join(cells) + " |")
     except RuntimeError as error:
         say(f"error: {error}")
         return 2
-    print("\n".join(lines))
+    for head, lines in tables.items():
+        print("", "| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1), sep="\n")
+        print("\n".join(lines))
     return 0
 
 
