@@ -255,11 +255,16 @@ def test_every_line_of_the_page_on_settings_is_a_config_and_stands_there(
         shutil.copytree(model_dir, tmp_path / "made" / model)
     for name in ("train", "heldout"):
         write_prompts(tmp_path / "made" / "base" / f"{name}.jsonl")
+    seen = set()
     for name, options in TRIED.items():
+        assert f"\n| {name} |" in page
+        settings = frozenset(word for word in options.split() if not word[0].isdigit())
+        if settings in seen:
+            continue  # other numbers for the same settings
+        seen.add(settings)
         options = options.replace("configs/", f"{ROOT}/configs/")
         options = options.replace("{made}", str(tmp_path / "made"))
         assert isinstance(stack("task/arithmetic", options=shlex.split(options)).model, GSPOModule)
-        assert f"\n| {name} |" in page
 
 
 def test_grpos_penalty_can_be_switched_off(stack):
