@@ -172,7 +172,7 @@ def test_a_run_killed_while_it_exports_still_exports(straight, warm, tmp_path):
     assert_same_run(runs.root, straight)
 
 
-# ---- other configurations -------------------------------------------------------------------------
+# ---- other configurations ------------------------------------------------------------------------
 
 # twelve rollouts; checkpoints after each second one, validation after each fourth
 SHORT = """
@@ -234,8 +234,9 @@ KINDS = {
     ),
     "reward model": (
         ["configs/reward_model.yaml"],
-        SHORT.replace("trainer:\n", "trainer:\n  enable_checkpointing: true\n  max_epochs: 1\n")
-        .replace("limit_val_batches: 1", "limit_val_batches: 1\n  limit_train_batches: 12")
+        SHORT.replace(
+            "trainer:\n", "trainer:\n  enable_checkpointing: true\n  max_epochs: 1\n"
+        ).replace("limit_val_batches: 1", "limit_val_batches: 1\n  limit_train_batches: 12")
         + SUPERVISED,
     ),
     "bf16-mixed": (
@@ -258,11 +259,10 @@ class RankedRuns(Runs):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        kills = [other or kill, kill]
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
         environments = [
-            {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-            | {"LOCAL_RANK": str(rank), "PHASE_LOG": f"{self.log}.{rank}", "PHASE_KILL": kills[rank]}
-            for rank in range(2)
+            common | {"LOCAL_RANK": rank, "PHASE_LOG": f"{self.log}.{rank}", "PHASE_KILL": death}
+            for rank, death in (("0", other or kill), ("1", kill))
         ]
         ended = self.warm.run_ranks(self.folder, self.arguments(*options), environments)
         assert bool(ended[0].code) == bool(ended[1].code), f"one rank went on alone: {ended}"
@@ -277,7 +277,10 @@ def kills(kind):
         del phases["validation"]
     if kind == "one rank of two":
         del phases["save"]  # the other one saves
-    return [f"{name}:{draw.randint(1, n)}:{draw.uniform(0, 0.03):.4f}" for name, n in phases.items()]
+    return [
+        f"{phase}:{draw.randint(1, count)}:{draw.uniform(0, 0.03):.4f}"
+        for phase, count in phases.items()
+    ]
 
 
 @pytest.mark.parametrize(
