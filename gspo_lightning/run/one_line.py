@@ -5,6 +5,7 @@ Decides how a mistake that a parser found is worded, and what of the libraries' 
 
 import contextlib
 import difflib
+import inspect
 import os
 import re
 import sys
@@ -30,6 +31,16 @@ _NOISE = re.compile(
 _OWN_PATH = re.compile(r"gspo_lightning(?:\.\w+)+")
 _KEY = re.compile(r'Parser key "(.+?)":\s*(.*)')
 _UNKNOWN = re.compile(r"unknown key `[^`]+`(?:, did you mean `[^`]+`\?|; known: [^.]+)?")
+
+# Words of other trainers and of torch, for which no spelling is close.
+_ELSEWHERE = {
+    "lr": "optimizer.learning_rate",
+    "num_generations": "sampler.group_size",
+    "max_completion_length": "sampler.max_new_tokens",
+    "beta": "kl_coef",
+    "epsilon": "objective.clip_low",
+    "epsilon_high": "objective.clip_high",
+}
 
 
 class OneLineParser(LightningArgumentParser):
@@ -88,9 +99,15 @@ def unknown(key: str, known: Iterable[str]) -> str:
     'unknown key `temprature`, did you mean `temperature`?'
     >>> unknown("colour", ["help", "group_size", "temperature"])
     'unknown key `colour`; known: group_size, temperature'
+    >>> unknown("lr", ["learning_rate", "betas"])
+    'unknown key `lr`, did you mean `learning_rate`?'
     """
     names = [name for name in known if name.rpartition(".")[2] not in ("help", "config")]
     hint = did_you_mean(key, names)
+    if meant := _ELSEWHERE.get(key.rpartition(".")[2]):
+        short = meant.rpartition(".")[2]
+        meant = short if short in names else f"model.{meant}" if "model" in names else meant
+        hint = f", did you mean `{meant}`?"
     if not hint and "." in key:  # perhaps only the beginning is wrong
         hint = did_you_mean(key.partition(".")[0], [name for name in names if "." not in name])
     if not hint and "." not in key and len(names) <= 20:
@@ -148,6 +165,11 @@ def _what(reasons: list[str], value: str) -> str:
 
 def _import_trouble(reason: str) -> str | None:
     """What is wrong with a class_path, if that is what a reason is about."""
+    if match := re.search(r"Subclasses are disabled for (\w+), thus '(\S+)' is", reason):
+        import gspo_lightning
+
+        settings = ", ".join(inspect.signature(getattr(gspo_lightning, match[1])).parameters)
+        return f"expected {match[1]} ({settings}), got {match[2]}"
     if match := re.search(r"module '(\S+)' has no attribute '(\S+)'", reason):
         meant = did_you_mean(match[2], dir(sys.modules.get(match[1])))
         return f"there is no {match[2]} in {match[1]}{meant}"

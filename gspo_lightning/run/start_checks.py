@@ -61,6 +61,11 @@ def check_interval(trainer: Any) -> None:
 
 def check_trainer(config: Any) -> None:
     """Raise ValueError for strategies and precisions that would train wrongly."""
+    if config.barebones:
+        raise ValueError(
+            "trainer.barebones leaves out curves, checkpoints and progress, which a run here has; "
+            "set it to false (`--profile` shows where the time goes)"
+        )
     strategy = config.strategy
     name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
     if name.startswith(("fsdp", "deepspeed", "FSDP", "DeepSpeed", "ModelParallel")):
