@@ -62,7 +62,7 @@ def whole(tmp_path_factory, model_dir, prompts):
     callbacks = [RolloutCheckpoint(), AdaptiveKL(initial=0.25)]
     module = make_module(
         model_dir,
-        policy=PolicyConfig(str(model_dir), lora=LoRAConfig(rank=2), stop_strings=["x"]),
+        policy=PolicyConfig(str(model_dir), lora=LoRAConfig(rank=2), stop_token_ids=[31]),
         rewards={"digits": RewardTerm(digits, weight=2.0, whiten=True, clip=(-1, 1))},
         reference=ReferencePolicy(device="cpu"),
         advantages="gae",
@@ -176,7 +176,7 @@ def test_a_checkpoint_gives_the_policy_that_was_trained(whole, model_dir, monkey
     assert (module.kl_coef, module.rewards["digits"].weight) == (0.0, 2.0)
     assert module.sampler.group_size == 4 and module.evaluator.settings.ks == (1, 2)
     ids = torch.tensor([module.tokenizer(PROMPTS[0])["input_ids"]])
-    options = {"max_new_tokens": 6, "do_sample": False, "tokenizer": module.tokenizer}
+    options = {"max_new_tokens": 6, "do_sample": False}
     found = module.policy.model.generate(ids, **options)[0, ids.shape[1] :]  # transformers' own
     text = module.tokenizer.decode(found, skip_special_tokens=True)
     assert text.startswith(module.generate(PROMPTS[:1])[0][0])
