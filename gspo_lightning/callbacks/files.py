@@ -224,8 +224,8 @@ class SampleTable(Callback):
 
     The first rows of the rollout are taken: rows of a group are neighbours, so a group stands
     together, and the choice does not depend on what was sampled. On resume the lines of rollouts
-    that will run again are dropped, so the file equals that of a run that was never stopped; lines that
-    were lost or damaged meanwhile are counted in a warning.
+    that will run again are dropped, so the file equals that of a run that was never stopped; lines
+    that were lost or damaged meanwhile are counted in a warning.
 
     Args:
         every_n_rollouts: Period of ``samples.jsonl``, in rollouts.

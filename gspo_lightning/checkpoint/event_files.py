@@ -32,9 +32,12 @@ def mark_event_files(trainer: Trainer) -> None:
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
     for logger in tensorboards(trainer) if trainer.is_global_zero else []:
-        # without a status, which TensorBoard would act on
-        logger.experiment.file_writer.add_event(Event(session_log=SessionLog(msg=MARK)))
         logger.experiment.flush()
+        writer = logger.experiment.file_writer
+        if not _is_marked(_current(writer)):
+            # without a status, which TensorBoard would act on
+            writer.add_event(Event(session_log=SessionLog(msg=MARK)))
+            logger.experiment.flush()
 
 
 def own_event_files(folder: str | Path) -> list[Path]:
@@ -66,7 +69,7 @@ def cut_event_files(trainer: Trainer, files: dict[str, Any], rollouts: int) -> N
     missing = set(files) if goes_on_in_place(trainer) else set()
     for logger in tensorboards(trainer):
         writer = logger.experiment.file_writer
-        current = Path(writer.event_writer._file_name).name  # just opened, by this process
+        current = _current(writer).name
         for path in Path(logger.log_dir).glob(EVENTS):
             if path.name in files and path.is_file():
                 missing.discard(path.name)
@@ -111,6 +114,11 @@ def _warn(what: str, rollouts: int) -> None:
         "those of its own from the checkpoint",
         stacklevel=3,
     )
+
+
+def _current(writer: Any) -> Path:
+    """The file that this process has opened."""
+    return Path(writer.event_writer._file_name)
 
 
 def _is_marked(path: Path) -> bool:

@@ -258,7 +258,8 @@ def disk_fault(error: BaseException, root: Path | None = None) -> str | None:
 
 
 def _is_in(path: Any, folder: Path) -> bool:
-    return isinstance(path, str | Path) and Path(path).absolute().is_relative_to(folder)
+    named = isinstance(path, str | bytes | Path)
+    return named and Path(os.fsdecode(path)).absolute().is_relative_to(folder)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -44,8 +44,8 @@ def local_folder(path: str | Path, key: str = KEY) -> Path:
     text = os.path.expandvars(os.path.expanduser(str(path)))
     if re.match(r"[A-Za-z][\w+.-]+://?", text):
         raise ValueError(
-            f"{key}: {path} is an address, and a run needs a folder: its checkpoints are forced to a "
-            "disk and renamed there; name a local or mounted folder, and copy it from there"
+            f"{key}: {path} is an address, and a run needs a folder: its checkpoints are forced to "
+            "a disk and renamed there; name a local or mounted folder, and copy it from there"
         )
     if "\0" in text:
         raise ValueError(f"{key}: a path cannot hold a NUL character, got {text!r}")

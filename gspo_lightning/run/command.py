@@ -4,6 +4,7 @@ Decides which commands and options there are, what is refused before anything is
 callbacks, plugins and loggers a run has that its config does not name.
 """
 
+import itertools
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 
 import gspo_lightning
@@ -246,9 +247,10 @@ class GSPOCLI(LightningCLI):
             logger = False
             kwargs |= {"profiler": None, "enable_checkpointing": False}
             kwargs |= {"enable_progress_bar": False}
-        for own in as_list(logger):  # a relative folder keeps its meaning, as the run's own does
-            if isinstance(own, TensorBoardLogger | CSVLogger) and "://" not in str(own.root_dir):
-                own._root_dir = os.path.abspath(os.path.expanduser(own.root_dir))
+        for own, name in itertools.product(as_list(logger), ("_root_dir", "_save_dir")):
+            path = getattr(own, name, None)  # a relative one keeps its meaning, as the run's does
+            if isinstance(path, str) and "://" not in path:
+                setattr(own, name, os.path.abspath(os.path.expanduser(path)))
         kwargs |= {"callbacks": callbacks, "plugins": plugins, "logger": logger}
         kwargs |= {"default_root_dir": str(self.root)}
         return super().instantiate_trainer(**kwargs)

@@ -222,7 +222,9 @@ def quiet() -> Iterator[None]:
 
     def end(arguments: threading.ExceptHookArgs) -> None:
         # TensorBoard writes in a thread; its error is raised again where the thread is waited for.
-        if arguments.exc_value is None or disk_fault(arguments.exc_value) is None:
+        error = arguments.exc_value
+        of_events = isinstance(error, OSError) and "tfevents" in os.fsdecode(error.filename or "")
+        if error is None or (disk_fault(error) is None and not of_events):
             threading.__excepthook__(arguments)
 
     noisy = ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed")
