@@ -48,6 +48,15 @@ def write_json_lines(file: Path, rows: list[dict[str, Any]]) -> None:
         stream.write(lines)
 
 
+def check_free(trainer: Any, callback: Callback, path: str, folder: bool) -> None:
+    """Raise ValueError if something else is, or will be, where a callback is going to write."""
+    check_place(Path(trainer.default_root_dir), path, folder)
+    others = [other for other in trainer.callbacks if other is not callback]
+    taken = {getattr(other, name, None) for other in others for name in ("path", "best_path")}
+    if any(isinstance(name, str) and Path(name) == Path(path) for name in taken):
+        raise ValueError(f"path {path!r} is that of two callbacks; give each its own")
+
+
 def export_whole(pl_module: Any, root: Path, path: str) -> None:
     """Export beside the folder and move in file by file, so that no file of it is ever half a file.
 
@@ -179,7 +188,7 @@ class CurvePlot(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse a place that is taken, before any model is loaded."""
         if stage == "fit":
-            check_place(Path(trainer.default_root_dir), self.path, folder=False)
+            check_free(trainer, self, self.path, folder=False)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
         for name, points in self.points.items():
@@ -341,6 +350,8 @@ class HFExport(Callback):
         check_at_least(1, every_n_rollouts=every_n_rollouts)
         if mode not in ("max", "min"):
             raise ValueError(f"mode must be max or min, got {mode!r}")
+        if monitor is not None and Path(path) == Path(best_path):
+            raise ValueError(f"best_path must differ from path, got {path!r} for both")
         self.path, self.every_n_rollouts = path, every_n_rollouts
         self.monitor, self.mode, self.best_path = monitor, mode, best_path
         self.best: float | None = None
@@ -348,7 +359,7 @@ class HFExport(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse a place that is taken, before any model is loaded."""
         for path in (self.path, self.best_path) if stage == "fit" else ():
-            check_place(Path(trainer.default_root_dir), path, folder=True)
+            check_free(trainer, self, path, folder=True)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if self.monitor is None or trainer.state.fn != "fit" or is_rehearsal(trainer):

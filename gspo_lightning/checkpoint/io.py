@@ -240,6 +240,10 @@ def disk_fault(error: BaseException, root: Path | None = None) -> str | None:
     'no space left on device: runs/a/samples.jsonl; the checkpoints written before are intact'
     >>> disk_fault(OSError(errno.ENOENT, "No such file or directory")) is None
     True
+    >>> disk_fault(OSError(errno.EACCES, "Permission denied", "/r/a.png"), Path("/r"))
+    'permission denied: /r/a.png; the checkpoints written before are intact'
+    >>> disk_fault(OSError(errno.EACCES, "Permission denied", "/s/data"), Path("/r")) is None
+    True
     """
     intact = "the checkpoints written before are intact"
     for cause in _causes(error):

@@ -30,7 +30,7 @@ FILES = (
     "finished",
 )
 FOLDERS = ("checkpoints", "faults", "profile", "source", "source.resume-*", "earlier-*")
-TOKEN_SECONDS = 15.0  # for a new file to be seen through a network file system
+TOKEN_SECONDS = 10.0  # for a new file to be seen through a network file system
 
 
 def local_folder(path: str | Path, key: str = KEY) -> Path:

@@ -274,6 +274,7 @@ def test_a_signal_to_any_rank_stops_all_of_them_at_the_same_boundary(warm, tmp_p
     assert names(root)[-1] == "rollout=000006.ckpt"
 
 
+@pytest.mark.slow
 def test_machines_with_run_folders_of_their_own_are_refused_on_every_rank(warm, tmp_path):
     """One of them would go on from a checkpoint and the other begin anew, with exit code 0."""
     (tmp_path / "run.yaml").write_text(RANKS)
@@ -284,6 +285,7 @@ def test_machines_with_run_folders_of_their_own_are_refused_on_every_rank(warm, 
     homes = [tmp_path / "a", tmp_path / "b"]
     ranks = [common | {"LOCAL_RANK": str(n), "HOME": str(home)} for n, home in enumerate(homes)]
     command = ["fit", "--config", tmp_path / "run.yaml", "--trainer.default_root_dir", "~/run"]
+    command += ["--trainer.callbacks+=support.folder_events.Impatient"]
     ended = warm.run_ranks(tmp_path, command, ranks)
     assert [one.code for one in ended] == [2, 2], ended[0].output
     for home, seen in zip(homes, ("is seen", "is not seen"), strict=True):
