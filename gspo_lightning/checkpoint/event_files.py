@@ -7,7 +7,6 @@ their beginning. What others put beside them is left alone.
 import warnings
 import zlib
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ from gspo_lightning.checkpoint.io import replacing
 from gspo_lightning.checkpoint.places import EVENTS
 
 MARK = "gspo_lightning"
-MARKED_WITHIN = 32  # records; loggers write settings before
-HEAD = 2**20  # bytes in which these records are looked for
+HEAD = 2**20  # bytes in which the mark is looked for; loggers write settings before
 
 
 def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
@@ -29,14 +27,11 @@ def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
 
 def mark_event_files(trainer: Trainer) -> None:
     """Write into each file that this process has opened that it is a run's."""
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
     for logger in tensorboards(trainer) if trainer.is_global_zero else []:
         logger.experiment.flush()
         writer = logger.experiment.file_writer
         if not _is_marked(_current(writer)):
-            # without a status, which TensorBoard would act on
-            writer.add_event(Event(session_log=SessionLog(msg=MARK)))
+            writer.add_event(_mark())
             logger.experiment.flush()
 
 
@@ -121,12 +116,18 @@ def _current(writer: Any) -> Path:
     return Path(writer.event_writer._file_name)
 
 
+def _mark() -> Any:
+    """A note in the log, without a status, which TensorBoard would act on."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    return Event(session_log=SessionLog(msg=MARK))
+
+
 def _is_marked(path: Path) -> bool:
     if not path.is_file() or path.is_symlink():
         return False
-    with path.open("rb") as file:
-        records = islice(_records(file.read(HEAD)), MARKED_WITHIN)
-        return any(event.session_log.msg == MARK for _, _, event in records)
+    with path.open("rb") as file:  # the bytes alone: the checksums of a large record take a while
+        return _mark().SerializeToString() in file.read(HEAD)
 
 
 def _records(data: bytes, start: int = 0) -> Iterator[tuple[int, bytes, Any]]:
