@@ -91,7 +91,7 @@ def export_whole(pl_module: Any, root: Path, path: str) -> None:
 
 def clear(folder: Path) -> None:
     """Remove a folder, or a link to one, if it is there and may be removed."""
-    if folder.is_symlink():
+    if os.path.islink(folder):
         folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
 

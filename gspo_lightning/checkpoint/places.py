@@ -33,7 +33,7 @@ FOLDERS = ("checkpoints", "faults", "profile", "source", "source.resume-*", "ear
 TOKEN_SECONDS = 10.0  # for a new file to be seen through a network file system
 
 
-def local_folder(path: str | Path, key: str = KEY) -> Path:
+def local_folder(path: str | Path | None, key: str = KEY) -> Path:
     """The absolute path of a run folder, which no later change of the working folder moves.
 
     ``~`` and environment variables are replaced, as TensorBoard does for its own folder.
@@ -41,6 +41,8 @@ def local_folder(path: str | Path, key: str = KEY) -> Path:
     Raises:
         ValueError: If it is no path on a local disk, or a variable in it is not set.
     """
+    if path is None or not str(path):
+        raise ValueError(f"{key} is empty; name a folder for the run")
     text = os.path.expandvars(os.path.expanduser(str(path)))
     if re.match(r"[A-Za-z][\w+.-]+://?", text):
         raise ValueError(
@@ -49,6 +51,10 @@ def local_folder(path: str | Path, key: str = KEY) -> Path:
         )
     if "\0" in text:
         raise ValueError(f"{key}: a path cannot hold a NUL character, got {text!r}")
+    if not _fits(text, 255):
+        raise ValueError(
+            f"{key}: a name in it is no UTF-8 text of at most 255 bytes: {text[:80]!r}"
+        )
     if variable := re.search(r"\$(?:\w+|\{\w+\})", text):
         raise ValueError(f"{key}: {path}: the environment variable {variable[0]} is not set")
     return Path(os.path.abspath(text))
@@ -57,6 +63,8 @@ def local_folder(path: str | Path, key: str = KEY) -> Path:
 def check_name(path: str) -> None:
     """Raise ValueError unless ``path`` names something inside the run folder that is still free."""
     parts = PurePath(path).parts
+    if not _fits(path, 200):  # so that a temporary file beside it has a name, too
+        raise ValueError(f"path must be UTF-8 text of at most 200 bytes a name, got {path[:80]!r}")
     if not parts or PurePath(path).is_absolute() or ".." in parts or "\0" in path:
         raise ValueError(f"path must be a name inside the run folder, got {path!r}")
     own = any(fnmatch(parts[0], pattern) for pattern in (*FILES, *FOLDERS, EVENTS))
@@ -128,6 +136,13 @@ def check_shared(trainer: Any, root: Path) -> None:
             f"writes there is {'' if seen else 'not '}seen by rank {trainer.global_rank}; name one "
             "on a file system that all machines share"
         )
+
+
+def _fits(path: str, longest: int) -> bool:
+    try:
+        return max(map(len, path.encode().split(b"/"))) <= longest
+    except UnicodeEncodeError:
+        return False
 
 
 def _holds(folder: Path, name: str) -> bool:

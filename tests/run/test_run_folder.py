@@ -95,11 +95,13 @@ def test_what_stands_in_the_way_is_named_and_left_alone(capsys, name, make, word
 OWN = ["samples.jsonl", "./config.yaml", "checkpoints/rollout=000004.ckpt", "faults/a", ".lock"]
 
 
-@pytest.mark.parametrize("path", [*OWN, "log.txt", "events.out.tfevents.1", "a\0b", ".."])
+@pytest.mark.parametrize(
+    "path", [*OWN, "log.txt", "events.out.tfevents.1", "a\0b", "..", 201 * "x", "\ud800"]
+)
 @pytest.mark.parametrize("callback", ["CurvePlot", "HFExport", "PredictionWriter"])
 def test_a_callback_cannot_write_over_the_runs_own_files(callback, path):
     kind = getattr(__import__("gspo_lightning.callbacks", fromlist=[callback]), callback)
-    with pytest.raises(ValueError, match=r"^path .*(own files|inside the run folder)"):
+    with pytest.raises(ValueError, match=r"^path .*(own files|inside the run folder|UTF-8)"):
         kind(path=path)
 
 
@@ -112,8 +114,18 @@ def test_a_run_folder_is_one_place_on_a_disk(tmp_path, monkeypatch):
         "$SCRATCH/a": Path("/scratch/a"),
     }.items():
         assert local_folder(path) == absolute
-    for path in ("s3://x/y", "file:///x", "gs:/x", "$MISSING/a", "a\0b"):
-        with pytest.raises(ValueError, match=r"^trainer.default_root_dir: "):
+    for path in (
+        "s3://x/y",
+        "file:///x",
+        "gs:/x",
+        "$MISSING/a",
+        "a\0b",
+        "",
+        None,
+        "x/" + 256 * "é",
+        "\udcff",
+    ):
+        with pytest.raises(ValueError, match=r"^trainer.default_root_dir(: | is empty)"):
             local_folder(path)
 
 
