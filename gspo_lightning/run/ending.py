@@ -17,7 +17,7 @@ from gspo_lightning.checkpoint.signals import is_of_another_rank
 from gspo_lightning.guards.out_of_memory import OutOfMemory, is_out_of_memory
 from gspo_lightning.rewards.terms import RewardError
 from gspo_lightning.run.one_line import LONGEST, condense, printable
-from gspo_lightning.run.terminal_log import say
+from gspo_lightning.run.terminal_log import say, shown
 
 # What a user's mistake raises: bad values, missing files, devices, packages.
 MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException)
@@ -43,7 +43,9 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
     # A reward function is the user's, numbers and memory are the run's: the error names its cause.
     of_run = isinstance(error, FloatingPointError) or is_out_of_memory(error)
     known = of_run or isinstance(error, RewardError) or UNREACHED in str(error) or not watch.begun
-    full = disk_fault(error)
+    # What is refused before training has a line of its own, whatever the system said before it.
+    refused = isinstance(error, ValueError) and not watch.begun
+    full = watch.lock.lost() or (None if refused else disk_fault(error, watch.root))
     text = full or (mistake(error) if known else None)
     gone = text is None and is_of_another_rank(error)
     if gone:
@@ -52,10 +54,10 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
         trace = "".join(traceback.format_exception(error))
         sys.stderr.write("\n".join(printable(line) for line in trace.split("\n")))
     if text is not None:
-        sys.stderr.write(f"error: {printable(text)}\n")
+        sys.stderr.write(f"error: {printable(shown(text))}\n")
         if not watch.begun:
             watch.refuse()
-    if advice := go_on(True):
+    if not watch.lock.lost() and (advice := go_on(True)):
         say(advice)
     return 1 if text is None or full or gone or of_run else 2
 
