@@ -17,6 +17,7 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import islice
 from multiprocessing.connection import Connection, Pipe
 from types import ModuleType
 from typing import Any
@@ -24,8 +25,11 @@ from typing import Any
 # ("value", number or None, counts of the function) or ("error", what happened and where, {})
 Answer = tuple[str, Any, dict[str, float]]
 
+UNSPEAKABLE = "its text cannot be made"
+
 PACKAGE = (__package__ or "").partition(".")[0]
 START_SECONDS = 300.0  # for the process to start and to import the function
+CLOSED_SECONDS = 5.0  # for a process to end after its connection has
 
 
 class TimeLimit:
@@ -180,7 +184,12 @@ class Worker:
             self.connection.send(question)
             return self.connection.recv() if self.connection.poll(seconds) else None
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            code = self.process.wait()
+            try:
+                code = self.process.wait(CLOSED_SECONDS)
+            except subprocess.TimeoutExpired:  # it lives on without the connection
+                self.process.kill()
+                self.process.wait()
+                return "error", "the function closed the files of its process", {}
             return "error", f"the function ended its process, exit code {code}", {}
 
 
@@ -205,8 +214,8 @@ def serve(connection: Connection) -> None:
             sys.modules[name].__path__ = [folder]
     try:
         fn = pickle.loads(pickled)
-    except Exception as error:
-        connection.send(("error", f"{type(error).__name__}: {error}", {}))
+    except BaseException as error:  # a module may also exit
+        connection.send(("error", f"{type(error).__name__}: {error_text(error)}", {}))
         return
     connection.send(("value", None, {}))
     while True:
@@ -217,15 +226,55 @@ def serve(connection: Connection) -> None:
 def answer_one(fn: Any, row: dict, completion: str) -> Answer:
     """Call the function; whatever comes of it is an answer."""
     try:
-        values = list(fn([row], [completion]))
+        given = fn([row], [completion])
+        values = [awaited(value) for value in islice(awaited(given), 2)]
         if len(values) != 1:
-            return "error", f"gave {len(values)} values for 1 completion", {}
-        number = None if values[0] is None else float(values[0])
-        return "value", number, dict(getattr(fn, "counts", {}))
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+            many = len(given) if hasattr(given, "__len__") else len(values)
+            return "error", f"gave {many} values for 1 completion", {}
+        return "value", as_number(values[0]), dict(getattr(fn, "counts", {}))
+    except BaseException as error:  # also SystemExit: the process can answer further questions
+        frame = traceback.extract_tb(error.__traceback__, limit=-1)[-1]
         place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
-        return "error", f"{type(error).__name__}: {error} ({place})", {}
+        return "error", f"{type(error).__name__}: {error_text(error)} ({place})", {}
+
+
+def as_number(value: Any) -> float | None:
+    """What a function gave for a completion; texts are refused: `1_0` and `nan` would pass."""
+    if isinstance(value, BaseException):
+        raise value
+    if isinstance(value, str | bytes):
+        raise TypeError(f"the {type(value).__name__} {value[:40]!r}")
+    if hasattr(value, "detach"):  # torch warns of tensors that have a gradient
+        value = value.detach()
+    return None if value is None else float(value)
+
+
+def awaited(given: Any) -> Any:
+    """What an ``async`` function gives, in one loop for the life of the process."""
+    if not hasattr(given, "__await__"):
+        return given
+    global _loop
+    if _loop is None:
+        import asyncio  # takes a while, which most functions need not pay for
+
+        _loop = asyncio.new_event_loop()
+    return _loop.run_until_complete(given)
+
+
+_loop: Any = None
+
+
+def error_text(error: BaseException) -> str:
+    r"""The text of any error in one line, cut.
+
+    >>> error_text(ValueError("no\n  such row"))
+    'no such row'
+    """
+    try:
+        text = str(error)[:1000]
+    except BaseException:  # the text is made by whoever made the error
+        return UNSPEAKABLE
+    return " ".join(text.split())[:160]
 
 
 def end_with(parent: int) -> None:
