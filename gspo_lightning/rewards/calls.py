@@ -9,11 +9,9 @@ what becomes of the run and of the completion.
 import math
 import re
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Set
 from inspect import isawaitable
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +19,7 @@ import torch
 from gspo_lightning.guards.out_of_memory import OutOfMemory, is_out_of_memory
 from gspo_lightning.rewards.awaited import TooLong, outcomes, wait
 from gspo_lightning.rewards.guest import Guest
-from gspo_lightning.rewards.time_limit import UNSPEAKABLE, as_number, error_text
+from gspo_lightning.rewards.time_limit import UNSPEAKABLE, as_number, error_text, told
 
 PAUSE_SECONDS = 1.0  # before the first further call; twice as long before each one after it
 LARGEST = torch.finfo(torch.float32).max  # rewards become float32
@@ -151,12 +149,9 @@ def _attempt(
             raise error
         line = str(error).strip().partition("\n")[0][:160]
         raise OutOfMemory(f"out of memory in reward {name!r}: {line}") from error
-    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-    if isinstance(error, TooLong):
-        text = f"reward {name!r} failed: {text}"
-    else:
-        frame = traceback.extract_tb(error.__traceback__, limit=-1)[-1]
-        text = f"reward {name!r} failed: {kind}{text} ({Path(frame.filename).name}:{frame.lineno})"
+    if not isinstance(error, TooLong):
+        text = told(error, "" if type(error) is ValueError else None)
+    text = f"reward {name!r} failed: {text}"
     return Called(None, {}, size, cause=RewardError(text, name, cause=_cause(error)))
 
 
@@ -169,7 +164,7 @@ def _listed(given: Any, size: int, guest: Guest) -> list[Any]:
     values = list(given if hasattr(given, "__len__") else islice(given, size + 1))
     if len(values) > size and not hasattr(given, "__len__"):
         raise ValueError(f"gave more than {size} values for {size} completions")
-    if any(map(isawaitable, values)):
+    if any(isawaitable(value) for value in values if type(value) is not float):
         waited = wait(outcomes(values, guest.seconds), guest.seconds)
         values = [each.value if each.error is None else each.error for each in waited]
     return values
@@ -177,6 +172,8 @@ def _listed(given: Any, size: int, guest: Guest) -> list[Any]:
 
 def _number(name: str, value: Any, completion: str, row: int) -> float | RewardError | None:
     """A value as a number, or what is wrong with it."""
+    if type(value) is float and abs(value) <= LARGEST:
+        return value  # what most functions give, and NaN is not
     place = f"for the completion {completion[:80]!r}"
     if isinstance(value, BaseException):  # what happened to this completion alone
         text = f"reward {name!r} failed: {error_text(value)}; {place}"

@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor
 from gspo_lightning.rewards import calls
 from gspo_lightning.rewards.calls import RewardError
 from gspo_lightning.rewards.guest import Guest, RewardFn
-from gspo_lightning.rewards.time_limit import TimeLimit
+from gspo_lightning.rewards.time_limit import TimeLimit, error_text, told
 from gspo_lightning.rewards.verifiers import comparable
 
+RowCheck = Callable[[list[dict]], tuple[int, str] | None]
 EPSILON = 1e-6  # added to the standard deviation: equal rewards whiten to 0
 
 
@@ -156,8 +158,8 @@ class RewardTerm:
     @property
     def waits(self) -> bool:
         """Whether ``fn`` waits for others: the process of a ``TimeLimit``, or what it awaits."""
-        asynchronous = map(inspect.iscoroutinefunction, (self.fn, getattr(self.fn, "__call__", 0)))
-        return isinstance(self.fn, TimeLimit) or any(asynchronous)
+        ways = self.fn, type(self.fn).__call__
+        return isinstance(self.fn, TimeLimit) or any(map(inspect.iscoroutinefunction, ways))
 
     def texts(self, completions: list[str], special: list[str] | None) -> list[str]:
         """What ``fn`` is called with, of completions without and with special tokens."""
@@ -282,10 +284,29 @@ def columns_needed(terms: Mapping[str, RewardTerm]) -> dict[str, str]:
     return {name: column for name, column in columns.items() if isinstance(column, str)}
 
 
-def row_checks(terms: Mapping[str, RewardTerm]) -> dict[str, Callable[[dict], None]]:
-    """How terms look at a row before training, by the name of the term."""
-    checks = {name: getattr(term.fn, "check_row", None) for name, term in terms.items()}
-    return {name: check for name, check in checks.items() if callable(check)}
+def row_checks(terms: Mapping[str, RewardTerm]) -> dict[str, RowCheck]:
+    """How terms look at rows before training, by the name of the term."""
+    own = {name: getattr(term.fn, "check_row", None) for name, term in terms.items()}
+    return {name: partial(_refused, name, terms[name]) for name, fn in own.items() if callable(fn)}
+
+
+def _refused(name: str, term: RewardTerm, rows: list[dict]) -> tuple[int, str] | None:
+    """The first row that a term cannot judge, counted from 1, and why."""
+    number = 0
+
+    def look(*_: Any) -> None:
+        nonlocal number
+        for row in rows:
+            number += 1
+            term.fn.check_row(dict(row))  # type: ignore[attr-defined]
+
+    error = term.guest.host(name, [], [], look)[1]
+    if error is None:
+        return None
+    if isinstance(error, ValueError):
+        why = error_text(error, 300)
+        return number, f"{why}, which reward {name!r} reads; mend the row, or name another column"
+    return number, f"reward {name!r} failed to check it: {told(error)}"
 
 
 def whitening_state(terms: Mapping[str, RewardTerm]) -> dict[str, dict[str, Any]]:

@@ -233,9 +233,7 @@ def answer_one(fn: Any, row: dict, completion: str) -> Answer:
             return "error", f"gave {many} values for 1 completion", {}
         return "value", as_number(values[0]), dict(getattr(fn, "counts", {}))
     except BaseException as error:  # also SystemExit: the process can answer further questions
-        frame = traceback.extract_tb(error.__traceback__, limit=-1)[-1]
-        place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
-        return "error", f"{type(error).__name__}: {error_text(error)} ({place})", {}
+        return "error", told(error), {}
 
 
 def as_number(value: Any) -> float | None:
@@ -264,17 +262,25 @@ def awaited(given: Any) -> Any:
 _loop: Any = None
 
 
-def error_text(error: BaseException) -> str:
+def told(error: BaseException, kind: str | None = None) -> str:
+    """An error in one line: its kind, its text, and the line that raised it."""
+    kind = type(error).__name__ if kind is None else kind
+    frame = traceback.extract_tb(error.__traceback__, limit=-1)[-1]
+    what = ": ".join(filter(None, (kind, error_text(error))))
+    return f"{what} ({os.path.basename(frame.filename)}:{frame.lineno})"
+
+
+def error_text(error: BaseException, limit: int = 160) -> str:
     r"""The text of any error in one line, cut.
 
     >>> error_text(ValueError("no\n  such row"))
     'no such row'
     """
     try:
-        text = str(error)[:1000]
+        text = str(error)[: 10 * limit]
     except BaseException:  # the text is made by whoever made the error
         return UNSPEAKABLE
-    return " ".join(text.split())[:160]
+    return " ".join(text.split())[:limit]
 
 
 def end_with(parent: int) -> None:
