@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.rewards import awaited, guest
 from gspo_lightning.rewards.terms import RewardError, RewardTerm, row_checks, score
 from gspo_lightning.rewards.time_limit import TimeLimit
+from gspo_lightning.run.ending import report
+from gspo_lightning.run.one_line import OneLineParser
 from support.reward_functions import by_command, digits, slow_judge
 from support.tiny_run import make_module, make_trainer, outputs_of, write_prompts
 
@@ -534,9 +537,15 @@ def rude(rows, texts):
     return values
 
 
+async def rude_later(rows, texts):
+    """The same beside the policy's pass, in threads whose grad mode is their own."""
+    await asyncio.sleep(0.01)
+    return rude(rows, texts)
+
+
 def test_a_rude_reward_changes_nothing_in_a_run(tmp_path, model_dir):
     runs = []
-    for name, fn in (("polite", digits), ("rude", rude)):
+    for name, fn, said_lines in (("polite", digits, 0), ("rude", rude, 5), ("late", rude_later, 4)):
         (tmp_path / name).mkdir()
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -546,11 +555,12 @@ def test_a_rude_reward_changes_nothing_in_a_run(tmp_path, model_dir):
                 )
             )
         lines = {str(line.message) for line in said if str(line.message).startswith("reward")}
-        assert len(lines) == (5 if name == "rude" else 0), lines
-    for polite, other in zip(*runs, strict=True):
-        assert other["rollout"].texts == polite["rollout"].texts
-        assert other["rollout"].rows == polite["rollout"].rows
-        assert torch.equal(other["rollout"].old_logprobs, polite["rollout"].old_logprobs)
+        assert len(lines) == said_lines, lines
+    for polite, *others in zip(*runs, strict=True):
+        for other in others:
+            assert other["rollout"].texts == polite["rollout"].texts
+            assert other["rollout"].rows == polite["rollout"].rows
+            assert torch.equal(other["rollout"].old_logprobs, polite["rollout"].old_logprobs)
 
 
 class Checks:
@@ -580,3 +590,20 @@ def test_a_check_of_rows_is_a_guest_too(tmp_path, model_dir, error, line):
         make_trainer(tmp_path).fit(module, data)
     rows = [{"prompt": "1"}]
     assert row_checks({"x": RewardTerm(Checks(error))})["x"](rows) and rows == [{"prompt": "1"}]
+
+
+@pytest.mark.parametrize("code", ["import sys; sys.exit(0)", "exit()", "raise SystemExit('bye')"])
+def test_a_module_that_exits_is_one_line_and_no_success(code, capsys):
+    watch = SimpleNamespace(begun=False, refuse=lambda: None)
+    with pytest.raises(SystemExit) as caught:
+        exec(compile(code, "my_rewards.py", "exec"), {"__name__": "my_rewards"})
+    assert report(caught.value, watch, lambda _: "") == 2
+    assert capsys.readouterr().err == "error: my_rewards.py:1 exits while the run is set up\n"
+
+
+def test_the_parsers_exit_is_its_own(capsys):
+    with pytest.raises(SystemExit) as caught:
+        OneLineParser().parse_args(["--nothing"])
+    capsys.readouterr()
+    assert report(caught.value, SimpleNamespace(begun=False), lambda _: "") == 2
+    assert capsys.readouterr().err == ""
