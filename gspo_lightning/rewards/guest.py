@@ -25,13 +25,13 @@ import numpy as np
 import torch
 
 from gspo_lightning.rewards.awaited import SECONDS, Outcome, called, outcome, wait
+from gspo_lightning.rewards.time_limit import GuestStream
 from gspo_lightning.rollout import stream_seed
 
 Result = TypeVar("Result")
 # Numbers, an exception in the place of one, None; or something that is awaited and gives them.
 RewardFn = Callable[[list[dict], list[str]], Any]
 
-PRINTED = 100_000  # characters that a call may print to each stream
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -104,7 +104,7 @@ class Guest:
         self._environment: dict[str, str | None] = {}  # as it wants it; None is a name removed
         self._filters: list[Any] | None = None
         self._random: int | tuple[Any, ...] | None = None  # a seed, or how far the streams are
-        self._printed = {name: _Stream() for name in ("stdout", "stderr")}
+        self._printed = {name: GuestStream() for name in ("stdout", "stderr")}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Guest, (self.fn, self.seconds)  # a copy begins anew
@@ -213,7 +213,8 @@ class Guest:
         """Put streams before the process's that cannot be closed and take only so much."""
         before = {name: getattr(sys, name) for name in self._printed}
         for name, stream in self._printed.items():
-            stream.open(before[name])
+            # A reward beside the policy's pass does not pay for what the main thread prints.
+            stream.open(before[name], None if _is_main() else threading.main_thread().ident)
             setattr(sys, name, stream)
         try:
             yield
@@ -225,49 +226,13 @@ class Guest:
                     notes.append(f"closes or replaces sys.{name}: {PUT_BACK}")
                 if found is not stream:
                     _release(found, before[name])
-                if stream.count > PRINTED:
-                    kept = f"the first {PRINTED:,} characters of each call are shown"
+                if stream.count > stream.limit:
+                    kept = f"the first {stream.limit:,} characters of each call are shown"
                     notes.append(f"prints very much to sys.{name}: {kept}")
 
 
 PUT_BACK = "put back after each call"
 COPIES = "it has copies, nothing else sees the change"
-
-
-class _Stream:
-    """A standard stream as a guest has it; one for all calls, as logging keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.stream: Any = None
-
-    def open(self, stream: Any) -> None:
-        """Begin a call."""
-        self.stream, self.count, self.closed_by_guest = stream, 0, False
-        # A reward beside the policy's pass does not pay for what the main thread prints.
-        self.free = None if _is_main() else threading.main_thread().ident
-
-    def write(self, text: str) -> int:
-        if threading.get_ident() != self.free:
-            left = max(0, PRINTED - self.count)
-            self.count += len(text)
-            if len(text) > left:
-                self.stream.write(text[:left])
-                return len(text)
-        return self.stream.write(text)
-
-    def writelines(self, lines: list[str]) -> None:
-        for line in lines:
-            self.write(line)
-
-    def close(self) -> None:
-        self.closed_by_guest = True
-
-    def detach(self) -> Any:
-        self.closed_by_guest = True
-        return self.stream.buffer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
 
 
 def _is_main() -> bool:

@@ -25,6 +25,7 @@ from typing import Any
 # ("value", number or None, counts of the function) or ("error", what happened and where, {})
 Answer = tuple[str, Any, dict[str, float]]
 
+PRINTED = 100_000  # characters that a call may print to each stream
 UNSPEAKABLE = "its text cannot be made"
 
 PACKAGE = (__package__ or "").partition(".")[0]
@@ -200,6 +201,45 @@ def end_process(process: subprocess.Popen, connection: Connection) -> None:
     process.wait()
 
 
+class GuestStream:
+    """A standard stream as a reward function has it: it stays open, and shows so much of a call.
+
+    One object serves all calls: who has found it in ``sys``, such as logging, keeps it.
+    """
+
+    def __init__(self) -> None:
+        self.stream: Any = None
+
+    def open(self, stream: Any, free: int | None = None) -> None:
+        """Begin a call; what the thread ``free`` prints is not counted."""
+        self.stream, self.free = stream, free
+        self.count, self.limit, self.closed_by_guest = 0, PRINTED, False
+
+    def write(self, text: str) -> int:
+        if threading.get_ident() != self.free:
+            left = max(0, self.limit - self.count)
+            self.count += len(text)
+            if len(text) > left:
+                if left:  # a line end, or the run's next line would hang on this one
+                    self.stream.write(text[:left].removesuffix("\n") + "\n")
+                return len(text)
+        return self.stream.write(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def close(self) -> None:
+        self.closed_by_guest = True
+
+    def detach(self) -> Any:
+        self.closed_by_guest = True
+        return self.stream.buffer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 # --- the process itself ---------------------------------------------------------------------------
 
 
@@ -225,13 +265,16 @@ def serve(connection: Connection) -> None:
 
 def answer_one(fn: Any, row: dict, completion: str) -> Answer:
     """Call the function; whatever comes of it is an answer."""
+    sys.stdout = sys.stderr = _printed
+    _printed.open(sys.__stderr__)
     try:
         given = fn([row], [completion])
         values = [awaited(value) for value in islice(awaited(given), 2)]
         if len(values) != 1:
             many = len(given) if hasattr(given, "__len__") else len(values)
             return "error", f"gave {many} values for 1 completion", {}
-        return "value", as_number(values[0]), dict(getattr(fn, "counts", {}))
+        counts = {name: float(n) for name, n in dict(getattr(fn, "counts", {})).items()}
+        return "value", as_number(values[0]), counts
     except BaseException as error:  # also SystemExit: the process can answer further questions
         return "error", told(error), {}
 
@@ -260,6 +303,7 @@ def awaited(given: Any) -> Any:
 
 
 _loop: Any = None
+_printed = GuestStream()
 
 
 def told(error: BaseException, kind: str | None = None) -> str:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from gspo_lightning.data.prompts import PromptData
-from gspo_lightning.rewards import awaited, guest
+from gspo_lightning.rewards import awaited, time_limit
 from gspo_lightning.rewards.terms import RewardError, RewardTerm, row_checks, score
 from gspo_lightning.rewards.time_limit import TimeLimit
 from gspo_lightning.run.ending import report
@@ -218,7 +218,7 @@ def test_another_attempt_draws_on(monkeypatch):
 
 
 def test_what_it_prints_is_shown_up_to_a_limit(capsys, monkeypatch):
-    monkeypatch.setattr(guest, "PRINTED", 10)
+    monkeypatch.setattr(time_limit, "PRINTED", 10)
     logger = logging.getLogger("of a reward")
     monkeypatch.setattr(logger, "propagate", False)
 
@@ -236,7 +236,7 @@ def test_what_it_prints_is_shown_up_to_a_limit(capsys, monkeypatch):
         score({"x": term}, ROWS, TEXTS)
     score({"x": term}, ROWS, TEXTS)
     out, err = capsys.readouterr()
-    assert out == ("x" * 8 + "\ny") * 2 and err == "judged\n" * 2
+    assert out == ("x" * 8 + "\ny\n") * 2 and err == "judged\n" * 2
 
 
 # ---- its arguments ------------------------------------------------------------------------------
@@ -486,7 +486,7 @@ def test_a_limit_that_is_none_is_refused(seconds):
 # ---- in the process of a TimeLimit --------------------------------------------------------------
 
 
-def test_the_process_of_a_time_limit_contains_all_of_it():
+def test_the_process_of_a_time_limit_contains_all_of_it(capfd):
     limit = TimeLimit(by_command, 20)
     worker = limit([{}], ["pid"])
     try:
@@ -506,7 +506,8 @@ def test_the_process_of_a_time_limit_contains_all_of_it():
                 patch.setattr("gspo_lightning.rewards.time_limit.CLOSED_SECONDS", 0.5)
                 with pytest.raises(ValueError, match=message):
                     limit([{}], [command])
-        assert limit([{"value": 2.0}], [""]) == [2.0]
+        assert limit([{"value": 2.0}] * 2, ["flood", "print"]) == [2.0] * 2
+        assert len(capfd.readouterr().err) == 100_001 + len("printed by a reward function\n")
     finally:
         limit.release()
 

@@ -66,6 +66,9 @@ def _obey(row: dict, text: str) -> float | None:
         return None
     elif text == "print":
         print("printed by a reward function")
+    elif text == "flood":
+        print("x" * 1_000_000)
+        sys.stdout.close()
     elif text == "pid":
         return float(os.getpid())
     return row.get("value", 0.5)
