@@ -32,6 +32,8 @@ Result = TypeVar("Result")
 # Numbers, an exception in the place of one, None; or something that is awaited and gives them.
 RewardFn = Callable[[list[dict], list[str]], Any]
 
+PUT_BACK = "put back after each call"
+COPIES = "it has copies, nothing else sees the change"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -203,6 +205,7 @@ class Guest:
                 self._filters = list(warnings.filters)
                 _set_filters(filters)
             after = os.environ.copy()
+            self._environment = {}
             if after != environment:
                 names = {n for n in environment | after if environment.get(n) != after.get(n)}
                 self._environment = {name: after.get(name) for name in names}
@@ -229,10 +232,6 @@ class Guest:
                 if stream.count > stream.limit:
                     kept = f"the first {stream.limit:,} characters of each call are shown"
                     notes.append(f"prints very much to sys.{name}: {kept}")
-
-
-PUT_BACK = "put back after each call"
-COPIES = "it has copies, nothing else sees the change"
 
 
 def _is_main() -> bool:
