@@ -19,8 +19,9 @@ from gspo_lightning.bounds import check_at_least
 from gspo_lightning.callbacks.report import draw_curves, markdown_table, plain, sample_rows
 from gspo_lightning.checkpoint.event_files import tensorboards
 from gspo_lightning.checkpoint.io import replacing
+from gspo_lightning.checkpoint.monitor import monitored
 from gspo_lightning.kl import KLRule, MultiplicativeKL
-from gspo_lightning.metrics import CURVES, monitored
+from gspo_lightning.metrics import CURVES
 
 
 def check_file_name(path: str) -> None:
@@ -271,7 +272,7 @@ class HFExport(Callback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if self.monitor is None or trainer.state.fn != "fit" or is_rehearsal(trainer):
             return
-        value = monitored("HFExport", self.monitor, trainer.callback_metrics)
+        value = monitored(self, trainer.callback_metrics)
         if trainer.sanity_checking or math.isnan(value):
             return
         sign = 1 if self.mode == "max" else -1

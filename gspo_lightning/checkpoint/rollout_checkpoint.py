@@ -16,15 +16,16 @@ import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint.event_files import cut_event_files, event_file_sizes
 from gspo_lightning.checkpoint.files import BEST, FOLDER, checkpoint_number, list_checkpoints
 from gspo_lightning.checkpoint.fingerprints import collect, differences, refuse_changes
-from gspo_lightning.checkpoint.io import AtomicCheckpointIO, replacing
+from gspo_lightning.checkpoint.io import AtomicCheckpointIO, beyond_plain, replacing
+from gspo_lightning.checkpoint.monitor import monitored
 from gspo_lightning.checkpoint.signals import StopSignals
-from gspo_lightning.metrics import monitored
 
 _TEMPORARY = re.compile(r"\..+\.(?:ckpt|yaml)\.\d+\.tmp")
 
@@ -79,6 +80,7 @@ class RolloutCheckpoint(Checkpoint):
         self._validates = False  # whether a run that is not stopped validates now
         self._awaits_validation = False
         self._saving = False
+        self._left_out: set[str] = set()  # callbacks whose state no checkpoint can hold
         self._resumed = False
         self._over = False  # whether the checkpoint has reached `max_steps`
         self._max_steps: int | None = None  # the limit while it is lifted
@@ -87,6 +89,10 @@ class RolloutCheckpoint(Checkpoint):
         """See to it that files are written whole, also in a program that says nothing of it."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        # Last of all: another callback that saves would count this rollout only after its state has
+        # been saved here, and a resumed run would not know of its file.
+        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]  # Lightning iterates over the old list
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Save now, or leave it to the validation that is about to run."""
@@ -104,7 +110,7 @@ class RolloutCheckpoint(Checkpoint):
             return
         figure = math.nan
         if self.monitor is not None:
-            figure = monitored("RolloutCheckpoint", self.monitor, trainer.callback_metrics)
+            figure = monitored(self, trainer.callback_metrics)
         due, self._awaits_validation = self._awaits_validation, False
         validates, self._validates = self._validates, False
         if not validates or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -122,6 +128,7 @@ class RolloutCheckpoint(Checkpoint):
         """
         if not self._saving:
             return
+        self._leave_out(checkpoint["callbacks"])
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for scope in ("total", "current"):
             progress[scope]["completed"] = progress[scope]["ready"] - 1
@@ -129,6 +136,18 @@ class RolloutCheckpoint(Checkpoint):
         checkpoint["event_files"] = event_file_sizes(trainer)
         self._marks = self._marks or collect(trainer, pl_module)
         checkpoint["fingerprints"] = self._marks
+
+    def _leave_out(self, states: dict[str, Any]) -> None:
+        """Take out the states of callbacks that could not be loaded: each would cost the file."""
+        for key, state in [*states.items()]:
+            if place := beyond_plain(state):
+                del states[key]
+                if key not in self._left_out:
+                    rank_zero_warn(
+                        f"{key.partition('{')[0]} begins anew when this run is continued: a "
+                        f"checkpoint holds plain values and tensors, and in its state {place}"
+                    )
+                self._left_out.add(key)
 
     def state_dict(self) -> dict[str, Any]:
         if self.monitor is None:
@@ -228,6 +247,7 @@ class RolloutCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle what depends on the new configuration, which is known only now."""
+        self._leave_out({c.state_key: c.state_dict() for c in trainer.callbacks})  # type: ignore[attr-defined]
         if not self._resumed:
             return
         self._resumed = False

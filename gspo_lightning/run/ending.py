@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from gspo_lightning.checkpoint.io import disk_fault
+from gspo_lightning.checkpoint.monitor import UnloggedFigure
 from gspo_lightning.checkpoint.signals import is_of_another_rank
 from gspo_lightning.guards.out_of_memory import OutOfMemory, is_out_of_memory
 from gspo_lightning.rewards.terms import RewardError
@@ -22,6 +23,8 @@ from gspo_lightning.run.terminal_log import say
 # What a user's mistake raises: bad values, missing files, devices, packages.
 MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException)
 UNREACHED = "parameters that were not used in producing the loss"  # Lightning's, under ddp
+# Lightning's, of a figure that a callback watches and nothing logs
+UNLOGGED = ("Early stopping conditioned on metric", "could not find the monitored key")
 
 
 def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> int:
@@ -42,7 +45,8 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
         return error.code if isinstance(error.code, int) else 0
     # A reward function is the user's, numbers and memory are the run's: the error names its cause.
     of_run = isinstance(error, FloatingPointError) or is_out_of_memory(error)
-    known = of_run or isinstance(error, RewardError) or UNREACHED in str(error) or not watch.begun
+    of_user = isinstance(error, RewardError) or UNREACHED in str(error) or is_unlogged(error)
+    known = of_run or of_user or not watch.begun
     full = disk_fault(error)
     text = full or (mistake(error) if known else None)
     gone = text is None and is_of_another_rank(error)
@@ -58,6 +62,11 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
     if advice := go_on(True):
         say(advice)
     return 1 if text is None or full or gone or of_run else 2
+
+
+def is_unlogged(error: BaseException) -> bool:
+    """Whether a callback has found that nothing logs what it watches."""
+    return isinstance(error, UnloggedFigure) or any(text in str(error) for text in UNLOGGED)
 
 
 def stopped(how: str, code: int, go_on: Callable[[bool], str]) -> int:
@@ -86,6 +95,8 @@ def mistake(error: BaseException) -> str | None:
         lines = [" ".join(line.split()) for line in text.splitlines()]
         text = f"ckpt_path: the checkpoint is of another model: {' '.join(lines[1:2])}"
         return f"{text[:LONGEST]}; set model.init_args.policy to what it was made with"
+    if is_unlogged(error):
+        return " ".join(text.split())  # whole: it lists what there is
     if UNREACHED in text:
         return (
             "trainer.strategy: no text reaches some of the policy's weights (those for pictures, "
