@@ -16,8 +16,8 @@ import numpy
 from lightning.pytorch import Callback
 
 from gspo_lightning.bounds import check_at_least
-from gspo_lightning.callbacks.report import draw_curves, markdown_table, plain, sample_rows
-from gspo_lightning.checkpoint.event_files import tensorboards
+from gspo_lightning.callbacks.loggers import log_picture, log_samples
+from gspo_lightning.callbacks.report import draw_curves, plain, sample_rows
 from gspo_lightning.checkpoint.io import replacing
 from gspo_lightning.checkpoint.monitor import monitored
 from gspo_lightning.kl import KLRule, MultiplicativeKL
@@ -125,7 +125,7 @@ class AdaptiveKL(Callback):
 
 
 class CurvePlot(Callback):
-    """Draw the eight curves as one picture: a PNG in the run folder and an image in TensorBoard.
+    """Draw the eight curves as one picture: a PNG in the run folder, an image in the logger.
 
     The points are part of the checkpoint, so a resumed run draws the whole run.
 
@@ -173,10 +173,7 @@ class CurvePlot(Callback):
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as new:  # who watches the picture never sees half of it
             figure.savefig(new, format="png")
-        # An image of pixels, not add_figure: that imports pyplot and its global state.
-        pixels = numpy.asarray(figure.canvas.buffer_rgba())[..., :3]
-        for logger in tensorboards(trainer):
-            logger.experiment.add_image("curves", pixels, index, dataformats="HWC")
+        log_picture(trainer, "curves", numpy.asarray(figure.canvas.buffer_rgba())[..., :3], index)
 
 
 class SampleTable(Callback):
@@ -189,7 +186,7 @@ class SampleTable(Callback):
     Args:
         every_n_rollouts: Period of ``samples.jsonl``, in rollouts.
         num_samples: Completions per rollout.
-        text_every_n_rollouts: Period of the TensorBoard text, in rollouts; ``None`` writes none.
+        text_every_n_rollouts: Period of the table in the logger, in rollouts; ``None`` writes none.
     """
 
     def __init__(
@@ -232,8 +229,7 @@ class SampleTable(Callback):
         if lines_due:
             write_json_lines(self.file(trainer), samples)
         if text_due:
-            for logger in tensorboards(trainer):
-                logger.experiment.add_text("samples", markdown_table(samples), index)
+            log_samples(trainer, samples, index)
 
 
 class HFExport(Callback):

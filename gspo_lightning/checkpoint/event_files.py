@@ -1,14 +1,19 @@
-"""TensorBoard files of a run: how long they are at a checkpoint, and cutting them back to it.
+"""Files of a run's curves: how long they are at a checkpoint, and cutting them back to it.
 
 Decides which logged points survive a kill.
 """
 
+import csv
+import io
+import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from gspo_lightning.checkpoint.io import replacing
 
@@ -18,9 +23,44 @@ def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
+def tables(trainer: Trainer) -> list[CSVLogger]:
+    """The CSV loggers of a run."""
+    return [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+
+
+@rank_zero_only
+def open_tables(trainer: Trainer, goes_on: bool) -> None:
+    """Have CSV loggers begin now: on its start one deletes the file it finds, and says so.
+
+    A run that goes on keeps its file. Nothing is said where there is none: the run folder of a
+    fresh start is not empty, as this run has locked it.
+    """
+    for logger in tables(trainer):
+        file = Path(logger.log_dir, "metrics.csv")
+        if not file.is_file():
+            _open(logger)
+        elif goes_on:
+            aside = file.with_name(f".{file.name}.kept")
+            os.replace(file, aside)
+            try:
+                writer = _open(logger)
+            finally:
+                os.replace(aside, file)
+            with file.open(newline="", encoding="utf-8") as rows:
+                writer.metrics_keys = next(csv.reader(rows), [])
+
+
+def _open(logger: CSVLogger) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Experiment logs directory")
+        return logger.experiment
+
+
 def event_file_sizes(trainer: Trainer) -> dict[str, int]:
     """Size in bytes of each TensorBoard file, with everything logged so far written out."""
     sizes = {}
+    for table in tables(trainer):
+        table.save()  # by itself it writes every hundred rollouts, and a kill would take the rest
     for logger in tensorboards(trainer) if trainer.is_global_zero else []:
         logger.experiment.flush()
         for file in Path(logger.log_dir).glob("events.out.tfevents.*"):
@@ -36,6 +76,9 @@ def cut_event_files(trainer: Trainer, sizes: dict[str, int], rollouts: int) -> N
     """
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
+    for table in tables(trainer):
+        if (file := Path(table.log_dir, "metrics.csv")).is_file():
+            _cut_rows(file, rollouts)
     for logger in tensorboards(trainer):
         writer = logger.experiment.file_writer
         current = Path(writer.event_writer._file_name).name  # just opened, by this process
@@ -47,6 +90,23 @@ def cut_event_files(trainer: Trainer, sizes: dict[str, int], rollouts: int) -> N
         # A TensorBoard that is running has read the points already: tell it to drop what it can.
         start = SessionLog(status=SessionLog.START)
         writer.add_event(Event(step=rollouts + 1, session_log=start))
+
+
+def _cut_rows(file: Path, rollouts: int) -> None:
+    """Keep the rows of rollouts that are done, and the validation behind the last of them."""
+    with file.open(newline="", encoding="utf-8") as old:
+        reader = csv.DictReader(old)
+        names, rows = reader.fieldnames or [], [*reader]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names)
+    writer.writeheader()
+    for row in rows:
+        figures = {name for name, value in row.items() if value} - {"step", "epoch"}
+        validated = all(name.startswith("val/") for name in figures)
+        if int(row["step"]) < rollouts + validated:
+            writer.writerow(row)
+    with replacing(file) as new:
+        new.write(text.getvalue().encode())
 
 
 def _cut(path: Path, size: int, rollouts: int) -> None:

@@ -85,7 +85,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 def beyond_plain(value: Any, place: str = "") -> str | None:
-    """Where a value stands that :meth:`load_checkpoint` would refuse, and its type; None if nowhere.
+    """Where a value stands that :meth:`load_checkpoint` would refuse, and its type, if anywhere.
 
     >>> beyond_plain({"best": [1.0, Path("a.ckpt")]}), beyond_plain({"best": [1.0, "a.ckpt"]})
     ("['best'][1] is a PosixPath", None)

@@ -22,6 +22,7 @@ from lightning.pytorch.plugins import CheckpointIO
 import gspo_lightning
 from gspo_lightning.callbacks import AdaptiveKL, PredictionWriter
 from gspo_lightning.checkpoint import RolloutCheckpoint
+from gspo_lightning.checkpoint.event_files import open_tables
 from gspo_lightning.checkpoint.files import find_checkpoint, list_checkpoints
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, damage
 from gspo_lightning.checkpoint.signals import StopSignals, forbid_requeueing
@@ -277,6 +278,7 @@ class GSPOCLI(LightningCLI):
             folder.check_folder(self.root, self.checkpoint)  # another run may have ended here since
         present = set(self.root.glob("*"))
         self.watch.refuse = lambda: folder.remove_traces(self.root, present)
+        open_tables(self.trainer, goes_on=self.checkpoint is not None)
         if self.checkpoint is not None:
             say(f"continuing from {self.checkpoint}")
 

@@ -129,5 +129,10 @@ def keep_choices() -> None:
         pass
 
     Dumper.add_multi_representer(Enum, lambda dumper, one: dumper.represent_data(one.value))
-    layout = {"default_flow_style": False, "allow_unicode": True, "sort_keys": False}
-    set_dumper("yaml", lambda data: yaml.dump(data, Dumper=Dumper, **layout))
+
+    def dump(data: Any) -> str:  # laid out as the parser does it
+        return yaml.dump(
+            data, Dumper=Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False
+        )
+
+    set_dumper("yaml", dump)
