@@ -22,8 +22,8 @@ from gspo_lightning.evaluation import Evaluation, Evaluator, describe
 from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel
 from gspo_lightning.guards.faults import Faults
 from gspo_lightning.guards.health import Health
+from gspo_lightning.guards.ignored import check_trainer
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED, TOKENS, Sizes
-from gspo_lightning.guards.trainer import check_trainer
 from gspo_lightning.kl import check_loss_kind
 from gspo_lightning.loss import LossChoices
 from gspo_lightning.objectives import Objective

@@ -26,7 +26,7 @@ from gspo_lightning.checkpoint.event_files import open_tables
 from gspo_lightning.checkpoint.files import find_checkpoint, list_checkpoints
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, damage
 from gspo_lightning.checkpoint.signals import StopSignals, forbid_requeueing
-from gspo_lightning.guards.trainer import check_strategy, check_training
+from gspo_lightning.guards.ignored import check_strategy, check_training
 from gspo_lightning.run import config_files, ending, folder, lock, one_line, progress, start_checks
 from gspo_lightning.run.plan import resume_command, this_python
 from gspo_lightning.run.terminal_log import TerminalLog, say

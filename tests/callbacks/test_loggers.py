@@ -91,7 +91,10 @@ def logged(tmp_path_factory):
         "mlflow": mlflow,
         "comet": comet,
     }
-    callbacks = [SampleTable(num_samples=2, text_every_n_rollouts=1), CurvePlot(99)]  # drawn at the end
+    callbacks = [
+        SampleTable(num_samples=2, text_every_n_rollouts=1),
+        CurvePlot(99),
+    ]  # drawn at the end
     trainer, _ = fit(folder, callbacks, num_rollouts=3, logger=[*loggers.values()])
     return folder, trainer, loggers | {"mlflow": mlflow_client, "comet": comet_client}
 

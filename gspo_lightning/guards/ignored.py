@@ -1,4 +1,4 @@
-"""What a Trainer may not be given: what Lightning would silently leave out here, or do wrongly.
+"""What of Lightning would silently be left out here, or done wrongly.
 
 Decides which options and callbacks are refused before anything is loaded, with the setting that
 does the same here, and which figures a callback may watch. A module that steps its optimizer
@@ -79,7 +79,7 @@ def check_training(settings: Any, callbacks: Iterable[Any], module: Any, data: A
 
 
 def check_manual(settings: Any) -> None:
-    """Raise ValueError for trainer options whose work the module does itself."""
+    """Raise ValueError for trainer options whose work the module or its data does itself."""
     if settings.gradient_clip_val is not None or settings.gradient_clip_algorithm is not None:
         raise ValueError(
             "trainer.gradient_clip_val: the module clips; set model.init_args.max_grad_norm instead"
@@ -88,6 +88,12 @@ def check_manual(settings: Any) -> None:
         raise ValueError(
             "trainer.accumulate_grad_batches: the module splits its mini-batches itself; set "
             "model.init_args.micro_batch_size instead"
+        )
+    if settings.overfit_batches:
+        raise ValueError(
+            f"trainer.overfit_batches {settings.overfit_batches}: the data goes on to other rows "
+            "in each batch; to train on a few again and again, name a file of them in data.path "
+            "(as many as a batch has: data.prompts_per_rollout), and set the length as usual"
         )
 
 
