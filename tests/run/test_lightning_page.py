@@ -12,10 +12,19 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from gspo_lightning import HFExport, PromptData, RolloutCheckpoint, RolloutProgress
+from gspo_lightning import (
+    CriticConfig,
+    Evaluation,
+    GroupSampler,
+    HFExport,
+    PromptData,
+    ReferencePolicy,
+    RolloutCheckpoint,
+    RolloutProgress,
+)
 from gspo_lightning.checkpoint.files import list_checkpoints
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO
-from gspo_lightning.guards.ignored import check_callback, check_monitors, check_strategy
+from gspo_lightning.guards.ignored import check_callback, check_monitors, check_strategy, figures_of
 from support.command import enter, instantiated
 from support.dummies import DummyData, DummyModule, Stopper
 from support.lightning_table import PAGE, TABLES, written
@@ -148,6 +157,32 @@ def test_a_figure_that_is_never_logged_is_refused_with_those_that_are(
     start = f"{type(callback).__name__}.monitor 'val_reward' is never logged, did you mean val/rew"
     assert text.startswith(start)
     assert "val/{response_length, reward, reward_digits, truncated_fraction}" in text
+
+
+OFTEN = {"rollout/flat_groups_kept", "policy/sampler_noise", "policy/old_from_sampler"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"overlong_ramp": 3, "drop_flat_groups": True, "evaluation": Evaluation("digits")},
+        {
+            "reference": ReferencePolicy(device="cpu"),
+            "critic": CriticConfig(),
+            "advantages": "gae",
+            "sampler": GroupSampler(1, 6),
+        },
+    ],
+    ids=["without reference", "with reference and critic"],
+)
+def test_what_is_known_before_is_what_is_logged(options, tmp_path, model_dir):
+    prompts = str(write_prompts(tmp_path / "prompts.jsonl"))
+    data = PromptData(prompts, val_path=prompts, prompts_per_rollout=4, num_rollouts=2)
+    module = make_module(model_dir, **options)
+    trainer = make_trainer(tmp_path, val_check_interval=2, log_every_n_steps=1)
+    trainer.fit(module, data)
+    known, logged = figures_of(module), {*trainer.callback_metrics}
+    assert logged <= known and known - logged <= OFTEN, known ^ logged
 
 
 def test_a_figure_of_a_validation_that_never_comes_is_refused(tmp_path, model_dir):
