@@ -71,6 +71,12 @@ def check_training(settings: Any, callbacks: Iterable[Any], module: Any, data: A
         data: Its data module, or None.
     """
     callbacks = list(callbacks)
+    if settings.overfit_batches:
+        raise ValueError(
+            f"trainer.overfit_batches {settings.overfit_batches}: the data goes on to other rows "
+            "in each batch; to train on a few again and again, name a file of them in data.path "
+            "(as many as a batch has: data.prompts_per_rollout), and set the length as usual"
+        )
     if not module.automatic_optimization:
         check_manual(settings)
         for callback in callbacks:
@@ -88,12 +94,6 @@ def check_manual(settings: Any) -> None:
         raise ValueError(
             "trainer.accumulate_grad_batches: the module splits its mini-batches itself; set "
             "model.init_args.micro_batch_size instead"
-        )
-    if settings.overfit_batches:
-        raise ValueError(
-            f"trainer.overfit_batches {settings.overfit_batches}: the data goes on to other rows "
-            "in each batch; to train on a few again and again, name a file of them in data.path "
-            "(as many as a batch has: data.prompts_per_rollout), and set the length as usual"
         )
 
 
