@@ -13,6 +13,7 @@ from gspo_lightning.callbacks import CurvePlot, SampleTable
 from gspo_lightning.callbacks.loggers import places
 from gspo_lightning.run.progress import RunSummary
 from support.command import checkpoints, enter, run
+from support.dummies import Refused
 from support.rollout_dummies import events, fit
 
 
@@ -167,16 +168,22 @@ def test_rows_of_a_csv_logger_survive_a_kill_and_a_resume(tmp_path, capsys, monk
         Path(f"{folder}.yaml").write_text(json.dumps({"trainer": {"logger": logger}}))
         return (
             f"fit --config dummy.yaml --config {folder}.yaml --trainer.default_root_dir {folder} "
-            "--trainer.log_every_n_steps 1"
+            "--trainer.log_every_n_steps 0"  # or Lightning would have the logger write each time
         )
 
     code, _, err = run(capsys, command("whole"))
     assert code == 0, err
-    with monkeypatch.context() as killed:  # a kill gives no logger the time to write
-        killed.setattr(CSVLogger, "finalize", lambda *_: None)
-        fails = "support.dummies.FailsOnRank --trainer.callbacks.rank 0 --trainer.callbacks.error x"
-        code, _, err = run(capsys, f"{command('killed')} --trainer.callbacks+={fails}")
-    assert code == 1 and checkpoints("killed") == ["rollout=000002.ckpt"], err
-    code, _, err = run(capsys, f"{command('killed')} --ckpt_path last")
-    assert (code, "deleted" in err) == (0, False), err
-    assert rows("killed") == rows("whole")
+    monkeypatch.setattr(Refused, "at", "on_train_batch_end")  # of the third rollout
+    monkeypatch.setattr(Refused, "error", RuntimeError("the module broke"))
+    steps = {"failed": ["0", "1", "2"], "killed": ["0", "1"]}  # a kill leaves no time to write
+    for folder, written in steps.items():
+        with monkeypatch.context() as killed:
+            if folder == "killed":
+                killed.setattr(CSVLogger, "finalize", lambda *_: None)
+            broken = f"{command(folder)} --trainer.callbacks+=support.dummies.Refused"
+            code, _, err = run(capsys, broken)
+        assert code == 1 and checkpoints(folder) == ["rollout=000002.ckpt"], err
+        assert [row["step"] for row in rows(folder)] == written
+        code, _, err = run(capsys, f"{command(folder)} --ckpt_path last")
+        assert (code, "deleted" in err) == (0, False), err
+        assert rows(folder) == rows("whole")
