@@ -20,12 +20,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from gspo_lightning.bounds import check_at_least
-from gspo_lightning.checkpoint.event_files import cut_event_files, event_file_sizes
+from gspo_lightning.checkpoint.event_files import (
+    cut_event_files,
+    event_file_sizes,
+    mark_event_files,
+)
 from gspo_lightning.checkpoint.files import BEST, FOLDER, checkpoint_number, list_checkpoints
 from gspo_lightning.checkpoint.fingerprints import collect, differences, refuse_changes
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, beyond_plain, replacing
 from gspo_lightning.checkpoint.monitor import monitored
+from gspo_lightning.checkpoint.places import check_shared, local_folder
 from gspo_lightning.checkpoint.signals import StopSignals
+from gspo_lightning.checkpoint.tables import cut_tables, save_tables
 
 _TEMPORARY = re.compile(r"\..+\.(?:ckpt|yaml)\.\d+\.tmp")
 
@@ -86,13 +92,19 @@ class RolloutCheckpoint(Checkpoint):
         self._max_steps: int | None = None  # the limit while it is lifted
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """See to it that files are written whole, also in a program that says nothing of it."""
+        """See to it that files are written whole, all of them in one folder that stays the same."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         # Last of all: another callback that saves would count this rollout only after its state has
         # been saved here, and a resumed run would not know of its file.
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [*others, self]  # type: ignore[attr-defined]  # Lightning iterates over the old list
+        root = local_folder(trainer.default_root_dir)
+        # Lightning keeps a relative path as it is; a reward may change the working folder.
+        trainer._default_root_dir = str(root)  # type: ignore[attr-defined]
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            check_shared(trainer, root)
+            mark_event_files(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Save now, or leave it to the validation that is about to run."""
@@ -134,6 +146,7 @@ class RolloutCheckpoint(Checkpoint):
             progress[scope]["completed"] = progress[scope]["ready"] - 1
         checkpoint["rollouts"] = progress["total"]["ready"]
         checkpoint["event_files"] = event_file_sizes(trainer)
+        save_tables(trainer)
         self._marks = self._marks or collect(trainer, pl_module)
         checkpoint["fingerprints"] = self._marks
 
@@ -231,6 +244,7 @@ class RolloutCheckpoint(Checkpoint):
         checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
         if trainer.is_global_zero:
             cut_event_files(trainer, checkpoint["event_files"], checkpoint["rollouts"])
+            cut_tables(trainer, checkpoint["rollouts"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove what a kill in the middle of a save left behind."""
