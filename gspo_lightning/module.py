@@ -22,6 +22,7 @@ from gspo_lightning.evaluation import Evaluation, Evaluator, describe
 from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel
 from gspo_lightning.guards.faults import Faults
 from gspo_lightning.guards.health import Health
+from gspo_lightning.guards.ignored import check_trainer
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED, TOKENS, Sizes
 from gspo_lightning.kl import check_loss_kind
 from gspo_lightning.loss import LossChoices
@@ -273,6 +274,11 @@ class GSPOModule(LightningModule):
             self.updater.settle_gradient(optimizer, self.step)
 
     # --- Lightning's hooks around training -----------------------------------------------------
+
+    def configure_callbacks(self) -> list[Any]:
+        """Refuse, in the first hook there is, what Lightning would leave out or do wrongly here."""
+        check_trainer(self.trainer, self)
+        return []
 
     def setup(self, stage: str) -> None:
         """Check what can be checked before anything is loaded, then load the frozen models."""

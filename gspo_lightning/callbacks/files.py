@@ -19,12 +19,14 @@ import numpy
 from lightning.pytorch import Callback
 
 from gspo_lightning.bounds import check_at_least
-from gspo_lightning.callbacks.report import draw_curves, markdown_table, plain, sample_rows
-from gspo_lightning.checkpoint.event_files import goes_on_in_place, tensorboards
+from gspo_lightning.callbacks.loggers import log_picture, log_samples
+from gspo_lightning.callbacks.report import draw_curves, plain, sample_rows
+from gspo_lightning.checkpoint.event_files import goes_on_in_place
 from gspo_lightning.checkpoint.io import CheckpointError, describe, replacing
+from gspo_lightning.checkpoint.monitor import monitored
 from gspo_lightning.checkpoint.places import check_name, check_place
 from gspo_lightning.kl import KLRule, MultiplicativeKL
-from gspo_lightning.metrics import CURVES, monitored
+from gspo_lightning.metrics import CURVES
 
 
 def due(index: int, period: int | None) -> bool:
@@ -169,7 +171,7 @@ class AdaptiveKL(Callback):
 
 
 class CurvePlot(Callback):
-    """Draw the eight curves as one picture: a PNG in the run folder and an image in TensorBoard.
+    """Draw the eight curves as one picture: a PNG in the run folder, an image in the logger.
 
     The points are part of the checkpoint, so a resumed run draws the whole run.
 
@@ -222,10 +224,7 @@ class CurvePlot(Callback):
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as new:  # who watches the picture never sees half of it
             figure.savefig(new, format="png")
-        # An image of pixels, not add_figure: that imports pyplot and its global state.
-        pixels = numpy.asarray(figure.canvas.buffer_rgba())[..., :3]
-        for logger in tensorboards(trainer):
-            logger.experiment.add_image("curves", pixels, index, dataformats="HWC")
+        log_picture(trainer, "curves", numpy.asarray(figure.canvas.buffer_rgba())[..., :3], index)
 
 
 class SampleTable(Callback):
@@ -239,7 +238,7 @@ class SampleTable(Callback):
     Args:
         every_n_rollouts: Period of ``samples.jsonl``, in rollouts.
         num_samples: Completions per rollout.
-        text_every_n_rollouts: Period of the TensorBoard text, in rollouts; ``None`` writes none.
+        text_every_n_rollouts: Period of the table in the logger, in rollouts; ``None`` writes none.
     """
 
     def __init__(
@@ -303,8 +302,7 @@ class SampleTable(Callback):
             write_json_lines(self.file(trainer), samples)
             self.lines += len(samples)
         if text_due:
-            for logger in tensorboards(trainer):
-                logger.experiment.add_text("samples", markdown_table(samples), index)
+            log_samples(trainer, samples, index)
 
 
 def rollout_of(line: bytes) -> int | None:
@@ -364,7 +362,7 @@ class HFExport(Callback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if self.monitor is None or trainer.state.fn != "fit" or is_rehearsal(trainer):
             return
-        value = monitored("HFExport", self.monitor, trainer.callback_metrics)
+        value = monitored(self, trainer.callback_metrics)
         if trainer.sanity_checking or math.isnan(value):
             return
         sign = 1 if self.mode == "max" else -1

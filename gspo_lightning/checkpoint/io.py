@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ _SEAL = re.compile(rb"gspo_lightning crc32 ([0-9a-f]{8})")
 _SEAL_BYTES = 29
 _CHUNK = 2**22  # bytes read at a time
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# what `torch.load` makes without running code, beside tensors; subclasses of them are code
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _DISK_FAULTS = (*_NO_ROOM, errno.EIO, errno.EROFS)
 # Of a path in the run folder these, too, are no error of the program's.
 _FOLDER_FAULTS = (
@@ -84,6 +87,23 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
+
+
+def beyond_plain(value: Any, place: str = "") -> str | None:
+    """Where a value stands that :meth:`load_checkpoint` would refuse, and its type, if anywhere.
+
+    >>> beyond_plain({"best": [1.0, Path("a.ckpt")]}), beyond_plain({"best": [1.0, "a.ckpt"]})
+    ("['best'][1] is a PosixPath", None)
+    """
+    if isinstance(value, torch.Tensor) or type(value) in _PLAIN:
+        return None
+    if type(value) not in (dict, OrderedDict, list, tuple, set):
+        return f"{place or 'it'} is a {type(value).__name__}"
+    mapping = isinstance(value, dict)
+    inside = [(key, f"{place} key {key!r}") for key in value] if mapping else []
+    parts = value.items() if mapping else enumerate(value)
+    inside += [(part, f"{place}[{key!r}]") for key, part in parts]
+    return next(filter(None, (beyond_plain(part, where) for part, where in inside)), None)
 
 
 def is_sealed(path: str | Path) -> bool:

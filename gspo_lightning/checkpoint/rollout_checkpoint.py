@@ -16,6 +16,7 @@ import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from gspo_lightning.bounds import check_at_least
@@ -26,10 +27,11 @@ from gspo_lightning.checkpoint.event_files import (
 )
 from gspo_lightning.checkpoint.files import BEST, FOLDER, checkpoint_number, list_checkpoints
 from gspo_lightning.checkpoint.fingerprints import collect, differences, refuse_changes
-from gspo_lightning.checkpoint.io import AtomicCheckpointIO, replacing
+from gspo_lightning.checkpoint.io import AtomicCheckpointIO, beyond_plain, replacing
+from gspo_lightning.checkpoint.monitor import monitored
 from gspo_lightning.checkpoint.places import check_shared, local_folder
 from gspo_lightning.checkpoint.signals import StopSignals
-from gspo_lightning.metrics import monitored
+from gspo_lightning.checkpoint.tables import cut_tables, save_tables
 
 _TEMPORARY = re.compile(r"\..+\.(?:ckpt|yaml)\.\d+\.tmp")
 
@@ -84,6 +86,7 @@ class RolloutCheckpoint(Checkpoint):
         self._validates = False  # whether a run that is not stopped validates now
         self._awaits_validation = False
         self._saving = False
+        self._left_out: set[str] = set()  # callbacks whose state no checkpoint can hold
         self._resumed = False
         self._over = False  # whether the checkpoint has reached `max_steps`
         self._max_steps: int | None = None  # the limit while it is lifted
@@ -92,6 +95,10 @@ class RolloutCheckpoint(Checkpoint):
         """See to it that files are written whole, all of them in one folder that stays the same."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        # Last of all: another callback that saves would count this rollout only after its state has
+        # been saved here, and a resumed run would not know of its file.
+        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]  # Lightning iterates over the old list
         root = local_folder(trainer.default_root_dir)
         # Lightning keeps a relative path as it is; a reward may change the working folder.
         trainer._default_root_dir = str(root)  # type: ignore[attr-defined]
@@ -115,7 +122,7 @@ class RolloutCheckpoint(Checkpoint):
             return
         figure = math.nan
         if self.monitor is not None:
-            figure = monitored("RolloutCheckpoint", self.monitor, trainer.callback_metrics)
+            figure = monitored(self, trainer.callback_metrics)
         due, self._awaits_validation = self._awaits_validation, False
         validates, self._validates = self._validates, False
         if not validates or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -133,13 +140,27 @@ class RolloutCheckpoint(Checkpoint):
         """
         if not self._saving:
             return
+        self._leave_out(checkpoint["callbacks"])
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for scope in ("total", "current"):
             progress[scope]["completed"] = progress[scope]["ready"] - 1
         checkpoint["rollouts"] = progress["total"]["ready"]
         checkpoint["event_files"] = event_file_sizes(trainer)
+        save_tables(trainer)
         self._marks = self._marks or collect(trainer, pl_module)
         checkpoint["fingerprints"] = self._marks
+
+    def _leave_out(self, states: dict[str, Any]) -> None:
+        """Take out the states of callbacks that could not be loaded: each would cost the file."""
+        for key, state in [*states.items()]:
+            if place := beyond_plain(state):
+                del states[key]
+                if key not in self._left_out:
+                    rank_zero_warn(
+                        f"{key.partition('{')[0]} begins anew when this run is continued: a "
+                        f"checkpoint holds plain values and tensors, and in its state {place}"
+                    )
+                self._left_out.add(key)
 
     def state_dict(self) -> dict[str, Any]:
         if self.monitor is None:
@@ -223,6 +244,7 @@ class RolloutCheckpoint(Checkpoint):
         checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
         if trainer.is_global_zero:
             cut_event_files(trainer, checkpoint["event_files"], checkpoint["rollouts"])
+            cut_tables(trainer, checkpoint["rollouts"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove what a kill in the middle of a save left behind."""
@@ -239,6 +261,7 @@ class RolloutCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle what depends on the new configuration, which is known only now."""
+        self._leave_out({c.state_key: c.state_dict() for c in trainer.callbacks})  # type: ignore[attr-defined]
         if not self._resumed:
             return
         self._resumed = False

@@ -15,7 +15,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
@@ -27,12 +27,15 @@ from gspo_lightning.checkpoint.files import find_checkpoint, list_checkpoints
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, CheckpointError, damage
 from gspo_lightning.checkpoint.places import local_folder
 from gspo_lightning.checkpoint.signals import StopSignals, forbid_requeueing
+from gspo_lightning.checkpoint.tables import open_tables
+from gspo_lightning.guards.ignored import check_strategy, check_training
 from gspo_lightning.run import config_files, ending, folder, lock, one_line, progress, start_checks
 from gspo_lightning.run.plan import resume_command, this_python
 from gspo_lightning.run.terminal_log import TerminalLog, begin_here, say
 from gspo_lightning.run.tracing import RolloutProfile
 
 config_files.keep_texts()
+config_files.keep_choices()
 # A tool stands above the command line, which knows its name and imports it when it is asked for.
 TOOLS = {
     "doctor": "gspo_lightning.doctor.examine:main",
@@ -203,7 +206,7 @@ class GSPOCLI(LightningCLI):
             lock.check_lock(self.root)
         path = config.get("ckpt_path")
         self.checkpoint = find_checkpoint(self.root, path and str(path))
-        start_checks.check_trainer(config.trainer)
+        check_strategy(config.trainer)
         if self.subcommand == "fit":
             start_checks.check_length(config.trainer)
         # Not kept in the config: a run that is continued with it should not be traced again.
@@ -227,8 +230,6 @@ class GSPOCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Fill in what the config leaves open."""
         config = self._get(self.config_init, "trainer")
-        if not self.model.automatic_optimization:
-            start_checks.check_manual(config)
         if self.checkpoint is not None:
             start_checks.check_checkpoint(self.checkpoint, self.model)
         plugins = as_list(config.plugins)
@@ -241,6 +242,8 @@ class GSPOCLI(LightningCLI):
         elif logger is None or logger is True:
             logger = TensorBoardLogger(self.root, name="", version="", default_hp_metric=False)
         callbacks = self._callbacks(config)
+        if self.subcommand in ("fit", "doctor"):
+            check_training(config, callbacks, self.model, self.datamodule)
         if self.subcommand == "doctor":  # nothing is written: of the callbacks two may act
             self.save_config_callback = None
             callbacks = [c for c in callbacks if isinstance(c, AdaptiveKL) or c is self.watch]
@@ -267,8 +270,8 @@ class GSPOCLI(LightningCLI):
                 callbacks.append(progress.RunSummary())
         if self.subcommand == "predict" and not has(callbacks, PredictionWriter):
             callbacks.append(PredictionWriter())
-        if config.enable_checkpointing is not False and not has(callbacks, Checkpoint):
-            callbacks.append(RolloutCheckpoint())
+        if config.enable_checkpointing is not False and not has(callbacks, RolloutCheckpoint):
+            callbacks.append(RolloutCheckpoint())  # beside others: from its files a run goes on
         for callback in callbacks:
             if isinstance(callback, RolloutCheckpoint):
                 callback.accept_changes = bool(self._get(self.config, "accept_changes", False))
@@ -291,6 +294,7 @@ class GSPOCLI(LightningCLI):
             folder.check_folder(self.root, self.checkpoint)  # another run may have ended here since
         present = set(self.root.glob("*"))
         self.watch.refuse = lambda: folder.remove_traces(self.root, present)
+        open_tables(self.trainer, goes_on=self.checkpoint is not None)
         if self.checkpoint is not None:
             say(f"continuing from {self.checkpoint}")
 

@@ -7,11 +7,12 @@ that a text which begins with ``#`` is a text.
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import get_loader, set_dumper, set_loader
 
 WAY_OUT = "a config looks like configs/arithmetic.yaml"
 
@@ -115,3 +116,23 @@ def keep_texts() -> None:
         return text if value is None and text.lstrip().startswith("#") else value
 
     set_loader("yaml", loaded, (yaml.YAMLError,))
+
+
+def keep_choices() -> None:
+    """Let the parser write a member of an enumeration as its value: some defaults of others are.
+
+    YAML has no text for one, so a config with such a callback, a Timer of Lightning's, could not be
+    written into the run folder.
+    """
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    Dumper.add_multi_representer(Enum, lambda dumper, one: dumper.represent_data(one.value))
+
+    def dump(data: Any) -> str:  # laid out as the parser does it
+        return yaml.dump(
+            data, Dumper=Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False
+        )
+
+    set_dumper("yaml", dump)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from gspo_lightning.checkpoint.io import disk_fault
+from gspo_lightning.checkpoint.monitor import UnloggedFigure
 from gspo_lightning.checkpoint.signals import is_of_another_rank
 from gspo_lightning.guards.out_of_memory import OutOfMemory, is_out_of_memory
 from gspo_lightning.rewards.terms import RewardError
@@ -22,6 +23,8 @@ from gspo_lightning.run.terminal_log import say, shown
 # What a user's mistake raises: bad values, missing files, devices, packages.
 MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException)
 UNREACHED = "parameters that were not used in producing the loss"  # Lightning's, under ddp
+# Lightning's, of a figure that a callback watches and nothing logs
+UNLOGGED = ("Early stopping conditioned on metric", "could not find the monitored key")
 
 EXITING = ("argparse", "jsonargparse", "lightning", "gspo_lightning", "__main__")
 
@@ -49,7 +52,8 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
         return 2
     # A reward function is the user's, numbers and memory are the run's: the error names its cause.
     of_run = isinstance(error, FloatingPointError) or is_out_of_memory(error)
-    known = of_run or isinstance(error, RewardError) or UNREACHED in str(error) or not watch.begun
+    of_user = isinstance(error, RewardError) or UNREACHED in str(error) or is_unlogged(error)
+    known = of_run or of_user or not watch.begun
     # What is refused before training has a line of its own, whatever the system said before it.
     refused = isinstance(error, ValueError) and not watch.begun
     full = watch.lock.lost() or (None if refused else disk_fault(error, watch.root))
@@ -67,6 +71,11 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
     if not watch.lock.lost() and (advice := go_on(True)):
         say(advice)
     return 1 if text is None or full or gone or of_run else 2
+
+
+def is_unlogged(error: BaseException) -> bool:
+    """Whether a callback has found that nothing logs what it watches."""
+    return isinstance(error, UnloggedFigure) or any(text in str(error) for text in UNLOGGED)
 
 
 def place_of_exit(error: SystemExit) -> str | None:
@@ -106,6 +115,8 @@ def mistake(error: BaseException) -> str | None:
         lines = [" ".join(line.split()) for line in text.splitlines()]
         text = f"ckpt_path: the checkpoint is of another model: {' '.join(lines[1:2])}"
         return f"{text[:LONGEST]}; set model.init_args.policy to what it was made with"
+    if is_unlogged(error):
+        return " ".join(text.split())  # whole: it lists what there is
     if UNREACHED in text:
         return (
             "trainer.strategy: no text reaches some of the policy's weights (those for pictures, "

@@ -196,6 +196,14 @@ _HARMLESS = (
     r"torch\.distributed\.nn\.functional\.all_gather is deprecated",
     # tokenised prompts lie in memory: worker processes would only cost time
     r"The '\w+_dataloader' does not have many workers",
+    # defaults of callbacks that are refused, each with a line of its own
+    r"Unable to serialize instance (cpu|l1_unstructured|random_unstructured)$",
+    # the policy is whole on each device, so its average is, too
+    r"You're using the WeightAveraging callback with a model that overrides",
+    # what a checkpoint of this trainer holds is a rollout's end
+    r"Using ModelCheckpoint with manual optimization and every_n_train_steps",
+    # a run that goes on, beside RolloutCheckpoint's files
+    r"Checkpoint directory .* exists and is not empty",
     # data.val_path: null is a choice
     r"Total length of `list` across ranks is zero",
 )

@@ -71,28 +71,6 @@ def check_interval(trainer: Any) -> None:
         )
 
 
-def check_trainer(config: Any) -> None:
-    """Raise ValueError for strategies and precisions that would train wrongly."""
-    strategy = config.strategy
-    name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
-    if name.startswith(("fsdp", "deepspeed", "FSDP", "DeepSpeed", "ModelParallel")):
-        # FSDP and DeepSpeed allow one backward pass per batch, and a rollout has many.
-        raise ValueError(
-            f"trainer.strategy {name}: the policy must fit on one device here; use auto or ddp"
-        )
-    precision = str(config.precision)
-    if precision in ("16-mixed", "16"):
-        raise ValueError(
-            "trainer.precision 16-mixed: its loss scaling skips optimizer steps silently; use "
-            "bf16-mixed or 32-true"
-        )
-    if precision.endswith("-true") and precision not in ("32-true", "64-true"):
-        raise ValueError(
-            f"trainer.precision {precision}: the dtype of the weights is the policy's own setting; "
-            "set model.init_args.policy.dtype instead"
-        )
-
-
 def check_seed(seed: Any) -> None:
     """Raise ValueError for a seed that numpy does not take."""
     if isinstance(seed, int) and not 0 <= seed < 2**32:
@@ -106,16 +84,3 @@ def check_length(config: Any) -> None:
         if value == 0:
             what = f"trainer.{name} is {value}, which trains nothing"
             raise ValueError(f"{what}; leave it out, or run validate")
-
-
-def check_manual(config: Any) -> None:
-    """Raise ValueError for trainer options whose work the module does itself."""
-    if config.gradient_clip_val is not None or config.gradient_clip_algorithm is not None:
-        raise ValueError(
-            "trainer.gradient_clip_val: the module clips; set model.init_args.max_grad_norm instead"
-        )
-    if config.accumulate_grad_batches not in (None, 1):
-        raise ValueError(
-            "trainer.accumulate_grad_batches: the module splits its mini-batches itself; set "
-            "model.init_args.micro_batch_size instead"
-        )

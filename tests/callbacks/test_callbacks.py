@@ -410,7 +410,7 @@ def test_the_best_figure_survives_a_checkpoint(tmp_path):
 
 
 def test_a_figure_that_the_validation_has_not_is_an_error_before_training(tmp_path):
-    with pytest.raises(ValueError, match=r"monitor 'val/typo' is no figure.*'val/accuracy_greedy'"):
+    with pytest.raises(ValueError, match=r"monitor 'val/typo' is never logged.*\{accuracy_greedy"):
         fit(tmp_path, [HFExport(monitor="val/typo")])
     assert not (tmp_path / "checkpoints").exists()
 
