@@ -47,7 +47,7 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
     text = full or (mistake(error) if known else None)
     gone = text is None and is_of_another_rank(error)
     if gone:
-        text = "another rank failed; see its line above"
+        text = watch.signals.lost_ranks()
     if text is None or os.environ.get("GSPO_TRACEBACK") == "1":
         trace = "".join(traceback.format_exception(error))
         sys.stderr.write("\n".join(printable(line) for line in trace.split("\n")))
@@ -64,6 +64,13 @@ def stopped(how: str, code: int, go_on: Callable[[bool], str]) -> int:
     """Say that a signal ended the command at once."""
     say("; ".join(filter(None, (how, go_on(False)))))
     return code
+
+
+def report_lost_rank(text: str, watch: Any, go_on: Callable[[bool], str]) -> None:
+    """Say that a rank is gone, in a process that would wait for it and is about to be ended."""
+    sys.stderr.write(f"error: {text}\n")
+    say(go_on(False))
+    watch.terminal.close()
 
 
 def leave(code: int) -> NoReturn:

@@ -186,7 +186,7 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069
 _CHATTER = re.compile(
     r"💡 Tip|(GPU|TPU|HPU) available|`Trainer\.fit` stopped|Restor(ing|ed) |Loaded model weights"
     r"|`Trainer\(limit_|\s*Detected KeyboardInterrupt|(\[rank: \d+\] )?Seed set to "
-    r"|`weights_only` was not set"
+    r"|`weights_only` was not set|Time limit reached"
 )
 _HARMLESS = (
     # lightning 2.6.6 itself asks torch for LeafSpec, which torch 2.13 has deprecated
