@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 _PEER_IS_GONE = re.compile(
     r"closed by peer|reset by peer|Broken pipe|was likely closed|ncclRemoteError"
 )
+_SECONDS_TO_HEAR = 5.0  # for Python to come back from a library and hear of a signal
 _SECONDS_TO_END = 60  # for a process to report and end by itself, once another rank is gone
 
 
@@ -44,10 +46,12 @@ class StopSignals(Callback):
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._heard = 0
         self._received: list[int] = []
         self._training = False
         self._trainer: Trainer | None = None
         self._before: dict[int, Any] = {}
+        self._wake: tuple[socket.socket, int] | None = None  # ours, and what was there before
         self._failed = False
         self.on_lost_rank: Callable[[str], None] = lambda text: None
 
@@ -65,12 +69,41 @@ class StopSignals(Callback):
             if current != self._handle:
                 self._before.setdefault(number, current)
                 signal.signal(number, self._handle)
+        if self._wake is None:
+            ends, ours = socket.socketpair()
+            ours.setblocking(False)
+            self._wake = ours, signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._listen, args=(ends,), daemon=True).start()
+
+    def _listen(self, signals: socket.socket) -> None:
+        """End the process where a library keeps Python from hearing that it is to end at once.
+
+        A wait for ranks that never come takes half an hour, one for a rank that hangs longer.
+        """
+        seen = 0
+        while number := signals.recv(1):  # empty once the other end is closed
+            if number[0] not in self._before:
+                continue
+            seen += 1
+            time.sleep(_SECONDS_TO_HEAR)
+            if self._heard < seen and (seen > 1 or not self._training):
+                _write(
+                    f"{signal.Signals(number[0]).name}: stopped at once, in the middle of a wait"
+                )
+                self._kill_other_ranks()
+                os._exit(128 + number[0])
+        signals.close()
 
     def restore(self) -> None:
         """Give the signals back to who had them."""
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
+        if self._wake is not None:
+            ours, before = self._wake
+            signal.set_wakeup_fd(before)
+            ours.close()
+            self._wake = None
 
     @property
     def exit_code(self) -> int:
@@ -83,6 +116,7 @@ class StopSignals(Callback):
         return self.number is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._heard += 1
         if number == signal.SIGHUP and number in self._received:
             return  # a terminal that closes sends one, and its shell another
         self._received.append(number)

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from gspo_lightning.checkpoint.io import disk_fault
@@ -99,6 +100,8 @@ def mistake(error: BaseException) -> str | None:
             "or an expert's), and ddp waits for their gradient; set trainer.strategy to "
             "ddp_find_unused_parameters_true, or train adapters (policy.lora)"
         )
+    if isinstance(error, torch.distributed.DistError):
+        return f"trainer.num_nodes: not all ranks came together: {text.partition(chr(10))[0]}"
     if "Accelerator` can not run on your system" in text:
         return f"trainer.accelerator: {text.partition(' The following')[0]} Use cpu, or auto"
     if is_out_of_memory(error) and not isinstance(error, OutOfMemory):

@@ -45,14 +45,16 @@ class TerminalLog:
     def __init__(self) -> None:
         self._file: TextIO | None = None
         self._streams: list[tuple[str, Any, Any]] = []
+        self._nowhere: list[TextIO] = []  # in place of streams that were closed from the start
 
     def take(self) -> None:
-        """Step in before both streams; one that was closed from the start leads nowhere."""
+        """Step in before both streams."""
         for name in () if self._streams else ("stdout", "stderr"):
             stream = getattr(sys, name)
             if stream is None:
-                stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as we run
-            setattr(sys, name, copy := _Copy(stream, self))
+                self._nowhere.append(open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            copy = _Copy(stream or self._nowhere[-1], self)
+            setattr(sys, name, copy)
             self._streams.append((name, stream, copy))
 
     def open(self, path: Path, command: Sequence[str]) -> None:
@@ -73,7 +75,9 @@ class TerminalLog:
         """Say, where there is a file to look into, that a stream is gone."""
         if self._file is not None:
             name = "output" if copy is sys.stdout else "error"
-            say(f"standard {name} is gone ({error}); its lines are in {self._file.name}")
+            why = (getattr(error, "strerror", None) or str(error)).lower()
+            where = f"the run goes on, its lines are in {self._file.name}"
+            say(f"standard {name} is gone ({why}): {where}")
 
     def close(self) -> None:
         """Give the streams back."""
@@ -82,6 +86,8 @@ class TerminalLog:
             if getattr(sys, name) is copy:  # someone else may have replaced it since
                 setattr(sys, name, stream)
         self._streams.clear()
+        while self._nowhere:
+            self._nowhere.pop().close()
         if self._file is not None:
             self._file.close()
             self._file = None
