@@ -65,7 +65,7 @@ def test_what_a_stream_can_do_it_still_can(log, capsys):
 
 
 @pytest.fixture
-def nobody(monkeypatch):
+def nobody(monkeypatch, capsys):
     """Standard output into a pipe whose reader has gone, as `| head` leaves it."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -91,12 +91,12 @@ def test_a_stream_that_nobody_reads_is_said_once_and_lost_lines_are_in_the_file(
     nobody.flush()
 
 
-def test_without_a_file_nothing_is_said_of_a_lost_stream(nobody, capfd):
+def test_without_a_file_nothing_is_said_of_a_lost_stream(nobody, capsys):
     log = TerminalLog()
     log.take()
     print("of `doctor | head`")
     log.close()
-    assert capfd.readouterr().err == ""
+    assert capsys.readouterr().err == ""
 
 
 def test_a_full_device_and_a_closed_stream_are_lost_alike(log, tmp_path, monkeypatch):
