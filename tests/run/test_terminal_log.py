@@ -70,28 +70,28 @@ def nobody(monkeypatch, capsys):
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w", encoding="ascii") as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        yield stream
+        yield lambda: monkeypatch.setattr(sys, "stdout", stream)
 
 
 def test_a_stream_that_nobody_reads_is_said_once_and_lost_lines_are_in_the_file(
     nobody, log, tmp_path, capsys
 ):
-    opened = log()
+    nobody()
+    stream, opened = sys.stdout, log()
     for number in range(3):
         print(f"line {number}", flush=True)
     first, gone, *rest = lines(tmp_path)
     assert [first, *rest] == ["line 0", "line 1", "line 2"]
     assert gone.startswith("standard output is gone (broken pipe): the run goes on, its lines are")
     assert capsys.readouterr().err == f"{gone}\n"
-    os.write(nobody.fileno(), b"by a library")  # leads nowhere now
+    os.write(stream.fileno(), b"by a library")  # leads nowhere now
     opened.close()
-    assert sys.stdout is nobody
-    nobody.write("as Python ends")
-    nobody.flush()
+    assert sys.stdout is stream
+    print("as Python ends", flush=True)
 
 
 def test_without_a_file_nothing_is_said_of_a_lost_stream(nobody, capsys):
+    nobody()
     log = TerminalLog()
     log.take()
     print("of `doctor | head`")
