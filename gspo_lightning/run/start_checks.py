@@ -1,6 +1,7 @@
 """What can be refused before a model is loaded, though Lightning would find it later or never."""
 
 import os
+import sys
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -10,7 +11,6 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from safetensors import safe_open
 
 from gspo_lightning.policy.folder import weight_files
-from gspo_lightning.run.terminal_log import say
 
 
 def check_checkpoint(path: Path, module: Any) -> None:
@@ -121,7 +121,7 @@ def say_whom_it_waits_for(trainer: Any) -> None:
     """Name the nodes that a run cannot begin without: each is started by itself."""
     strategy = trainer.strategy
     environment = getattr(strategy, "cluster_environment", None)
-    if trainer.num_nodes < 2 or environment is None:
+    if trainer.num_nodes < 2 or environment is None or environment.local_rank() > 0:
         return
     address, port = environment.main_address, environment.main_port
     node, nodes = environment.node_rank(), trainer.num_nodes
@@ -134,7 +134,7 @@ def say_whom_it_waits_for(trainer: Any) -> None:
         )
         if "MASTER_ADDR" not in os.environ:
             text += "; MASTER_ADDR is not set here, so only this machine can reach it"
-    say(text)
+    print(text, file=sys.stderr, flush=True)  # on each node: `say` is for rank 0
 
 
 def check_manual(config: Any) -> None:

@@ -81,6 +81,9 @@ class TerminalLog:
 
     def close(self) -> None:
         """Give the streams back."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
         for name, stream, copy in self._streams:
             copy.flush()  # here, and not when Python ends, a loss is of no account
             if getattr(sys, name) is copy:  # someone else may have replaced it since
@@ -88,9 +91,6 @@ class TerminalLog:
         self._streams.clear()
         while self._nowhere:
             self._nowhere.pop().close()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
 
 class _Copy:

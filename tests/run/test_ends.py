@@ -1,14 +1,19 @@
 """What ends a run before its planned length: what is left, what is said, and how it goes on."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_only
 
 import train
-from support.command import DUMMY, enter, refused
+from gspo_lightning.run.command import Watch
+from gspo_lightning.run.ending import report
+from support.command import DUMMY, enter, instantiated, refused
 from support.dummies import DummyModule
 from support.run_folder import assert_same, names, scalars, state
 
@@ -205,6 +210,17 @@ def test_overfit_batches_is_refused_with_what_does_it(capsys):
     assert line.startswith("trainer.overfit_batches 1: ") and "in data.path" in line
 
 
+def test_a_run_that_max_steps_ended_has_its_length(capfd):
+    """The dummy makes four steps a rollout, and none is begun once there are as many."""
+    steps = "--trainer.max_steps"
+    assert fit("run", f"{steps}=6") == 0
+    assert fit("run", f"{steps}=6", "--ckpt_path=auto") == 0
+    (*_, line) = capfd.readouterr().err.splitlines()
+    assert line.startswith("nothing to do: run/checkpoints/rollout=000002.ckpt is the end of the")
+    assert fit("run", f"{steps}=12", "--ckpt_path=auto") == 0
+    assert names("run") == ["rollout=000002.ckpt", "rollout=000003.ckpt"]
+
+
 # ---- ranks ---------------------------------------------------------------------------------------
 
 
@@ -226,3 +242,32 @@ def test_a_stop_of_one_rank_is_a_stop_of_all(capfd, monkeypatch):
     assert fit("run", *adding("test_ends.Tells")) == 0
     assert names("run") == ["rollout=000003.ckpt"]
     assert "stopped after 3 of 6 batches by another rank, which set" in capfd.readouterr().err
+
+
+def test_a_run_of_several_nodes_says_for_whom_it_waits_and_where(capsys, monkeypatch):
+    nodes = ["--config=dummy.yaml", "--trainer.num_nodes=3"]
+    instantiated(*nodes)
+    line = capsys.readouterr().err
+    port = re.match(r"node 0 of 3 waits at 127.0.0.1 port (\d+) for node 1, 2 \(trainer", line)[1]
+    assert f"with MASTER_ADDR=127.0.0.1 MASTER_PORT={port} NODE_RANK=0 to 2; MASTER_ADDR is" in line
+    for name, value in {
+        "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "29500",
+        "NODE_RANK": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # put back afterwards
+    instantiated(*nodes)
+    line = capsys.readouterr().err
+    assert line.startswith("node 1 of 3 waits at 10.0.0.1 port 29500 for node 0, 2 (")
+    assert line.endswith("NODE_RANK=0 to 2\n")
+
+
+def test_nodes_that_never_come_are_one_line(capsys):
+    text = "Timed out after 61 seconds waiting for clients. 1/2 clients joined.\nException raised"
+    error = torch.distributed.DistStoreError(text)
+    assert report(error, Watch(), lambda _: "") == 2
+    assert capsys.readouterr().err == (
+        "error: trainer.num_nodes: not all ranks came together: Timed out after 61 seconds waiting "
+        "for clients. 1/2 clients joined.\n"
+    )
