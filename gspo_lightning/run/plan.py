@@ -163,13 +163,21 @@ def _updates(trainer: Any, module: Any) -> str:
     config = getattr(module, "optimizer_config", None)
     if config is None:
         return text
-    return f"{text}; they move a weight by at most {steps * furthest(config, total):.1e}"
+    # the schedule is laid out over all rollouts, also where another limit ends the run before
+    rollouts = getattr(trainer.datamodule, "num_rollouts", None) or total
+    whole = max(total, rollouts * max(1, trainer.max_epochs or 1))
+    return f"{text}; they move a weight by at most {steps * furthest(config, total, whole):.1e}"
 
 
-def furthest(config: OptimizerConfig, total: int) -> float:
+def furthest(config: OptimizerConfig, total: int, whole: int | None = None) -> float:
     """How far AdamW moves a weight at most, decay apart, with one step in each unit of a schedule.
 
     A step is at most the learning rate, or (1 - beta1) / sqrt(1 - beta2) of it where that is more.
+
+    Args:
+        config: The settings.
+        total: Units that the run takes.
+        whole: Units that the schedule is laid out over; as many if None.
 
     Source:
         Adam, arXiv:1412.6980, section 2.1.
@@ -178,7 +186,7 @@ def furthest(config: OptimizerConfig, total: int) -> float:
     3.5
     """
     beta1, beta2 = config.betas
-    factor = learning_rate_factor(config, total)
+    factor = learning_rate_factor(config, whole or total)
     rates = sum(factor(index) for index in range(total)) * config.learning_rate
     return rates * max(1.0, (1 - beta1) / math.sqrt(1 - beta2))
 

@@ -536,6 +536,13 @@ def test_the_plan_names_the_limits_of_a_run():
     assert plan["updates"].endswith(", 12 in all")
 
 
+def test_the_plan_goes_by_the_schedule_of_the_whole_run_where_a_limit_cuts_it():
+    config = OptimizerConfig(learning_rate=1.0, schedule="linear")
+    changes = {"optimizer_config": config}
+    plan = plan_of(module=changes, max_steps=8, global_step=0, max_epochs=2)
+    assert plan["updates"].endswith(f"at most {4 * (1 + 79 / 80):.1e}")  # two rollouts of 80
+
+
 @pytest.mark.parametrize(
     ("settings", "num_rollouts", "longer"),
     [
