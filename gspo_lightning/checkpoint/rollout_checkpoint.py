@@ -142,7 +142,7 @@ class RolloutCheckpoint(Checkpoint):
         number = _done(trainer)
         newest, stopping = self._saved
         new = number > newest or (trainer.should_stop and not stopping)
-        if number and new and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if number and new and not in_pieces(trainer) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict) -> None:
@@ -157,12 +157,13 @@ class RolloutCheckpoint(Checkpoint):
             return
         loops = checkpoint["loops"]["fit_loop"]
         progress, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
+        counted = self._ended and progress["total"]["completed"] == progress["total"]["started"]
         for scope in ("total", "current"):
             done = progress[scope]["started"]
             progress[scope] |= {"ready": done, "processed": done, "completed": done - 1}
             epoch = epochs[scope]["ready"] - 1
             epochs[scope] |= {"processed": epoch, "completed": epoch}
-        if self._ended and not trainer.fit_loop._should_accumulate():
+        if counted and not trainer.fit_loop._should_accumulate():
             loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
         checkpoint["epoch"] = epochs["current"]["processed"]
         checkpoint["rollouts"] = progress["total"]["ready"]
@@ -323,6 +324,12 @@ def broken_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]:
 def _done(trainer: Trainer) -> int:
     """Whole rollouts at a boundary; `total_batch_idx` counts one that a hook has refused, too."""
     return trainer.fit_loop.epoch_loop.batch_progress.total.started  # type: ignore[attr-defined]
+
+
+def in_pieces(trainer: Trainer) -> bool:
+    """Whether training has ended within a rollout: Lightning takes a StopIteration for an end."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress.total
+    return progress.processed < progress.started  # type: ignore[attr-defined]
 
 
 def _at_limit(trainer: Trainer) -> bool:

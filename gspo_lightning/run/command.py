@@ -24,6 +24,7 @@ from gspo_lightning.callbacks import AdaptiveKL, PredictionWriter
 from gspo_lightning.checkpoint import RolloutCheckpoint
 from gspo_lightning.checkpoint.files import find_checkpoint, list_checkpoints
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, damage
+from gspo_lightning.checkpoint.rollout_checkpoint import in_pieces
 from gspo_lightning.checkpoint.signals import StopSignals, forbid_requeueing
 from gspo_lightning.run import (
     config_files,
@@ -309,7 +310,8 @@ class GSPOCLI(LightningCLI):
         why = early.why_early(self.trainer, self.model, self.trainer.stopped_by)  # type: ignore[attr-defined]
         if why is None:
             folder.mark_finished(self.root)
-        if getattr(getattr(self.model, "health", None), "stopped", None) is not None:
+        health = getattr(self.model, "health", None)
+        if getattr(health, "stopped", None) is not None or in_pieces(self.trainer):
             self.code = 1
         if self.checkpoint is not None and self.watch.rollouts == 0:
             end = "is the end of the run; raise its length to go on"

@@ -3,7 +3,7 @@
 from typing import Any
 
 from gspo_lightning.checkpoint import early_stops
-from gspo_lightning.checkpoint.rollout_checkpoint import agree_to_stop
+from gspo_lightning.checkpoint.rollout_checkpoint import agree_to_stop, in_pieces
 from gspo_lightning.run import plan
 
 
@@ -24,6 +24,8 @@ def why_early(trainer: Any, module: Any, stopped_by: str | None = None) -> str |
     for spent, limit in plan.time_limits(trainer):
         if spent >= limit:
             return f"by the limit of {limit} (trainer.max_time or Timer); raise it to go on"
+    if in_pieces(trainer):
+        return "by a StopIteration, which was raised within a rollout"
     if stopped_by is None:
         return "by a hook that took no further batch, or by data that ended"
     if stopped_by == agree_to_stop.__qualname__:

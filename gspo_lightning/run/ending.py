@@ -39,8 +39,8 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
         return stopped("interrupted", 130, go_on)
     if isinstance(error, SIGTERMException):  # its own exit code is 0, as if all had been done
         return stopped("terminated", watch.signals.exit_code or 143, go_on)
-    if isinstance(error, SystemExit):  # the parser has said why, or printed help
-        return error.code if isinstance(error.code, int) else 0
+    if isinstance(error, SystemExit):
+        return left_by_itself(error, watch.begun, go_on)
     # A reward function is the user's, numbers and memory are the run's: the error names its cause.
     of_run = isinstance(error, FloatingPointError) or is_out_of_memory(error)
     known = of_run or isinstance(error, RewardError) or UNREACHED in str(error) or not watch.begun
@@ -59,6 +59,18 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
     if advice := go_on(True):
         say(advice)
     return 1 if text is None or full or gone or of_run else 2
+
+
+def left_by_itself(error: SystemExit, begun: bool, go_on: Callable[[bool], str]) -> int:
+    """The exit code that somebody asked for; before training the parser has said why."""
+    if begun:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        how = f"stopped by sys.exit in {where.name} ({where.filename}, line {where.lineno})"
+        say("; ".join(filter(None, (how, go_on(True)))))
+    if error.code is None or isinstance(error.code, int):
+        return error.code or 0
+    sys.stderr.write(f"{printable(str(error.code))}\n")  # as Python itself would
+    return 1
 
 
 def stopped(how: str, code: int, go_on: Callable[[bool], str]) -> int:

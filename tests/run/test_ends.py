@@ -136,6 +136,33 @@ def test_a_module_that_takes_no_further_batch_leaves_what_is_whole(capfd):
     assert names("run")[-1] == "rollout=000006.ckpt"
 
 
+class Breaks(DummyModule):
+    """Raises within its third batch."""
+
+    def __init__(self, error: str):
+        super().__init__(automatic=True)
+        self.error = {"StopIteration": StopIteration, "exit": SystemExit(3)}[error]
+
+    def _event(self, index):
+        if index == 2:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        ("StopIteration", 1, "stopped after 2 of 6 batches by a StopIteration, which was raised "),
+        ("exit", 3, f"stopped by sys.exit in _event ({__file__}, line "),
+    ],
+)
+def test_what_ends_a_batch_in_its_middle_saves_nothing_of_it(capfd, error, code, line):
+    options = ["--model=test_ends.Breaks", f"--model.error={error}"]
+    assert fit("run", *options) == code
+    assert names("run") == [] and not Path("run/finished").exists()
+    err = capfd.readouterr().err
+    assert err.startswith(line) and "there is no checkpoint yet; the same command starts ag" in err
+
+
 def test_only_what_reached_its_length_is_marked_finished(capfd):
     """Without checkpoints the mark alone keeps a command from starting over."""
     none = ["--trainer.callbacks=[]", "--trainer.enable_checkpointing=false"]
