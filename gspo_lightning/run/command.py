@@ -323,6 +323,8 @@ class GSPOCLI(LightningCLI):
             unit = "rollouts" if hasattr(self.model, "sampler") else "batches"
             go_on = where_to_go_on(self.argv, self.root)
             say(f"stopped after {length} {unit} {why}; {go_on}")
+        elif 0 <= self.trainer.max_steps <= (steps := self.trainer.global_step):
+            say(f"ended by trainer.max_steps {self.trainer.max_steps}: {steps:,} optimizer steps")
 
 
 def import_classes() -> None:

@@ -242,7 +242,8 @@ def test_a_run_that_max_steps_ended_has_its_length(capfd):
     steps = "--trainer.max_steps"
     assert fit("run", f"{steps}=6") == 0
     assert fit("run", f"{steps}=6", "--ckpt_path=auto") == 0
-    (*_, line) = capfd.readouterr().err.splitlines()
+    first, *_, line = capfd.readouterr().err.splitlines()
+    assert first == "ended by trainer.max_steps 6: 8 optimizer steps"
     assert line.startswith("nothing to do: run/checkpoints/rollout=000002.ckpt is the end of the")
     assert fit("run", f"{steps}=12", "--ckpt_path=auto") == 0
     assert names("run") == ["rollout=000002.ckpt", "rollout=000003.ckpt"]
