@@ -105,7 +105,7 @@ def test_a_stop_in_any_hook_leaves_a_checkpoint_and_a_line_and_loses_nothing(
         options += [f"--model.rollout={rollout}"]
     assert fit("run", *options) == 0
     path = f"rollout={rollout:06d}.ckpt"
-    assert names("run") == [path]
+    assert names("run") == [path] and state("run", rollout)["epoch"] == 0
     name = {"callback": "StopsAt", "module": "LateStops"}[who]
     assert capfd.readouterr().err.startswith(
         f"stopped after {rollout} of 6 batches by {name}._stop, which set trainer.should_stop; "
