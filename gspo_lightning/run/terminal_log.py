@@ -24,6 +24,23 @@ _CONTROL = re.compile(
 )
 
 
+_start: list[str] = []  # the folder that a command was started in
+
+
+def begin_here() -> None:
+    """Note the working folder: from now on paths in it are shown as its user would type them."""
+    _start.clear()
+    with contextlib.suppress(OSError):  # it may have been removed
+        _start.append(os.getcwd().rstrip("/"))
+
+
+def shown(text: str) -> str:
+    """Text in which paths below the folder of the command begin there."""
+    for folder in filter(None, _start):
+        text = re.sub(rf"(?<![^\s'\"`=(,:]){re.escape(folder)}/(?=[^\s/])", "", text)
+    return text
+
+
 @rank_zero_only
 def say(text: str, stream: TextIO | None = None) -> None:
     """Print a line above whatever bars are drawn; the one way to the terminal.
@@ -31,7 +48,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
     Without a ``stream`` it goes to standard error: for what is no part of a result.
     """
     stream = stream or sys.stderr
-    tqdm.write(text, file=stream)
+    tqdm.write(shown(text), file=stream)
     stream.flush()  # who reads a pipe wants the line now
 
 
@@ -67,9 +84,10 @@ class TerminalLog:
 
     def keep(self, line: str) -> None:
         """Write a line into the file, if it is open."""
-        if self._file is not None:
-            self._file.write(f"{line}\n")
-            self._file.flush()  # a kill must not take the last lines, which say why it came
+        with contextlib.suppress(OSError):  # a disk that is full must not keep lines from terminals
+            if self._file is not None:
+                self._file.write(f"{line}\n")
+                self._file.flush()  # a kill must not take the last lines, which say why it came
 
     def lost(self, copy: Any, error: Exception) -> None:
         """Say, where there is a file to look into, that a stream is gone."""
@@ -82,7 +100,8 @@ class TerminalLog:
     def close(self) -> None:
         """Give the streams back."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a disk that is full refuses the rest once more
+                self._file.close()
             self._file = None
         for name, stream, copy in self._streams:
             copy.flush()  # here, and not when Python ends, a loss is of no account
