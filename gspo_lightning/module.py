@@ -375,7 +375,8 @@ class GSPOModule(LightningModule):
 
     @property
     def _num_rollouts(self) -> int | None:
-        return getattr(self.trainer.datamodule, "num_rollouts", None)  # type: ignore[attr-defined]
+        rollouts = getattr(self.trainer.datamodule, "num_rollouts", None)  # type: ignore[attr-defined]
+        return rollouts and rollouts * max(1, self.trainer.max_epochs or 1)
 
     def teardown(self, stage: str) -> None:
         """Let the frozen models and the processes of reward functions go."""

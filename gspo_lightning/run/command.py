@@ -26,11 +26,21 @@ from gspo_lightning.checkpoint import RolloutCheckpoint
 from gspo_lightning.checkpoint.files import find_checkpoint, list_checkpoints
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, CheckpointError, damage
 from gspo_lightning.checkpoint.places import local_folder
+from gspo_lightning.checkpoint.rollout_checkpoint import in_pieces
 from gspo_lightning.checkpoint.signals import StopSignals, forbid_requeueing
 from gspo_lightning.checkpoint.tables import open_tables
 from gspo_lightning.guards.ignored import check_strategy, check_training
-from gspo_lightning.run import config_files, ending, folder, lock, one_line, progress, start_checks
-from gspo_lightning.run.plan import resume_command, this_python
+from gspo_lightning.run import (
+    config_files,
+    early,
+    ending,
+    folder,
+    lock,
+    one_line,
+    progress,
+    start_checks,
+)
+from gspo_lightning.run.plan import resume_command, this_python, total_batches
 from gspo_lightning.run.terminal_log import TerminalLog, begin_here, say
 from gspo_lightning.run.tracing import RolloutProfile
 
@@ -85,6 +95,19 @@ class CommandTrainer(Trainer):
     """A Trainer that can also examine what it would train."""
 
     instead_of_training: Callable[[], None] | None = None  # what `fit` does, once all is set up
+    stopped_by: str | None = None  # the function that first asked for a stop
+    _stops = False
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether training is to end at the next boundary; remembers who set it."""
+        return self._stops
+
+    @should_stop.setter
+    def should_stop(self, value: bool) -> None:
+        if value and self.stopped_by is None:
+            self.stopped_by = sys._getframe(1).f_code.co_qualname
+        self._stops = value
 
     def doctor(
         self,
@@ -256,7 +279,9 @@ class GSPOCLI(LightningCLI):
                 setattr(own, name, os.path.abspath(os.path.expanduser(path)))
         kwargs |= {"callbacks": callbacks, "plugins": plugins, "logger": logger}
         kwargs |= {"default_root_dir": str(self.root)}
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        start_checks.say_whom_it_waits_for(trainer)
+        return trainer
 
     def _callbacks(self, config: Any) -> list[Callback]:
         """Those of the config, and for each kind that a run needs and that is missing, one."""
@@ -299,15 +324,27 @@ class GSPOCLI(LightningCLI):
             say(f"continuing from {self.checkpoint}")
 
     def after_fit(self) -> None:
-        """Say so when a sign of run health ended the run, or there was nothing left to train."""
-        if getattr(getattr(self.model, "health", None), "stopped", None) is not None:
-            say(where_to_go_on(self.argv, self.root))
-            self.code = 1
-        elif not self.watch.signals.stopping and not self.rehearsal:
+        """Say why the run ended, unless it has its planned length or a signal ended it."""
+        if self.rehearsal or self.watch.signals.stopping:
+            return
+        why = early.why_early(self.trainer, self.model, self.trainer.stopped_by)  # type: ignore[attr-defined]
+        if why is None:
             folder.mark_finished(self.root)
+        health = getattr(self.model, "health", None)
+        if getattr(health, "stopped", None) is not None or in_pieces(self.trainer):
+            self.code = 1
         if self.checkpoint is not None and self.watch.rollouts == 0:
-            end = f"{self.checkpoint} is the end of the run"
-            say(f"nothing to do: {end}; raise its length to go on")
+            end = "is the end of the run; raise its length to go on"
+            say(f"nothing to do: {self.checkpoint} {end if why is None else f'was ended {why}'}")
+        elif why is not None:
+            done = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
+            total = total_batches(self.trainer)
+            length = f"{done:,}" if total is None else f"{done:,} of {total:,}"
+            unit = "rollouts" if hasattr(self.model, "sampler") else "batches"
+            go_on = where_to_go_on(self.argv, self.root)
+            say(f"stopped after {length} {unit} {why}; {go_on}")
+        elif 0 <= self.trainer.max_steps <= (steps := self.trainer.global_step):
+            say(f"ended by trainer.max_steps {self.trainer.max_steps}: {steps:,} optimizer steps")
 
 
 def import_classes() -> None:
@@ -359,7 +396,11 @@ def main(argv: list[str] | None = None) -> int:
     begin_here()
     umask = os.umask(0o022)  # no group and no stranger may change the files of a run
     os.umask(umask | 0o022)
+    watch.terminal.take()
     watch.signals.install()
+    watch.signals.on_lost_rank = lambda text: ending.report_lost_rank(
+        text, watch, partial(where_to_go_on, argv, watch.root)
+    )
     try:
         with one_line.quiet():
             if argv[:1] == ["replay"]:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from gspo_lightning.checkpoint.io import disk_fault
@@ -45,8 +46,8 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
         return stopped("terminated", watch.signals.exit_code or 143, go_on)
     if isinstance(error, SystemExit):
         place = None if watch.begun else place_of_exit(error)
-        if place is None:  # the parser has said why, or printed help
-            return error.code if isinstance(error.code, int) else 0
+        if place is None:
+            return left_by_itself(error, watch.begun, go_on)
         sys.stderr.write(f"error: {place} exits while the run is set up\n")
         watch.refuse()
         return 2
@@ -60,7 +61,7 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
     text = full or (mistake(error) if known else None)
     gone = text is None and is_of_another_rank(error)
     if gone:
-        text = "another rank failed; see its line above"
+        text = watch.signals.lost_ranks()
     if text is None or os.environ.get("GSPO_TRACEBACK") == "1":
         trace = "".join(traceback.format_exception(error))
         sys.stderr.write("\n".join(printable(line) for line in trace.split("\n")))
@@ -78,6 +79,18 @@ def is_unlogged(error: BaseException) -> bool:
     return isinstance(error, UnloggedFigure) or any(text in str(error) for text in UNLOGGED)
 
 
+def left_by_itself(error: SystemExit, begun: bool, go_on: Callable[[bool], str]) -> int:
+    """The exit code that somebody asked for; before training the parser has said why."""
+    if begun:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        how = f"stopped by sys.exit in {where.name} ({where.filename}, line {where.lineno})"
+        say("; ".join(filter(None, (how, go_on(True)))))
+    if error.code is None or isinstance(error.code, int):
+        return error.code or 0
+    sys.stderr.write(f"{printable(str(error.code))}\n")  # as Python itself would
+    return 1
+
+
 def place_of_exit(error: SystemExit) -> str | None:
     """File and line of a user's module that asks to exit; None if the parser or we do."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -93,6 +106,13 @@ def stopped(how: str, code: int, go_on: Callable[[bool], str]) -> int:
     """Say that a signal ended the command at once."""
     say("; ".join(filter(None, (how, go_on(False)))))
     return code
+
+
+def report_lost_rank(text: str, watch: Any, go_on: Callable[[bool], str]) -> None:
+    """Say that a rank is gone, in a process that would wait for it and is about to be ended."""
+    sys.stderr.write(f"error: {text}\n")
+    say(go_on(False))
+    watch.terminal.close()
 
 
 def leave(code: int) -> NoReturn:
@@ -123,6 +143,8 @@ def mistake(error: BaseException) -> str | None:
             "or an expert's), and ddp waits for their gradient; set trainer.strategy to "
             "ddp_find_unused_parameters_true, or train adapters (policy.lora)"
         )
+    if isinstance(error, torch.distributed.DistError):
+        return f"trainer.num_nodes: not all ranks came together: {text.partition(chr(10))[0]}"
     if "Accelerator` can not run on your system" in text:
         return f"trainer.accelerator: {text.partition(' The following')[0]} Use cpu, or auto"
     if is_out_of_memory(error) and not isinstance(error, OutOfMemory):

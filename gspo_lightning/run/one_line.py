@@ -186,8 +186,9 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069
 # Messages of Lightning that are advertising, or repeat what the plan and our own lines say.
 _CHATTER = re.compile(
     r"💡 Tip|(GPU|TPU|HPU) available|`Trainer\.fit` stopped|Restor(ing|ed) |Loaded model weights"
-    r"|`Trainer\(limit_|\s*Detected KeyboardInterrupt|(\[rank: \d+\] )?Seed set to "
-    r"|`weights_only` was not set"
+    r"|`Trainer\(limit_|\s*Detected KeyboardInterrupt"
+    r"|(\[rank: \d+\] )?(Seed set to |Child process with PID )"
+    r"|`weights_only` was not set|Time limit reached"
 )
 _HARMLESS = (
     # lightning 2.6.6 itself asks torch for LeafSpec, which torch 2.13 has deprecated
@@ -204,6 +205,8 @@ _HARMLESS = (
     r"Using ModelCheckpoint with manual optimization and every_n_train_steps",
     # a run that goes on, beside RolloutCheckpoint's files
     r"Checkpoint directory .* exists and is not empty",
+    # callbacks may come and go when a run is continued; what must not change has a fingerprint
+    r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
     # data.val_path: null is a choice
     r"Total length of `list` across ranks is zero",
 )
@@ -235,7 +238,8 @@ def quiet() -> Iterator[None]:
         if error is None or (disk_fault(error) is None and not of_events):
             threading.__excepthook__(arguments)
 
-    noisy = ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed")
+    noisy = ["pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"]
+    noisy.append("fabric.strategies.launchers.subprocess_script")
     loggers = [logging.getLogger(f"lightning.{part}") for part in noisy]
     transformers_logging.disable_progress_bar()  # one per folder of weights, gone in no time
     # Lightning 2.6.6 calls jsonargparse by names that have been renamed since.

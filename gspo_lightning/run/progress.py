@@ -27,7 +27,10 @@ def on_terminal() -> bool:
     """Whether standard output can redraw a line."""
     if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
         return False
-    return os.get_terminal_size(sys.stdout.fileno()).columns > 0  # 0 in some containers: no room
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns > 0  # 0 in some containers
+    except OSError:  # the terminal is gone
+        return False
 
 
 class RolloutProgress(ProgressBar):
@@ -233,8 +236,7 @@ class RunSummary(Callback):
         curves = [str(found.pop("curves"))] if "curves" in found else []
         curves += loggers.places(trainer)
         if "checkpoint" in found:
-            finished = done >= (plan.total_batches(trainer) or math.inf)
-            longer = plan.longer_run(trainer, done) if finished else {}
+            longer = plan.longer_run(trainer, done) if plan.reached(trainer) else {}
             command = plan.resume_command(sys.argv, longer, plan.this_python())
             go_on = f"{'extend' if longer else 'resume':<9} {command}"
         else:

@@ -1,10 +1,13 @@
 """What can be refused before a model is loaded, though Lightning would find it later or never."""
 
+import os
+import sys
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from safetensors import safe_open
 
 from gspo_lightning.policy.folder import weight_files
@@ -84,3 +87,23 @@ def check_length(config: Any) -> None:
         if value == 0:
             what = f"trainer.{name} is {value}, which trains nothing"
             raise ValueError(f"{what}; leave it out, or run validate")
+
+
+def say_whom_it_waits_for(trainer: Any) -> None:
+    """Name the nodes that a run cannot begin without: each is started by itself."""
+    strategy = trainer.strategy
+    environment = getattr(strategy, "cluster_environment", None)
+    if trainer.num_nodes < 2 or environment is None or environment.local_rank() > 0:
+        return
+    address, port = environment.main_address, environment.main_port
+    node, nodes = environment.node_rank(), trainer.num_nodes
+    others = ", ".join(str(other) for other in range(nodes) if other != node)
+    text = f"node {node} of {nodes} waits at {address} port {port} for node {others}"
+    if isinstance(environment, LightningEnvironment):  # others start the processes themselves
+        text += (
+            f" (trainer.num_nodes {nodes}): start the same command on each with MASTER_ADDR="
+            f"{address} MASTER_PORT={port} NODE_RANK=0 to {nodes - 1}"
+        )
+        if "MASTER_ADDR" not in os.environ:
+            text += "; MASTER_ADDR is not set here, so only this machine can reach it"
+    print(text, file=sys.stderr, flush=True)  # on each node: `say` is for rank 0

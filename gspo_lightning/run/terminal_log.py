@@ -1,6 +1,7 @@
 """Lines on the terminal, and a copy of them in a file for a run whose terminal is gone.
 
-Decides how a line gets there; of a bar that redraws itself the copy keeps its last state alone.
+Decides how a line gets there, and that nothing ends because nobody reads it; of a bar that redraws
+itself the copy keeps its last state alone.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -52,11 +53,26 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 class TerminalLog:
-    """Copies standard output and standard error into a file, from ``open`` until ``close``."""
+    """Stands before standard output and standard error, from ``take`` until ``close``.
+
+    Whoever writes there is not told when a reader, a terminal or a device's room is gone. From
+    ``open`` on, lines also go into a file.
+    """
 
     def __init__(self) -> None:
         self._file: TextIO | None = None
         self._streams: list[tuple[str, Any, Any]] = []
+        self._nowhere: list[TextIO] = []  # in place of streams that were closed from the start
+
+    def take(self) -> None:
+        """Step in before both streams."""
+        for name in () if self._streams else ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream is None:
+                self._nowhere.append(open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            copy = _Copy(stream or self._nowhere[-1], self)
+            setattr(sys, name, copy)
+            self._streams.append((name, stream, copy))
 
     def open(self, path: Path, command: Sequence[str]) -> None:
         """Begin to append to ``path``, with a line that says when and what was started."""
@@ -64,39 +80,78 @@ class TerminalLog:
             return
         self._file = path.open("a", encoding="utf-8", newline="\n")
         self._file.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n")
-        for name in ("stdout", "stderr"):
-            stream = getattr(sys, name)
-            setattr(sys, name, copy := _Copy(stream, self._file))
-            self._streams.append((name, stream, copy))
+        self.take()
+
+    def keep(self, line: str) -> None:
+        """Write a line into the file, if it is open."""
+        with contextlib.suppress(OSError):  # a disk that is full must not keep lines from terminals
+            if self._file is not None:
+                self._file.write(f"{line}\n")
+                self._file.flush()  # a kill must not take the last lines, which say why it came
+
+    def lost(self, copy: Any, error: Exception) -> None:
+        """Say, where there is a file to look into, that a stream is gone."""
+        if self._file is not None:
+            name = "output" if copy is sys.stdout else "error"
+            why = (getattr(error, "strerror", None) or str(error)).lower()
+            where = f"the run goes on, its lines are in {self._file.name}"
+            say(f"standard {name} is gone ({why}): {where}")
 
     def close(self) -> None:
         """Give the streams back."""
-        for name, stream, copy in self._streams:
-            if getattr(sys, name) is copy:  # someone else may have replaced it since
-                setattr(sys, name, stream)
-        self._streams.clear()
         if self._file is not None:
             with contextlib.suppress(OSError):  # a disk that is full refuses the rest once more
                 self._file.close()
             self._file = None
+        for name, stream, copy in self._streams:
+            copy.flush()  # here, and not when Python ends, a loss is of no account
+            if getattr(sys, name) is copy:  # someone else may have replaced it since
+                setattr(sys, name, stream)
+        self._streams.clear()
+        while self._nowhere:
+            self._nowhere.pop().close()
 
 
 class _Copy:
-    """A stream that also writes its finished lines to a file."""
+    """A stream that cannot be lost, and whose finished lines a log keeps."""
 
-    def __init__(self, stream: Any, file: TextIO) -> None:
-        self._stream, self._file = stream, file
+    def __init__(self, stream: Any, log: TerminalLog) -> None:
+        self._stream, self._log = stream, log
+        self._lost = False
         self._rest = ""
 
     def write(self, text: str) -> int:
-        written = self._stream.write(text)
+        self._attempt(self._show, text)
         *lines, self._rest = (self._rest + text).split("\n")
-        clean = (_CONTROL.sub("", line.rstrip("\r").rpartition("\r")[2]).rstrip() for line in lines)
-        with contextlib.suppress(OSError):  # a disk that is full must not keep lines from terminals
-            if not self._file.closed:
-                self._file.write("".join(f"{line}\n" for line in clean if line))
-                self._file.flush()  # a kill must not take the last lines, which say why it came
-        return written
+        for line in lines:
+            shown = _CONTROL.sub("", line.rstrip("\r").rpartition("\r")[2]).rstrip()
+            if shown:
+                self._log.keep(shown)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _show(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError as error:  # a terminal that knows few characters
+            encoded = text.encode(error.encoding, "backslashreplace")
+            self._stream.write(encoded.decode(error.encoding))
+
+    def _attempt(self, act: Callable[..., Any], *arguments: Any) -> None:
+        if self._lost:
+            return
+        try:
+            act(*arguments)
+        except (OSError, ValueError) as error:  # nobody reads, the device is full; or it was closed
+            self._lost = True
+            with contextlib.suppress(OSError, ValueError):  # a stream that is no file
+                # for whoever writes past this object, and for what Python flushes as it ends
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+            self._log.lost(self, error)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
