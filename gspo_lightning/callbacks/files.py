@@ -19,6 +19,7 @@ from gspo_lightning.bounds import check_at_least
 from gspo_lightning.callbacks.report import draw_curves, markdown_table, plain, sample_rows
 from gspo_lightning.checkpoint.event_files import tensorboards
 from gspo_lightning.checkpoint.io import replacing
+from gspo_lightning.checkpoint.quoted import json_line
 from gspo_lightning.kl import KLRule, MultiplicativeKL
 from gspo_lightning.metrics import CURVES, monitored
 
@@ -45,7 +46,7 @@ def is_rehearsal(trainer: Any) -> bool:
 
 def write_json_lines(file: Path, rows: list[dict[str, Any]]) -> None:
     """Append one line per row, in one write."""
-    lines = "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows)
+    lines = "".join(json_line(plain(row)) for row in rows)
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8", newline="\n") as stream:
         stream.write(lines)
@@ -176,6 +177,9 @@ class CurvePlot(Callback):
         pixels = numpy.asarray(figure.canvas.buffer_rgba())[..., :3]
         for logger in tensorboards(trainer):
             logger.experiment.add_image("curves", pixels, index, dataformats="HWC")
+        # A figure's parts refer to each other: uncleared, pictures pile up until Python looks for
+        # such rings, which in a process with torch is rare.
+        figure.clear()
 
 
 class SampleTable(Callback):

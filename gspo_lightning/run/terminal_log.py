@@ -14,21 +14,22 @@ from typing import Any, TextIO
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
-_CONTROL = re.compile(
+from gspo_lightning.checkpoint.quoted import printable
+
+_SEQUENCES = re.compile(
     r"\x1b\[[0-9;?]*[A-Za-z]"  # colours and cursor movements
     r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # titles and links
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # all other control characters: the log is plain text
 )
 
 
 @rank_zero_only
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line above whatever bars are drawn; the one way to the terminal.
+    """Print lines above whatever bars are drawn; the one way to the terminal.
 
-    Without a ``stream`` it goes to standard error: for what is no part of a result.
+    Without a ``stream`` they go to standard error: for what is no part of a result.
     """
     stream = stream or sys.stderr
-    tqdm.write(text, file=stream)
+    tqdm.write(printable(text, keep="\n"), file=stream)
     stream.flush()  # who reads a pipe wants the line now
 
 
@@ -72,9 +73,9 @@ class _Copy:
         written = self._stream.write(text)
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
-            shown = _CONTROL.sub("", line.rstrip("\r").rpartition("\r")[2]).rstrip()
+            shown = _SEQUENCES.sub("", line.rstrip("\r").rpartition("\r")[2]).rstrip()
             if shown and not self._file.closed:
-                self._file.write(shown + "\n")
+                self._file.write(printable(shown, keep="\t") + "\n")
         if lines and not self._file.closed:
             self._file.flush()  # a kill must not take the last lines, which say why it came
         return written
