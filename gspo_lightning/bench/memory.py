@@ -5,24 +5,20 @@ curves for TensorBoard, validations, checkpoints and exports, by the command tha
 """
 
 import argparse
-import contextlib
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning.pytorch import Callback
 
-from gspo_lightning.bench.cases import BenchError, heading, positive, resident
+from gspo_lightning.bench.cases import heading, output_of, positive, resident
 from gspo_lightning.bench.parts import DEMO
 from gspo_lightning.bench.report import table
-from gspo_lightning.run import command
 
-CONFIG = DEMO.parents[1] / "configs" / "arithmetic.yaml"
+ROOT = DEMO.parents[1]
 LOOKS = "looks.jsonl"
 STRETCHES = 10  # lines of the table
 # Often, so that many of each are made; the demo's own periods are longer.
@@ -87,20 +83,13 @@ def overlay(options: argparse.Namespace, root: Path) -> dict[str, Any]:
 
 
 def memory(options: argparse.Namespace) -> int:
-    """Make the run and print what the process held on its way.
-
-    Raises:
-        BenchError: If the run fails, after its own line.
-    """
-    torch.set_num_threads(options.threads)
+    """Make the run and print what its process held on its way."""
     with tempfile.TemporaryDirectory(dir=".") as folder:  # not /tmp, often memory
         root = Path(folder, "run")
         own = Path(folder, "overlay.yaml")
         own.write_text(yaml.safe_dump(overlay(options, root)))
-        with contextlib.redirect_stdout(sys.stderr):  # the table alone is the result
-            code = command.main(["fit", "--config", str(CONFIG), "--config", str(own)])
-        if code:
-            raise BenchError(f"the run ended with exit code {code}; see above")
+        configs = ["--config", str(ROOT / "configs" / "arithmetic.yaml"), "--config", str(own)]
+        output_of([str(ROOT / "train.py"), "fit", *configs], options.threads)
         looks = [json.loads(line) for line in (root / LOOKS).read_text().splitlines()]
     print(heading(options, []))
     print(table(rows(looks)))

@@ -169,6 +169,8 @@ class CurvePlot(Callback):
             kl_target=rules[0].target if rules else None,
             has_reference=getattr(pl_module, "reference", None) is not None,
         )
+        from matplotlib.backend_bases import FigureCanvasBase
+
         file = Path(trainer.default_root_dir) / self.path
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as new:  # who watches the picture never sees half of it
@@ -177,9 +179,10 @@ class CurvePlot(Callback):
         pixels = numpy.asarray(figure.canvas.buffer_rgba())[..., :3]
         for logger in tensorboards(trainer):
             logger.experiment.add_image("curves", pixels, index, dataformats="HWC")
-        # A figure's parts refer to each other: uncleared, pictures pile up until Python looks for
-        # such rings, which in a process with torch is rare.
+        # A figure's parts refer to each other: as they are, pictures pile up in memory until Python
+        # looks for such rings, which it seldom does in a process with torch.
         figure.clear()
+        figure.set_canvas(FigureCanvasBase(figure))  # one without pixels
 
 
 class SampleTable(Callback):

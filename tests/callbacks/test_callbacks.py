@@ -1,6 +1,8 @@
+import gc
 import json
 import math
 import shutil
+from collections import Counter
 from types import SimpleNamespace
 
 import jsonargparse
@@ -200,9 +202,16 @@ def test_the_picture_is_drawn_on_time_and_at_the_end(tmp_path):
     assert not list((tmp_path / "plots").glob("*.partial"))
 
 
-def test_the_end_of_the_run_is_drawn_once(tmp_path):
-    fit(tmp_path, [CurvePlot(every_n_rollouts=2)], num_rollouts=4)
+def test_the_end_of_the_run_is_drawn_once_and_no_pixels_stay(tmp_path):
+    gc.collect()
+    gc.disable()  # which in a process with torch looks through everything only now and then
+    try:
+        fit(tmp_path, [CurvePlot(every_n_rollouts=2)], num_rollouts=4)
+        kinds = Counter(type(thing).__name__ for thing in gc.get_objects())
+    finally:
+        gc.enable()
     assert [image.step for image in events(tmp_path, "images")["curves"]] == [1, 3]
+    assert kinds["RendererAgg"] == 0  # 4.8 MB each
 
 
 def test_a_resumed_run_draws_the_whole_run(tmp_path):
