@@ -7,8 +7,11 @@ The module hands over, as ``outputs`` of ``on_train_batch_end``, a dict with ``r
 (0-based), ``metrics`` by full name, ``lengths`` (B,) in tokens and ``ratios`` (B,).
 """
 
+import contextlib
+import gc
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +53,22 @@ def write_json_lines(file: Path, rows: list[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8", newline="\n") as stream:
         stream.write(lines)
+
+
+@contextlib.contextmanager
+def freeing() -> Iterator[None]:
+    """Free what was made inside, at its end.
+
+    The parts of a figure refer to each other: such rings, 10 MB each, would stay until Python looks
+    for rings everywhere, which is rare in a process with torch. Looking through the new objects
+    alone takes 15 ms.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.unfreeze()
 
 
 class AdaptiveKL(Callback):
@@ -163,14 +182,16 @@ class CurvePlot(Callback):
         self._drawn = index + 1
         if not trainer.is_global_zero or not any(self.points.values()) or is_rehearsal(trainer):
             return
+        with freeing():
+            self._draw(trainer, pl_module, index)
+
+    def _draw(self, trainer: Any, pl_module: Any, index: int) -> None:
         rules = [c.rule for c in trainer.callbacks if isinstance(c, AdaptiveKL)]
         figure = draw_curves(
             self.points,
             kl_target=rules[0].target if rules else None,
             has_reference=getattr(pl_module, "reference", None) is not None,
         )
-        from matplotlib.backend_bases import FigureCanvasBase
-
         file = Path(trainer.default_root_dir) / self.path
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as new:  # who watches the picture never sees half of it
@@ -179,10 +200,6 @@ class CurvePlot(Callback):
         pixels = numpy.asarray(figure.canvas.buffer_rgba())[..., :3]
         for logger in tensorboards(trainer):
             logger.experiment.add_image("curves", pixels, index, dataformats="HWC")
-        # A figure's parts refer to each other: as they are, pictures pile up in memory until Python
-        # looks for such rings, which it seldom does in a process with torch.
-        figure.clear()
-        figure.set_canvas(FigureCanvasBase(figure))  # one without pixels
 
 
 class SampleTable(Callback):
