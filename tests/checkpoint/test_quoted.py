@@ -18,6 +18,7 @@ from gspo_lightning.doctor.findings import Finding, as_json
 from gspo_lightning.rewards import RewardTerm, score_or_keep
 from gspo_lightning.rewards.terms import RewardError
 from gspo_lightning.run import ending
+from gspo_lightning.run.command import Watch
 from gspo_lightning.run.one_line import quiet
 from gspo_lightning.run.terminal_log import TerminalLog, say
 
@@ -61,6 +62,13 @@ OBEYED = re.compile(
 def harmless(lines):
     """Whether text holds nothing that a terminal obeys, but for the ends of its lines."""
     return not OBEYED.search(lines.replace("\n", ""))
+
+
+def begun():
+    """What knows of a run in which an error comes up."""
+    watch = Watch()
+    watch.begun = True
+    return watch
 
 
 @pytest.fixture(params=HOSTILE.values(), ids=HOSTILE.keys())
@@ -148,7 +156,7 @@ def test_lines_and_the_log_are_harmless(tmp_path, capsys):
 def test_an_error_and_a_warning_are_one_line_each(hostile, capsys):
     error = RewardError(f"reward 'a' failed: {hostile}", "a")
     assert not OBEYED.search(str(error))
-    assert ending.report(error, SimpleNamespace(begun=True), lambda _: "") == 2
+    assert ending.report(error, begun(), lambda _: "") == 2
     with warnings.catch_warnings(), quiet():
         warnings.simplefilter("always")
         warnings.warn(f"no reward: {hostile}", stacklevel=1)
@@ -161,15 +169,15 @@ def test_an_error_and_a_warning_are_one_line_each(hostile, capsys):
 @pytest.mark.parametrize("text", ["Expected a path but x", "gspo_lightning.time_limit.TimeLimit"])
 def test_a_completion_that_an_error_quotes_is_not_read_as_a_parsers_message(text, capsys):
     error = RewardError(f"reward 'a' failed: no number in {text}", "a")
-    ending.report(error, SimpleNamespace(begun=True), lambda _: "")
+    ending.report(error, begun(), lambda _: "")
     assert capsys.readouterr().err == f"error: reward 'a' failed: no number in {text}\n"
 
 
 def test_a_traceback_is_harmless(capsys, monkeypatch):
     monkeypatch.setenv("GSPO_TRACEBACK", "1")
-    assert ending.report(KeyError(TEXT), SimpleNamespace(begun=True), lambda _: "") == 1
+    assert ending.report(KeyError(TEXT), begun(), lambda _: "") == 1
     error = RuntimeError(TEXT)
-    assert ending.report(error, SimpleNamespace(begun=True), lambda _: "") == 1
+    assert ending.report(error, begun(), lambda _: "") == 1
     examine.attempt("rewards", lambda: (_ for _ in ()).throw(error))
     assert harmless(capsys.readouterr().err)
 
