@@ -8,6 +8,7 @@ optimizer is left out, since a fault does not reach it, and so is a critic: no d
 
 import argparse
 import contextlib
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.engine.packing import pack, rows_of
 from gspo_lightning.guards.faults import VERSION
 from gspo_lightning.logprobs import completion_logprobs, samples_logprobs
@@ -25,6 +27,7 @@ from gspo_lightning.objectives import Objective, importance_log_ratio
 from gspo_lightning.policy.lora import LoRAConfig
 from gspo_lightning.policy.policy import Policy, PolicyConfig, load_policy, load_tokenizer
 from gspo_lightning.rollout import Rollout, Samples
+from gspo_lightning.run.terminal_log import say
 
 
 class Look(NamedTuple):
@@ -224,7 +227,9 @@ def main(argv: list[str]) -> int:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"replay: --device {device}, but this machine has no CUDA device")
     if device.partition(":")[0] != recorded:
-        print(f"the run was on {recorded}, this is {device}: other kernels round differently")
+        note = f"the run was on {recorded}, this is {device}: other kernels round differently"
+        say(note, sys.stdout)
     looks = replay(dump, torch.device(device))
-    print("\n".join(report(dump, looks)))
+    for line in report(dump, looks):
+        say(printable(line), sys.stdout)  # a dump is data, and may quote anything
     return int(looks.first is None)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.guards.out_of_memory import OutOfMemory, is_out_of_memory
 from gspo_lightning.rewards.awaited import TooLong, outcomes, wait
 from gspo_lightning.rewards.guest import Guest
@@ -37,7 +38,7 @@ class RewardError(ValueError):
     def __init__(
         self, message: str, term: str, row: int | None = None, cause: BaseException | None = None
     ) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))  # it may quote a completion, or what a function says
         self.term = term
         self.row = row
         if cause is not None:

@@ -15,10 +15,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from gspo_lightning.checkpoint.io import disk_fault
 from gspo_lightning.checkpoint.monitor import UnloggedFigure
+from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.checkpoint.signals import is_of_another_rank
 from gspo_lightning.guards.out_of_memory import OutOfMemory, is_out_of_memory
 from gspo_lightning.rewards.terms import RewardError
-from gspo_lightning.run.one_line import LONGEST, condense, printable
+from gspo_lightning.run.one_line import LONGEST, condense
 from gspo_lightning.run.terminal_log import say, shown
 
 # What a user's mistake raises: bad values, missing files, devices, packages.
@@ -63,8 +64,7 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
     if gone:
         text = watch.signals.lost_ranks()
     if text is None or os.environ.get("GSPO_TRACEBACK") == "1":
-        trace = "".join(traceback.format_exception(error))
-        sys.stderr.write("\n".join(printable(line) for line in trace.split("\n")))
+        sys.stderr.write(printable("".join(traceback.format_exception(error)), keep="\n"))
     if text is not None:
         sys.stderr.write(f"error: {printable(shown(text))}\n")
         if not watch.begun:
@@ -131,6 +131,8 @@ def leave(code: int) -> NoReturn:
 def mistake(error: BaseException) -> str | None:
     """The line for an error that a user can mend, None for one that is ours."""
     text = str(error)
+    if isinstance(error, RewardError):  # a completion that it quotes is no parser's message
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
     if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in text:
         lines = [" ".join(line.split()) for line in text.splitlines()]
         text = f"ckpt_path: the checkpoint is of another model: {' '.join(lines[1:2])}"

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from gspo_lightning.checkpoint.fingerprints import moved
 from gspo_lightning.checkpoint.io import disk_fault
+from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.run.terminal_log import shown
 
 LONGEST = 400  # characters of an error line; beyond come dumps of whole configs
@@ -180,9 +181,6 @@ def _expected(reason: str) -> str:
     return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
 
 
-# Control characters, and those that change the direction of text or end a line for some readers.
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-
 # Messages of Lightning that are advertising, or repeat what the plan and our own lines say.
 _CHATTER = re.compile(
     r"💡 Tip|(GPU|TPU|HPU) available|`Trainer\.fit` stopped|Restor(ing|ed) |Loaded model weights"
@@ -210,15 +208,6 @@ _HARMLESS = (
     # data.val_path: null is a choice
     r"Total length of `list` across ranks is zero",
 )
-
-
-def printable(text: str) -> str:
-    r"""Text without control characters: a terminal obeys them, and a completion may be quoted.
-
-    >>> printable("reward 'a' failed: \x1b]0;title\x07\n")
-    "reward 'a' failed: \\x1b]0;title\\x07\\n"
-    """
-    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 @contextlib.contextmanager

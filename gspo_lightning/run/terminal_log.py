@@ -17,10 +17,11 @@ from typing import Any, TextIO
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
-_CONTROL = re.compile(
+from gspo_lightning.checkpoint.quoted import printable
+
+_SEQUENCES = re.compile(
     r"\x1b\[[0-9;?]*[A-Za-z]"  # colours and cursor movements
     r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # titles and links
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # all other control characters: the log is plain text
 )
 
 
@@ -43,12 +44,12 @@ def shown(text: str) -> str:
 
 @rank_zero_only
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line above whatever bars are drawn; the one way to the terminal.
+    """Print lines above whatever bars are drawn; the one way to the terminal.
 
-    Without a ``stream`` it goes to standard error: for what is no part of a result.
+    Without a ``stream`` they go to standard error: for what is no part of a result.
     """
     stream = stream or sys.stderr
-    tqdm.write(shown(text), file=stream)
+    tqdm.write(printable(shown(text), keep="\n"), file=stream)
     stream.flush()  # who reads a pipe wants the line now
 
 
@@ -124,7 +125,8 @@ class _Copy:
         self._attempt(self._show, text)
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
-            shown = _CONTROL.sub("", line.rstrip("\r").rpartition("\r")[2]).rstrip()
+            last = line.rstrip("\r").rpartition("\r")[2]  # of a bar
+            shown = printable(_SEQUENCES.sub("", last).rstrip(), keep="\t")
             if shown:
                 self._log.keep(shown)
         return len(text)

@@ -1,8 +1,9 @@
+import gc
 import json
 import math
 import os
 import shutil
-from html import unescape
+from collections import Counter
 from types import SimpleNamespace
 
 import jsonargparse
@@ -21,7 +22,6 @@ from gspo_lightning.callbacks import (
 from gspo_lightning.callbacks.report import (
     PANELS,
     draw_curves,
-    escape,
     markdown_table,
     running_mean,
 )
@@ -208,9 +208,17 @@ def test_the_picture_is_drawn_on_time_and_at_the_end(tmp_path):
     assert not list((tmp_path / "plots").glob("*.partial"))
 
 
-def test_the_end_of_the_run_is_drawn_once(tmp_path):
-    fit(tmp_path, [CurvePlot(every_n_rollouts=2)], num_rollouts=4)
+def test_the_end_of_the_run_is_drawn_once_and_nothing_of_it_stays(tmp_path):
+    gc.collect()
+    gc.disable()  # which in a process with torch looks through everything only now and then
+    try:
+        fit(tmp_path, [CurvePlot(every_n_rollouts=2)], num_rollouts=4)
+        kinds = Counter(type(thing).__name__ for thing in gc.get_objects())
+    finally:
+        gc.enable()
     assert [image.step for image in events(tmp_path, "images")["curves"]] == [1, 3]
+    assert [kinds[name] for name in ("Figure", "RendererAgg", "Axes")] == [0, 0, 0]
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_resumed_run_draws_the_whole_run(tmp_path):
@@ -277,33 +285,17 @@ def test_samples_after_kill_and_resume_equal_those_of_one_run(tmp_path):
     assert (cut / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
 
 
-@pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated:DeprecationWarning")
-def test_the_text_table_stands_as_it_was_written():
-    from tensorboard.plugin_util import markdown_to_safe_html
-
-    nasty = "<script>1</script> | **b** _i_ `c` [l](u) # 3*4*5\nnext $x$ &amp;"
-    sample = {"prompt": nasty, "completion": "y" * 999, "reward": 0.5, "parts": {"a|b": None}}
+def test_of_a_long_text_the_table_has_head_and_tail():
+    sample = {"prompt": "p", "completion": "y" * 998 + "z", "reward": 0.5, "parts": {"a": None}}
     sample |= {"advantage": -1.5, "length": 3, "truncated": True, "ratio": 1.0001}
-    html = markdown_to_safe_html(markdown_table([sample, sample]))
-    assert html.count("<tr>") == 3
-    assert html.count("<td>") == 2 * 8
-    for markup in ("<script", "<strong", "<em", "<code", "<a ", "<h1"):
-        assert markup not in html
-    cells = [unescape(part.split("</td>")[0]) for part in html.split("<td>")[1:]]
-    assert cells[0].split() == nasty.split()
-    assert cells[1] == "y" * 198 + " … " + "y" * 198
-    assert cells[2:8] == ["0.5", "None", "-1.5", "3", "True", "1"]
-
-
-def test_escape_leaves_plain_text_alone():
-    assert escape("7+9=16, answer: 16 €") == "7+9=16, answer: 16 €"
+    assert "| " + "y" * 198 + " … " + "y" * 197 + "z |" in markdown_table([sample])
 
 
 def test_the_text_table_reaches_tensorboard(tmp_path):
     fit(tmp_path, [SampleTable(text_every_n_rollouts=2)], num_rollouts=5)
     texts = events(tmp_path, "tensors")["samples/text_summary"]
     assert [text.step for text in texts] == [1, 3]
-    assert b"text 3.5" in texts[1].tensor_proto.string_val[0]
+    assert b"text 3&#46;5" in texts[1].tensor_proto.string_val[0]
 
 
 def test_the_export_holds_the_final_policy(tmp_path):
