@@ -25,7 +25,16 @@ from gspo_lightning.checkpoint import RolloutCheckpoint
 from gspo_lightning.checkpoint.files import find_checkpoint, list_checkpoints
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, damage
 from gspo_lightning.checkpoint.signals import StopSignals, forbid_requeueing
-from gspo_lightning.run import config_files, ending, folder, lock, one_line, progress, start_checks
+from gspo_lightning.run import (
+    config_files,
+    ending,
+    folder,
+    launch,
+    lock,
+    one_line,
+    progress,
+    start_checks,
+)
 from gspo_lightning.run.plan import resume_command, this_python
 from gspo_lightning.run.terminal_log import TerminalLog, say
 from gspo_lightning.run.tracing import RolloutProfile
@@ -186,6 +195,8 @@ class GSPOCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before anything is loaded."""
         config = self.config[self.subcommand]
+        if config.trainer.default_root_dir is None:
+            raise ValueError("trainer.default_root_dir is null; give a folder, such as runs/mine")
         self.root = Path(config.trainer.default_root_dir)
         self.rehearsal = bool(config.trainer.fast_dev_run)
         trains = self.subcommand == "fit" and not self.rehearsal
@@ -238,7 +249,13 @@ class GSPOCLI(LightningCLI):
             kwargs |= {"profiler": None, "enable_checkpointing": False}
             kwargs |= {"enable_progress_bar": False}
         kwargs |= {"callbacks": callbacks, "plugins": plugins, "logger": logger}
-        return super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (TypeError, AttributeError, KeyError, RuntimeError) as error:
+            # Lightning's checks of its own options: whatever is raised there is about a setting.
+            raise ValueError(f"trainer: {type(error).__name__}: {error}") from error
+        launch.check_rank(trainer.world_size)
+        return trainer
 
     def _callbacks(self, config: Any) -> list[Callback]:
         """Those of the config, and for each kind that a run needs and that is missing, one."""
@@ -340,6 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     os.umask(umask | 0o022)
     watch.signals.install()
     try:
+        launch.check_variables()
         with one_line.quiet():
             if argv[:1] == ["replay"]:
                 return resolve_name(TOOLS["replay"])(argv[1:])

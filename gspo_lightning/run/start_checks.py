@@ -80,6 +80,13 @@ def check_trainer(config: Any) -> None:
         raise ValueError(
             f"trainer.strategy {name}: the policy must fit on one device here; use auto or ddp"
         )
+    if isinstance(config.devices, list) and config.accelerator == "cpu":
+        raise ValueError(
+            f"trainer.devices is {config.devices}: a CPU has no devices to choose from; give the "
+            "number of processes"
+        )
+    if isinstance(config.devices, list) and len({*config.devices}) < len(config.devices):
+        raise ValueError(f"trainer.devices names a device twice, got {config.devices}")
     precision = str(config.precision)
     if precision in ("16-mixed", "16"):
         raise ValueError(
