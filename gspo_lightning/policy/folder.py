@@ -80,6 +80,8 @@ def check_model_folder(key: str, path: str, trust_remote_code: bool, weights: bo
     file = folder / "config.json"
     written = read_json(key, file)
     check_written(f"{key}: {file}", written)
+    if not trust_remote_code:
+        check_kernels(f"{key}: {file}", written)
     config = read_config(key, path, trust_remote_code)
     text = config.get_text_config()
     for name in SIZES:
@@ -136,6 +138,21 @@ def check_written(where: str, written: dict[str, Any]) -> None:
         known = isinstance(getattr(torch, str(value), None), torch.dtype)
         if value is not None and value != "auto" and not known:
             raise ValueError(f"{where}: {name} is {value!r}, no type of torch; write float32")
+
+
+def check_kernels(where: str, written: dict[str, Any]) -> None:
+    """Refuse a config.json that names an attention on the hub: that is code, which would be run."""
+    parts: list[Any] = [written]
+    while parts:  # not by recursion: JSON may be nested as deeply as Python calls may
+        part = parts.pop()
+        for name, value in part.items() if isinstance(part, dict) else enumerate(part):
+            if "_implementation" in str(name) and "/" in str(value)[:200]:
+                raise ValueError(
+                    f"{where}: {name} is {value!r}, code on the hub; take it out, or set "
+                    "trust_remote_code: true where you trust it"
+                )
+            if isinstance(value, dict | list):
+                parts.append(value)
 
 
 def read_json(key: str, file: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Variables of the environment by which a launcher tells a process its rank.
 
-Decides which of them are looked at before the libraries that read them are imported, and when one is
-a leftover. Imports nothing but the standard library: torchmetrics reads LOCAL_RANK as it is imported.
+Decides which of them are looked at before the libraries that read them are imported, and when one
+is a leftover. Imports the standard library alone: torchmetrics reads LOCAL_RANK as it is imported.
 """
 
 import os
@@ -27,18 +27,20 @@ TASK = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")  # what srun tells each
 
 
 def check_variables() -> None:
-    """Raise ValueError for a variable that is no number, or tasks of SLURM that srun never began."""
+    """Raise ValueError for a variable that is no number, or tasks that srun never began."""
     for name in NUMBERS:
         value = os.environ.get(name)
         if value is not None and not (value.isascii() and value.isdigit()):
-            raise ValueError(f"{name}={value!r} in the environment is no whole number; {unset(name)}")
+            raise ValueError(
+                f"{name}={value!r} in the environment is no whole number; {unset(name)}"
+            )
     of_slurm = os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
     if "SLURM_NTASKS" in os.environ and of_slurm:
         missing = [name for name in TASK if name not in os.environ]
         if missing:
             raise ValueError(
-                f"SLURM_NTASKS is in the environment and {missing[0]} is not, so this process is no "
-                f"task of srun; start it with srun, or {unset('SLURM_NTASKS')}"
+                f"SLURM_NTASKS is in the environment and {missing[0]} is not, so this process is "
+                f"no task of srun; start it with srun, or {unset('SLURM_NTASKS')}"
             )
 
 

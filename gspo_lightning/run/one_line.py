@@ -74,7 +74,7 @@ class OneLineParser(LightningArgumentParser):
                 raise TypeError(f'Parser key "{key}":\n  {said}')
 
     def parse_object(self, cfg_obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Refuse settings that are no mapping: the error of jsonargparse would name an attribute."""
+        """Refuse settings that are no mapping; the error of jsonargparse names an attribute."""
         if not isinstance(cfg_obj, dict | Namespace):
             self.error(f"expected settings, such as `{{name: value}}`; got {written(cfg_obj)}")
         return super().parse_object(cfg_obj, *args, **kwargs)
