@@ -5,6 +5,7 @@ known by name and type are taken over, none of them chooses code, and whether th
 bring code of its own is for the command line to say.
 """
 
+import inspect
 import math
 import types
 import zipfile
@@ -154,9 +155,10 @@ def made(where: str, kind: Any, entries: dict[str, Any]) -> Any:
         elif fits(value, hints[name]):
             values[name] = value
         else:
-            wanted = getattr(hints[name], "__name__", str(hints[name]).replace("typing.", ""))
-            said = repr(value) if isinstance(value, str | int | float | None) else type(value)
-            raise ValueError(f"{prefix}{name} is {str(said)[:80]}, must be {wanted}")
+            plain = isinstance(value, str | int | float | None)
+            said = repr(value)[:80] if plain else f"a {type(value).__name__}"
+            wanted = inspect.formatannotation(hints[name]).replace("typing.", "")
+            raise ValueError(f"{prefix}{name} is {said}, must be {wanted}")
     try:
         return kind(**values)
     except TypeError as error:  # an entry that has no default is missing

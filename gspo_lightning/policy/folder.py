@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 AGAIN = "fetch or save the model again"
+LONGEST = 300  # characters of a library's message: some quote what they were given, whole
 # Numbers of a config.json below 1 surface as a division by zero or a negative size, without a name.
 SIZES = (
     "hidden_size",
@@ -357,11 +358,11 @@ def reason(error: BaseException) -> str:
     """
     if "trust_remote_code=True" in str(error):  # its advice is an argument that nobody here passes
         return "it comes with Python code of its own; trust_remote_code: true would run it"
-    lines = str(error).strip().splitlines()
-    text = lines[0].strip().removesuffix(".") if lines else ""
+    said = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", str(error)).replace("NoneType", "null")
+    lines = said.strip().splitlines()
+    text = lines[0].strip().removesuffix(".")[:LONGEST] if lines else ""
     if "alidation error for" in text and len(lines) > 1:  # the next line says key, value and want
-        text = re.sub(r"^\w+: |\. Errors: .*", "", lines[1].strip())
-        return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text).replace("NoneType", "null")
+        return re.sub(r"^\w+: |\. Errors: .*", "", lines[1].strip())[:LONGEST]
     if isinstance(error, (OSError, ValueError, ImportError, SafetensorError, UnpicklingError)):
         return text or type(error).__name__  # written for users
     for frame in reversed(traceback.extract_tb(error.__traceback__)):

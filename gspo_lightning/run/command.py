@@ -182,7 +182,11 @@ class GSPOCLI(LightningCLI):
         """Parse; Lightning's version warns when a program passes arguments, as tests do."""
         for path in config_files.config_paths(args):
             config_files.check_config_file(path)
-        self.config = parser.parse_args(config_files.nested_nulls(args))
+        try:
+            self.config = parser.parse_args(config_files.nested_nulls(args))
+        except (TypeError, AttributeError, LookupError, AssertionError, RecursionError) as error:
+            # The parser broke on what it was given: whatever is raised there is about a setting.
+            raise ValueError(f"config: cannot be read: {type(error).__name__}: {error}") from error
 
     def _set_seed(self) -> None:
         """Refuse what numpy would, with the name of the key."""

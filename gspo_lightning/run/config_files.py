@@ -87,6 +87,8 @@ def check_config_file(path: str) -> None:
     if not isinstance(node, yaml.MappingNode):
         found = "is empty" if node is None else "does not hold keys with values"
         raise ValueError(f"config: {path} {found}; {WAY_OUT}")
+    if "config" in [key.value for key, _ in node.value]:
+        raise ValueError(f"config: {path} has the key config; name one more file by --config")
     check_keys(path, node)
 
 
@@ -150,9 +152,11 @@ def keep_texts() -> None:
     load = get_loader("yaml")
 
     def loaded(text: str) -> Any:
-        check_size(text)
         try:
+            check_size(text)
             value = load(text)
+        except yaml.MarkedYAMLError as error:
+            raise yaml.YAMLError(f"not YAML: {error.problem}") from error
         except ValueError as error:  # an impossible date, a number of thousands of digits
             raise yaml.YAMLError(str(error)) from error
         return text if value is None and text.lstrip().startswith("#") else value

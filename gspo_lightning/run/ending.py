@@ -79,6 +79,14 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
+def from_a_checkpoint(error: BaseException) -> bool:
+    """Whether something broke on what a checkpoint holds; a refusal of ours says so itself."""
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    restoring = any("checkpoint_connector" in name for name in frames)
+    refused = isinstance(error, MISTAKES) and "gspo_lightning" in frames[-1]
+    return restoring and isinstance(error, Exception) and not refused
+
+
 def mistake(error: BaseException) -> str | None:
     """The line for an error that a user can mend, None for one that is ours."""
     text = str(error)
@@ -86,6 +94,9 @@ def mistake(error: BaseException) -> str | None:
         lines = [" ".join(line.split()) for line in text.splitlines()]
         text = f"ckpt_path: the checkpoint is of another model: {' '.join(lines[1:2])}"
         return f"{text[:LONGEST]}; set model.init_args.policy to what it was made with"
+    if from_a_checkpoint(error):
+        said = f"{type(error).__name__}: {(text.splitlines() or [''])[0][:200]}"
+        return f"ckpt_path: the checkpoint holds what no run of this config wrote: {said}"
     if UNREACHED in text:
         return (
             "trainer.strategy: no text reaches some of the policy's weights (those for pictures, "

@@ -29,7 +29,7 @@ LONGEST = 400  # characters of an error line; beyond come dumps of whole configs
 _NOISE = re.compile(
     r"Does not validate against|Subtypes: |Errors:|Given value type: |Problem with given class_path"
     r"|Expected a path but |Expected a <class 'NoneType'>"
-    r"|Subclass types expect one of:|a class path \(str\)|a dict with"
+    r"|Unable to load config |Subclass types expect one of:|a class path \(str\)|a dict with"
 )
 _NO_CLASS = "Not a valid subclass of"
 _OWN_PATH = re.compile(r"gspo_lightning(?:\.\w+)+")
@@ -232,6 +232,10 @@ def _import_trouble(reason: str) -> str | None:
         return f"{match[1]} is no {match[2]}; give the class_path of one"
     if match := re.search(r"function or a callable class: .*but got (.*?)\. Got value", reason):
         return f"expected the import path of a function or of a callable class, got {match[1]}"
+    if match := re.search(r"callable class: Expected '(\S+)' to be", reason):
+        return f"{match[1]} is no function and no class that is called; give the path of one"
+    if match := re.search(r"callable class: (.*?)\.+ Got value", reason):
+        return match[1]
     if "Expected an instantiatable class" in reason:
         return "has settings but no class; give its class_path, too"
     if match := re.search(r"Expected a dot import path string: (\S+)", reason):
