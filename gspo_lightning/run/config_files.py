@@ -98,8 +98,8 @@ def check_size(text: str) -> None:
     An alias costs its writer three characters and a reader all that it stands for, so that a few
     lines of aliases of aliases are millions of values, and one inside of its own anchor is endless.
     """
-    sizes: dict[str, int] = {}  # values that each anchor stands for
-    opened: list[tuple[str | None, int]] = []  # anchor of each level, and values before it
+    sizes: dict[Any, int] = {}  # values that each anchor stands for
+    opened: list[tuple[Any, int]] = []  # anchor of each level, and values before it
     total = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         anchor = getattr(event, "anchor", None)
@@ -121,7 +121,8 @@ def check_size(text: str) -> None:
         if total > MOST:
             problem = f"more than {MOST} values, with what aliases stand for"
         if problem:
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+            mark: Any = event.start_mark
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 def check_keys(path: str, node: Any, prefix: str = "") -> None:

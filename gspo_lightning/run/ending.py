@@ -4,6 +4,7 @@ Decides which errors a user can mend and how they are worded.
 """
 
 import os
+import re
 import sys
 import threading
 import traceback
@@ -95,7 +96,8 @@ def mistake(error: BaseException) -> str | None:
         text = f"ckpt_path: the checkpoint is of another model: {' '.join(lines[1:2])}"
         return f"{text[:LONGEST]}; set model.init_args.policy to what it was made with"
     if from_a_checkpoint(error):
-        said = f"{type(error).__name__}: {(text.splitlines() or [''])[0][:200]}"
+        line = re.sub(r"<.* at 0x\w+>", "an object", (text.splitlines() or [""])[0])
+        said = f"{type(error).__name__}: {line[:200]}"
         return f"ckpt_path: the checkpoint holds what no run of this config wrote: {said}"
     if UNREACHED in text:
         return (

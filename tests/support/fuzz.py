@@ -77,16 +77,18 @@ POOL: list[Any] = [
 SNIPPETS = ["*a", "&a ", "!!python/name:os.system ", "<<: ", "\t", "\0", "- ", ": ", "{", "}", "[",
             "]", "'", '"', "#", "|", "%", "\ufeff", "é", "\n", "  ", "null", "!!binary ", "---\n",
             "? ", "1e999", "\\ud800"]  # fmt: skip
-WORDS = ["--help", "--config", "--config=", "--config=gone.yaml", "--", "-x", "fit", "x", "",
-         "--ckpt_path", "--ckpt_path=last", "--ckpt_path=policy", "--profile", "--profile=x",
-         "--profile=-1", "--print_config", "--print_config=x", "--seed_everything=",
-         "--accept_changes=3", "--trainer.help", "--trainer.callbacks+=x", "--model=", "--model=x", "--data={}",
-         "--model.class_path=x", "--trainer.logger=true", "--trainer.fast_dev_run=x",
-         "--trainer.barebones=true", "--model.rewards.b.fn=own.Config"]  # fmt: skip
-NAMES = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "SLURM_NTASKS",
-         "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID", "MASTER_PORT",
-         "PL_GLOBAL_SEED", "LOCAL_WORLD_SIZE", "JSM_NAMESPACE_RANK",
-         "SLURM_NTASKS_PER_NODE"]  # fmt: skip
+WORDS = """
+--help --config --config= --config=gone.yaml -- -x fit x --ckpt_path --ckpt_path=last
+--ckpt_path=policy --profile --profile=x --profile=-1 --print_config --print_config=x
+--seed_everything= --accept_changes=3 --trainer.help --trainer.callbacks+=x --model= --model=x
+--data={} --model.class_path=x --trainer.logger=true --trainer.fast_dev_run=x
+--trainer.barebones=true --model.rewards.b.fn=own.Config
+"""
+NAMES = """
+RANK LOCAL_RANK WORLD_SIZE NODE_RANK GROUP_RANK SLURM_NTASKS SLURM_PROCID SLURM_LOCALID
+SLURM_NODEID SLURM_JOB_ID MASTER_PORT PL_GLOBAL_SEED LOCAL_WORLD_SIZE JSM_NAMESPACE_RANK
+SLURM_NTASKS_PER_NODE
+"""
 
 Case = dict[str, Any]
 
@@ -159,7 +161,7 @@ class Maker:
         return {"kind": "config", "text": spoiled(CONFIG, chance)}
 
     def words(self, chance: random.Random) -> Case:
-        picked = [chance.choice(WORDS) for _ in range(chance.randint(1, 3))]
+        picked = [chance.choice(WORDS.split()) for _ in range(chance.randint(1, 3))]
         dotted = [f"--{'.'.join(map(str, place))}" for place in self.places]
         if chance.random() < 0.5:
             picked.append(spoiled(chance.choice(dotted), chance))
@@ -207,7 +209,7 @@ class Maker:
         }
 
     def variables(self, chance: random.Random) -> Case:
-        names = chance.sample(NAMES, chance.randint(1, 2))
+        names = chance.sample(NAMES.split(), chance.randint(1, 2))
         values = ["", "x", "-1", "0", "1", "2", "99999999999999999999", "1.5", "é"]
         return {"kind": "environment", "variables": {n: chance.choice(values) for n in names}}
 
