@@ -10,22 +10,25 @@ COMPILE := $(PY) -m compileall -qq -j 0 $(VENV)/lib
 # The demo's model is so small that a second thread costs more than it computes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-core test-fast models lint format clean
+.PHONY: demo test test-core test-fast models kills lint format clean
 
 demo: $(VENV)/demo.stamp  ## train the embedded default to a rising reward
 	$(PY) train.py fit --config configs/arithmetic.yaml --trainer.default_root_dir $(RUN)
 
-test: $(VENV)/dev.stamp  ## every test but those of rare models; gpu ones are skipped without one
-	$(PY) -m pytest -q -n 2 --dist worksteal --durations 5 -m "not models"
+test: $(VENV)/dev.stamp  ## every test but those of rare models and runs; gpu ones are skipped without one
+	$(PY) -m pytest -q -n 2 --dist worksteal --durations 5 -m "not models and not kills"
 
 test-core: $(VENV)/dev.stamp  ## the maths and the loop, in less than a minute
-	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow" tests/test_*.py gspo_lightning/*.py
+	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow and not kills" tests/test_*.py gspo_lightning/*.py
 
 test-fast: $(VENV)/dev.stamp  ## without the tests marked slow
-	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow"
+	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow and not models and not kills"
 
 models: $(VENV)/dev.stamp  ## try every type of model anew and write docs/models.md
 	cd tests && PYTHONPATH=.. $(abspath $(PY)) -m support.model_types --write
+
+kills: $(VENV)/dev.stamp  ## kill runs of ten more configurations and continue them
+	$(PY) -m pytest -q -n 2 --dist worksteal -m "slow or kills" tests/checkpoint/test_crash.py
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .

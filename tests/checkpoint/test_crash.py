@@ -11,6 +11,7 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from gspo_lightning.checkpoint.files import list_checkpoints
@@ -58,18 +59,21 @@ PHASES = ("rollout", "update", "save", "validation")
 class Runs:
     """Runs of one config in one folder, from one warm process."""
 
-    def __init__(self, warm, folder):
+    def __init__(self, warm, folder, configs=("configs/arithmetic.yaml",), overlay=CRASH):
         self.warm = warm
         self.folder = folder
         self.root = folder / "run"
         self.log = folder / "phases.txt"
-        (folder / "crash.yaml").write_text(CRASH)
+        (folder / "crash.yaml").write_text(overlay)
+        self.configs = [*configs, folder / "crash.yaml"]
+
+    def arguments(self, *options):
+        configs = [part for config in self.configs for part in ("--config", config)]
+        return ["fit", *configs, "--trainer.default_root_dir", self.root, *options]
 
     def fit(self, *options, kill="never:0:0", **environment):
-        configs = ["--config", "configs/arithmetic.yaml", "--config", self.folder / "crash.yaml"]
-        arguments = ["fit", *configs, "--trainer.default_root_dir", self.root, *options]
         environment = {"PHASE_LOG": str(self.log), "PHASE_KILL": kill} | environment
-        return self.warm.run(self.folder, *map(str, arguments), **environment)
+        return self.warm.run(self.folder, *self.arguments(*options), **environment)
 
     def phase(self):
         """What the last run was at when it ended."""
@@ -100,15 +104,17 @@ def exported(root):
     return {file.name: file.read_bytes() for file in sorted(Path(root, "export").iterdir())}
 
 
-def assert_same_run(root, straight):
+def assert_same_run(root, straight, last=LAST):
     """Weights, optimizer, KL coefficient, statistics, position, completions, curves, export."""
-    left, right = state(root, LAST), state(straight, LAST)
+    left, right = state(root, last), state(straight, last)
     for checkpoint in (left, right):
         checkpoint["callbacks"].pop("RunSummary", None)  # seconds
-    assert left["optimizer_states"][0]["state"] and left["gspo"]["whitening"], "nothing to compare"
+    assert left["optimizer_states"][0]["state"], "nothing to compare"
+    assert last != LAST or left["gspo"]["whitening"], "nothing to compare"
     assert_same(left, right)
     assert names(root) == names(straight)
-    assert samples(root) == samples(straight)
+    if Path(straight, "samples.jsonl").exists():
+        assert samples(root) == samples(straight)
     assert_same(curves(root), curves(straight))
     assert exported(root) == exported(straight)
     assert not list(Path(root).glob("**/*.tmp")) and not list(Path(root).glob("**/*.partial"))
@@ -166,6 +172,144 @@ def test_a_run_killed_while_it_exports_still_exports(straight, warm, tmp_path):
     assert_same_run(runs.root, straight)
 
 
+# ---- other configurations ------------------------------------------------------------------------
+
+# twelve rollouts; checkpoints after each second one, validation after each fourth
+SHORT = """
+trainer:
+  val_check_interval: 4
+  check_val_every_n_epoch: null
+  limit_val_batches: 1
+  enable_progress_bar: false
+  plugins: [{class_path: support.phases.MarkedIO}]
+  callbacks:
+    - class_path: support.phases.Phases
+    - class_path: gspo_lightning.RolloutCheckpoint
+      init_args: {every_n_rollouts: 2}
+    - class_path: gspo_lightning.HFExport
+"""
+POLICY = """
+    - class_path: gspo_lightning.SampleTable
+model:
+  init_args:
+    sampler: {init_args: {group_size: 4, max_new_tokens: 12}}
+    num_minibatches: 2
+    evaluation: {correct: correct, num_samples: 2, ks: [1]}
+    optimizer: {learning_rate: 1.0e-3}
+"""
+DATA = "data: {init_args: {prompts_per_rollout: 4, num_rollouts: 12, val_batch_size: 4}}\n"
+DEMO = ["configs/arithmetic.yaml"]
+STACK = ["configs/base.yaml", "configs/task/arithmetic.yaml", "configs/hardware/cpu.yaml"]
+RANKS_OF_CPU = "  strategy: ddp\n  devices: 2\n"
+TIMED = """    rewards:
+      correct:
+        fn:
+          class_path: gspo_lightning.rewards.TimeLimit
+          init_args:
+            seconds: 5
+            fn: {class_path: gspo_lightning.rewards.MarkedAnswer, init_args: {marker: "answer: "}}
+        whiten: true
+    truncated: keep
+"""
+SUPERVISED = "data: {init_args: {batch_size: 8}}\n"
+KINDS = {
+    "LoRA": ([*STACK, "configs/model/lora.yaml"], SHORT + POLICY + DATA),
+    "critic": (
+        [*STACK, "configs/algorithm/ppo.yaml"],
+        (SHORT + POLICY).replace("group_size: 4", "group_size: 1")
+        + DATA.replace("prompts_per_rollout: 4", "prompts_per_rollout: 8"),
+    ),
+    "dynamic sampling": ([*STACK, "configs/algorithm/dapo.yaml"], SHORT + POLICY + DATA),
+    "two epochs": (DEMO, SHORT + POLICY + "    num_epochs: 2\n" + DATA),
+    "Parquet across an epoch end": (
+        DEMO,
+        SHORT + POLICY + DATA.replace("{init_args: {", "{init_args: {path: TRAIN.parquet, "),
+    ),
+    "SFT": (
+        ["configs/sft_arithmetic.yaml"],
+        SHORT.replace("trainer:\n", "trainer:\n  enable_checkpointing: true\n  max_epochs: 1\n")
+        .replace("limit_val_batches: 1", "limit_train_batches: 12")
+        .replace("  val_check_interval: 4\n  check_val_every_n_epoch: null\n", "")
+        + SUPERVISED,
+    ),
+    "reward model": (
+        ["configs/reward_model.yaml"],
+        SHORT.replace(
+            "trainer:\n", "trainer:\n  enable_checkpointing: true\n  max_epochs: 1\n"
+        ).replace("limit_val_batches: 1", "limit_val_batches: 1\n  limit_train_batches: 12")
+        + SUPERVISED,
+    ),
+    "bf16-mixed": (
+        DEMO,
+        SHORT.replace("trainer:\n", "trainer:\n  precision: bf16-mixed\n") + POLICY + DATA,
+    ),
+    "whitened, with a time limit": (DEMO, SHORT + POLICY + TIMED + DATA),
+    "two ranks": (DEMO, SHORT.replace("trainer:\n", "trainer:\n" + RANKS_OF_CPU) + POLICY + DATA),
+}
+KINDS["one rank of two"] = KINDS["two ranks"]
+# those that share the least with the run above; all of them: pytest -m "slow or kills"
+OFTEN = {"critic"}
+TWELVE = 12
+
+
+class RankedRuns(Runs):
+    """Runs of two processes; each keeps notes of its own, and dies for itself."""
+
+    def fit(self, *options, kill="never:0:0", other=None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+        environments = [
+            common | {"LOCAL_RANK": rank, "PHASE_LOG": f"{self.log}.{rank}", "PHASE_KILL": death}
+            for rank, death in (("0", other or kill), ("1", kill))
+        ]
+        ended = self.warm.run_ranks(self.folder, self.arguments(*options), environments)
+        assert bool(ended[0].code) == bool(ended[1].code), f"one rank went on alone: {ended}"
+        return min(ended)
+
+
+def kills(kind):
+    """A death in each phase that the run has, at moments that the name of its kind draws."""
+    draw = random.Random(kind)
+    phases = {"update": 4, "save": 2, "rollout": 4, "validation": 1}
+    if kind == "SFT":
+        del phases["validation"]
+    if kind == "one rank of two":
+        del phases["save"]  # the other one saves
+    return [
+        f"{phase}:{draw.randint(1, count)}:{draw.uniform(0, 0.03):.4f}"
+        for phase, count in phases.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.slow if k in OFTEN else pytest.mark.kills) for k in KINDS],
+)
+def test_a_killed_run_of_any_kind_is_the_straight_run_bit_for_bit(warm, tmp_path, kind):
+    configs, overlay = KINDS[kind]
+    if "TRAIN" in overlay:  # 22 prompts: an epoch of the data ends within the sixth rollout
+        rows = pd.read_json("data/arithmetic/train.jsonl", lines=True).head(22)
+        rows.to_parquet(tmp_path / "train.parquet")
+        overlay = overlay.replace("TRAIN", str(tmp_path / "train"))
+    folders = [tmp_path / "straight", tmp_path / "killed"]
+    for folder in folders:
+        folder.mkdir()
+    kinds = RankedRuns if "rank" in kind else Runs
+    straight, runs = (kinds(warm, folder, configs, overlay) for folder in folders)
+    ended = straight.fit()
+    assert ended.code == 0, ended.output
+    for kill in kills(kind):
+        options = {"other": "never:0:0"} if kind == "one rank of two" else {}
+        ended = runs.fit("--ckpt_path=auto", kill=kill, **options)
+        assert ended.code == -9, f"{kill} came too late: {ended}"
+        assert not [path for path in list_checkpoints(runs.root) if damage(path)], kill
+    ended = runs.fit("--ckpt_path=auto")
+    assert ended.code == 0, ended.output
+    assert_same_run(runs.root, straight.root, TWELVE)
+
+
 # ---- full disks ----------------------------------------------------------------------------------
 
 
@@ -190,9 +334,8 @@ def test_a_checkpoint_that_the_system_refuses_is_one_line_and_costs_nothing(
     assert runs.fit(kill="rollout:6:0").code == -9
     before = {path: path.read_bytes() for path in list_checkpoints(runs.root)}
     assert names(runs.root) == SIX
-    configs = ["--config", "configs/arithmetic.yaml", "--config", tmp_path / "crash.yaml"]
-    arguments = ["fit", *configs, "--trainer.default_root_dir", runs.root, "--ckpt_path=auto"]
-    ended = warm.run(tmp_path, *map(str, arguments), file_limit=300_000, PHASE_LOG=str(runs.log))
+    arguments = runs.arguments("--ckpt_path=auto")
+    ended = warm.run(tmp_path, *arguments, file_limit=300_000, PHASE_LOG=str(runs.log))
     line = assert_one_line(ended, "rollout=000006.ckpt was not written: file too large")
     assert "GiB free" in line
     assert "rollout=000004.ckpt; continue with: " in ended.output.splitlines()[-1]
