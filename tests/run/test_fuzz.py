@@ -24,7 +24,8 @@ from support.fault_injection import every
 from support.fuzz import CODE, CONFIG, ROWS, Maker, Place, corpus, paths, short_of_training
 from support.tiny_run import run
 
-CASES = int(os.environ.get("FUZZ_CASES", 100))
+pytestmark = pytest.mark.slow
+CASES = int(os.environ.get("FUZZ_CASES", 60))
 SEED = int(os.environ.get("FUZZ_SEED", 0))
 
 
@@ -91,7 +92,6 @@ def test_the_right_inputs_are_taken(place):
     place.restore()
 
 
-@pytest.mark.slow
 def test_every_input_is_refused_in_one_line_or_does_what_it_says(place, maker):
     found = {}
     for number in range(CASES):

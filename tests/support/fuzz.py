@@ -292,7 +292,8 @@ class Place:
             os.environ.update(self.environment)
             torch.use_deterministic_algorithms(False)
         seconds = time.perf_counter() - started
-        said = re.sub(r"\Acontinuing from .*\n", "", err.getvalue())
+        # torch says some things itself, once a process, where no filter is asked
+        said = re.sub(r"(?m)^(continuing from|UserWarning: ).*\n", "", err.getvalue())
         if after != self.facts:
             self.restore()
         if exploded and case["kind"] in ("file", "stored"):  # in a config it may be asked for
