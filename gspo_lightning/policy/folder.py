@@ -168,12 +168,12 @@ def check_written(where: str, written: dict[str, Any]) -> None:
         where: Setting and file.
         written: What stands in the file.
     """
-    if not isinstance(written.get("quantization_config") or {}, dict):
-        found = written["quantization_config"]
-        raise ValueError(
-            f"{where}: quantization_config is {found!r}, not an object; mend it, or take it out "
-            "where the weights are not quantized"
-        )
+    for name in ("quantization_config", "auto_map"):
+        if not isinstance(written.get(name) or {}, dict):
+            raise ValueError(
+                f"{where}: {name} is {str(written[name])[:80]!r}, not an object; mend it, or take "
+                "it out where the weights are not quantized and have no code of their own"
+            )
     for name in ("dtype", "torch_dtype"):
         value = written.get(name)
         known = isinstance(getattr(torch, str(value), None), torch.dtype)
