@@ -21,7 +21,11 @@ from support.tiny_run import run
 OWN_CODE = """
 from pathlib import Path
 Path("exploded").touch()
-from transformers import Qwen3Config as Config, Qwen3ForCausalLM as Model
+from transformers import Qwen3Config, Qwen3ForCausalLM
+class Config(Qwen3Config):
+    model_type = "own"
+class Model(Qwen3ForCausalLM):
+    config_class = Config
 """
 
 
@@ -96,7 +100,7 @@ def test_a_dump_cannot_ask_for_the_code_of_its_model(tmp_path, model_dir, replay
         ("choices/objective/ratio", "tokens", "choices.objective.ratio is 'tokens'"),
         ("choices/kl_estimator", None, "choices.kl_estimator is None"),
         ("minibatch", {"texts": 3}, "minibatch.texts is 3, must be"),
-        ("minibatch/mask", None, "minibatch.mask is None, must be Tensor"),
+        ("minibatch/mask", None, "minibatch.mask is None, must be torch.Tensor"),
         ("minibatch/mask", torch.ones(3), "mask must have shape"),
         ("minibatch/texts", ["a"], "rows must have length"),
         ("minibatch/prompt_ids", torch.full((8, 8), 99), "shape"),
