@@ -26,6 +26,11 @@ _SEAL_BYTES = 29
 _CHUNK = 2**22  # bytes read at a time
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK_FAULTS = (*_NO_ROOM, errno.EIO, errno.EROFS)
+# Of a path in the run folder these, too, are no error of the program's.
+_FOLDER_FAULTS = (
+    *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG, errno.ESTALE),
+)
 
 
 class CheckpointError(Exception):
@@ -187,8 +192,9 @@ def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
     ending = f"{os.getpid()}.tmp" if durable else "partial"
     hidden = path.name.replace("tfevents", "events")  # TensorBoard must not take both for curves
     beside = path.with_name(f".{hidden}.{ending}")
+    beside.unlink(missing_ok=True)
     try:
-        with beside.open("wb", buffering=2**20) as file:
+        with beside.open("xb", buffering=2**20) as file:  # x: follows no link
             yield file
             if durable:
                 file.flush()
@@ -221,21 +227,31 @@ def describe(error: OSError, path: Path) -> str:
     return f"{text} ({usage.free / 2**30:.1f} of {usage.total / 2**30:.1f} GiB free)"
 
 
-def disk_fault(error: BaseException) -> str | None:
+def disk_fault(error: BaseException, root: Path | None = None) -> str | None:
     """The line for an error that comes of a full or broken disk, None for any other.
 
     Libraries wrap what the system said, each in its own way, so causes are looked through.
 
+    Args:
+        error: What ended a run.
+        root: The run folder: in it, missing rights and files are faults of the disk, too.
+
     >>> disk_fault(OSError(errno.ENOSPC, "No space left on device", "runs/a/samples.jsonl"))
     'no space left on device: runs/a/samples.jsonl; the checkpoints written before are intact'
     >>> disk_fault(OSError(errno.ENOENT, "No such file or directory")) is None
+    True
+    >>> disk_fault(OSError(errno.EACCES, "Permission denied", "/r/a.png"), Path("/r"))
+    'permission denied: /r/a.png; the checkpoints written before are intact'
+    >>> disk_fault(OSError(errno.EACCES, "Permission denied", "/s/data"), Path("/r")) is None
     True
     """
     intact = "the checkpoints written before are intact"
     for cause in _causes(error):
         if isinstance(cause, CheckpointError):
             return str(cause)
-        if isinstance(cause, OSError) and cause.errno in _DISK_FAULTS:
+        inside = isinstance(cause, OSError) and root is not None and _is_in(cause.filename, root)
+        faults = (*_DISK_FAULTS, *_FOLDER_FAULTS) if inside else _DISK_FAULTS
+        if isinstance(cause, OSError) and cause.errno in faults:
             where = f": {cause.filename}" if cause.filename else ""
             return f"{(cause.strerror or str(cause)).lower()}{where}; {intact}"
         # safetensors, tokenizers: "... Os { code: 28, kind: StorageFull, message: ..."
@@ -243,6 +259,11 @@ def disk_fault(error: BaseException) -> str | None:
         if match and int(match[1]) in _DISK_FAULTS:
             return f"{os.strerror(int(match[1])).lower()}; {intact}"
     return None
+
+
+def _is_in(path: Any, folder: Path) -> bool:
+    named = isinstance(path, str | bytes | Path)
+    return named and Path(os.fsdecode(path)).absolute().is_relative_to(folder)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -19,10 +19,15 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from gspo_lightning.bounds import check_at_least
-from gspo_lightning.checkpoint.event_files import cut_event_files, event_file_sizes
+from gspo_lightning.checkpoint.event_files import (
+    cut_event_files,
+    event_file_sizes,
+    mark_event_files,
+)
 from gspo_lightning.checkpoint.files import BEST, FOLDER, checkpoint_number, list_checkpoints
 from gspo_lightning.checkpoint.fingerprints import collect, differences, refuse_changes
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, replacing
+from gspo_lightning.checkpoint.places import check_shared, local_folder
 from gspo_lightning.checkpoint.signals import StopSignals
 from gspo_lightning.metrics import monitored
 
@@ -84,9 +89,15 @@ class RolloutCheckpoint(Checkpoint):
         self._max_steps: int | None = None  # the limit while it is lifted
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """See to it that files are written whole, also in a program that says nothing of it."""
+        """See to it that files are written whole, all of them in one folder that stays the same."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        root = local_folder(trainer.default_root_dir)
+        # Lightning keeps a relative path as it is; a reward may change the working folder.
+        trainer._default_root_dir = str(root)  # type: ignore[attr-defined]
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            check_shared(trainer, root)
+            mark_event_files(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Save now, or leave it to the validation that is about to run."""

@@ -4,6 +4,7 @@ Decides which commands and options there are, what is refused before anything is
 callbacks, plugins and loggers a run has that its config does not name.
 """
 
+import itertools
 import os
 import signal
 import sys
@@ -23,7 +24,8 @@ import gspo_lightning
 from gspo_lightning.callbacks import AdaptiveKL, PredictionWriter
 from gspo_lightning.checkpoint import RolloutCheckpoint
 from gspo_lightning.checkpoint.files import find_checkpoint, list_checkpoints
-from gspo_lightning.checkpoint.io import AtomicCheckpointIO, damage
+from gspo_lightning.checkpoint.io import AtomicCheckpointIO, CheckpointError, damage
+from gspo_lightning.checkpoint.places import local_folder
 from gspo_lightning.checkpoint.signals import StopSignals, forbid_requeueing
 from gspo_lightning.run import (
     config_files,
@@ -36,7 +38,7 @@ from gspo_lightning.run import (
     start_checks,
 )
 from gspo_lightning.run.plan import resume_command, this_python
-from gspo_lightning.run.terminal_log import TerminalLog, say
+from gspo_lightning.run.terminal_log import TerminalLog, begin_here, say
 from gspo_lightning.run.tracing import RolloutProfile
 
 config_files.keep_texts()
@@ -69,6 +71,14 @@ class Watch(Callback):
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.rollouts += 1
+        self.check_folder()
+
+    def check_folder(self, *_: Any) -> None:
+        """End the run if its folder is gone, before a callback makes another one in its place."""
+        if lost := self.lock.lost():
+            raise CheckpointError(lost)
+
+    on_train_end = on_validation_end = check_folder  # type: ignore[assignment]
 
     def on_validation_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self.begun = not trainer.sanity_checking or self.begun
@@ -201,7 +211,7 @@ class GSPOCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.trainer.default_root_dir is None:
             raise ValueError("trainer.default_root_dir is null; give a folder, such as runs/mine")
-        self.root = Path(config.trainer.default_root_dir)
+        self.root = local_folder(config.trainer.default_root_dir)
         self.rehearsal = bool(config.trainer.fast_dev_run)
         trains = self.subcommand == "fit" and not self.rehearsal
         if trains:
@@ -252,7 +262,12 @@ class GSPOCLI(LightningCLI):
             logger = False
             kwargs |= {"profiler": None, "enable_checkpointing": False}
             kwargs |= {"enable_progress_bar": False}
+        for own, name in itertools.product(as_list(logger), ("_root_dir", "_save_dir")):
+            path = getattr(own, name, None)  # a relative one keeps its meaning, as the run's does
+            if isinstance(path, str) and "://" not in path:
+                setattr(own, name, os.path.abspath(os.path.expanduser(path)))
         kwargs |= {"callbacks": callbacks, "plugins": plugins, "logger": logger}
+        kwargs |= {"default_root_dir": str(self.root)}
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, AttributeError, KeyError, RuntimeError) as error:
@@ -263,8 +278,9 @@ class GSPOCLI(LightningCLI):
 
     def _callbacks(self, config: Any) -> list[Callback]:
         """Those of the config, and for each kind that a run needs and that is missing, one."""
-        # Signals come first: a callback before them could keep a signal waiting.
-        callbacks = [self.watch.signals, *as_list(config.callbacks), self.watch, *self.traces]
+        # Signals come first: a callback before them could keep a signal waiting. Then comes what
+        # sees that the folder is gone: a callback before it could make another one.
+        callbacks = [self.watch.signals, self.watch, *as_list(config.callbacks), *self.traces]
         if config.enable_progress_bar is not False:
             if not has(callbacks, ProgressBar):
                 callbacks.append(progress.RolloutProgress())
@@ -357,6 +373,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     watch = Watch()
+    begin_here()
     umask = os.umask(0o022)  # no group and no stranger may change the files of a run
     os.umask(umask | 0o022)
     watch.signals.install()

@@ -18,11 +18,13 @@ from gspo_lightning.checkpoint.signals import is_of_another_rank
 from gspo_lightning.guards.out_of_memory import OutOfMemory, is_out_of_memory
 from gspo_lightning.rewards.terms import RewardError
 from gspo_lightning.run.one_line import LONGEST, condense, printable
-from gspo_lightning.run.terminal_log import say
+from gspo_lightning.run.terminal_log import say, shown
 
 # What a user's mistake raises: bad values, missing files, devices, packages.
 MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException)
 UNREACHED = "parameters that were not used in producing the loss"  # Lightning's, under ddp
+
+EXITING = ("argparse", "jsonargparse", "lightning", "gspo_lightning", "__main__")
 
 
 def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> int:
@@ -39,12 +41,19 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
         return stopped("interrupted", 130, go_on)
     if isinstance(error, SIGTERMException):  # its own exit code is 0, as if all had been done
         return stopped("terminated", watch.signals.exit_code or 143, go_on)
-    if isinstance(error, SystemExit):  # the parser has said why, or printed help
-        return error.code if isinstance(error.code, int) else 0
+    if isinstance(error, SystemExit):
+        place = None if watch.begun else place_of_exit(error)
+        if place is None:  # the parser has said why, or printed help
+            return error.code if isinstance(error.code, int) else 0
+        sys.stderr.write(f"error: {place} exits while the run is set up\n")
+        watch.refuse()
+        return 2
     # A reward function is the user's, numbers and memory are the run's: the error names its cause.
     of_run = isinstance(error, FloatingPointError) or is_out_of_memory(error)
     known = of_run or isinstance(error, RewardError) or UNREACHED in str(error) or not watch.begun
-    full = disk_fault(error)
+    # What is refused before training has a line of its own, whatever the system said before it.
+    refused = isinstance(error, ValueError) and not watch.begun
+    full = watch.lock.lost() or (None if refused else disk_fault(error, watch.root))
     text = full or (mistake(error) if known else None)
     gone = text is None and is_of_another_rank(error)
     if gone:
@@ -53,12 +62,23 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
         trace = "".join(traceback.format_exception(error))
         sys.stderr.write("\n".join(printable(line) for line in trace.split("\n")))
     if text is not None:
-        sys.stderr.write(f"error: {printable(text)}\n")
+        sys.stderr.write(f"error: {printable(shown(text))}\n")
         if not watch.begun:
             watch.refuse()
-    if advice := go_on(True):
+    if not watch.lock.lost() and (advice := go_on(True)):
         say(advice)
     return 1 if text is None or full or gone or of_run else 2
+
+
+def place_of_exit(error: SystemExit) -> str | None:
+    """File and line of a user's module that asks to exit; None if the parser or we do."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [frame.f_globals.get("__name__", "") for frame in frames]
+    # the function `exit` of Python is a frame of its own
+    last = max((i for i, name in enumerate(modules) if name != "_sitebuiltins"), default=-1)
+    if last < 0 or modules[last].partition(".")[0] in EXITING:
+        return None
+    return f"{frames[last].f_code.co_filename}:{frames[last].f_lineno}"
 
 
 def stopped(how: str, code: int, go_on: Callable[[bool], str]) -> int:

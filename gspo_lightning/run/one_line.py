@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from gspo_lightning.checkpoint.fingerprints import moved
 from gspo_lightning.checkpoint.io import disk_fault
+from gspo_lightning.run.terminal_log import shown
 
 LONGEST = 400  # characters of an error line; beyond come dumps of whole configs
 
@@ -51,7 +52,7 @@ class OneLineParser(LightningArgumentParser):
         message = self._name_the_unknown(message, getattr(ex, "subcommand_parser", None) or self)
         if not self.exit_on_error:
             super().error(message, ex)
-        sys.stderr.write(f"error: {printable(condense(message))}\n")
+        sys.stderr.write(f"error: {printable(shown(condense(message)))}\n")
         sys.exit(2)
 
     def validate(self, namespace: Any, *args: Any, **kwargs: Any) -> None:
@@ -291,11 +292,13 @@ def quiet() -> Iterator[None]:
         return not _CHATTER.match(record.getMessage())
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        sys.stderr.write(f"warning: {printable(' '.join(str(message).split()))}\n")
+        sys.stderr.write(f"warning: {printable(shown(' '.join(str(message).split())))}\n")
 
     def end(arguments: threading.ExceptHookArgs) -> None:
         # TensorBoard writes in a thread; its error is raised again where the thread is waited for.
-        if arguments.exc_value is None or disk_fault(arguments.exc_value) is None:
+        error = arguments.exc_value
+        of_events = isinstance(error, OSError) and "tfevents" in os.fsdecode(error.filename or "")
+        if error is None or (disk_fault(error) is None and not of_events):
             threading.__excepthook__(arguments)
 
     noisy = ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed")

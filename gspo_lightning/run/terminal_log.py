@@ -3,6 +3,8 @@
 Decides how a line gets there; of a bar that redraws itself the copy keeps its last state alone.
 """
 
+import contextlib
+import os
 import re
 import shlex
 import sys
@@ -21,6 +23,23 @@ _CONTROL = re.compile(
 )
 
 
+_start: list[str] = []  # the folder that a command was started in
+
+
+def begin_here() -> None:
+    """Note the working folder: from now on paths in it are shown as its user would type them."""
+    _start.clear()
+    with contextlib.suppress(OSError):  # it may have been removed
+        _start.append(os.getcwd().rstrip("/"))
+
+
+def shown(text: str) -> str:
+    """Text in which paths below the folder of the command begin there."""
+    for folder in filter(None, _start):
+        text = re.sub(rf"(?<![^\s'\"`=(,:]){re.escape(folder)}/(?=[^\s/])", "", text)
+    return text
+
+
 @rank_zero_only
 def say(text: str, stream: TextIO | None = None) -> None:
     """Print a line above whatever bars are drawn; the one way to the terminal.
@@ -28,7 +47,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
     Without a ``stream`` it goes to standard error: for what is no part of a result.
     """
     stream = stream or sys.stderr
-    tqdm.write(text, file=stream)
+    tqdm.write(shown(text), file=stream)
     stream.flush()  # who reads a pipe wants the line now
 
 
@@ -57,7 +76,8 @@ class TerminalLog:
                 setattr(sys, name, stream)
         self._streams.clear()
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a disk that is full refuses the rest once more
+                self._file.close()
             self._file = None
 
 
@@ -71,12 +91,11 @@ class _Copy:
     def write(self, text: str) -> int:
         written = self._stream.write(text)
         *lines, self._rest = (self._rest + text).split("\n")
-        for line in lines:
-            shown = _CONTROL.sub("", line.rstrip("\r").rpartition("\r")[2]).rstrip()
-            if shown and not self._file.closed:
-                self._file.write(shown + "\n")
-        if lines and not self._file.closed:
-            self._file.flush()  # a kill must not take the last lines, which say why it came
+        clean = (_CONTROL.sub("", line.rstrip("\r").rpartition("\r")[2]).rstrip() for line in lines)
+        with contextlib.suppress(OSError):  # a disk that is full must not keep lines from terminals
+            if not self._file.closed:
+                self._file.write("".join(f"{line}\n" for line in clean if line))
+                self._file.flush()  # a kill must not take the last lines, which say why it came
         return written
 
     def __getattr__(self, name: str) -> Any:

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import shutil
 from html import unescape
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from gspo_lightning.callbacks.report import (
     markdown_table,
     running_mean,
 )
+from gspo_lightning.checkpoint.io import CheckpointError
 from gspo_lightning.kl import MultiplicativeKL, ProportionalKL
 from gspo_lightning.metrics import CURVES
 from support.rollout_dummies import (
@@ -126,6 +128,10 @@ def test_a_horizon_too_short_for_the_rollout_is_refused_before_training(tmp_path
         (lambda: HFExport(path=""), "path must be a name inside the run folder"),
         (lambda: HFExport(path="../x"), "path must be a name inside the run folder"),
         (lambda: HFExport(best_path="/x"), "path must be a name inside the run folder"),
+        (
+            lambda: HFExport("a", monitor="val/x", best_path="./a"),
+            "best_path must differ from path",
+        ),
         (lambda: HFExport(mode="best"), "mode must be max or min, got 'best'"),
         (lambda: HFExport(every_n_rollouts=0), "every_n_rollouts must be >= 1, got 0"),
         (lambda: PredictionWriter(path="."), "path must be a name inside the run folder"),
@@ -306,11 +312,58 @@ def test_the_export_holds_the_final_policy(tmp_path):
     assert written == f"{module.policy.weight[0, 0].item():.9f}"
 
 
+def test_two_callbacks_cannot_write_to_one_place(tmp_path):
+    with pytest.raises(ValueError, match=r"path '\./a' is that of two callbacks"):
+        fit(tmp_path, [CurvePlot(path="./a"), HFExport("a")], num_rollouts=3)
+
+
+def test_an_export_replaces_a_link_and_not_what_it_leads_to(tmp_path):
+    """As in the cache of the hub, where a model's files are links to what others use, too."""
+    (tmp_path / "export").mkdir()
+    (tmp_path / "blob").write_text("weights of others")
+    (tmp_path / "export/weight.txt").symlink_to("../blob")
+    (tmp_path / "export/notes.md").write_text("mine")
+    (tmp_path / ".export.partial").mkdir()  # of an export that was killed
+    (tmp_path / ".export.partial/half").touch()
+    fit(tmp_path, [HFExport()], num_rollouts=3)
+    assert (tmp_path / "blob").read_text() == "weights of others"
+    assert not (tmp_path / "export/weight.txt").is_symlink()
+    assert sorted(os.listdir(tmp_path / "export")) == ["notes.md", "weight.txt"]
+    assert not list(tmp_path.glob(".*"))
+
+
+class ExportsNothing(RolloutDummy):
+    """As transformers does, with a line in the log, where it may not write."""
+
+    def export(self, path):
+        pass
+
+
+class ExportIsRefused(RolloutDummy):
+    def export(self, path):
+        raise PermissionError(13, "Permission denied", str(path / "weight.txt"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (ExportsNothing, "the model wrote no file"),
+        (ExportIsRefused, "permission denied; the check"),
+    ],
+)
+def test_an_export_that_fails_is_an_error(tmp_path, kind, reason):
+    with pytest.raises(
+        CheckpointError, match=f"export {tmp_path}/export was not written: {reason}"
+    ):
+        fit(tmp_path, [HFExport()], num_rollouts=3, module=kind())
+
+
 def test_the_export_has_a_period_of_its_own(tmp_path):
     seen = []
 
     class Spy(RolloutDummy):
         def export(self, path):
+            super().export(path)
             seen.append(self.trainer.fit_loop.total_batch_idx)
 
     fit(tmp_path, [HFExport(every_n_rollouts=2)], num_rollouts=5, module=Spy())
