@@ -171,7 +171,7 @@ def check_written(where: str, written: dict[str, Any]) -> None:
     for name in ("quantization_config", "auto_map"):
         if not isinstance(written.get(name) or {}, dict):
             raise ValueError(
-                f"{where}: {name} is {str(written[name])[:80]!r}, not an object; mend it, or take "
+                f"{where}: {name} is {repr(written[name])[:80]}, not an object; mend it, or take "
                 "it out where the weights are not quantized and have no code of their own"
             )
     for name in ("dtype", "torch_dtype"):
