@@ -23,7 +23,10 @@ if __name__ == "__main__" and sys.argv[1:] in (["--help"], ["-h"]):
 import os
 import signal
 
+from gspo_lightning.run import launch
+
 if __name__ == "__main__":
+    launch.refuse()  # the imports below read these variables
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # until `main` has handlers
         if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:  # as of nohup
             signal.signal(number, lambda number, _: os._exit(128 + number))

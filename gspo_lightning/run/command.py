@@ -35,6 +35,7 @@ from gspo_lightning.run import (
     early,
     ending,
     folder,
+    launch,
     lock,
     one_line,
     progress,
@@ -209,7 +210,11 @@ class GSPOCLI(LightningCLI):
         """Parse; Lightning's version warns when a program passes arguments, as tests do."""
         for path in config_files.config_paths(args):
             config_files.check_config_file(path)
-        self.config = parser.parse_args(config_files.nested_nulls(args))
+        try:
+            self.config = parser.parse_args(config_files.nested_nulls(args))
+        except (TypeError, AttributeError, LookupError, AssertionError, RecursionError) as error:
+            # The parser broke on what it was given: whatever is raised there is about a setting.
+            raise ValueError(f"config: cannot be read: {type(error).__name__}: {error}") from error
 
     def _set_seed(self) -> None:
         """Refuse what numpy would, with the name of the key."""
@@ -222,6 +227,8 @@ class GSPOCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before anything is loaded."""
         config = self.config[self.subcommand]
+        if config.trainer.default_root_dir is None:
+            raise ValueError("trainer.default_root_dir is null; give a folder, such as runs/mine")
         self.root = local_folder(config.trainer.default_root_dir)
         self.rehearsal = bool(config.trainer.fast_dev_run)
         trains = self.subcommand == "fit" and not self.rehearsal
@@ -230,6 +237,7 @@ class GSPOCLI(LightningCLI):
         path = config.get("ckpt_path")
         self.checkpoint = find_checkpoint(self.root, path and str(path))
         check_strategy(config.trainer)
+        start_checks.check_devices(config.trainer)
         if self.subcommand == "fit":
             start_checks.check_length(config.trainer)
         # Not kept in the config: a run that is continued with it should not be traced again.
@@ -279,7 +287,12 @@ class GSPOCLI(LightningCLI):
                 setattr(own, name, os.path.abspath(os.path.expanduser(path)))
         kwargs |= {"callbacks": callbacks, "plugins": plugins, "logger": logger}
         kwargs |= {"default_root_dir": str(self.root)}
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (TypeError, AttributeError, KeyError, RuntimeError) as error:
+            # Lightning's checks of its own options: whatever is raised there is about a setting.
+            raise ValueError(f"trainer: {type(error).__name__}: {error}") from error
+        launch.check_rank(trainer.world_size)
         start_checks.say_whom_it_waits_for(trainer)
         return trainer
 
@@ -402,6 +415,7 @@ def main(argv: list[str] | None = None) -> int:
         text, watch, partial(where_to_go_on, argv, watch.root)
     )
     try:
+        launch.check_variables()
         with one_line.quiet():
             if argv[:1] == ["replay"]:
                 return resolve_name(TOOLS["replay"])(argv[1:])

@@ -4,6 +4,7 @@ Decides which errors a user can mend and how they are worded.
 """
 
 import os
+import re
 import sys
 import threading
 import traceback
@@ -128,6 +129,14 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
+def from_a_checkpoint(error: BaseException) -> bool:
+    """Whether something broke on what a checkpoint holds; a refusal of ours says so itself."""
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    restoring = any("checkpoint_connector" in name for name in frames)
+    refused = isinstance(error, MISTAKES) and "gspo_lightning" in frames[-1]
+    return restoring and isinstance(error, Exception) and not refused
+
+
 def mistake(error: BaseException) -> str | None:
     """The line for an error that a user can mend, None for one that is ours."""
     text = str(error)
@@ -139,6 +148,10 @@ def mistake(error: BaseException) -> str | None:
         return f"{text[:LONGEST]}; set model.init_args.policy to what it was made with"
     if is_unlogged(error):
         return " ".join(text.split())  # whole: it lists what there is
+    if from_a_checkpoint(error):
+        line = re.sub(r"<.* at 0x\w+>", "an object", (text.splitlines() or [""])[0])
+        said = f"{type(error).__name__}: {line[:200]}"
+        return f"ckpt_path: the checkpoint holds what no run of this config wrote: {said}"
     if UNREACHED in text:
         return (
             "trainer.strategy: no text reaches some of the policy's weights (those for pictures, "

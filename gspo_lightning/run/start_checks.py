@@ -27,11 +27,15 @@ def check_checkpoint(path: Path, module: Any) -> None:
             f"ckpt_path: {path} holds more than plain values and tensors, such as code, so it is "
             f"not loaded; {way_out}"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # any, from a file that is made to break its reader
+        line = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"ckpt_path: cannot read {path}: {line}; {way_out}") from error
-    if not isinstance(found, dict) or not {"state_dict", "loops"} <= found.keys():
+    whole = isinstance(found, dict) and {"state_dict", "loops"} <= found.keys()
+    if not whole or not all(isinstance(found[key], dict) for key in ("state_dict", "loops")):
         raise ValueError(f"ckpt_path: {path} is no checkpoint of a training run; {way_out}")
+    for name, value in found["state_dict"].items():
+        if not isinstance(value, torch.Tensor) and not str(name).endswith("_extra_state"):
+            raise ValueError(f"ckpt_path: {path}: {name} of its weights is no tensor; {way_out}")
     key = getattr(module, "checkpoint_key", None)
     if key is not None and key not in found:
         raise ValueError(
@@ -72,6 +76,19 @@ def check_interval(trainer: Any) -> None:
             f"trainer.val_check_interval is {interval}, the run has {len(batches)} batches; lower "
             "it, or set trainer.check_val_every_n_epoch to null"
         )
+
+
+def check_devices(config: Any) -> None:
+    """Raise ValueError for a list of devices that no machine has."""
+    if not isinstance(config.devices, list):
+        return
+    if config.accelerator == "cpu":
+        raise ValueError(
+            f"trainer.devices is {config.devices}: a CPU has no devices to choose from; give the "
+            "number of processes"
+        )
+    if len({*config.devices}) < len(config.devices):
+        raise ValueError(f"trainer.devices names a device twice, got {config.devices}")
 
 
 def check_seed(seed: Any) -> None:
