@@ -10,7 +10,7 @@ COMPILE := $(PY) -m compileall -qq -j 0 $(VENV)/lib
 # The demo's model is so small that a second thread costs more than it computes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-core test-fast models kills lint format clean
+.PHONY: demo test test-core test-fast models lightning kills lint format clean
 
 demo: $(VENV)/demo.stamp  ## train the embedded default to a rising reward
 	$(PY) train.py fit --config configs/arithmetic.yaml --trainer.default_root_dir $(RUN)
@@ -26,6 +26,9 @@ test-fast: $(VENV)/dev.stamp  ## without the tests marked slow
 
 models: $(VENV)/dev.stamp  ## try every type of model anew and write docs/models.md
 	cd tests && PYTHONPATH=.. $(abspath $(PY)) -m support.model_types --write
+
+lightning: $(VENV)/dev.stamp  ## write docs/lightning.md anew from its table
+	cd tests && PYTHONPATH=.. $(abspath $(PY)) -m support.lightning_table --write
 
 kills: $(VENV)/dev.stamp  ## kill runs of ten more configurations and continue them
 	$(PY) -m pytest -q -n 2 --dist worksteal -m "slow or kills" tests/checkpoint/test_crash.py

@@ -10,8 +10,8 @@ Later --config files and command-line options win over earlier ones. Every optio
 stands in the config; `python train.py fit --help` lists them, `--print_config` shows what a run
 would use. --ckpt_path is `last` (newest checkpoint of the run folder trainer.default_root_dir),
 `auto` (the same, or a fresh start), `best` (by what RolloutCheckpoint monitors) or a file.
-SIGTERM and Ctrl-C finish the rollout and save; once more stops at once. GSPO_TRACEBACK=1 shows
-where an error came from.
+SIGTERM, SIGHUP and Ctrl-C finish the rollout and save; once more stops at once. GSPO_TRACEBACK=1
+shows where an error came from.
 """
 
 import sys
@@ -23,9 +23,13 @@ if __name__ == "__main__" and sys.argv[1:] in (["--help"], ["-h"]):
 import os
 import signal
 
+from gspo_lightning.run import launch
+
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT):  # until `main` has handlers of its own
-        signal.signal(number, lambda number, _: os._exit(128 + number))
+    launch.refuse()  # the imports below read these variables
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # until `main` has handlers
+        if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:  # as of nohup
+            signal.signal(number, lambda number, _: os._exit(128 + number))
 
 from gspo_lightning.run.command import main
 from gspo_lightning.run.ending import leave

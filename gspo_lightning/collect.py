@@ -22,7 +22,6 @@ from gspo_lightning.masked import masked_mean
 from gspo_lightning.old_logprobs import OldLogProbs
 from gspo_lightning.rewards.failed import score_or_keep
 from gspo_lightning.rewards.terms import RewardTerm, overlong_penalty
-from gspo_lightning.rewards.time_limit import TimeLimit
 from gspo_lightning.rollout import PromptBatch, Rollout, Samples, join_samples
 from gspo_lightning.sampling import Sampler
 from gspo_lightning.step import Step
@@ -132,8 +131,9 @@ class Collector:
         with step.clock.timed("reward"):
             lengths, finished = samples.mask.sum(1).cpu(), samples.finished.cpu()
             # Whitening learns from the first draw alone: later prompts were chosen by their reward.
+            seed, learn = step.seed(f"reward/{draw}"), draw == 0
             rewards, parts, counts = score_or_keep(
-                self.rewards, samples, self.failed, learn=draw == 0, reduce=step.ranks.sum
+                self.rewards, samples, self.failed, seed=seed, learn=learn, reduce=step.ranks.sum
             )
             if self.overlong_ramp is not None:
                 limit = self.sampler.max_new_tokens
@@ -147,18 +147,18 @@ class Collector:
         return rewards, parts
 
     def rewards_apart(self, step: Step) -> bool:
-        """Whether rewards come from elsewhere: another device, or the process of a ``TimeLimit``.
+        """Whether rewards come from elsewhere: another device or process, or over the network.
 
         Not where whitening sums over ranks: this thread has sums of its own, and the two would meet
         in another order on each rank.
         """
         if step.ranks.count > 1 and any(term.whiten for term in self.rewards.values()):
             return False
-        processes = any(isinstance(term.fn, TimeLimit) for term in self.rewards.values())
+        elsewhere = any(term.waits for term in self.rewards.values())
         places = [d for key, d in self.frozen.devices.items() if key.startswith("model.rewards")]
         # A reward model on the policy's device would want memory while the policy does.
         return self.frozen.apart("model.rewards") or (
-            processes and self.frozen.policy_device not in places
+            elsewhere and self.frozen.policy_device not in places
         )
 
     def estimate(

@@ -107,7 +107,7 @@ class Evaluator(torch.nn.Module):
         for kind, sampler in samplers.items():
             samples = sampler.sample(policy, batch, seed=seed)
             texts = samples.texts, samples.special_texts
-            scores = score(self.terms, samples.rows, texts[0], special=texts[1])
+            scores = score(self.terms, samples.rows, texts[0], special=texts[1], seed=seed)
             if self.settings.correct is not None:
                 right = (scores.parts[self.settings.correct] >= self.settings.threshold).float()
                 self.means.update(f"accuracy_{kind}", right)

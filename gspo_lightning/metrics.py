@@ -5,8 +5,7 @@ and minimum.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,18 +23,6 @@ CURVES = (
     "kl_coef",
     "avg_response_length",
 )
-
-
-def monitored(owner: str, name: str, figures: Mapping[str, Any]) -> float:
-    """The figure of a validation that a callback watches.
-
-    Raises:
-        ValueError: If the validation has no such figure, naming ``owner``.
-    """
-    if name not in figures:
-        there = sorted(key for key in figures if key.startswith("val/"))
-        raise ValueError(f"{owner}.monitor {name!r} is no figure of the validation; it has {there}")
-    return float(figures[name])
 
 
 def pass_at_k(num_samples: Tensor, num_correct: Tensor, k: int) -> Tensor:

@@ -21,6 +21,7 @@ from gspo_lightning.evaluation import Evaluation, Evaluator, describe
 from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel, check_reference
 from gspo_lightning.guards.faults import Faults
 from gspo_lightning.guards.health import Health
+from gspo_lightning.guards.ignored import check_trainer
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED, TOKENS, Sizes
 from gspo_lightning.guards.trainer import check_batch, check_data, leave_out_noise
 from gspo_lightning.kl import check_loss_kind
@@ -287,6 +288,11 @@ class GSPOModule(LightningModule):
 
     # --- Lightning's hooks around training -----------------------------------------------------
 
+    def configure_callbacks(self) -> list[Any]:
+        """Refuse, in the first hook there is, what Lightning would leave out or do wrongly here."""
+        check_trainer(self.trainer, self)
+        return []
+
     def setup(self, stage: str) -> None:
         """Check what can be checked before anything is loaded, then load the frozen models."""
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything set
@@ -379,7 +385,8 @@ class GSPOModule(LightningModule):
 
     @property
     def _num_rollouts(self) -> int | None:
-        return getattr(self.trainer.datamodule, "num_rollouts", None)  # type: ignore[attr-defined]
+        rollouts = getattr(self.trainer.datamodule, "num_rollouts", None)  # type: ignore[attr-defined]
+        return rollouts and rollouts * max(1, self.trainer.max_epochs or 1)
 
     def teardown(self, stage: str) -> None:
         """Let the frozen models and the processes of reward functions go."""

@@ -77,6 +77,13 @@ class RolloutTally(RolloutMetrics):
             ("policy/ratio",),
         )
 
+    @property
+    def names(self) -> set[str]:
+        """Full names of all that a rollout can have, of which one that does not apply is absent."""
+        names = {name for name in self.places if "/" in name} | {*SPREADS.values()}
+        names |= {f"{name}_{end}" for name in self.extremes for end in ("min", "max")}
+        return names | {"reward/group_std", "critic/explained_variance"}
+
     def count_samples(
         self, samples: Samples, rewards: Tensor, counts: Mapping[str, float] | None = None
     ) -> None:

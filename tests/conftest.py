@@ -3,15 +3,17 @@
 import os
 from collections import Counter
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may download
+os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that tests start: no test may download
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import huggingface_hub.constants
 import pytest
 import torch
 
 from support.repository import ROOT
 from support.tiny_models import build_model, build_rollout, build_tokenizer
 
+huggingface_hub.constants.HF_HUB_OFFLINE = True  # pytest's settings have it imported before
 torch.set_num_threads(1)  # the same sums in the same order on every machine
 
 

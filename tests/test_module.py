@@ -355,10 +355,13 @@ def test_a_non_finite_reward_stops_with_the_name_of_the_term(tmp_path, model_dir
         run(tmp_path, model_dir, rewards=rewards)
 
 
-def test_learning_rate_schedule_moves_once_per_rollout(tmp_path, model_dir):
+def test_learning_rate_schedule_moves_once_per_rollout_of_all_epochs(tmp_path, model_dir):
     keep = Outputs()
     config = OptimizerConfig(learning_rate=0.01, schedule="linear", warmup=2)
-    run(tmp_path, model_dir, 4, [keep], optimizer=config, num_minibatches=4)
+    module = make_module(model_dir, optimizer=config, num_minibatches=4)
+    path = write_prompts(tmp_path / "prompts.jsonl")
+    data = PromptData(str(path), prompts_per_rollout=4, num_rollouts=2)
+    make_trainer(tmp_path, callbacks=[keep], max_epochs=2).fit(module, data)
     rates = [outputs["metrics"]["optim/learning_rate"] for outputs in keep.all]
     assert rates == pytest.approx([0.005, 0.01, 0.01, 0.005])
 

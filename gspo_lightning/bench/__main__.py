@@ -6,6 +6,7 @@ python -m gspo_lightning.bench --quick                does it run at all? half a
 python -m gspo_lightning.bench scaling                curves over group, prompt, completion, batch
 python -m gspo_lightning.bench loss                   log-probs against full logits
 python -m gspo_lightning.bench checkpoint             seconds to write a checkpoint and to go on
+python -m gspo_lightning.bench memory                 memory, files and threads over 500 rollouts
 
 A case is MODEL/PROMPT/LENGTH/GROUP, `/kl` behind it for a reference policy: the model's size (S, M,
 0.6B), the longest prompt in tokens (the shortest is 5/8 of it), `geo` for completions whose lengths
@@ -22,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gspo_lightning.bench import cases, parts, scaling, worker
+from gspo_lightning.bench import cases, memory, parts, scaling, worker
 from gspo_lightning.bench.report import Run, report
 from gspo_lightning.run.terminal_log import say
 
@@ -69,6 +70,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parts.add_loss_arguments(loss)
     checkpoint = command("checkpoint", parts.checkpoint, "seconds to write one, to go on from it")
     parts.add_checkpoint_arguments(checkpoint)
+    text = "memory, open files and threads over a long run of small rollouts"
+    memory.add_arguments(command("memory", memory.memory, text))
     worker.add_arguments(command("worker", worker.print_run, "one run, JSON on the last line"))
     known = {"-h", "--help", *commands.choices}
     return parser.parse_args(argv if argv and argv[0] in known else ["compare", *argv])

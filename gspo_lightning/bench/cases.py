@@ -124,6 +124,11 @@ def one_run(case: Case, name: str, options: argparse.Namespace) -> Run:
 
 def in_process(arguments: list[str], threads: int) -> dict[str, Any]:
     """Run Python with these arguments and read the JSON object of its last line."""
+    return json.loads(output_of(arguments, threads).splitlines()[-1])
+
+
+def output_of(arguments: list[str], threads: int) -> str:
+    """What Python prints with these arguments; BenchError if it fails, after what it said."""
     limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command, environment = [sys.executable, *arguments], os.environ | limits | offline
@@ -131,7 +136,7 @@ def in_process(arguments: list[str], threads: int) -> dict[str, Any]:
     if done.returncode:
         say(done.stdout + done.stderr)
         raise BenchError(f"{shlex.join(command)} ended with exit code {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
 
 
 def assets(case: Case, options: argparse.Namespace) -> tuple[Path, Path]:

@@ -7,8 +7,14 @@ The module hands over, as ``outputs`` of ``on_train_batch_end``, a dict with ``r
 (0-based), ``metrics`` by full name, ``lengths`` (B,) in tokens and ``ratios`` (B,).
 """
 
+import contextlib
+import gc
 import json
 import math
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,17 +22,15 @@ import numpy
 from lightning.pytorch import Callback
 
 from gspo_lightning.bounds import check_at_least
-from gspo_lightning.callbacks.report import draw_curves, markdown_table, plain, sample_rows
-from gspo_lightning.checkpoint.event_files import tensorboards
-from gspo_lightning.checkpoint.io import replacing
+from gspo_lightning.callbacks.loggers import log_picture, log_samples
+from gspo_lightning.callbacks.report import draw_curves, plain, sample_rows
+from gspo_lightning.checkpoint.event_files import goes_on_in_place
+from gspo_lightning.checkpoint.io import CheckpointError, describe, replacing
+from gspo_lightning.checkpoint.monitor import monitored
+from gspo_lightning.checkpoint.places import check_name, check_place
+from gspo_lightning.checkpoint.quoted import json_line
 from gspo_lightning.kl import KLRule, MultiplicativeKL
-from gspo_lightning.metrics import CURVES, monitored
-
-
-def check_file_name(path: str) -> None:
-    """Raise ValueError unless ``path`` names something inside the run folder."""
-    if not Path(path).name or Path(path).is_absolute() or ".." in Path(path).parts:
-        raise ValueError(f"path must be a name inside the run folder, got {path!r}")
+from gspo_lightning.metrics import CURVES
 
 
 def due(index: int, period: int | None) -> bool:
@@ -45,10 +49,73 @@ def is_rehearsal(trainer: Any) -> bool:
 
 def write_json_lines(file: Path, rows: list[dict[str, Any]]) -> None:
     """Append one line per row, in one write."""
-    lines = "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json_line(plain(row)) for row in rows)
     with file.open("a", encoding="utf-8", newline="\n") as stream:
         stream.write(lines)
+
+
+@contextlib.contextmanager
+def freeing() -> Iterator[None]:
+    """Free what was made inside, at its end.
+
+    The parts of a figure refer to each other: such rings, 10 MB each, would stay until Python looks
+    for rings everywhere, which is rare in a process with torch. Looking through the new objects
+    alone takes 15 ms.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.unfreeze()
+
+
+def check_free(trainer: Any, callback: Callback, path: str, folder: bool) -> None:
+    """Raise ValueError if something else is, or will be, where a callback is going to write."""
+    check_place(Path(trainer.default_root_dir), path, folder)
+    others = [other for other in trainer.callbacks if other is not callback]
+    taken = {getattr(other, name, None) for other in others for name in ("path", "best_path")}
+    if any(isinstance(name, str) and Path(name) == Path(path) for name in taken):
+        raise ValueError(f"path {path!r} is that of two callbacks; give each its own")
+
+
+def export_whole(pl_module: Any, root: Path, path: str) -> None:
+    """Export beside the folder and move in file by file, so that no file of it is ever half a file.
+
+    A link in the folder is replaced, not followed: its target may be a model that others use.
+
+    Raises:
+        CheckpointError: If the disk refuses, or the module writes nothing.
+    """
+    folder = root / path
+    beside = folder.with_name(f".{folder.name}.partial")
+    try:
+        if pl_module.global_rank == 0:
+            clear(beside)  # of an export that was killed
+        pl_module.export(beside)  # on every rank: a sharded policy is gathered from all
+        if pl_module.global_rank == 0:
+            files = [file for file in beside.rglob("*") if not file.is_dir()]
+            if not files:
+                raise CheckpointError(f"export {folder} was not written: the model wrote no file")
+            for file in files:
+                target = folder / file.relative_to(beside)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"export {folder} was not written: {describe(error, folder)}; the checkpoints written "
+            "before are intact"
+        ) from error
+    finally:
+        if pl_module.global_rank == 0:
+            clear(beside)
+
+
+def clear(folder: Path) -> None:
+    """Remove a folder, or a link to one, if it is there and may be removed."""
+    if os.path.islink(folder):
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class AdaptiveKL(Callback):
@@ -124,7 +191,7 @@ class AdaptiveKL(Callback):
 
 
 class CurvePlot(Callback):
-    """Draw the eight curves as one picture: a PNG in the run folder and an image in TensorBoard.
+    """Draw the eight curves as one picture: a PNG in the run folder, an image in the logger.
 
     The points are part of the checkpoint, so a resumed run draws the whole run.
 
@@ -135,10 +202,15 @@ class CurvePlot(Callback):
 
     def __init__(self, every_n_rollouts: int = 10, path: str = "curves.png") -> None:
         check_at_least(1, every_n_rollouts=every_n_rollouts)
-        check_file_name(path)
+        check_name(path)
         self.every_n_rollouts, self.path = every_n_rollouts, path
         self.points: dict[str, list[list[float]]] = {name: [] for name in CURVES}
         self._drawn = 0
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse a place that is taken, before any model is loaded."""
+        if stage == "fit":
+            check_free(trainer, self, self.path, folder=False)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
         for name, points in self.points.items():
@@ -162,6 +234,10 @@ class CurvePlot(Callback):
         self._drawn = index + 1
         if not trainer.is_global_zero or not any(self.points.values()) or is_rehearsal(trainer):
             return
+        with freeing():
+            self._draw(trainer, pl_module, index)
+
+    def _draw(self, trainer: Any, pl_module: Any, index: int) -> None:
         rules = [c.rule for c in trainer.callbacks if isinstance(c, AdaptiveKL)]
         figure = draw_curves(
             self.points,
@@ -172,10 +248,7 @@ class CurvePlot(Callback):
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as new:  # who watches the picture never sees half of it
             figure.savefig(new, format="png")
-        # An image of pixels, not add_figure: that imports pyplot and its global state.
-        pixels = numpy.asarray(figure.canvas.buffer_rgba())[..., :3]
-        for logger in tensorboards(trainer):
-            logger.experiment.add_image("curves", pixels, index, dataformats="HWC")
+        log_picture(trainer, "curves", numpy.asarray(figure.canvas.buffer_rgba())[..., :3], index)
 
 
 class SampleTable(Callback):
@@ -183,12 +256,13 @@ class SampleTable(Callback):
 
     The first rows of the rollout are taken: rows of a group are neighbours, so a group stands
     together, and the choice does not depend on what was sampled. On resume the lines of rollouts
-    that will run again are dropped, so the file equals that of a run that was never stopped.
+    that will run again are dropped, so the file equals that of a run that was never stopped; lines
+    that were lost or damaged meanwhile are counted in a warning.
 
     Args:
         every_n_rollouts: Period of ``samples.jsonl``, in rollouts.
         num_samples: Completions per rollout.
-        text_every_n_rollouts: Period of the TensorBoard text, in rollouts; ``None`` writes none.
+        text_every_n_rollouts: Period of the table in the logger, in rollouts; ``None`` writes none.
     """
 
     def __init__(
@@ -205,6 +279,7 @@ class SampleTable(Callback):
         )
         self.every_n_rollouts, self.num_samples = every_n_rollouts, num_samples
         self.text_every_n_rollouts = text_every_n_rollouts
+        self.lines = 0  # in the file, of this run
 
     @staticmethod
     def file(trainer: Any) -> Path:
@@ -212,14 +287,33 @@ class SampleTable(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         file = self.file(trainer)
-        if not trainer.is_global_zero or not file.exists() or is_rehearsal(trainer):
+        if not trainer.is_global_zero or is_rehearsal(trainer):
             return
+        file.parent.mkdir(parents=True, exist_ok=True)
         done = trainer.fit_loop.total_batch_idx + 1
-        with file.open("rb") as old, replacing(file) as new:
-            for line in old:
-                # A kill may have cut the last line off.
-                if line.endswith(b"\n") and json.loads(line)["rollout"] < done:
-                    new.write(line)
+        written, self.lines, unreadable = self.lines, 0, 0
+        if file.exists():
+            with file.open("rb") as old, replacing(file) as new:
+                for line in old:
+                    # A kill may have cut the last line off.
+                    rollout = rollout_of(line) if line.endswith(b"\n") else done
+                    unreadable += rollout is None
+                    if rollout is not None and rollout < done:
+                        new.write(line)
+                        self.lines += 1
+        lost = max(0, written - self.lines) if done and goes_on_in_place(trainer) else 0
+        if lost or unreadable:
+            warnings.warn(
+                f"{file}: {unreadable} lines could not be read and were left out; of the {written} "
+                f"written up to rollout {done} {lost} are missing",
+                stacklevel=2,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lines": self.lines}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.lines = state_dict["lines"]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
         index = outputs["index"]
@@ -230,9 +324,23 @@ class SampleTable(Callback):
         samples = sample_rows(outputs, pl_module.policy.tokenizer, self.num_samples)
         if lines_due:
             write_json_lines(self.file(trainer), samples)
+            self.lines += len(samples)
         if text_due:
-            for logger in tensorboards(trainer):
-                logger.experiment.add_text("samples", markdown_table(samples), index)
+            log_samples(trainer, samples, index)
+
+
+def rollout_of(line: bytes) -> int | None:
+    """The 0-based rollout that a line of samples is of; None if it is no such line.
+
+    >>> rollout_of(b'{"rollout": 3}'), rollout_of(b"{}"), rollout_of(b"junk")
+    (3, None, None)
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    rollout = row.get("rollout") if isinstance(row, dict) else None
+    return rollout if type(rollout) is int else None
 
 
 class HFExport(Callback):
@@ -259,25 +367,32 @@ class HFExport(Callback):
         mode: Literal["max", "min"] = "max",
         best_path: str = "export_best",
     ) -> None:
-        check_file_name(path)
-        check_file_name(best_path)
+        check_name(path)
+        check_name(best_path)
         check_at_least(1, every_n_rollouts=every_n_rollouts)
         if mode not in ("max", "min"):
             raise ValueError(f"mode must be max or min, got {mode!r}")
+        if monitor is not None and Path(path) == Path(best_path):
+            raise ValueError(f"best_path must differ from path, got {path!r} for both")
         self.path, self.every_n_rollouts = path, every_n_rollouts
         self.monitor, self.mode, self.best_path = monitor, mode, best_path
         self.best: float | None = None
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse a place that is taken, before any model is loaded."""
+        for path in (self.path, self.best_path) if stage == "fit" else ():
+            check_free(trainer, self, path, folder=True)
+
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if self.monitor is None or trainer.state.fn != "fit" or is_rehearsal(trainer):
             return
-        value = monitored("HFExport", self.monitor, trainer.callback_metrics)
+        value = monitored(self, trainer.callback_metrics)
         if trainer.sanity_checking or math.isnan(value):
             return
         sign = 1 if self.mode == "max" else -1
         if self.best is None or sign * value > sign * self.best:
             self.best = value
-            pl_module.export(Path(trainer.default_root_dir) / self.best_path)
+            export_whole(pl_module, Path(trainer.default_root_dir), self.best_path)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.monitor is None else {"monitor": self.monitor, "best": self.best}
@@ -291,8 +406,8 @@ class HFExport(Callback):
             self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        if not is_rehearsal(trainer):  # on every rank: a sharded policy is gathered from all
-            pl_module.export(Path(trainer.default_root_dir) / self.path)
+        if not is_rehearsal(trainer):
+            export_whole(pl_module, Path(trainer.default_root_dir), self.path)
 
 
 class PredictionWriter(Callback):
@@ -306,7 +421,7 @@ class PredictionWriter(Callback):
     """
 
     def __init__(self, path: str = "predictions.jsonl") -> None:
-        check_file_name(path)
+        check_name(path)
         self.path = path
 
     def file(self, trainer: Any) -> Path:
@@ -316,6 +431,7 @@ class PredictionWriter(Callback):
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         self.file(trainer).unlink(missing_ok=True)
+        self.file(trainer).parent.mkdir(parents=True, exist_ok=True)
 
     def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
         write_json_lines(self.file(trainer), outputs)

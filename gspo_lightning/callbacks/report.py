@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gspo_lightning.checkpoint.quoted import markdown
 from gspo_lightning.metrics import CURVES
 
 # Title and unit of each curve.
@@ -24,9 +25,6 @@ PANELS = {
     "avg_response_length": ("Response length", "tokens, mean"),
 }
 LIGHT, DARK, RED = "#8fb4d9", "#1f5a96", "#c8553d"
-MARKUP = "&<>\"'|*_`[]()\\~#$!\n\r\t"  # characters that mean something in HTML, Markdown or TeX
-SIGNS = {chr(code): chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\r\t"}
-SIGNS |= dict.fromkeys(map(chr, range(0x7F, 0xA0)), "\ufffd")
 
 # Key of a metric, its word, its format; in the order of a line.
 ROLLOUT_LINE = (
@@ -169,7 +167,7 @@ def markdown_table(samples: list[dict[str, Any]], longest: int = 400) -> str:
         values = {**sample, **sample["parts"]}
         cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in map(values.get, numbers)]
         table.append([*texts, *cells])
-    head, *lines = ("| " + " | ".join(map(escape, cells)) + " |" for cells in table)
+    head, *lines = ("| " + " | ".join(map(markdown, cells)) + " |" for cells in table)
     return "\n".join([head, "|" + " --- |" * len(table[0]), *lines])
 
 
@@ -183,17 +181,6 @@ def shortened(text: str, longest: int) -> str:
         return text
     half = (longest - 3) // 2
     return f"{text[:half]} … {text[-half:]}"
-
-
-def escape(text: str) -> str:
-    r"""Text as it stands, for Markdown and HTML: neither may read a model's output as markup.
-
-    Control characters, which Markdown uses inside, are shown as signs of their own.
-
-    >>> escape("<b>|*"), escape("\x1b[1m\x00")
-    ('&#60;b&#62;&#124;&#42;', '␛&#91;1m␀')
-    """
-    return "".join(f"&#{ord(char)};" if char in MARKUP else SIGNS.get(char, char) for char in text)
 
 
 def rollout_line(metrics: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 Decides what `--ckpt_path` means.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -71,8 +72,8 @@ def find_checkpoint(folder: str | Path, choice: str | None) -> Path | None:
                 "fresh start, or name the run with --trainer.default_root_dir"
             )
         return newest
-    path = _best(folder) if choice == "best" else Path(choice)
-    if not path.exists():
+    path = _best(folder) if choice == "best" else Path(choice).expanduser().absolute()
+    if not os.path.exists(path):  # Path's own raises for a name that is too long
         raise ValueError(f"ckpt_path: no file {path}; use last, auto, best or an existing path")
     reason = damage(path)
     if reason is not None:

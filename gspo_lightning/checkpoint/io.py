@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,14 @@ _SEAL = re.compile(rb"gspo_lightning crc32 ([0-9a-f]{8})")
 _SEAL_BYTES = 29
 _CHUNK = 2**22  # bytes read at a time
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# what `torch.load` makes without running code, beside tensors; subclasses of them are code
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _DISK_FAULTS = (*_NO_ROOM, errno.EIO, errno.EROFS)
+# Of a path in the run folder these, too, are no error of the program's.
+_FOLDER_FAULTS = (
+    *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG, errno.ESTALE),
+)
 
 
 class CheckpointError(Exception):
@@ -82,6 +90,23 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
+def beyond_plain(value: Any, place: str = "") -> str | None:
+    """Where a value stands that :meth:`load_checkpoint` would refuse, and its type, if anywhere.
+
+    >>> beyond_plain({"best": [1.0, Path("a.ckpt")]}), beyond_plain({"best": [1.0, "a.ckpt"]})
+    ("['best'][1] is a PosixPath", None)
+    """
+    if isinstance(value, torch.Tensor) or type(value) in _PLAIN:
+        return None
+    if type(value) not in (dict, OrderedDict, list, tuple, set):
+        return f"{place or 'it'} is a {type(value).__name__}"
+    mapping = isinstance(value, dict)
+    inside = [(key, f"{place} key {key!r}") for key in value] if mapping else []
+    parts = value.items() if mapping else enumerate(value)
+    inside += [(part, f"{place}[{key!r}]") for key, part in parts]
+    return next(filter(None, (beyond_plain(part, where) for part, where in inside)), None)
+
+
 def read_without_tensors(key: str, path: str | Path, way_out: str = "give another") -> dict:
     """What a checkpoint of a training run holds, no tensor read: they are on the meta device.
 
@@ -104,11 +129,15 @@ def read_without_tensors(key: str, path: str | Path, way_out: str = "give anothe
             f"{key}: {path} holds more than plain values and tensors, such as code, so it is not "
             f"loaded; {way_out}"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # any, from a file that is made to break its reader
+        line = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"{key}: cannot read {path}: {line}; {way_out}") from error
-    if not isinstance(found, dict) or not {"state_dict", "loops"} <= found.keys():
+    whole = isinstance(found, dict) and {"state_dict", "loops"} <= found.keys()
+    if not whole or not all(isinstance(found[part], dict) for part in ("state_dict", "loops")):
         raise ValueError(f"{key}: {path} is no checkpoint of a training run; {way_out}")
+    for name, value in found["state_dict"].items():
+        if not isinstance(value, torch.Tensor) and not str(name).endswith("_extra_state"):
+            raise ValueError(f"{key}: {path}: {name} of its weights is no tensor; {way_out}")
     return found
 
 
@@ -218,8 +247,9 @@ def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
     ending = f"{os.getpid()}.tmp" if durable else "partial"
     hidden = path.name.replace("tfevents", "events")  # TensorBoard must not take both for curves
     beside = path.with_name(f".{hidden}.{ending}")
+    beside.unlink(missing_ok=True)
     try:
-        with beside.open("wb", buffering=2**20) as file:
+        with beside.open("xb", buffering=2**20) as file:  # x: follows no link
             yield file
             if durable:
                 file.flush()
@@ -252,21 +282,31 @@ def describe(error: OSError, path: Path) -> str:
     return f"{text} ({usage.free / 2**30:.1f} of {usage.total / 2**30:.1f} GiB free)"
 
 
-def disk_fault(error: BaseException) -> str | None:
+def disk_fault(error: BaseException, root: Path | None = None) -> str | None:
     """The line for an error that comes of a full or broken disk, None for any other.
 
     Libraries wrap what the system said, each in its own way, so causes are looked through.
 
+    Args:
+        error: What ended a run.
+        root: The run folder: in it, missing rights and files are faults of the disk, too.
+
     >>> disk_fault(OSError(errno.ENOSPC, "No space left on device", "runs/a/samples.jsonl"))
     'no space left on device: runs/a/samples.jsonl; the checkpoints written before are intact'
     >>> disk_fault(OSError(errno.ENOENT, "No such file or directory")) is None
+    True
+    >>> disk_fault(OSError(errno.EACCES, "Permission denied", "/r/a.png"), Path("/r"))
+    'permission denied: /r/a.png; the checkpoints written before are intact'
+    >>> disk_fault(OSError(errno.EACCES, "Permission denied", "/s/data"), Path("/r")) is None
     True
     """
     intact = "the checkpoints written before are intact"
     for cause in _causes(error):
         if isinstance(cause, CheckpointError):
             return str(cause)
-        if isinstance(cause, OSError) and cause.errno in _DISK_FAULTS:
+        inside = isinstance(cause, OSError) and root is not None and _is_in(cause.filename, root)
+        faults = (*_DISK_FAULTS, *_FOLDER_FAULTS) if inside else _DISK_FAULTS
+        if isinstance(cause, OSError) and cause.errno in faults:
             where = f": {cause.filename}" if cause.filename else ""
             return f"{(cause.strerror or str(cause)).lower()}{where}; {intact}"
         # safetensors, tokenizers: "... Os { code: 28, kind: StorageFull, message: ..."
@@ -274,6 +314,11 @@ def disk_fault(error: BaseException) -> str | None:
         if match and int(match[1]) in _DISK_FAULTS:
             return f"{os.strerror(int(match[1])).lower()}; {intact}"
     return None
+
+
+def _is_in(path: Any, folder: Path) -> bool:
+    named = isinstance(path, str | bytes | Path)
+    return named and Path(os.fsdecode(path)).absolute().is_relative_to(folder)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

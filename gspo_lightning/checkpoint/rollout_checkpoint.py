@@ -16,10 +16,16 @@ import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from gspo_lightning.bounds import check_at_least
-from gspo_lightning.checkpoint.event_files import cut_event_files, event_file_sizes
+from gspo_lightning.checkpoint import early_stops
+from gspo_lightning.checkpoint.event_files import (
+    cut_event_files,
+    event_file_sizes,
+    mark_event_files,
+)
 from gspo_lightning.checkpoint.files import (
     BEST,
     FOLDER,
@@ -28,9 +34,11 @@ from gspo_lightning.checkpoint.files import (
     numbered_files,
 )
 from gspo_lightning.checkpoint.fingerprints import collect, differences, refuse_changes
-from gspo_lightning.checkpoint.io import AtomicCheckpointIO, replacing
+from gspo_lightning.checkpoint.io import AtomicCheckpointIO, beyond_plain, replacing
+from gspo_lightning.checkpoint.monitor import monitored
+from gspo_lightning.checkpoint.places import check_shared, local_folder
 from gspo_lightning.checkpoint.signals import StopSignals
-from gspo_lightning.metrics import monitored
+from gspo_lightning.checkpoint.tables import cut_tables, save_tables
 
 _TEMPORARY = re.compile(r"\..+\.(?:ckpt|yaml)\.\d+\.tmp")
 
@@ -40,13 +48,13 @@ class RolloutCheckpoint(Checkpoint):
 
     A boundary is reached when a rollout's updates are done, every other callback has seen it, and
     the validation that is due after it is finished. One Lightning batch is one rollout; for
-    modules that step on every batch (`SFTModule`) the unit is the batch. A run that a signal stops
-    saves, whatever the period.
+    modules that step on every batch (`SFTModule`) the unit is the batch. A run that is stopped, by
+    a signal or by `trainer.should_stop`, saves whatever the period; all ranks stop together.
 
     Args:
         every_n_rollouts: Save when the number of completed rollouts is a multiple of this.
         keep_last: Newest files to keep, at least 1.
-        save_at_end: Also save after the last rollout of an epoch and when training is stopped.
+        save_at_end: Also save after the last rollout of an epoch.
         monitor: A validation figure, such as `val/accuracy_sampled`: the checkpoints with the best
             ones are kept, too, and a new best one is saved whether or not a period ends;
             `--ckpt_path best` finds the best of them. None keeps no best one. The evaluation
@@ -84,18 +92,32 @@ class RolloutCheckpoint(Checkpoint):
         self._marks: dict[str, Any] = {}
         self._validates = False  # whether a run that is not stopped validates now
         self._awaits_validation = False
-        self._saving = False
+        self._saving = self._ended = False
+        self._saved = (0, False)  # rollouts of the newest one, and whether the run was stopping
+        self._left_out: set[str] = set()  # callbacks whose state no checkpoint can hold
         self._resumed = False
         self._over = False  # whether the checkpoint has reached `max_steps`
-        self._max_steps: int | None = None  # the limit while it is lifted
+        self._stops = False  # whether the run is to stop where it begins
+        self.lifted_max_steps: int | None = None  # the limit while it is lifted
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """See to it that files are written whole, also in a program that says nothing of it."""
+        """See to it that files are written whole, all of them in one folder that stays the same."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        # Last of all: another callback that saves would count this rollout only after its state has
+        # been saved here, and a resumed run would not know of its file.
+        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]  # Lightning iterates over the old list
+        root = local_folder(trainer.default_root_dir)
+        # Lightning keeps a relative path as it is; a reward may change the working folder.
+        trainer._default_root_dir = str(root)  # type: ignore[attr-defined]
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            check_shared(trainer, root)
+            mark_event_files(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Save now, or leave it to the validation that is about to run."""
+        agree_to_stop(trainer)
         due, self._validates = self._is_due(trainer), _validation_follows(trainer)
         self._awaits_validation = due and self._validates
         if due and not self._validates:
@@ -104,37 +126,89 @@ class RolloutCheckpoint(Checkpoint):
             # Lightning validates once more before a stop; whoever signals does not wait so long.
             trainer.fit_loop.epoch_loop._skip_next_val = True
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save before a validation that a stop brings, where the stop came too late for a hook."""
+        if trainer.state.fn == "fit" and trainer.should_stop and not self._validates:
+            self._save_once(trainer)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the boundary whose validation has just been completed."""
         if trainer.state.fn != "fit":
             return
+        agree_to_stop(trainer)
         figure = math.nan
         if self.monitor is not None:
-            figure = monitored("RolloutCheckpoint", self.monitor, trainer.callback_metrics)
+            figure = monitored(self, trainer.callback_metrics)
         due, self._awaits_validation = self._awaits_validation, False
         validates, self._validates = self._validates, False
         if not validates or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return  # before training, or brought about by a stop: an unstopped run has it not
         best = self._enters_best(figure, trainer.fit_loop.total_batch_idx + 1)
-        if due or best or _stopped_by_signal(trainer):
+        if due or best or _stops(trainer):
+            self._save(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        agree_to_stop(trainer)
+
+    on_train_epoch_end = on_train_epoch_start
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what no hook before has: the stop came from a later one, or in another way."""
+        agree_to_stop(trainer)
+        refused = trainer.fit_loop.total_batch_idx >= _done(trainer)  # a hook took no batch more
+        if trainer.should_stop or refused or not (trainer.is_last_batch or _at_limit(trainer)):
+            self._ended = True
+            self._save_once(trainer)
+            self._ended = False
+
+    def _save_once(self, trainer: Trainer) -> None:
+        """Save the last whole rollout, unless that has been done since the run began to stop."""
+        number = _done(trainer)
+        newest, stopping = self._saved
+        new = number > newest or (trainer.should_stop and not stopping)
+        if number and new and not in_pieces(trainer) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict) -> None:
         """Give every checkpoint the same loop counters, whether validation ran before it or not.
 
         From "after validation" Lightning asks the new configuration whether a validation is due,
-        and miscounts the logger's axis when it is not. So the counters are always those of "batch
-        end", one batch processed and not yet completed, from which a restart skips the validation.
+        and miscounts the logger's axis when it is not; from "end of training" it takes the epoch
+        for complete. So the counters are always those of "batch end", one batch processed and not
+        yet completed, from which a restart skips the validation.
         """
         if not self._saving:
             return
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        self._leave_out(checkpoint["callbacks"])
+        loops = checkpoint["loops"]["fit_loop"]
+        progress, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
+        counted = self._ended and progress["total"]["completed"] == progress["total"]["started"]
         for scope in ("total", "current"):
-            progress[scope]["completed"] = progress[scope]["ready"] - 1
+            done = progress[scope]["started"]
+            progress[scope] |= {"ready": done, "processed": done, "completed": done - 1}
+            epoch = epochs[scope]["ready"] - 1
+            epochs[scope] |= {"processed": epoch, "completed": epoch}
+        if counted and not trainer.fit_loop._should_accumulate():
+            loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+        checkpoint["epoch"] = epochs["current"]["processed"]
         checkpoint["rollouts"] = progress["total"]["ready"]
+        early_stops.note(trainer, checkpoint["callbacks"])
         checkpoint["event_files"] = event_file_sizes(trainer)
+        save_tables(trainer)
         self._marks = self._marks or collect(trainer, pl_module)
         checkpoint["fingerprints"] = self._marks
+
+    def _leave_out(self, states: dict[str, Any]) -> None:
+        """Take out the states of callbacks that could not be loaded: each would cost the file."""
+        for key, state in [*states.items()]:
+            if place := beyond_plain(state):
+                del states[key]
+                if key not in self._left_out:
+                    rank_zero_warn(
+                        f"{key.partition('{')[0]} begins anew when this run is continued: a "
+                        f"checkpoint holds plain values and tensors, and in its state {place}"
+                    )
+                self._left_out.add(key)
 
     def state_dict(self) -> dict[str, Any]:
         if self.monitor is None:
@@ -149,9 +223,8 @@ class RolloutCheckpoint(Checkpoint):
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a rehearsal leaves no files
             return False
-        at_limit = 0 <= trainer.max_steps <= trainer.global_step
-        ends = trainer.is_last_batch or trainer.should_stop or at_limit
-        if _stopped_by_signal(trainer) or (self.save_at_end and ends):
+        ends = trainer.is_last_batch or _at_limit(trainer)
+        if _stops(trainer) or (self.save_at_end and ends):
             return True
         return (trainer.fit_loop.total_batch_idx + 1) % self.every_n_rollouts == 0
 
@@ -166,7 +239,7 @@ class RolloutCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         """Write; a ``FloatingPointError`` on every rank if the weights are not finite on any."""
-        number = trainer.fit_loop.total_batch_idx + 1
+        number = _done(trainer)
         path = Path(trainer.default_root_dir, FOLDER, _file_name(number))
         # A finite gradient may still end in a NaN: by a learning rate too large for the type, or by
         # an optimizer's own state. Weights that nothing can be made of must not be the newest file.
@@ -183,6 +256,7 @@ class RolloutCheckpoint(Checkpoint):
             trainer.save_checkpoint(path, weights_only=False)  # False: optimizer state goes in, too
         finally:
             self._saving = False
+        self._saved = number, trainer.should_stop
         if trainer.is_global_zero:
             self._write_best(path.parent)
             # Keep later files: a run that goes on from before a damaged file has some.
@@ -214,10 +288,13 @@ class RolloutCheckpoint(Checkpoint):
             file = _file_name(checkpoint["rollouts"])
             refuse_changes(file, differences(checkpoint["fingerprints"], self._marks))
         self._resumed = True
+        self._saved = checkpoint["rollouts"], True
+        early_stops.keep_what_the_config_says(trainer, checkpoint["callbacks"])
         self._over = 0 <= trainer.max_steps <= checkpoint["global_step"]
         checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
         if trainer.is_global_zero:
             cut_event_files(trainer, checkpoint["event_files"], checkpoint["rollouts"])
+            cut_tables(trainer, checkpoint["rollouts"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove what a kill in the middle of a save left behind.
@@ -227,11 +304,13 @@ class RolloutCheckpoint(Checkpoint):
         """
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             _check_start(trainer)
+        """Remove what a kill in the middle of a save left behind."""
+        # Lift limits until training begins: Lightning would leave out the end of training, too,
+        # with what callbacks do there, and the run may have been killed just before it.
         if self._over:
-            # Lift the limit until training begins: Lightning would leave out the end of training,
-            # too, with what callbacks do there, and the run may have been killed just before it.
-            self._max_steps, self._over = trainer.max_steps, False
+            self.lifted_max_steps, self._over = trainer.max_steps, False
             trainer.fit_loop.epoch_loop.max_steps = -1
+        self._stops, trainer.should_stop = trainer.should_stop, False  # as of a Timer that is up
         folder = Path(trainer.default_root_dir, FOLDER)
         if trainer.is_global_zero and folder.is_dir():
             for path in folder.iterdir():
@@ -240,11 +319,15 @@ class RolloutCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle what depends on the new configuration, which is known only now."""
+        self._leave_out({c.state_key: c.state_dict() for c in trainer.callbacks})  # type: ignore[attr-defined]
+        trainer.should_stop |= self._stops or bool(early_stops.reasons(trainer))
+        agree_to_stop(trainer)
         if not self._resumed:
             return
         self._resumed = False
-        if self._max_steps is not None:
-            trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
+        if self.lifted_max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps = self.lifted_max_steps
+            self.lifted_max_steps = None
         folder = Path(trainer.default_root_dir, FOLDER)
         # Forget best checkpoints that are not here: a run may go on in another folder.
         self._best = [best for best in self._best if (folder / _file_name(best[1])).exists()]
@@ -295,6 +378,34 @@ def _check_start(trainer: Trainer) -> None:
             "fit(..., ckpt_path=gspo_lightning.checkpoint.find_checkpoint(FOLDER, 'last')), or "
             "start in another folder with Trainer(default_root_dir=NEW)"
         )
+
+
+def _done(trainer: Trainer) -> int:
+    """Whole rollouts at a boundary; `total_batch_idx` counts one that a hook has refused, too."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.started  # type: ignore[attr-defined]
+
+
+def in_pieces(trainer: Trainer) -> bool:
+    """Whether training has ended within a rollout: Lightning takes a StopIteration for an end."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress.total
+    return progress.processed < progress.started  # type: ignore[attr-defined]
+
+
+def _at_limit(trainer: Trainer) -> bool:
+    return 0 <= trainer.max_steps <= trainer.global_step
+
+
+def _stops(trainer: Trainer) -> bool:
+    """Whether the run ends here by somebody's decision, which a minimum may put off."""
+    return trainer.should_stop and trainer.fit_loop._can_stop_early
+
+
+def agree_to_stop(trainer: Trainer) -> None:
+    """Stop all ranks when a callback has stopped one: the others would wait for it for ever."""
+    if trainer.state.fn != "fit" or trainer.sanity_checking:
+        return
+    if trainer.strategy.reduce_boolean_decision(trainer.should_stop, all=False):
+        trainer.should_stop = True
 
 
 def _stopped_by_signal(trainer: Trainer) -> bool:

@@ -26,6 +26,7 @@ import yaml
 
 from gspo_lightning.compare.plan import RECORD, Arm, Plan, arms, merged, read_plan, settings
 from gspo_lightning.compare.report import Run, write_report
+from gspo_lightning.run.terminal_log import say
 
 PLACE = ("section", "algorithm", "updates", "seed")
 COLUMNS = {  # of the CSV: the figure of a rollout behind each
@@ -84,7 +85,7 @@ def run(plan: Plan, arm: Arm, root: Path) -> dict[str, Any]:
             environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
             code = subprocess.call(words, stdout=out, stderr=out, env=environment)
         if code:
-            said = log.read_text().strip().splitlines()[-1:]
+            said = log.read_text(errors="replace").strip().split("\n")[-1:]
             raise RuntimeError(f"{arm.name} failed: {' '.join(said)} (see {log})")
         if not record.exists():
             shutil.rmtree(folder)  # killed between its last checkpoint and its last evaluation
@@ -103,11 +104,11 @@ def run_all(plan: Plan, root: Path, jobs: int) -> dict[Arm, dict[str, Any]]:
                 arm = futures[future]
                 records[arm] = future.result()
                 last = records[arm]["validations"][-1]
-                print(
+                say(
                     f"[{len(records)}/{len(wanted)}, {time.monotonic() - begun:.0f} s] {arm.name}: "
                     f"greedy {last['val/accuracy_greedy']:.3f}, "
                     f"sampled {last['val/accuracy_sampled']:.3f}",
-                    flush=True,
+                    sys.stdout,
                 )
         except BaseException:
             pool.shutdown(cancel_futures=True)  # those that run go on to their end
@@ -157,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         plan = read_plan(options.plan)
         records = run_all(plan, Path(options.runs), options.jobs)
     except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     again = f"python -m gspo_lightning.compare {options.plan} --out {options.out}"
     write_report(out, plan, runs, again)
-    print(f"{out}.md, {out}.csv, {out}_SECTION.png")
+    say(f"{out}.md, {out}.csv, {out}_SECTION.png", sys.stdout)
     return 0
 
 

@@ -42,7 +42,10 @@ def prepare(kind: str, folder: Path) -> Any:
         The tokenizer that the trained model has.
     """
     shutil.rmtree(folder, ignore_errors=True)  # of a making that was broken off
-    tokenizer = AutoTokenizer.from_pretrained(TASK / "policy", model_max_length=POSITIONS)
+    options = {"trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(
+        TASK / "policy", model_max_length=POSITIONS, **options
+    )
     teach = _chat if kind == "chat" else _plain
     texts, shown = teach(tokenizer, _rows("demos")[-DEMOS:])
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +55,7 @@ def prepare(kind: str, folder: Path) -> Any:
         _write(folder / f"{name}.jsonl", prompts)
 
     torch.manual_seed(0)  # the embeddings of new tokens are drawn
-    model = AutoModelForCausalLM.from_pretrained(TASK / "policy")
+    model = AutoModelForCausalLM.from_pretrained(TASK / "policy", **options)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.max_position_embeddings = POSITIONS
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<eos>")]
@@ -60,7 +63,7 @@ def prepare(kind: str, folder: Path) -> Any:
     model.save_pretrained(folder / "start")
     tokenizer.save_pretrained(folder / "start")
     if kind == "base":  # SFT puts an end behind each text: here what the next one begins with
-        learner = AutoTokenizer.from_pretrained(folder / "start", eos_token="Q: ")
+        learner = AutoTokenizer.from_pretrained(folder / "start", eos_token="Q: ", **options)
         learner.save_pretrained(folder / "start")
     return tokenizer
 

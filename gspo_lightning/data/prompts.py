@@ -4,7 +4,7 @@
 ``rows``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
@@ -182,8 +182,9 @@ class PromptData(TokenizedData):
         module: Any = self.trainer.lightning_module
         for term, name in getattr(module, "columns_needed", {}).items():
             column(key, path, rows, name, why=f", which reward {term!r} needs")
-        for term, check in getattr(module, "row_checks", {}).items():
-            check_rows(f"{key}: {path}", rows, term, check)
+        for check in getattr(module, "row_checks", {}).values():
+            if refused := check(rows):
+                raise ValueError(f"{key}: {path}: row {refused[0]}: {refused[1]}")
         examples = []
         for number, prompt in enumerate(column(key, path, rows, self.prompt_column), start=1):
             where = f"{key}: {path}: row {number}"
@@ -267,18 +268,6 @@ class PromptData(TokenizedData):
 
     def predict_dataloader(self) -> DataLoader | list:
         return self._batches("predict_path")
-
-
-def check_rows(where: str, rows: list[dict], term: str, check: Callable[[dict], None]) -> None:
-    """Raise ValueError, naming row and reward, for a row that a reward cannot judge."""
-    for number, row in enumerate(rows, start=1):
-        try:
-            check(row)
-        except ValueError as error:
-            raise ValueError(
-                f"{where}: row {number}: {error}, which reward {term!r} reads; mend the row, or "
-                "name another column"
-            ) from error
 
 
 def collate_prompts(examples: list[tuple[list[int], dict]]) -> PromptBatch:

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from gspo_lightning.bounds import check_at_least
+from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.doctor import memory, numbers, rewards, text
 from gspo_lightning.doctor.clipping import clipping
 from gspo_lightning.doctor.findings import Finding, announced, as_json, as_lines, attempt, worst
 from gspo_lightning.rewards.terms import overlong_penalty
 from gspo_lightning.rollout import Samples, join_samples, stream_seed
-from gspo_lightning.run.one_line import printable
 from gspo_lightning.run.plan import kl_speed, plan_lines, too_slow
+from gspo_lightning.run.terminal_log import say
 
 Checks = dict[str, Callable[[], Finding | list[Finding]]]
 DRAWS = ("sample/0", "doctor")  # groups per prompt; the first are drawn as in the first rollout
@@ -266,10 +267,10 @@ def main(
     started = time.perf_counter()
 
     def show(found: list[Finding]) -> None:
-        # Prompts and tokens are quoted in the lines, and not every terminal can print them.
         lines = as_lines(found, WIDTH)
         if lines and trainer.is_global_zero and not json:
-            print("\n".join(map(printable, lines)), flush=True)
+            for line in lines:
+                say(printable(line), sys.stdout)  # one line each, whatever they quote
 
     wanted = num_prompts, max_new_tokens, thorough
     # What rewards print is no part of the list that a program reads.
@@ -283,5 +284,5 @@ def main(
         return code
     counts = Counter(finding.status for finding in findings)
     said = ", ".join(f"{counts[status]} {status}" for status in ("error", "warning", "ok"))
-    print(f"{said}; {time.perf_counter() - started:.1f} s", flush=True)
+    say(f"{said}; {time.perf_counter() - started:.1f} s", sys.stdout)
     return code

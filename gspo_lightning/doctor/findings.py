@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from gspo_lightning.run.terminal_log import say
+
 Status = Literal["ok", "warning", "error"]
 
 
@@ -100,7 +102,7 @@ def attempt(check: str, examine: Callable[[], Finding | list[Finding]]) -> list[
         found = examine()
     except Exception as error:  # any error here would end a run, so every one is a finding
         if os.environ.get("GSPO_TRACEBACK") == "1":
-            traceback.print_exception(error)
+            say("".join(traceback.format_exception(error)))
         text = " ".join(str(error).split())[:400] or type(error).__name__
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         remedy = "GSPO_TRACEBACK=1 shows where"

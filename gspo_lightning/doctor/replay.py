@@ -8,23 +8,24 @@ optimizer is left out, since a fault does not reach it, and so is a critic: no d
 
 import argparse
 import contextlib
-import zipfile
+import re
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from gspo_lightning.checkpoint.quoted import printable
+from gspo_lightning.doctor.dumps import Dump, load_dump
 from gspo_lightning.engine.packing import pack, rows_of
-from gspo_lightning.guards.faults import VERSION
 from gspo_lightning.logprobs import completion_logprobs, samples_logprobs
-from gspo_lightning.loss import LossChoices, micro_loss
-from gspo_lightning.objectives import Objective, importance_log_ratio
-from gspo_lightning.policy.lora import LoRAConfig
-from gspo_lightning.policy.policy import Policy, PolicyConfig, load_policy, load_tokenizer
-from gspo_lightning.rollout import Rollout, Samples
+from gspo_lightning.loss import micro_loss
+from gspo_lightning.objectives import importance_log_ratio
+from gspo_lightning.policy.policy import Policy, load_policy, load_tokenizer
+from gspo_lightning.rollout import Samples
+from gspo_lightning.run.terminal_log import say
 
 
 class Look(NamedTuple):
@@ -60,65 +61,55 @@ class Looks:
         return next((look for look in self.all if not look.finite), None)
 
 
-def load_dump(path: Path) -> dict[str, Any]:
-    """Read a dump; ValueError if the file is not there or is no dump."""
-    if not path.is_file():
-        raise ValueError(f"replay: no file {path}; dumps lie in faults/ of the run folder")
-    content = torch.load(path, weights_only=True) if zipfile.is_zipfile(path) else None
-    if not isinstance(content, dict) or "minibatch" not in content or "found" not in content:
-        raise ValueError(f"replay: {path} is no dump of a faulty step")
-    if content["version"] != VERSION:
-        raise ValueError(f"replay: {path} was written by another version of this program")
-    return content
-
-
-def build_policy(dump: dict[str, Any], device: torch.device) -> Policy:
+def build_policy(dump: Dump, device: torch.device) -> Policy:
     """The policy of the run with the weights of the dump."""
-    settings, entries = dump["settings"], dump["settings"]["policy"]
-    lora = None if entries["lora"] is None else LoRAConfig(**entries["lora"])
-    config = PolicyConfig(**entries | {"lora": lora})
+    config = dump.settings.policy
     policy = load_policy(config, load_tokenizer(config))
+    rows = policy.model.get_input_embeddings().weight.shape[0]
+    for name in ("prompt_ids", "completion_ids"):
+        ids = getattr(dump.minibatch, name)
+        if ids.dtype != torch.int64 or (ids.numel() and not 0 <= ids.min() <= ids.max() < rows):
+            raise ValueError(f"minibatch.{name} must be ids from 0 to {rows - 1} of {config.path}")
     policy.train()  # as in the run; dropout is off in either mode
-    if settings["precision"] == "64-true":
+    if dump.settings.precision.startswith("64"):
         policy.double()
     policy.to(device)
     one = torch.ones(1, 1, dtype=torch.long, device=device)
     with torch.no_grad():  # a first pass on sound weights decides how the model is run
         completion_logprobs(policy.model, one, one.bool(), one, one.bool())
-    policy.load_state_dict(dump["policy"])
+    try:
+        policy.load_state_dict(dump.policy)
+    except RuntimeError as error:
+        lines = [" ".join(line.split()) for line in str(error).splitlines()]
+        raise ValueError(
+            f"its weights are not those of {config.path}: {' '.join(lines[1:2])[:200]}"
+        ) from error
     return policy
 
 
-def replay(dump: dict[str, Any], device: torch.device) -> Looks:
+def replay(dump: Dump, device: torch.device) -> Looks:
     """Compute the step of a dump again and look at every tensor on the way."""
     policy, looks = build_policy(dump, device), Looks()
-    chosen = dict(dump["choices"])
-    choices = LossChoices(**chosen | {"objective": Objective(**chosen["objective"])})
-    batch = dump["minibatch"]
-    rows: list[dict] = [{}] * len(batch["texts"])
-    known = {f.name: batch[f.name] for f in fields(Rollout) if f.name in batch}  # older dumps
-    minibatch = Rollout(**known | {"rows": rows})
-    minibatch, weights = minibatch.to(device), dump["weights"].to(device)
+    choices, settings = dump.choices, dump.settings
+    minibatch, weights = dump.minibatch.to(device), dump.weights.to(device)
     for name, parameter in policy.model.named_parameters():
         looks.at(f"weight: {name}", parameter)
     for name in ("advantages", "old_logprobs", "ref_logprobs"):
         tensor = getattr(minibatch, name)
         if tensor is not None and (choices.kl_coef > 0 or name != "ref_logprobs"):
             looks.at(name, tensor.masked_fill(~minibatch.mask, 0), lambda row: row)
-    settings = dump["settings"]
     trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     total = {name: torch.zeros_like(p) for name, p in trained.items()}
-    mixed = settings["precision"] == "bf16-mixed"
-    tokens = settings.get("micro_batch_tokens")
-    for index in minibatch.micro_batch_indices(settings["micro_batch_size"], tokens):
+    mixed = settings.precision == "bf16-mixed"
+    sizes = settings.micro_batch_size, settings.micro_batch_tokens
+    for index in minibatch.micro_batch_indices(*sizes):
         micro, part = minibatch.select(index), weights[index.to(device)]
         own: list[int] = index.tolist()
         with (
             watched(policy.model, looks, micro, own),
             torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False),
         ):
-            temperature = settings["temperature"]
-            found = samples_logprobs(policy.model, micro, temperature, with_entropy=True)
+            found = samples_logprobs(policy.model, micro, settings.temperature, with_entropy=True)
             loss = micro_loss(*found, micro, part, choices)
         looks.at("logprobs", found.logprobs, own.__getitem__)
         log_ratio = importance_log_ratio(found.logprobs, loss.old, micro.mask, "sequence")[:, 0]
@@ -183,10 +174,10 @@ def packed_rows(micro: Samples) -> list[int]:
     return rows_of(packed, context.shape[1]).tolist() if context.any() else []
 
 
-def report(dump: dict[str, Any], looks: Looks) -> list[str]:
+def report(dump: Dump, looks: Looks) -> list[str]:
     """What was found, in a few lines."""
-    lines, first = [f"recorded: {', '.join(dump['found'])} not finite"], looks.first
-    if dump["settings"].get("critic"):
+    lines, first = [f"recorded: {', '.join(dump.found)} not finite"], looks.first
+    if dump.settings.critic:
         lines.append("the run had a critic: its values, loss and gradient are not computed here")
     kinds: dict[str, list[Look]] = {}
     for look in looks.all:
@@ -203,9 +194,26 @@ def report(dump: dict[str, Any], looks: Looks) -> list[str]:
         return lines
     lines.append(f"first that is not finite: {first.name} ({first.remark})")
     if first.row is not None:
-        prompt, text = dump["prompts"][first.row], dump["minibatch"]["texts"][first.row]
+        prompt, text = dump.prompts[first.row], dump.minibatch.texts[first.row]
         lines.append(f"  row {first.row}, prompt {prompt[:200]!r}, completion {text[:200]!r}")
     return lines
+
+
+class Arguments(argparse.ArgumentParser):
+    """Reports a mistake as the commands of Lightning's parser do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"replay: {message}; python train.py replay DUMP")
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a name; ValueError if it is not here."""
+    if name != "cpu" and not re.fullmatch(r"cuda(:\d+)?", name):
+        raise ValueError(f"replay: --device {name} is no device; give cpu, or cuda:0")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"replay: --device {name}, but this machine has no such device")
+    return device
 
 
 def main(argv: list[str]) -> int:
@@ -214,17 +222,26 @@ def main(argv: list[str]) -> int:
     Raises:
         ValueError: If the dump cannot be read or the device is not there.
     """
-    parser = argparse.ArgumentParser("train.py replay", description=__doc__.split("\n\n")[0])
+    parser = Arguments("train.py replay", description=__doc__.split("\n\n")[0])
     parser.add_argument("dump", type=Path, help="a file in faults/ of a run folder")
     parser.add_argument("--device", help="default: where the run was, if that is here, else cpu")
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run Python code that lies beside the weights of the policy; no dump can ask for it",
+    )
     arguments = parser.parse_args(argv)
-    dump = load_dump(arguments.dump)
-    recorded = dump["settings"]["device"]
-    device = arguments.device or (recorded if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"replay: --device {device}, but this machine has no CUDA device")
-    if device.partition(":")[0] != recorded:
-        print(f"the run was on {recorded}, this is {device}: other kernels round differently")
-    looks = replay(dump, torch.device(device))
-    print("\n".join(report(dump, looks)))
+    dump = load_dump(arguments.dump, arguments.trust_remote_code)
+    recorded = dump.settings.device
+    name = arguments.device or (recorded if torch.cuda.is_available() else "cpu")
+    device = device_of(name)
+    if device.type != recorded:
+        note = f"the run was on {recorded}, this is {device}: other kernels round differently"
+        say(note, sys.stdout)
+    try:
+        looks = replay(dump, device)
+    except ValueError as error:
+        raise ValueError(f"replay: {arguments.dump}: {error}") from error
+    for line in report(dump, looks):
+        say(printable(line), sys.stdout)  # a dump is data, and may quote anything
     return int(looks.first is None)

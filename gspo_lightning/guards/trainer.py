@@ -13,10 +13,16 @@ log = logging.getLogger(__name__)
 # Messages of Lightning that are advertising, or repeat what the plan and our own lines say.
 _CHATTER = re.compile(
     r"💡 Tip|(GPU|TPU|HPU) available: |`Trainer\.fit` stopped|Restor(ing|ed) |Loaded model weights"
-    r"|`Trainer\(limit_|\s*Detected KeyboardInterrupt|(\[rank: \d+\] )?Seed set to "
-    r"|`weights_only` was not set"
+    r"|`Trainer\(limit_|\s*Detected KeyboardInterrupt"
+    r"|(\[rank: \d+\] )?(Seed set to |Child process with PID )"
+    r"|`weights_only` was not set|Time limit reached"
 )
-_TALKERS = ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed")
+_TALKERS = (
+    "pytorch.utilities.rank_zero",
+    "fabric.utilities.rank_zero",
+    "fabric.utilities.seed",
+    "fabric.strategies.launchers.subprocess_script",
+)
 _HARMLESS = {  # the beginning of a warning: the module that gives it
     # lightning 2.6.6 itself asks torch for LeafSpec, which torch 2.13 has deprecated
     r".*isinstance\(treespec, LeafSpec\)": r"lightning\.pytorch\.utilities\._pytree",
@@ -24,6 +30,14 @@ _HARMLESS = {  # the beginning of a warning: the module that gives it
     r"torch\.distributed\.nn\.functional\.all_gather is deprecated": "",
     # it saves behind the optimizer steps of a rollout, which is what is wanted
     r"Using ModelCheckpoint with manual optimization": r"lightning\.pytorch\.callbacks\.",
+    # defaults of callbacks that are refused, each with a line of its own
+    r"Unable to serialize instance (cpu|l1_unstructured|random_unstructured)$": "",
+    # the policy is whole on each device, so its average is, too
+    r"You're using the WeightAveraging callback with a model that overrides": "",
+    # a run that goes on, beside RolloutCheckpoint's files
+    r"Checkpoint directory .* exists and is not empty": "",
+    # callbacks may come and go when a run is continued; what must not change has a fingerprint
+    r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint": "",
     # tokenised prompts lie in memory: worker processes would only cost time
     r"The '\w+_dataloader' does not have many workers": r"lightning\.pytorch\.trainer\.",
     # barebones switches off what callbacks would monitor, as whoever asks for it knows

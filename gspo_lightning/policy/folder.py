@@ -6,6 +6,7 @@ to transformers to check. ``key`` is always the setting that names the folder, f
 """
 
 import json
+import math
 import re
 import traceback
 import warnings
@@ -24,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 AGAIN = "fetch or save the model again"
+LONGEST = 300  # characters of a library's message: some quote what they were given, whole
 # Numbers of a config.json below 1 surface as a division by zero or a negative size, without a name.
 SIZES = (
     "hidden_size",
@@ -33,6 +35,9 @@ SIZES = (
     "head_dim",
     "vocab_size",
 )
+BEYOND = ("intermediate_size", "max_position_embeddings")
+LARGEST = 2**31  # no size of a model comes near
+SMALL = 2**24  # values that are made in no time, whatever is wrong with them
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # types in a header of safetensors
 
 
@@ -80,6 +85,8 @@ def check_model_folder(key: str, path: str, trust_remote_code: bool, weights: bo
     file = folder / "config.json"
     written = read_json(key, file)
     check_written(f"{key}: {file}", written)
+    if not trust_remote_code:
+        check_kernels(f"{key}: {file}", written)
     config = read_config(key, path, trust_remote_code)
     text = config.get_text_config()
     for name in SIZES:
@@ -88,11 +95,47 @@ def check_model_folder(key: str, path: str, trust_remote_code: bool, weights: bo
                 raise ValueError(
                     f"{key}: {file}: {name} is {value}, must be at least 1; mend it, or {AGAIN}"
                 )
+    for name in (*SIZES, *BEYOND):
+        for value in sizes(text, name):
+            if isinstance(value, int) and value >= LARGEST:
+                raise ValueError(
+                    f"{key}: {file}: {name} is {value:.0e}, as of no model; mend it, or {AGAIN}"
+                )
     if (folder / "generation_config.json").is_file():  # transformers would do without a broken one
         read_json(key, folder / "generation_config.json")
-    for weights_file in weight_files(key, folder) if weights else []:
-        check_weights(key, weights_file, quantized="quantization_config" in written)
+    quantized = "quantization_config" in written
+    files = weight_files(key, folder) if weights else []
+    values = sum(check_weights(key, weights_file, quantized) for weights_file in files)
+    if files:
+        check_room(f"{key}: {file}", text, values)
     return config
+
+
+def check_room(where: str, config: Any, values: int) -> None:
+    """Refuse sizes for which the weights are far too few, before such a model is made.
+
+    A matrix that is missing or has another shape would be drawn at random, at any size.
+
+    Args:
+        where: Setting and file.
+        config: Of the text model.
+        values: Numbers in the files of weights.
+    """
+
+    def most(name: str) -> int:
+        return max((x for x in sizes(config, name) if isinstance(x, int)), default=1)
+
+    inner = {name: most(name) for name in ("vocab_size", "intermediate_size")}
+    inner["num_attention_heads x head_dim"] = most("num_attention_heads") * most("head_dim")
+    inner["num_key_value_heads x head_dim"] = most("num_key_value_heads") * most("head_dim")
+    inner["num_hidden_layers"] = most("num_hidden_layers")
+    for name, size in inner.items():
+        needed = size * most("hidden_size")
+        if needed > max(16 * values, SMALL):  # four bits a value, packed into whole numbers
+            raise ValueError(
+                f"{where}: hidden_size {most('hidden_size')} and {name} {size} need {needed:.0e} "
+                f"values, and there are {values:.0e} in the weights; {AGAIN}"
+            )
 
 
 def sizes(config: Any, name: str) -> list[Any]:
@@ -125,17 +168,32 @@ def check_written(where: str, written: dict[str, Any]) -> None:
         where: Setting and file.
         written: What stands in the file.
     """
-    if not isinstance(written.get("quantization_config") or {}, dict):
-        found = written["quantization_config"]
-        raise ValueError(
-            f"{where}: quantization_config is {found!r}, not an object; mend it, or take it out "
-            "where the weights are not quantized"
-        )
+    for name in ("quantization_config", "auto_map"):
+        if not isinstance(written.get(name) or {}, dict):
+            raise ValueError(
+                f"{where}: {name} is {repr(written[name])[:80]}, not an object; mend it, or take "
+                "it out where the weights are not quantized and have no code of their own"
+            )
     for name in ("dtype", "torch_dtype"):
         value = written.get(name)
         known = isinstance(getattr(torch, str(value), None), torch.dtype)
         if value is not None and value != "auto" and not known:
             raise ValueError(f"{where}: {name} is {value!r}, no type of torch; write float32")
+
+
+def check_kernels(where: str, written: dict[str, Any]) -> None:
+    """Refuse a config.json that names an attention on the hub: that is code, which would be run."""
+    parts: list[Any] = [written]
+    while parts:  # not by recursion: JSON may be nested as deeply as Python calls may
+        part = parts.pop()
+        for name, value in part.items() if isinstance(part, dict) else enumerate(part):
+            if "_implementation" in str(name) and "/" in str(value)[:200]:
+                raise ValueError(
+                    f"{where}: {name} is {value!r}, code on the hub; take it out, or set "
+                    "trust_remote_code: true where you trust it"
+                )
+            if isinstance(value, dict | list):
+                parts.append(value)
 
 
 def read_json(key: str, file: Path) -> dict[str, Any]:
@@ -171,11 +229,14 @@ def weight_files(key: str, folder: Path) -> list[Path]:
     )
 
 
-def check_weights(key: str, file: Path, quantized: bool = False) -> None:
+def check_weights(key: str, file: Path, quantized: bool = False) -> int:
     """Refuse a file of weights that is cut off, a placeholder, or holds anything but real numbers.
 
     Args:
         quantized: Whether whole numbers may be weights.
+
+    Returns:
+        How many numbers there are in it.
     """
     with file.open("rb") as stream:
         if stream.read(32).startswith(b"version https://git-lfs"):
@@ -184,19 +245,23 @@ def check_weights(key: str, file: Path, quantized: bool = False) -> None:
         if file.suffix == ".safetensors":
             # opening compares the header with the file's length
             with safe_open(file, framework="pt") as tensors:
-                types = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+                parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+                types = {name: part.get_dtype() for name, part in parts.items()}
+                values = sum(math.prod(part.get_shape()) for part in parts.values())
             whole = [name for name, kind in types.items() if kind not in FLOATS]
         else:  # reads the pickle alone: on "meta" no tensor is loaded
             mapped = zipfile.is_zipfile(file)
             found = torch.load(file, map_location="meta", mmap=mapped, weights_only=True)
-            types = {name: t.dtype for name, t in found.items() if isinstance(t, torch.Tensor)}
+            parts = {name: t for name, t in found.items() if isinstance(t, torch.Tensor)}
+            types = {name: part.dtype for name, part in parts.items()}
+            values = sum(part.numel() for part in parts.values())
             whole = [name for name, kind in types.items() if not kind.is_floating_point]
     except UnpicklingError as error:
         raise ValueError(
             f"{key}: {file} holds more than tensors, such as code, and is not loaded; convert it "
             f"to {SAFE} where you trust it"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
+    except Exception as error:  # any, from a file that is made to break its reader
         raise ValueError(
             f"{key}: {file} ({file.stat().st_size} bytes) is broken: {reason(error)}; fetch or "
             "save it again"
@@ -209,6 +274,7 @@ def check_weights(key: str, file: Path, quantized: bool = False) -> None:
             f"{key}: {file} has {whole[0]} in {kind}, which is no type of weights; {AGAIN}, in "
             "float32 or bfloat16"
         )
+    return values
 
 
 def check_values(where: str, model: torch.nn.Module) -> None:
@@ -346,11 +412,11 @@ def reason(error: BaseException) -> str:
     """
     if "trust_remote_code=True" in str(error):  # its advice is an argument that nobody here passes
         return "it comes with Python code of its own; trust_remote_code: true would run it"
-    lines = str(error).strip().splitlines()
-    text = lines[0].strip().removesuffix(".") if lines else ""
+    said = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", str(error)).replace("NoneType", "null")
+    lines = said.strip().splitlines()
+    text = lines[0].strip().removesuffix(".")[:LONGEST] if lines else ""
     if "alidation error for" in text and len(lines) > 1:  # the next line says key, value and want
-        text = re.sub(r"^\w+: |\. Errors: .*", "", lines[1].strip())
-        return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text).replace("NoneType", "null")
+        return re.sub(r"^\w+: |\. Errors: .*", "", lines[1].strip())[:LONGEST]
     if isinstance(error, (OSError, ValueError, ImportError, SafetensorError, UnpicklingError)):
         return text or type(error).__name__  # written for users
     for frame in reversed(traceback.extract_tb(error.__traceback__)):

@@ -154,6 +154,9 @@ class LoRAPolicy(Policy):
         self.start = fingerprint(model)
         super().__init__(add_adapters(model, lora), tokenizer, config)
         self.lora = lora
+        base = Path(self.model.config.name_or_path)
+        if base.is_dir():  # a relative path would lead peft from this working folder alone
+            self.model.peft_config["default"].base_model_name_or_path = str(base.resolve())
         self.adapter_names = {name for name, p in self.named_parameters() if p.requires_grad}
         self.register_state_dict_post_hook(_keep_adapters)
         self.register_load_state_dict_post_hook(_expect_adapters)
@@ -161,9 +164,6 @@ class LoRAPolicy(Policy):
     def export(self, path: str | Path) -> None:
         """Write a merged model, or the adapters for ``PeftModel.from_pretrained``."""
         if self.lora.export == "adapter":
-            base = Path(self.model.config.name_or_path)
-            if base.is_dir():  # a relative path would lead peft from this working folder alone
-                self.model.peft_config["default"].base_model_name_or_path = str(base.resolve())
             # the embedding has no adapters; without the argument peft would ask the hub about it
             self.model.save_pretrained(path, save_embedding_layers=False)
         else:

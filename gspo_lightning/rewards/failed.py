@@ -1,10 +1,10 @@
 """Completions that a reward term could not score: kept in a file of the run, for a look at them."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gspo_lightning.checkpoint.quoted import json_line
 from gspo_lightning.rewards.calls import RewardError
 from gspo_lightning.rewards.terms import RewardTerm, Scores, score
 from gspo_lightning.rollout import Samples
@@ -35,8 +35,7 @@ def score_or_keep(
                     "text": text,
                     "finished": bool(samples.finished[i]),
                 }
-                # rows of Parquet files may hold dates and arrays
-                lines.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+                lines.write(json_line(record))
         raise RewardError(
             f"{error}; all {len(samples)} completions are in {file}", error.term, error.row
         ) from error

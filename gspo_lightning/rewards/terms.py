@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,11 @@ from torch import Tensor
 
 from gspo_lightning.rewards import calls
 from gspo_lightning.rewards.calls import RewardError
+from gspo_lightning.rewards.guest import Guest, RewardFn
+from gspo_lightning.rewards.time_limit import TimeLimit, error_text, told
 from gspo_lightning.rewards.verifiers import comparable
 
+RowCheck = Callable[[list[dict]], tuple[int, str] | None]
 EPSILON = 1e-6  # added to the standard deviation: equal rewards whiten to 0
 
 
@@ -112,6 +116,10 @@ class RewardTerm:
             (``reward/<term>_retries``), and then stops; ``retry N, then skip`` then skips.
         special_tokens: Give ``fn`` the completions with their special tokens in the text, but for
             one that ended them: for markers and channels that the tokenizer holds as such.
+        seconds: Longest wait for an ``async`` function, for all completions of a call together;
+            ``None`` waits for 600. Beyond it the call is an error, and where errors are skipped
+            each completion is asked for alone, all at once. A plain function has its limit from
+            ``TimeLimit``.
 
     Attributes:
         statistics: What ``whiten`` has seen so far.
@@ -122,18 +130,19 @@ class RewardTerm:
             ``on_error`` is unknown.
     """
 
-    fn: calls.RewardFn
+    fn: RewardFn
     weight: float = 1.0
     whiten: bool = False
     scale: float = 1.0
     clip: tuple[float, float] | None = None
     on_error: str = "stop"
     special_tokens: bool = False
+    seconds: float | None = None
     statistics: RunningStatistics = field(
         default_factory=RunningStatistics, init=False, repr=False, compare=False
     )
     policy: calls.ErrorPolicy = field(init=False, repr=False, compare=False)
-    said: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+    guest: Guest = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("weight", "scale"):
@@ -141,7 +150,16 @@ class RewardTerm:
                 raise ValueError(f"a reward {name} must be finite, got {getattr(self, name)}")
         if self.clip is not None and not self.clip[0] < self.clip[1]:
             raise ValueError(f"a reward's clip must be (low, high), low < high, got {self.clip}")
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise ValueError(f"a reward's seconds must be above 0 and finite, got {self.seconds}")
         object.__setattr__(self, "policy", calls.error_policy(self.on_error))  # frozen
+        object.__setattr__(self, "guest", Guest(self.fn, self.seconds))
+
+    @property
+    def waits(self) -> bool:
+        """Whether ``fn`` waits for others: the process of a ``TimeLimit``, or what it awaits."""
+        ways = self.fn, type(self.fn).__call__
+        return isinstance(self.fn, TimeLimit) or any(map(inspect.iscoroutinefunction, ways))
 
     def texts(self, completions: list[str], special: list[str] | None) -> list[str]:
         """What ``fn`` is called with, of completions without and with special tokens."""
@@ -177,6 +195,7 @@ def score(
     completions: list[str],
     *,
     special: list[str] | None = None,
+    seed: int | None = None,
     learn: bool = False,
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Scores:
@@ -190,6 +209,7 @@ def score(
         rows: Rows of the data, one per completion.
         completions: Completion texts.
         special: The same with special tokens kept, for terms that ask for them.
+        seed: Of the random streams that terms draw from; ``None`` leaves them as they are.
         learn: Whether the statistics of whitening take these values in, once per rollout.
         reduce: Sums a tensor over ranks, for these statistics; ``None`` for one rank.
 
@@ -210,7 +230,8 @@ def score(
     counts: dict[str, float] = {}
     for name, term in terms.items():
         texts = term.texts(completions, special)
-        called = calls.call(name, term.fn, rows, texts, term.policy)
+        term.guest.seed(name, seed)
+        called = calls.call(name, term.guest, rows, texts, term.policy)
         _say_once(name, term, called, len(completions))
         values = called.values or []
         numbers = [math.nan if value is None else value for value in values]
@@ -232,8 +253,8 @@ def score(
 
 def _say_once(name: str, term: RewardTerm, called: calls.Called, size: int) -> None:
     """Tell of a term's first error that does not end the run; further ones are only counted."""
-    if called.cause is not None and "error" not in term.said:
-        term.said.add("error")
+    if called.cause is not None and "error" not in term.guest.said:
+        term.guest.said.add("error")
         lost = f"{called.errors} of {size} completions get no reward"
         alone = f"reward {name!r} is called with one completion at a time"
         warnings.warn(
@@ -263,10 +284,29 @@ def columns_needed(terms: Mapping[str, RewardTerm]) -> dict[str, str]:
     return {name: column for name, column in columns.items() if isinstance(column, str)}
 
 
-def row_checks(terms: Mapping[str, RewardTerm]) -> dict[str, Callable[[dict], None]]:
-    """How terms look at a row before training, by the name of the term."""
-    checks = {name: getattr(term.fn, "check_row", None) for name, term in terms.items()}
-    return {name: check for name, check in checks.items() if callable(check)}
+def row_checks(terms: Mapping[str, RewardTerm]) -> dict[str, RowCheck]:
+    """How terms look at rows before training, by the name of the term."""
+    own = {name: getattr(term.fn, "check_row", None) for name, term in terms.items()}
+    return {name: partial(_refused, name, terms[name]) for name, fn in own.items() if callable(fn)}
+
+
+def _refused(name: str, term: RewardTerm, rows: list[dict]) -> tuple[int, str] | None:
+    """The first row that a term cannot judge, counted from 1, and why."""
+    number = 0
+
+    def look(*_: Any) -> None:
+        nonlocal number
+        for row in rows:
+            number += 1
+            term.fn.check_row(dict(row))  # type: ignore[attr-defined]
+
+    error = term.guest.host(name, [], [], look)[1]
+    if error is None:
+        return None
+    if isinstance(error, ValueError):
+        why = error_text(error, 300)
+        return number, f"{why}, which reward {name!r} reads; mend the row, or name another column"
+    return number, f"reward {name!r} failed to check it: {told(error)}"
 
 
 def whitening_state(terms: Mapping[str, RewardTerm]) -> dict[str, dict[str, Any]]:

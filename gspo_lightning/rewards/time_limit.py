@@ -17,6 +17,7 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import islice
 from multiprocessing.connection import Connection, Pipe
 from types import ModuleType
 from typing import Any
@@ -24,8 +25,12 @@ from typing import Any
 # ("value", number or None, counts of the function) or ("error", what happened and where, {})
 Answer = tuple[str, Any, dict[str, float]]
 
+PRINTED = 100_000  # characters that a call may print to each stream
+UNSPEAKABLE = "its text cannot be made"
+
 PACKAGE = (__package__ or "").partition(".")[0]
 START_SECONDS = 300.0  # for the process to start and to import the function
+CLOSED_SECONDS = 5.0  # for a process to end after its connection has
 
 
 class TimeLimit:
@@ -180,7 +185,12 @@ class Worker:
             self.connection.send(question)
             return self.connection.recv() if self.connection.poll(seconds) else None
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            code = self.process.wait()
+            try:
+                code = self.process.wait(CLOSED_SECONDS)
+            except subprocess.TimeoutExpired:  # it lives on without the connection
+                self.process.kill()
+                self.process.wait()
+                return "error", "the function closed the files of its process", {}
             return "error", f"the function ended its process, exit code {code}", {}
 
 
@@ -189,6 +199,45 @@ def end_process(process: subprocess.Popen, connection: Connection) -> None:
     connection.close()
     process.kill()
     process.wait()
+
+
+class GuestStream:
+    """A standard stream as a reward function has it: it stays open, and shows so much of a call.
+
+    One object serves all calls: who has found it in ``sys``, such as logging, keeps it.
+    """
+
+    def __init__(self) -> None:
+        self.stream: Any = None
+
+    def open(self, stream: Any, free: int | None = None) -> None:
+        """Begin a call; what the thread ``free`` prints is not counted."""
+        self.stream, self.free = stream, free
+        self.count, self.limit, self.closed_by_guest = 0, PRINTED, False
+
+    def write(self, text: str) -> int:
+        if threading.get_ident() != self.free:
+            left = max(0, self.limit - self.count)
+            self.count += len(text)
+            if len(text) > left:
+                if left:  # a line end, or the run's next line would hang on this one
+                    self.stream.write(text[:left].removesuffix("\n") + "\n")
+                return len(text)
+        return self.stream.write(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def close(self) -> None:
+        self.closed_by_guest = True
+
+    def detach(self) -> Any:
+        self.closed_by_guest = True
+        return self.stream.buffer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 # --- the process itself ---------------------------------------------------------------------------
@@ -205,8 +254,8 @@ def serve(connection: Connection) -> None:
             sys.modules[name].__path__ = [folder]
     try:
         fn = pickle.loads(pickled)
-    except Exception as error:
-        connection.send(("error", f"{type(error).__name__}: {error}", {}))
+    except BaseException as error:  # a module may also exit
+        connection.send(("error", f"{type(error).__name__}: {error_text(error)}", {}))
         return
     connection.send(("value", None, {}))
     while True:
@@ -216,16 +265,66 @@ def serve(connection: Connection) -> None:
 
 def answer_one(fn: Any, row: dict, completion: str) -> Answer:
     """Call the function; whatever comes of it is an answer."""
+    sys.stdout = sys.stderr = _printed
+    _printed.open(sys.__stderr__)
     try:
-        values = list(fn([row], [completion]))
+        given = fn([row], [completion])
+        values = [awaited(value) for value in islice(awaited(given), 2)]
         if len(values) != 1:
-            return "error", f"gave {len(values)} values for 1 completion", {}
-        number = None if values[0] is None else float(values[0])
-        return "value", number, dict(getattr(fn, "counts", {}))
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
-        return "error", f"{type(error).__name__}: {error} ({place})", {}
+            many = len(given) if hasattr(given, "__len__") else len(values)
+            return "error", f"gave {many} values for 1 completion", {}
+        counts = {name: float(n) for name, n in dict(getattr(fn, "counts", {})).items()}
+        return "value", as_number(values[0]), counts
+    except BaseException as error:  # also SystemExit: the process can answer further questions
+        return "error", told(error), {}
+
+
+def as_number(value: Any) -> float | None:
+    """What a function gave for a completion; texts are refused: `1_0` and `nan` would pass."""
+    if isinstance(value, BaseException):
+        raise value
+    if isinstance(value, str | bytes):
+        raise TypeError(f"the {type(value).__name__} {value[:40]!r}")
+    if hasattr(value, "detach"):  # torch warns of tensors that have a gradient
+        value = value.detach()
+    return None if value is None else float(value)
+
+
+def awaited(given: Any) -> Any:
+    """What an ``async`` function gives, in one loop for the life of the process."""
+    if not hasattr(given, "__await__"):
+        return given
+    global _loop
+    if _loop is None:
+        import asyncio  # takes a while, which most functions need not pay for
+
+        _loop = asyncio.new_event_loop()
+    return _loop.run_until_complete(given)
+
+
+_loop: Any = None
+_printed = GuestStream()
+
+
+def told(error: BaseException, kind: str | None = None) -> str:
+    """An error in one line: its kind, its text, and the line that raised it."""
+    kind = type(error).__name__ if kind is None else kind
+    frame = traceback.extract_tb(error.__traceback__, limit=-1)[-1]
+    what = ": ".join(filter(None, (kind, error_text(error))))
+    return f"{what} ({os.path.basename(frame.filename)}:{frame.lineno})"
+
+
+def error_text(error: BaseException, limit: int = 160) -> str:
+    r"""The text of any error in one line, cut.
+
+    >>> error_text(ValueError("no\n  such row"))
+    'no such row'
+    """
+    try:
+        text = str(error)[: 10 * limit]
+    except BaseException:  # the text is made by whoever made the error
+        return UNSPEAKABLE
+    return " ".join(text.split())[:limit]
 
 
 def end_with(parent: int) -> None:

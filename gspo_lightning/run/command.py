@@ -4,6 +4,7 @@ Decides which commands and options there are, what is refused before anything is
 callbacks, plugins and loggers a run has that its config does not name.
 """
 
+import itertools
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
@@ -23,14 +24,29 @@ import gspo_lightning
 from gspo_lightning.callbacks import AdaptiveKL, PredictionWriter
 from gspo_lightning.checkpoint import RolloutCheckpoint
 from gspo_lightning.checkpoint.files import find_checkpoint, list_checkpoints
-from gspo_lightning.checkpoint.io import AtomicCheckpointIO, damage
+from gspo_lightning.checkpoint.io import AtomicCheckpointIO, CheckpointError, damage
+from gspo_lightning.checkpoint.places import local_folder
+from gspo_lightning.checkpoint.rollout_checkpoint import in_pieces
 from gspo_lightning.checkpoint.signals import StopSignals, forbid_requeueing
-from gspo_lightning.run import config_files, ending, folder, lock, one_line, progress, start_checks
-from gspo_lightning.run.plan import resume_command, this_python
-from gspo_lightning.run.terminal_log import TerminalLog, say
+from gspo_lightning.checkpoint.tables import open_tables
+from gspo_lightning.guards.ignored import check_strategy, check_training
+from gspo_lightning.run import (
+    config_files,
+    early,
+    ending,
+    folder,
+    launch,
+    lock,
+    one_line,
+    progress,
+    start_checks,
+)
+from gspo_lightning.run.plan import resume_command, this_python, total_batches
+from gspo_lightning.run.terminal_log import TerminalLog, begin_here, say
 from gspo_lightning.run.tracing import RolloutProfile
 
 config_files.keep_texts()
+config_files.keep_choices()
 # A tool stands above the command line, which knows its name and imports it when it is asked for.
 TOOLS = {
     "doctor": "gspo_lightning.doctor.examine:main",
@@ -60,6 +76,14 @@ class Watch(Callback):
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.rollouts += 1
+        self.check_folder()
+
+    def check_folder(self, *_: Any) -> None:
+        """End the run if its folder is gone, before a callback makes another one in its place."""
+        if lost := self.lock.lost():
+            raise CheckpointError(lost)
+
+    on_train_end = on_validation_end = check_folder  # type: ignore[assignment]
 
     def on_validation_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self.begun = not trainer.sanity_checking or self.begun
@@ -72,6 +96,19 @@ class CommandTrainer(Trainer):
     """A Trainer that can also examine what it would train."""
 
     instead_of_training: Callable[[], None] | None = None  # what `fit` does, once all is set up
+    stopped_by: str | None = None  # the function that first asked for a stop
+    _stops = False
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether training is to end at the next boundary; remembers who set it."""
+        return self._stops
+
+    @should_stop.setter
+    def should_stop(self, value: bool) -> None:
+        if value and self.stopped_by is None:
+            self.stopped_by = sys._getframe(1).f_code.co_qualname
+        self._stops = value
 
     def doctor(
         self,
@@ -173,7 +210,11 @@ class GSPOCLI(LightningCLI):
         """Parse; Lightning's version warns when a program passes arguments, as tests do."""
         for path in config_files.config_paths(args):
             config_files.check_config_file(path)
-        self.config = parser.parse_args(config_files.nested_nulls(args))
+        try:
+            self.config = parser.parse_args(config_files.nested_nulls(args))
+        except (TypeError, AttributeError, LookupError, AssertionError, RecursionError) as error:
+            # The parser broke on what it was given: whatever is raised there is about a setting.
+            raise ValueError(f"config: cannot be read: {type(error).__name__}: {error}") from error
 
     def _set_seed(self) -> None:
         """Refuse what numpy would, with the name of the key."""
@@ -186,14 +227,17 @@ class GSPOCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before anything is loaded."""
         config = self.config[self.subcommand]
-        self.root = Path(config.trainer.default_root_dir)
+        if config.trainer.default_root_dir is None:
+            raise ValueError("trainer.default_root_dir is null; give a folder, such as runs/mine")
+        self.root = local_folder(config.trainer.default_root_dir)
         self.rehearsal = bool(config.trainer.fast_dev_run)
         trains = self.subcommand == "fit" and not self.rehearsal
         if trains:
             lock.check_lock(self.root)
         path = config.get("ckpt_path")
         self.checkpoint = find_checkpoint(self.root, path and str(path))
-        start_checks.check_trainer(config.trainer)
+        check_strategy(config.trainer)
+        start_checks.check_options(config.trainer)
         if self.subcommand == "fit":
             start_checks.check_length(config.trainer)
         # Not kept in the config: a run that is continued with it should not be traced again.
@@ -217,8 +261,6 @@ class GSPOCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Fill in what the config leaves open."""
         config = self._get(self.config_init, "trainer")
-        if not self.model.automatic_optimization:
-            start_checks.check_manual(config)
         if self.checkpoint is not None:
             start_checks.check_checkpoint(self.checkpoint, self.model)
         plugins = as_list(config.plugins)
@@ -231,19 +273,34 @@ class GSPOCLI(LightningCLI):
         elif logger is None or logger is True:
             logger = TensorBoardLogger(self.root, name="", version="", default_hp_metric=False)
         callbacks = self._callbacks(config)
+        if self.subcommand in ("fit", "doctor"):
+            check_training(config, callbacks, self.model, self.datamodule)
         if self.subcommand == "doctor":  # nothing is written: of the callbacks two may act
             self.save_config_callback = None
             callbacks = [c for c in callbacks if isinstance(c, AdaptiveKL) or c is self.watch]
             logger = False
             kwargs |= {"profiler": None, "enable_checkpointing": False}
             kwargs |= {"enable_progress_bar": False}
+        for own, name in itertools.product(as_list(logger), ("_root_dir", "_save_dir")):
+            path = getattr(own, name, None)  # a relative one keeps its meaning, as the run's does
+            if isinstance(path, str) and "://" not in path:
+                setattr(own, name, os.path.abspath(os.path.expanduser(path)))
         kwargs |= {"callbacks": callbacks, "plugins": plugins, "logger": logger}
-        return super().instantiate_trainer(**kwargs)
+        kwargs |= {"default_root_dir": str(self.root)}
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (TypeError, AttributeError, KeyError, RuntimeError) as error:
+            # Lightning's checks of its own options: whatever is raised there is about a setting.
+            raise ValueError(f"trainer: {type(error).__name__}: {error}") from error
+        launch.check_rank(trainer.world_size)
+        start_checks.say_whom_it_waits_for(trainer)
+        return trainer
 
     def _callbacks(self, config: Any) -> list[Callback]:
         """Those of the config, and for each kind that a run needs and that is missing, one."""
-        # Signals come first: a callback before them could keep a signal waiting.
-        callbacks = [self.watch.signals, *as_list(config.callbacks), self.watch, *self.traces]
+        # Signals come first: a callback before them could keep a signal waiting. Then comes what
+        # sees that the folder is gone: a callback before it could make another one.
+        callbacks = [self.watch.signals, self.watch, *as_list(config.callbacks), *self.traces]
         if config.enable_progress_bar is not False:
             if not has(callbacks, ProgressBar):
                 callbacks.append(progress.RolloutProgress())
@@ -251,8 +308,8 @@ class GSPOCLI(LightningCLI):
                 callbacks.append(progress.RunSummary())
         if self.subcommand == "predict" and not has(callbacks, PredictionWriter):
             callbacks.append(PredictionWriter())
-        if config.enable_checkpointing is not False and not has(callbacks, Checkpoint):
-            callbacks.append(RolloutCheckpoint())
+        if config.enable_checkpointing is not False and not has(callbacks, RolloutCheckpoint):
+            callbacks.append(RolloutCheckpoint())  # beside others: from its files a run goes on
         for callback in callbacks:
             if isinstance(callback, RolloutCheckpoint):
                 callback.accept_changes = bool(self._get(self.config, "accept_changes", False))
@@ -275,19 +332,32 @@ class GSPOCLI(LightningCLI):
             folder.check_folder(self.root, self.checkpoint)  # another run may have ended here since
         present = set(self.root.glob("*"))
         self.watch.refuse = lambda: folder.remove_traces(self.root, present)
+        open_tables(self.trainer, goes_on=self.checkpoint is not None)
         if self.checkpoint is not None:
             say(f"continuing from {self.checkpoint}")
 
     def after_fit(self) -> None:
-        """Say so when a sign of run health ended the run, or there was nothing left to train."""
-        if getattr(getattr(self.model, "health", None), "stopped", None) is not None:
-            say(where_to_go_on(self.argv, self.root))
-            self.code = 1
-        elif not self.watch.signals.stopping and not self.rehearsal:
+        """Say why the run ended, unless it has its planned length or a signal ended it."""
+        if self.rehearsal or self.watch.signals.stopping:
+            return
+        why = early.why_early(self.trainer, self.model, self.trainer.stopped_by)  # type: ignore[attr-defined]
+        if why is None:
             folder.mark_finished(self.root)
+        health = getattr(self.model, "health", None)
+        if getattr(health, "stopped", None) is not None or in_pieces(self.trainer):
+            self.code = 1
         if self.checkpoint is not None and self.watch.rollouts == 0:
-            end = f"{self.checkpoint} is the end of the run"
-            say(f"nothing to do: {end}; raise its length to go on")
+            end = "is the end of the run; raise its length to go on"
+            say(f"nothing to do: {self.checkpoint} {end if why is None else f'was ended {why}'}")
+        elif why is not None:
+            done = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
+            total = total_batches(self.trainer)
+            length = f"{done:,}" if total is None else f"{done:,} of {total:,}"
+            unit = "rollouts" if hasattr(self.model, "sampler") else "batches"
+            go_on = where_to_go_on(self.argv, self.root)
+            say(f"stopped after {length} {unit} {why}; {go_on}")
+        elif 0 <= self.trainer.max_steps <= (steps := self.trainer.global_step):
+            say(f"ended by trainer.max_steps {self.trainer.max_steps}: {steps:,} optimizer steps")
 
 
 def import_classes() -> None:
@@ -336,10 +406,16 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     watch = Watch()
+    begin_here()
     umask = os.umask(0o022)  # no group and no stranger may change the files of a run
     os.umask(umask | 0o022)
+    watch.terminal.take()
     watch.signals.install()
+    watch.signals.on_lost_rank = lambda text: ending.report_lost_rank(
+        text, watch, partial(where_to_go_on, argv, watch.root)
+    )
     try:
+        launch.check_variables()
         with one_line.quiet():
             if argv[:1] == ["replay"]:
                 return resolve_name(TOOLS["replay"])(argv[1:])

@@ -7,13 +7,17 @@ that a text which begins with ``#`` is a text.
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import get_loader, set_dumper, set_loader
 
 WAY_OUT = "a config looks like configs/arithmetic.yaml"
+LARGEST = 2**20  # bytes of a file
+DEEPEST = 50  # levels of YAML, one in the other: readers call themselves for each of them
+MOST = 20_000  # values of YAML, what aliases stand for counted each time
 
 
 def config_paths(args: Sequence[str]) -> Iterator[str]:
@@ -57,6 +61,9 @@ def check_config_file(path: str) -> None:
         raise ValueError(f"config: there is no file {path} (looked in {Path.cwd()}); {WAY_OUT}")
     if not file.is_file():
         raise ValueError(f"config: {path} is no file; give the path of a YAML file")
+    if file.stat().st_size > LARGEST:
+        size = file.stat().st_size
+        raise ValueError(f"config: {path} has {size} bytes; a config has a few thousand; {WAY_OUT}")
     content = file.read_bytes()
     try:
         text = content.decode("utf-8-sig")
@@ -64,6 +71,7 @@ def check_config_file(path: str) -> None:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"config: {path}:{line}: not UTF-8; save the file as UTF-8") from error
     try:
+        check_size(text)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         yaml.safe_load(text)  # refuses tags, which would make objects
     except yaml.reader.ReaderError as error:
@@ -80,7 +88,42 @@ def check_config_file(path: str) -> None:
     if not isinstance(node, yaml.MappingNode):
         found = "is empty" if node is None else "does not hold keys with values"
         raise ValueError(f"config: {path} {found}; {WAY_OUT}")
+    if "config" in [key.value for key, _ in node.value]:
+        raise ValueError(f"config: {path} has the key config; name one more file by --config")
     check_keys(path, node)
+
+
+def check_size(text: str) -> None:
+    """Raise yaml.MarkedYAMLError where YAML is too much to be read, before anything is built of it.
+
+    An alias costs its writer three characters and a reader all that it stands for, so that a few
+    lines of aliases of aliases are millions of values, and one inside of its own anchor is endless.
+    """
+    sizes: dict[Any, int] = {}  # values that each anchor stands for
+    opened: list[tuple[Any, int]] = []  # anchor of each level, and values before it
+    total = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        anchor = getattr(event, "anchor", None)
+        problem = None
+        if isinstance(event, yaml.AliasEvent):
+            if anchor in [name for name, _ in opened]:
+                problem = f"the alias *{anchor} stands inside of what it stands for"
+            total += sizes.get(anchor, 0)
+        elif isinstance(event, yaml.NodeEvent):
+            total += 1
+            sizes[anchor] = 1
+        if isinstance(event, yaml.CollectionStartEvent):
+            opened.append((anchor, total))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            name, before = opened.pop()
+            sizes[name] = total - before + 1
+        if len(opened) > DEEPEST:
+            problem = f"more than {DEEPEST} levels, one in the other"
+        if total > MOST:
+            problem = f"more than {MOST} values, with what aliases stand for"
+        if problem:
+            mark: Any = event.start_mark
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 def check_keys(path: str, node: Any, prefix: str = "") -> None:
@@ -111,7 +154,33 @@ def keep_texts() -> None:
     load = get_loader("yaml")
 
     def loaded(text: str) -> Any:
-        value = load(text)
+        try:
+            check_size(text)
+            value = load(text)
+        except yaml.MarkedYAMLError as error:
+            raise yaml.YAMLError(f"not YAML: {error.problem}") from error
+        except ValueError as error:  # an impossible date, a number of thousands of digits
+            raise yaml.YAMLError(str(error)) from error
         return text if value is None and text.lstrip().startswith("#") else value
 
     set_loader("yaml", loaded, (yaml.YAMLError,))
+
+
+def keep_choices() -> None:
+    """Let the parser write a member of an enumeration as its value: some defaults of others are.
+
+    YAML has no text for one, so a config with such a callback, a Timer of Lightning's, could not be
+    written into the run folder.
+    """
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    Dumper.add_multi_representer(Enum, lambda dumper, one: dumper.represent_data(one.value))
+
+    def dump(data: Any) -> str:  # laid out as the parser does it
+        return yaml.dump(
+            data, Dumper=Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False
+        )
+
+    set_dumper("yaml", dump)

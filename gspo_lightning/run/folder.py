@@ -5,6 +5,7 @@ Decides when a folder is refused and what is written beside the checkpoints.
 
 import itertools
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +16,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
+from gspo_lightning.checkpoint.event_files import mark_event_files, own_event_files
 from gspo_lightning.checkpoint.files import checkpoint_number, list_checkpoints, numbered_files
 from gspo_lightning.checkpoint.fingerprints import settings
 from gspo_lightning.checkpoint.io import damage, replacing
+from gspo_lightning.checkpoint.places import ELSEWHERE, EVENTS, FILES, KEY, check_kinds
 from gspo_lightning.policy.settings import flat
 from gspo_lightning.run.provenance import write_provenance
 from gspo_lightning.run.terminal_log import TerminalLog, say
@@ -25,6 +28,7 @@ from gspo_lightning.run.terminal_log import TerminalLog, say
 CONFIG = "config.yaml"
 LOG = "log.txt"
 FINISHED = "finished"  # only where no checkpoint says so
+FRESH = ("versions.yaml", "uncommitted.diff", "source", "samples.jsonl", "curves.png")
 LONGEST_CHANGE = 120  # characters; whole lists of callbacks are longer
 
 
@@ -71,14 +75,19 @@ class RunConfig(SaveConfigCallback):
             number = checkpoint_number(self.checkpoint)
             mark = f"resume-{self.checkpoint.stem if number is None else f'{number:06d}'}"
             path = folder / f"config.{mark}.yaml"
-        if write_provenance(folder, mark) and mark:
-            say(f"the code or a version changed since {first}: see {folder}/versions.{mark}.yaml")
+        mark_event_files(trainer)
         config = self.config.clone()
         config.pop("accept_changes", None)  # given once: in the file it would hold for ever
-        with replacing(path) as file:  # half a config would hinder the next run
-            file.write(self.parser.dump(config, skip_unset=False).encode())
+        text = self.parser.dump(config, skip_unset=False)
+        with replacing(path) as file:  # first of all: it is what tells a run's folder from others
+            file.write(text.encode())
+        if write_provenance(folder, mark) and mark:
+            say(f"the code or a version changed since {first}: see {folder}/versions.{mark}.yaml")
         if path != first:
-            old, new = (flat(yaml.safe_load(file.read_text())) for file in (first, path))
+            new, old = flat(yaml.safe_load(text)), settings_in(first)
+            if old is None:
+                say(f"{first} is damaged: what has changed since cannot be said; see {path}")
+                return
             for key in sorted(old.keys() | new.keys()):
                 if old.get(key) != new.get(key) and key != "ckpt_path":
                     change = f"{key} {old.get(key)} -> {new.get(key)}"
@@ -92,16 +101,16 @@ class RunConfig(SaveConfigCallback):
 
 def check_folder(root: Path, checkpoint: Path | None) -> None:
     """Raise ValueError where a run would mix with another one in the same folder."""
-    elsewhere = "start in another folder with --trainer.default_root_dir NEW"
+    check_kinds(root)
     started = numbered_files(root)  # a damaged one, too, is of a run
     if checkpoint is None and started:
         raise ValueError(
             f"{root} already holds a run (up to {started[-1].name}); continue it with --ckpt_path "
-            f"last, or {elsewhere}"
+            f"last, or {ELSEWHERE}"
         )
     if (root / FINISHED).exists():
         raise ValueError(
-            f"{root} holds a finished run without checkpoints; {elsewhere}, or remove "
+            f"{root} holds a finished run without checkpoints; {ELSEWHERE}, or remove "
             f"{root / FINISHED} to start again here"
         )
     number = None if checkpoint is None else checkpoint_number(checkpoint)
@@ -111,11 +120,17 @@ def check_folder(root: Path, checkpoint: Path | None) -> None:
     if checkpoint is not None and whole and checkpoint.resolve() != whole[-1].resolve():
         raise ValueError(
             f"{root} holds later checkpoints than {checkpoint} (up to {whole[-1].name}); "
-            f"continue with --ckpt_path last, or {elsewhere}"
+            f"continue with --ckpt_path last, or {ELSEWHERE}"
         )
+    if started:
+        return
     file = root / CONFIG
-    if file.exists() and not file.read_bytes().startswith(b"# lightning.pytorch=="):
-        raise ValueError(f"{file} was not written by a run and would be lost; {elsewhere}")
+    content = file.read_bytes() if file.exists() else b""  # empty: what a power cut leaves
+    foreign = [file] if content and not content.startswith(b"# lightning.pytorch==") else []
+    if not file.exists():
+        foreign = [root / name for name in FRESH if os.path.lexists(root / name)]
+    if foreign:
+        raise ValueError(f"{foreign[0]} was not written by a run and would be lost; {ELSEWHERE}")
 
 
 @rank_zero_only
@@ -128,8 +143,7 @@ def check_writable(root: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"trainer.default_root_dir: cannot write in {root}: {error.strerror}; name another "
-            "folder with --trainer.default_root_dir NEW"
+            f"{KEY}: cannot write in {root}: {error.strerror}; name another folder with --{KEY} NEW"
         ) from error
     finally:
         for folder in missing:  # the innermost first
@@ -139,8 +153,10 @@ def check_writable(root: Path) -> None:
 
 def find_leftovers(root: Path) -> list[Path]:
     """The logs, beside a config that a run wrote, of a run that ended without a checkpoint."""
-    names = ("events.out.tfevents.*", "samples.jsonl", "curves.png", LOG)
-    return [file for name in names for file in root.glob(name)] if (root / CONFIG).exists() else []
+    if not (root / CONFIG).exists():
+        return []
+    named = [root / name for name in ("samples.jsonl", "curves.png", LOG)]
+    return [*own_event_files(root), *(file for file in named if file.exists())]
 
 
 def move_leftovers(root: Path, files: Sequence[Path]) -> None:
@@ -169,9 +185,17 @@ def remove_traces(root: Path, present: set[Path]) -> None:
 
     Lightning opens the curves before anything is checked.
     """
-    written = ("events.out.tfevents.*", "hparams.yaml", "config*.yaml", "versions*.yaml", LOG)
-    for pattern in (*written, "uncommitted*.diff"):
-        for file in set(root.glob(pattern)) - present:
-            file.unlink()
+    for pattern in (*FILES, EVENTS, "source", "source.resume-*"):
+        for path in set(root.glob(pattern)) - present:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     if root.is_dir() and not any(root.iterdir()):
         root.rmdir()
+
+
+def settings_in(file: Path) -> dict[str, Any] | None:
+    """The settings in a config, keys joined by dots; None if it cannot be read."""
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+    return flat(tree) if isinstance(tree, dict) else None

@@ -3,20 +3,26 @@
 A requeued job can start before the one before it has ended; both would write the same files, and
 each would remove the other's half-written checkpoint. The lock is the system's: it ends with its
 process, however that ends, and children do not inherit it. The locked file names the process; it is
-removed at the end, and after a kill the next run takes it over.
+removed at the end, and after a kill the next run takes it over. What is no such file is left as it
+is: a link, whose target would be emptied, a pipe, a file of somebody else.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
+import re
 import socket
+import stat
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from gspo_lightning.checkpoint.places import ELSEWHERE, KEY
 from gspo_lightning.run.terminal_log import say
 
 FILE = ".lock"
+_CONTENT = re.compile(rb"(\d+ on .*\n?)?")
 
 
 class RunLock:
@@ -25,6 +31,7 @@ class RunLock:
     def __init__(self) -> None:
         self._file: Path | None = None
         self._number = -1  # descriptor of the open file
+        self._folder: os.stat_result | None = None
         self._new: list[Path] = []  # folders made for it, the innermost first
 
     @rank_zero_only
@@ -34,7 +41,7 @@ class RunLock:
         root.mkdir(parents=True, exist_ok=True)
         file = root / FILE
         while True:
-            number = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+            number = open_lock(file, os.O_CREAT)
             try:
                 lock(root, number)
             except ValueError:
@@ -43,22 +50,73 @@ class RunLock:
             if is_at(number, file):
                 break
             os.close(number)  # removed by its owner since it was opened here
+        self._file, self._number, self._folder = file, number, root.stat()
         os.ftruncate(number, 0)
         os.pwrite(number, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        self._file, self._number = file, number
 
     @rank_zero_only
     def release(self) -> None:
         """Give the folder back, without a trace where nothing was put into it."""
         if self._file is None:
             return
-        if is_at(self._number, self._file):
-            self._file.unlink()
+        file = self._file if is_at(self._number, self._file) else self._moved()
+        # A disk that has become read-only keeps a file that means nothing without its process.
+        with contextlib.suppress(OSError):
+            if file is not None:
+                file.unlink()
         os.close(self._number)
         self._file, self._number = None, -1
         for folder in self._new:
-            if folder.is_dir() and not any(folder.iterdir()):
+            with contextlib.suppress(OSError):  # it is not empty, or not there
                 folder.rmdir()
+
+    def lost(self) -> str | None:
+        """What has become of the folder if it is no longer where it was; None while it is."""
+        if self._file is None or self._folder is None:
+            return None
+        root = self._file.parent
+        with contextlib.suppress(OSError):
+            if os.path.samestat(root.stat(), self._folder):
+                return None
+        if moved := self._moved():
+            return (
+                f"the run folder {root} was moved to {moved.parent} during the run; go on there "
+                f"with --{KEY} {moved.parent} --ckpt_path last"
+            )
+        return (
+            f"the run folder {root} was removed during the run, and nothing is left to go on from"
+        )
+
+    def _moved(self) -> Path | None:
+        """The open file under the name it has now, as far as the system tells."""
+        with contextlib.suppress(OSError):
+            file = Path(os.readlink(f"/proc/self/fd/{self._number}"))
+            return file if is_at(self._number, file) else None
+        return None
+
+
+def open_lock(file: Path, *flags: int) -> int:
+    """Open a lock's file; ValueError for one that is no such file, or that cannot be written."""
+    try:
+        number = os.open(file, sum(flags, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK), 0o644)
+    except OSError as error:
+        if file.is_symlink() or error.errno == errno.ENXIO:
+            raise not_a_lock(file) from error
+        raise ValueError(
+            f"{KEY}: cannot write {file}: {error.strerror}; name another folder with --{KEY} NEW"
+        ) from error
+    facts = os.fstat(number)
+    own = stat.S_ISREG(facts.st_mode) and facts.st_nlink < 2
+    if not own or not _CONTENT.fullmatch(os.pread(number, 1000, 0)):
+        os.close(number)
+        raise not_a_lock(file)
+    return number
+
+
+def not_a_lock(file: Path) -> ValueError:
+    return ValueError(
+        f"{file} was not written by a run, and would be lost; remove it, or {ELSEWHERE}"
+    )
 
 
 def check_lock(root: Path) -> None:
@@ -68,9 +126,9 @@ def check_lock(root: Path) -> None:
     that they were started with tells.
     """
     ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-    if any(os.environ.get(name, "0") != "0" for name in ranks) or not (root / FILE).is_file():
+    if any(os.environ.get(name, "0") != "0" for name in ranks) or not os.path.lexists(root / FILE):
         return
-    number = os.open(root / FILE, os.O_RDWR)
+    number = open_lock(root / FILE)
     try:
         lock(root, number)
     finally:
@@ -88,7 +146,7 @@ def lock(root: Path, number: int) -> None:
         owner = os.pread(number, 200, 0).decode(errors="replace").strip()
         raise ValueError(
             f"{root} is being trained in by process {owner or 'unknown'}; wait for its end, or "
-            "start in another folder with --trainer.default_root_dir NEW"
+            f"{ELSEWHERE}"
         ) from error
 
 

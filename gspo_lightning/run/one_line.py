@@ -12,14 +12,19 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
+from jsonargparse._typehints import ActionTypeHint
 from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from gspo_lightning.checkpoint.fingerprints import moved
 from gspo_lightning.checkpoint.io import disk_fault
+from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.guards.trainer import leave_out_noise
+from gspo_lightning.run.terminal_log import shown
 
 LONGEST = 400  # characters of an error line; beyond come dumps of whole configs
 
@@ -27,7 +32,9 @@ LONGEST = 400  # characters of an error line; beyond come dumps of whole configs
 _NOISE = re.compile(
     r"Does not validate against|Subtypes: |Errors:|Given value type: |Problem with given class_path"
     r"|Expected a path but |Expected a <class 'NoneType'>"
+    r"|Unable to load config |Subclass types expect one of:|a class path \(str\)|a dict with"
 )
+_NO_CLASS = "Not a valid subclass of"
 _OWN_PATH = re.compile(r"gspo_lightning(?:\.\w+)+")
 _KEY = re.compile(r'Parser key "(.+?)":\s*(.*)')
 _UNKNOWN = re.compile(r"unknown key `[^`]+`(?:, did you mean `[^`]+`\?|; known: [^.]+)?")
@@ -57,8 +64,33 @@ class OneLineParser(LightningArgumentParser):
         message = self._name_the_unknown(message, getattr(ex, "subcommand_parser", None) or self)
         if not self.exit_on_error:
             super().error(message, ex)
-        sys.stderr.write(f"error: {printable(condense(message))}\n")
+        sys.stderr.write(f"error: {printable(shown(condense(message)))}\n")
         sys.exit(2)
+
+    def validate(self, namespace: Any, *args: Any, **kwargs: Any) -> None:
+        """Refuse null where a setting takes none, and anything but settings for a group of them.
+
+        jsonargparse lets null pass everywhere, and a group's own value is checked by nobody: either
+        would surface as an error of the code that uses it, without a key.
+        """
+        super().validate(namespace, *args, **kwargs)
+        of_their_own = {a.dest: a for a in self._actions if isinstance(a, ActionTypeHint)}
+        for key, action in of_their_own.items():
+            if action.default is not None and namespace.get(key, "absent") is None:
+                self._check_value_key(action, None, key, namespace)
+        for key in {*(self.groups or {})} - {*of_their_own}:
+            value = namespace.get(key, Namespace())
+            if not isinstance(value, Namespace):
+                inside = [a.dest for a in self._actions if a.dest.startswith(f"{key}.")]
+                known = [d.removeprefix(f"{key}.") for d in inside if not d.endswith(".help")]
+                said = f"expected settings, such as {', '.join(known[:3])}; got {written(value)}"
+                raise TypeError(f'Parser key "{key}":\n  {said}')
+
+    def parse_object(self, cfg_obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse settings that are no mapping; the error of jsonargparse names an attribute."""
+        if not isinstance(cfg_obj, dict | Namespace):
+            self.error(f"expected settings, such as `{{name: value}}`; got {written(cfg_obj)}")
+        return super().parse_object(cfg_obj, *args, **kwargs)
 
     def _name_the_unknown(self, message: str, parser: Any) -> str:
         dests = [action.dest for action in parser._actions]
@@ -126,22 +158,46 @@ def condense(message: str) -> str:
     'fn: gspo_lightning.verifiers.LastNumber is gspo_lightning.rewards.LastNumber now'
     """
     renamed = [path for path in _OWN_PATH.findall(message) if moved(path) != path]
-    keys: list[str] = []
-    reasons: list[str] = []
-    value = ""
-    for line in message.splitlines():
-        text = line.strip().removeprefix("- ")
-        if match := _KEY.fullmatch(text):
-            if not reasons:  # later keys belong to other readings of the same value
-                keys.append(match[1])
-            text = match[2]
-        if match := re.fullmatch(r"Given value: (?:NestedArg\(key=.*, val='(.*)'\)|(.*))", text):
-            value = match[1] or match[2]
-        elif text and not _NOISE.match(text):
-            reasons.append(text)
-    text = f"{'.'.join(keys)}: " if keys else ""
-    text += f"{renamed[0]} is {moved(renamed[0])} now" if renamed else _what(reasons, value)
+    reading = max(_readings(message), key=lambda reading: len(reading.keys))
+    text = f"{'.'.join(reading.keys)}: " if reading.keys else ""
+    new = f"{renamed[0]} is {moved(renamed[0])} now" if renamed else None
+    text += new or _what(reading.reasons, reading.value)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+
+
+@dataclass
+class _Reading:
+    """One way in which a value was understood: where it went wrong, why, and what was given."""
+
+    keys: list[str]
+    reasons: list[str] = field(default_factory=list)
+    value: str = ""
+
+
+def _readings(message: str) -> list[_Reading]:
+    """The readings of a value that a message of jsonargparse tells one below the other.
+
+    A type of several alternatives is tried one by one, and each that fails stands in an indented
+    block of its own. The one that came deepest, to a key inside, is the one that was meant.
+    """
+    found = [_Reading([])]
+    blocks = [(-1, found[0])]  # those that the line at hand stands in, with their indents
+    for line in filter(str.strip, message.splitlines()):
+        text = line.strip().removeprefix("- ")
+        # A dash begins another reading; other lines as far left as the key may still be about it.
+        indent = len(line) - len(line.lstrip()) - line.lstrip().startswith("- ")
+        while len(blocks) > 1 and indent < blocks[-1][0]:
+            blocks.pop()
+        if match := _KEY.fullmatch(text):
+            found.append(_Reading([*blocks[-1][1].keys, match[1]]))
+            blocks.append((indent, found[-1]))
+            text = match[2]
+        reading = blocks[-1][1]
+        if match := re.fullmatch(r"Given value:\s*(?:NestedArg\(key=.*, val=(.*)\)|(.*))", text):
+            reading.value = match[1] or match[2]
+        elif text and not _NOISE.match(text):
+            reading.reasons.append(text)
+    return found
 
 
 def _what(reasons: list[str], value: str) -> str:
@@ -155,12 +211,28 @@ def _what(reasons: list[str], value: str) -> str:
     types = [_expected(reason) for reason in reasons if reason.startswith("Expected a ")]
     if types and len(types) == len(reasons):
         got = re.search(r"Got value: (.*)", reasons[0])
-        value = got[1] if got else value
+        value = (got[1] if got else value) or "nothing"
         choices = re.findall(r"'([^']*)'", " ".join(types))
         wanted = [kind for kind in types if "'" not in kind]
         wanted += [f"one of {', '.join(choices)}"] if choices else []
-        return f"expected {' or '.join(wanted)}, got {value}" + did_you_mean(value, choices)
-    return next((r for r in reasons if not r.startswith("Expected a ")), "; ".join(reasons))
+        said = "null" if value == "None" else value
+        return f"expected {' or '.join(wanted)}, got {said}" + did_you_mean(
+            value.strip("'"), choices
+        )
+    for reason in reasons:
+        if not reason.startswith(("Expected a ", _NO_CLASS)):
+            return reason
+    for reason in reasons:
+        if match := re.match(rf"{_NO_CLASS} (\w+)(?:. Got value: (.*))?", reason):
+            form = f"the class_path of a {match[1]}, with its init_args"
+            return f"expected {form}; got {match[2] or value or 'nothing'}"
+    return "; ".join(reasons)
+
+
+def written(value: Any) -> str:
+    """A value as it would stand in a config, cut where it is long."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]} ..."
 
 
 def _import_trouble(reason: str) -> str | None:
@@ -184,6 +256,10 @@ def _import_trouble(reason: str) -> str | None:
         return f"{match[1]} is no {match[2]}; give the class_path of one"
     if match := re.search(r"function or a callable class: .*but got (.*?)\. Got value", reason):
         return f"expected the import path of a function or of a callable class, got {match[1]}"
+    if match := re.search(r"callable class: Expected '(\S+)' to be", reason):
+        return f"{match[1]} is no function and no class that is called; give the path of one"
+    if match := re.search(r"callable class: (.*?)\.+ Got value", reason):
+        return match[1]
     if "Expected an instantiatable class" in reason:
         return "has settings but no class; give its class_path, too"
     if match := re.search(r"Expected a dot import path string: (\S+)", reason):
@@ -201,29 +277,18 @@ def _expected(reason: str) -> str:
     return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
 
 
-# Control characters, and those that change the direction of text or end a line for some readers.
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-
-
-def printable(text: str) -> str:
-    r"""Text without control characters: a terminal obeys them, and a completion may be quoted.
-
-    >>> printable("reward 'a' failed: \x1b]0;title\x07\n")
-    "reward 'a' failed: \\x1b]0;title\\x07\\n"
-    """
-    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep known noise out of the output, and show what warnings remain as one line each."""
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        sys.stderr.write(f"warning: {printable(' '.join(str(message).split()))}\n")
+        sys.stderr.write(f"warning: {printable(shown(' '.join(str(message).split())))}\n")
 
     def end(arguments: threading.ExceptHookArgs) -> None:
         # TensorBoard writes in a thread; its error is raised again where the thread is waited for.
-        if arguments.exc_value is None or disk_fault(arguments.exc_value) is None:
+        error = arguments.exc_value
+        of_events = isinstance(error, OSError) and "tfevents" in os.fsdecode(error.filename or "")
+        if error is None or (disk_fault(error) is None and not of_events):
             threading.__excepthook__(arguments)
 
     transformers_logging.disable_progress_bar()  # one per folder of weights, gone in no time

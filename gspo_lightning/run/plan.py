@@ -10,9 +10,11 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Timer
 
 from gspo_lightning.critic.critic import decoder
 from gspo_lightning.engine.head import tokens_of_chunk
@@ -62,9 +64,58 @@ def total_batches(trainer: Any) -> int | None:
     if trainer.max_epochs is None or trainer.max_epochs < 0:
         batches = math.inf
     total = batches * trainer.max_epochs if math.isfinite(batches) else math.inf
-    if trainer.lightning_module.automatic_optimization and trainer.max_steps >= 0:
-        total = min(total, trainer.max_steps * trainer.accumulate_grad_batches)
+    total = min(total, _batches_to_max_steps(trainer))
     return int(total) if math.isfinite(total) else None
+
+
+def max_steps(trainer: Any) -> int:
+    """`trainer.max_steps`, also while a RolloutCheckpoint lifts it; -1 without such a limit."""
+    lifted = (getattr(c, "lifted_max_steps", None) for c in getattr(trainer, "callbacks", ()))
+    return next((limit for limit in lifted if limit is not None), trainer.max_steps)
+
+
+def _batches_to_max_steps(trainer: Any) -> float:
+    """Batches at whose end the limit of optimizer steps is reached; infinite if nothing tells."""
+    module, limit = trainer.lightning_module, max_steps(trainer)
+    if limit < 0:
+        return math.inf
+    if module.automatic_optimization:
+        return limit * trainer.accumulate_grad_batches
+    steps = getattr(module, "num_epochs", 0) * getattr(module, "num_minibatches", 0)
+    if not steps:  # a module of one's own
+        return math.inf
+    # from here on: steps that were skipped for a fault do not count
+    left = max(0, -(-(limit - trainer.global_step) // steps))
+    return trainer.fit_loop.total_batch_idx + 1 + left
+
+
+def reached(trainer: Any) -> bool:
+    """Whether a run has its planned length."""
+    done, total = trainer.fit_loop.total_batch_idx + 1, total_batches(trainer)
+    if total is not None and done >= total:
+        return True
+    return 0 <= max_steps(trainer) <= trainer.global_step
+
+
+def time_limits(trainer: Any) -> list[tuple[timedelta, timedelta]]:
+    """Time in training, over all parts of the run, and its limit, of each Timer with a limit."""
+    timers = [c for c in getattr(trainer, "callbacks", ()) if isinstance(c, Timer)]
+    known = [(t.time_elapsed(), t.time_remaining()) for t in timers]
+    return [
+        (timedelta(seconds=spent), timedelta(seconds=round(spent + left, 3)))
+        for spent, left in known
+        if left is not None
+    ]
+
+
+def _limits(trainer: Any) -> str:
+    """What ends a run before its data does, as the rest of a sentence."""
+    texts = []
+    if (limit := max_steps(trainer)) >= 0:
+        texts.append(f"up to {limit:,} optimizer steps (trainer.max_steps)")
+    for _, longest in time_limits(trainer):
+        texts.append(f"for at most {longest} in all (trainer.max_time or Timer)")
+    return f", {' and '.join(texts)}" if texts else ""
 
 
 def _work(trainer: Any, module: Any) -> str:
@@ -74,7 +125,8 @@ def _work(trainer: Any, module: Any) -> str:
     if not hasattr(module, "sampler"):
         batch = getattr(data, "batch_size", None)
         text = f"{count} batches" + (f" of {batch * trainer.world_size}" if batch else "")
-        return text + (f", {done:,} of them done" if done else "")
+        text += f", {done:,} of them done" if done else ""
+        return text + _limits(trainer)
     prompts = data.prompts_per_rollout * trainer.world_size
     group_size, longest = module.sampler.group_size, module.sampler.max_new_tokens
     tokens = prompts * group_size * longest
@@ -85,7 +137,7 @@ def _work(trainer: Any, module: Any) -> str:
         bound = f"{tokens * (total - done):,} tokens to sample"
     return (
         f"{count} rollouts{f' ({done:,} done)' if done else ''}, each {prompts} prompts x "
-        f"{group_size} completions of at most {longest} tokens; at most {bound}"
+        f"{group_size} completions of at most {longest} tokens; at most {bound}{_limits(trainer)}"
     )
 
 
@@ -111,13 +163,21 @@ def _updates(trainer: Any, module: Any) -> str:
     config = getattr(module, "optimizer_config", None)
     if config is None:
         return text
-    return f"{text}; they move a weight by at most {steps * furthest(config, total):.1e}"
+    # the schedule is laid out over all rollouts, also where another limit ends the run before
+    rollouts = getattr(trainer.datamodule, "num_rollouts", None) or total
+    whole = max(total, rollouts * max(1, trainer.max_epochs or 1))
+    return f"{text}; they move a weight by at most {steps * furthest(config, total, whole):.1e}"
 
 
-def furthest(config: OptimizerConfig, total: int) -> float:
+def furthest(config: OptimizerConfig, total: int, whole: int | None = None) -> float:
     """How far AdamW moves a weight at most, decay apart, with one step in each unit of a schedule.
 
     A step is at most the learning rate, or (1 - beta1) / sqrt(1 - beta2) of it where that is more.
+
+    Args:
+        config: The settings.
+        total: Units that the run takes.
+        whole: Units that the schedule is laid out over; as many if None.
 
     Source:
         Adam, arXiv:1412.6980, section 2.1.
@@ -126,7 +186,7 @@ def furthest(config: OptimizerConfig, total: int) -> float:
     3.5
     """
     beta1, beta2 = config.betas
-    factor = learning_rate_factor(config, total)
+    factor = learning_rate_factor(config, whole or total)
     rates = sum(factor(index) for index in range(total)) * config.learning_rate
     return rates * max(1.0, (1 - beta1) / math.sqrt(1 - beta2))
 
@@ -431,11 +491,16 @@ def size_text(size: float) -> str:
 
 
 def longer_run(trainer: Any, done: int) -> dict[str, int]:
-    """The option that makes a finished run twice as long."""
+    """The options that make a finished run twice as long."""
+    longer = {}
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        longer["--trainer.max_steps"] = 2 * trainer.max_steps
+        if trainer.max_epochs < 0 or not trainer.is_last_batch:
+            return longer  # the data has more
     if trainer.max_epochs > 1:
-        return {"--trainer.max_epochs": 2 * trainer.max_epochs}
+        return longer | {"--trainer.max_epochs": 2 * trainer.max_epochs}
     unit = "num_rollouts" if hasattr(trainer.datamodule, "num_rollouts") else "num_steps"
-    return {f"--data.{unit}": 2 * done}
+    return longer | {f"--data.{unit}": 2 * done}
 
 
 def this_python() -> str:

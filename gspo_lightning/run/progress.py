@@ -6,7 +6,6 @@ anywhere else.
 
 import math
 import os
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -17,8 +16,9 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from gspo_lightning.bounds import check_at_least
-from gspo_lightning.callbacks import CurvePlot, HFExport, PredictionWriter, SampleTable
+from gspo_lightning.callbacks import CurvePlot, HFExport, PredictionWriter, SampleTable, loggers
 from gspo_lightning.callbacks.report import figures, figures_line, rollout_line
+from gspo_lightning.checkpoint.files import list_checkpoints
 from gspo_lightning.run import plan
 from gspo_lightning.run.terminal_log import say
 
@@ -27,7 +27,10 @@ def on_terminal() -> bool:
     """Whether standard output can redraw a line."""
     if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
         return False
-    return os.get_terminal_size(sys.stdout.fileno()).columns > 0  # 0 in some containers: no room
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns > 0  # 0 in some containers
+    except OSError:  # the terminal is gone
+        return False
 
 
 class RolloutProgress(ProgressBar):
@@ -226,16 +229,14 @@ class RunSummary(Callback):
         files = {
             "curves": [root / c.path for c in trainer.callbacks if isinstance(c, CurvePlot)],
             "samples": [c.file(trainer) for c in trainer.callbacks if isinstance(c, SampleTable)],
-            "checkpoint": sorted((root / "checkpoints").glob("*.ckpt"))[-1:],
+            "checkpoint": list_checkpoints(root)[-1:],
             "model": [root / c.path for c in trainer.callbacks if isinstance(c, HFExport)],
         }
         found = {name: f[0] for name, f in files.items() if f and f[0].exists()}
         curves = [str(found.pop("curves"))] if "curves" in found else []
-        if any(Path(logger.save_dir or "") == root for logger in trainer.loggers):
-            curves.append(f"tensorboard --logdir {shlex.quote(str(root))}")
+        curves += loggers.places(trainer)
         if "checkpoint" in found:
-            finished = done >= (plan.total_batches(trainer) or math.inf)
-            longer = plan.longer_run(trainer, done) if finished else {}
+            longer = plan.longer_run(trainer, done) if plan.reached(trainer) else {}
             command = plan.resume_command(sys.argv, longer, plan.this_python())
             go_on = f"{'extend' if longer else 'resume':<9} {command}"
         else:

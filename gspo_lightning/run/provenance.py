@@ -13,6 +13,8 @@ from pathlib import Path
 
 import yaml
 
+from gspo_lightning.checkpoint.io import replacing
+
 PACKAGES = ("torch", "lightning", "transformers", "gspo_lightning")
 PACKAGE = Path(__file__).parents[1]
 
@@ -52,24 +54,30 @@ def write_provenance(folder: Path, mark: str = "", package: Path = PACKAGE) -> b
     first = folder / "versions.yaml"
     if mark and first.exists():
         diff = folder / "uncommitted.diff"
-        old = (first.read_text(), diff.read_text() if diff.exists() else "")
+        old = tuple(
+            file.read_text(errors="replace") if file.exists() else "" for file in (first, diff)
+        )
         if old == (versions, changes or ""):
             return False
         mark = f".{mark}"
     else:
         mark = ""
-    (folder / f"versions{mark}.yaml").write_text(versions)
+    with replacing(folder / f"versions{mark}.yaml") as file:
+        file.write(versions.encode())
     diff, source = folder / f"uncommitted{mark}.diff", folder / f"source{mark}"
     diff.unlink(missing_ok=True)
-    if source.exists():
+    if source.is_symlink():
+        source.unlink()  # what it leads to is not of a run
+    elif source.exists():
         shutil.rmtree(source)
     if changes:
-        diff.write_text(changes)
+        with replacing(diff) as file:
+            file.write(changes.encode())
     elif changes is None:
-        for name, file in _sources(package).items():
+        for name, original in _sources(package).items():
             target = source / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+            shutil.copyfile(original, target)
     return True
 
 

@@ -1,8 +1,11 @@
 """What can be refused before a model is loaded, though Lightning would find it later or never."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from safetensors import safe_open
 
 from gspo_lightning.checkpoint.io import read_without_tensors
@@ -59,31 +62,22 @@ def check_interval(trainer: Any) -> None:
         )
 
 
-def check_trainer(config: Any) -> None:
-    """Raise ValueError for strategies and precisions that would train wrongly."""
+def check_options(config: Any) -> None:
+    """Raise ValueError for options of a trainer that no run here can have."""
     if config.barebones:
         raise ValueError(
             "trainer.barebones leaves out curves, checkpoints and progress, which a run here has; "
             "set it to false (`--profile` shows where the time goes)"
         )
-    strategy = config.strategy
-    name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
-    if name.startswith(("fsdp", "deepspeed", "FSDP", "DeepSpeed", "ModelParallel")):
-        # FSDP and DeepSpeed allow one backward pass per batch, and a rollout has many.
+    if not isinstance(config.devices, list):
+        return
+    if config.accelerator == "cpu":
         raise ValueError(
-            f"trainer.strategy {name}: the policy must fit on one device here; use auto or ddp"
+            f"trainer.devices is {config.devices}: a CPU has no devices to choose from; give the "
+            "number of processes"
         )
-    precision = str(config.precision)
-    if precision in ("16-mixed", "16"):
-        raise ValueError(
-            "trainer.precision 16-mixed: its loss scaling skips optimizer steps silently; use "
-            "bf16-mixed or 32-true"
-        )
-    if precision.endswith("-true") and precision not in ("32-true", "64-true"):
-        raise ValueError(
-            f"trainer.precision {precision}: the dtype of the weights is the policy's own setting; "
-            "set model.init_args.policy.dtype instead"
-        )
+    if len({*config.devices}) < len(config.devices):
+        raise ValueError(f"trainer.devices names a device twice, got {config.devices}")
 
 
 def check_seed(seed: Any) -> None:
@@ -101,14 +95,21 @@ def check_length(config: Any) -> None:
             raise ValueError(f"{what}; leave it out, or run validate")
 
 
-def check_manual(config: Any) -> None:
-    """Raise ValueError for trainer options whose work the module does itself."""
-    if config.gradient_clip_val is not None or config.gradient_clip_algorithm is not None:
-        raise ValueError(
-            "trainer.gradient_clip_val: the module clips; set model.init_args.max_grad_norm instead"
+def say_whom_it_waits_for(trainer: Any) -> None:
+    """Name the nodes that a run cannot begin without: each is started by itself."""
+    strategy = trainer.strategy
+    environment = getattr(strategy, "cluster_environment", None)
+    if trainer.num_nodes < 2 or environment is None or environment.local_rank() > 0:
+        return
+    address, port = environment.main_address, environment.main_port
+    node, nodes = environment.node_rank(), trainer.num_nodes
+    others = ", ".join(str(other) for other in range(nodes) if other != node)
+    text = f"node {node} of {nodes} waits at {address} port {port} for node {others}"
+    if isinstance(environment, LightningEnvironment):  # others start the processes themselves
+        text += (
+            f" (trainer.num_nodes {nodes}): start the same command on each with MASTER_ADDR="
+            f"{address} MASTER_PORT={port} NODE_RANK=0 to {nodes - 1}"
         )
-    if config.accumulate_grad_batches not in (None, 1):
-        raise ValueError(
-            "trainer.accumulate_grad_batches: the module splits its mini-batches itself; set "
-            "model.init_args.micro_batch_size instead"
-        )
+        if "MASTER_ADDR" not in os.environ:
+            text += "; MASTER_ADDR is not set here, so only this machine can reach it"
+    print(text, file=sys.stderr, flush=True)  # on each node: `say` is for rank 0

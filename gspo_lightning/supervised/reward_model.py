@@ -91,6 +91,10 @@ class RewardModelModule(LightningModule):
     """
 
     learns_from = "PreferenceData"
+    figures = (
+        "train/learning_rate",
+        *(f"{stage}/{name}" for stage in ("train", "val") for name in PairLoss._fields),
+    )
 
     def __init__(
         self, policy: PolicyConfig, optimizer: OptimizerConfig | None = None, centring: float = 0.0

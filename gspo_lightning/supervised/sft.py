@@ -38,6 +38,7 @@ class SFTModule(LightningModule):
     """
 
     learns_from = "SFTData"
+    figures = ("train/loss", "train/learning_rate", "val/loss")
 
     def __init__(self, policy: PolicyConfig, optimizer: OptimizerConfig | None = None) -> None:
         super().__init__()

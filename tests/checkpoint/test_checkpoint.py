@@ -394,7 +394,7 @@ def test_a_branch_in_another_folder_has_best_ones_of_its_own(tmp_path):
 
 
 def test_a_figure_that_the_validation_has_not_is_refused_before_training(tmp_path):
-    with pytest.raises(ValueError, match=r"monitor 'val/grad' is no figure .*'val/size'"):
+    with pytest.raises(ValueError, match=r"monitor 'val/grad' is never logged.* val/\{size\}"):
         fit(tmp_path, callbacks=[RolloutCheckpoint(monitor="val/grad")])
     assert names(tmp_path) == []
 

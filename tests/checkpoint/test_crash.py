@@ -360,7 +360,6 @@ def mount(folder, *options):
     ("fill", "what"),
     [
         ("save:4", "rollout=000006.ckpt was not written: no space left on device (0.0 of 0.0 GiB"),
-        ("rollout:5", "no space left on device"),  # samples or curves
         ("end:1", "no space left on device"),  # the export
     ],
 )
@@ -390,6 +389,15 @@ def test_a_disk_that_is_full_is_one_line_and_costs_nothing(straight, warm, tmp_p
 # ---- several ranks -------------------------------------------------------------------------------
 
 
+def two_ranks():
+    """The environments of two processes that meet at a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+    return [common | {"LOCAL_RANK": str(rank)} for rank in range(2)]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_any_rank_stops_all_of_them_at_the_same_boundary(warm, tmp_path, rank):
     """Lightning's handler waits for the other ranks inside the handler, for ever."""
@@ -397,14 +405,9 @@ def test_a_signal_to_any_rank_stops_all_of_them_at_the_same_boundary(warm, tmp_p
     root = tmp_path / "run"
 
     def fit(*options):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-        environments = [common | {"LOCAL_RANK": str(rank)} for rank in range(2)]
         arguments = ["fit", "--config", tmp_path / "run.yaml"]
         arguments += ["--trainer.default_root_dir", root, *options]
-        return warm.run_ranks(tmp_path, arguments, environments)
+        return warm.run_ranks(tmp_path, arguments, two_ranks())
 
     key = "--trainer.callbacks"
     options = [f"{key}+=support.dummies.Signaller", f"{key}.at=on_before_optimizer_step"]
@@ -415,6 +418,22 @@ def test_a_signal_to_any_rank_stops_all_of_them_at_the_same_boundary(warm, tmp_p
     ended = fit("--ckpt_path=last")
     assert [one.code for one in ended] == [0, 0], ended[0].output
     assert names(root)[-1] == "rollout=000006.ckpt"
+
+
+@pytest.mark.slow
+def test_machines_with_run_folders_of_their_own_are_refused_on_every_rank(warm, tmp_path):
+    """One of them would go on from a checkpoint and the other begin anew, with exit code 0."""
+    (tmp_path / "run.yaml").write_text(RANKS)
+    homes = [tmp_path / "a", tmp_path / "b"]
+    ranks = [one | {"HOME": str(home)} for one, home in zip(two_ranks(), homes, strict=True)]
+    command = ["fit", "--config", tmp_path / "run.yaml", "--trainer.default_root_dir", "~/run"]
+    command += ["--trainer.callbacks+=support.folder_events.Impatient"]
+    ended = warm.run_ranks(tmp_path, command, ranks)
+    assert [one.code for one in ended] == [2, 2], ended[0].output
+    for home, seen in zip(homes, ("is seen", "is not seen"), strict=True):
+        assert f"{home}/run is not one folder for all 2 ranks" in ended[0].output
+        assert f"what rank 0 writes there {seen} by rank" in ended[0].output
+    assert not homes[1].exists() and not (homes[0] / "run").exists()
 
 
 RANKS = """

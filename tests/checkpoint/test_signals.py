@@ -1,16 +1,19 @@
 """What signals do to a run: nothing is lost, and the exit code says that it was stopped."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import train
+from gspo_lightning.checkpoint.signals import StopSignals
 from support.repository import PYTHONPATH, ROOT
 from support.run_folder import assert_same, names, scalars, state
 from support.tiny_run import write_prompts
@@ -49,9 +52,11 @@ def send(at, number, rollout, times=1):
     return [f"{key}+=support.dummies.Signaller", *(f"{key}.{k}={v}" for k, v in settings.items())]
 
 
-TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
-NAMES = {TERM: "terminated", INT: "interrupted", USR1: "terminated"}
-each_signal = pytest.mark.parametrize("number", [TERM, INT, USR1], ids=["TERM", "INT", "USR1"])
+TERM, INT, HUP, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
+NAMES = {TERM: "terminated", INT: "interrupted", HUP: "terminated", USR1: "terminated"}
+each_signal = pytest.mark.parametrize(
+    "number", [TERM, INT, HUP, USR1], ids=["TERM", "INT", "HUP", "USR1"]
+)
 SLURM = {
     "SLURM_NTASKS": "1",
     "SLURM_JOB_NAME": "train",
@@ -88,6 +93,8 @@ MOMENTS = [  # hook, and the rollout, which is then the last one
     ("on_save_checkpoint", 6),
     ("on_train_end", 6),
 ]
+EACH = [(TERM, *moment) for moment in MOMENTS]  # what a signal does is the same for all of them
+EACH += [(number, *MOMENTS[2]) for number in (INT, HUP, USR1)]
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +109,14 @@ def straight(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("sender")
-@each_signal
-@pytest.mark.parametrize(("hook", "rollout"), MOMENTS)
+@pytest.mark.parametrize(("number", "hook", "rollout"), EACH)
 def test_a_signal_finishes_the_rollout_saves_and_loses_nothing(
     capfd, straight, number, hook, rollout
 ):
-    before = [signal.getsignal(n) for n in (TERM, INT, USR1)]
-    assert fit("run", *send(hook, number, rollout)) == 128 + number
-    assert [signal.getsignal(n) for n in (TERM, INT, USR1)] == before
+    before = [signal.getsignal(n) for n in NAMES]
+    times = 2 if number == HUP else 1  # a terminal that closes sends one, and its shell another
+    assert fit("run", *send(hook, number, rollout, times)) == 128 + number
+    assert [signal.getsignal(n) for n in NAMES] == before
     assert names("run")[-1] == f"rollout={rollout:06d}.ckpt"
     first, last = capfd.readouterr().err.splitlines()
     name = signal.Signals(number).name
@@ -124,14 +131,15 @@ def test_a_signal_finishes_the_rollout_saves_and_loses_nothing(
 
 
 @pytest.mark.usefixtures("sender")
-@each_signal
 @pytest.mark.parametrize(
-    ("hook", "rollout", "left"),
+    ("number", "hook", "rollout", "left"),
     [
-        ("on_train_batch_start", 4, [2]),
-        ("on_before_optimizer_step", 3, [2]),
-        ("on_validation_batch_start", 3, [2]),
-        ("on_save_checkpoint", 4, [2]),  # two while the file is written: not half a file
+        (TERM, "on_train_batch_start", 4, [2]),
+        (TERM, "on_before_optimizer_step", 3, [2]),
+        (INT, "on_before_optimizer_step", 3, [2]),
+        (USR1, "on_before_optimizer_step", 3, [2]),
+        (TERM, "on_validation_batch_start", 3, [2]),
+        (TERM, "on_save_checkpoint", 4, [2]),  # two while the file is written: not half a file
     ],
 )
 def test_a_second_signal_stops_at_once_and_saves_nothing_half_done(
@@ -172,7 +180,7 @@ data:
 
 
 @pytest.mark.usefixtures("sender")
-@each_signal
+@pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
 def test_a_second_signal_waits_for_no_reward_in_another_process(
     capfd, tmp_path, monkeypatch, model_dir, number
 ):
@@ -214,7 +222,7 @@ def test_the_process_ends_though_a_reward_is_at_work(tmp_path, model_dir, number
 
 @pytest.mark.usefixtures("sender")
 @each_signal
-@pytest.mark.parametrize("hook", ["setup", "on_sanity_check_start", "on_validation_batch_start"])
+@pytest.mark.parametrize("hook", ["setup", "on_validation_batch_start"])
 def test_before_training_one_signal_stops_at_once(capfd, number, hook):
     rollout = 0 if hook == "setup" else -1
     assert fit("run", *send(hook, number, rollout)) == 128 + number
@@ -281,22 +289,84 @@ def test_an_exception_in_a_rollout_saves_nothing_and_names_the_last_good_checkpo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_fails_says_so_in_its_one_line_and_the_other_says_no_more_than_that(rank):
+@pytest.mark.parametrize(
+    ("error", "rank", "expected"),
+    [
+        ("one line", 0, "error: the loss is nan"),
+        (
+            "killed",
+            1,
+            r"error: rank 1 \(process \d+\) was killed by SIGKILL, perhaps for want of memory",
+        ),
+    ],
+)
+def test_of_two_ranks_the_one_that_fails_is_named_once(error, rank, expected):
     """As users start two ranks: the first process starts the other one."""
     options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.default_root_dir=run"]
     options += [
         "--trainer.callbacks+=support.dummies.FailsOnRank",
         f"--trainer.callbacks.rank={rank}",
+        f"--trainer.callbacks.error={error}",
     ]
     environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     command = [sys.executable, ROOT / "train.py", "fit", "--config", "run.yaml", *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and "zombies" not in done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    other = ["error: another rank failed; see its line above"] if rank == 1 else []
-    assert errors == ["error: the loss is nan", *other], done.stderr
+    assert len(errors) == 1 and re.fullmatch(expected, errors[0]), done.stderr
+
+
+class Process:
+    """What a launcher holds of a rank that it has started."""
+
+    pid = 77
+
+    def __init__(self, returncode):
+        self.returncode = returncode
+
+    def poll(self):
+        return self.returncode
+
+
+@pytest.mark.parametrize(
+    ("codes", "text"),
+    [
+        ([None, -11, None], "rank 2 (process 77) was killed by SIGSEGV"),
+        ([-9, 0], "rank 1 (process 77) was killed by SIGKILL, perhaps for want of memory"),
+        ([1, -15], "rank 1 (process 77) failed with exit code 1; see its line above; rank 2 "
+         "(process 77) was killed by SIGTERM"),
+        ([-50], "rank 1 (process 77) was killed by signal 50"),
+        ([], "another rank is gone; if no line above says why, it was killed, perhaps for want of "
+         "memory"),
+    ],
+)  # fmt: skip
+def test_a_rank_that_is_gone_is_named_with_its_signal(codes, text):
+    signals = StopSignals()
+    launcher = SimpleNamespace(procs=[Process(code) for code in codes])
+    signals._trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=launcher), global_rank=0)
+    assert signals.lost_ranks() == text
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_is_gone_ends_as_if_it_were_there(straight):
+    """Nobody reads its two streams any more; then the terminal hangs up, and its shell, too."""
+    command = [sys.executable, ROOT / "train.py", "fit", "--config", "run.yaml"]
+    command += ["--trainer.default_root_dir=run", "--trainer.enable_progress_bar=true"]
+    command += send("on_before_optimizer_step", HUP, 4, times=2)
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
+    process = subprocess.Popen(command, env=environment, stdout=-1, stderr=-1)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait() == 129
+    assert names("run") == ["rollout=000004.ckpt"]
+    log = Path("run/log.txt").read_text()
+    assert "Traceback" not in log and "Logging error" not in log
+    assert "standard output is gone (broken pipe): the run goes on, its lines are in run/l" in log
+    for line in ("plan ", "validation after 3 steps", "files ", "SIGHUP: stopped; last checkpoint"):
+        assert f"\n{line}" in log
+    assert fit("run", "--ckpt_path=auto") == 0
+    assert_same(state("run", 6), state(straight, 6))
 
 
 @pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])

@@ -128,6 +128,10 @@ def test_a_healthy_config_as_json(capsys, folder):
     assert found["memory cpu"]["status"] == "ok"
     assert "3 rollouts, each 4 prompts x 4 completions" in found["plan"]["text"]
     assert "raise optimizer.learning_rate" in found["clipping"]["remedy"]  # 1e-6 for a tiny model
+    page = (ROOT / "docs" / "doctor.md").read_text().partition("| check |")[2].partition("\n\n")[0]
+    listed = {n for row in page.splitlines()[2:] for n in row.split("|")[1].strip().split(", ")}
+    ours = {name.replace(" cpu", " *device*").replace(" digits", " *term*") for name in found}
+    assert ours <= listed
 
 
 def test_options_change_what_is_drawn(capsys, folder):

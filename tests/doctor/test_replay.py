@@ -10,9 +10,11 @@ from lightning.pytorch import Callback
 import train
 from gspo_lightning import loss as loss_file
 from gspo_lightning import update as update_file
+from gspo_lightning.checkpoint.io import AtomicCheckpointIO
 from gspo_lightning.critic.critic import CriticConfig
 from gspo_lightning.doctor import replay as replay_file
-from gspo_lightning.doctor.replay import Looks, load_dump, packed_rows, replay, watched
+from gspo_lightning.doctor.dumps import load_dump
+from gspo_lightning.doctor.replay import Looks, packed_rows, replay, watched
 from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.policy.lora import LoRAConfig
@@ -113,7 +115,8 @@ def test_a_broken_input_of_the_loss_is_named_with_its_row(tmp_path, model_dir, c
     assert code == 0
     first, row = found(lines)
     assert first == f"first that is not finite: {name} (infinite, 1 of 48 values)"
-    prompt, text = (load_dump(path)["prompts"][1], load_dump(path)["minibatch"]["texts"][1])
+    dump = load_dump(path)
+    prompt, text = dump.prompts[1], dump.minibatch.texts[1]
     assert row == f"  row 1, prompt {prompt!r}, completion {text!r}"
 
 
@@ -133,8 +136,7 @@ def huge(rows, completions):
 def test_a_gradient_that_overflows_behind_a_finite_loss_is_named(tmp_path, model_dir, capsys):
     options = {"rewards": {"huge": RewardTerm(huge)}, "advantages": "relative"}
     path = dump_of(tmp_path, model_dir, **options)
-    dump = load_dump(path)
-    assert dump["found"] == ("gradient",)
+    assert load_dump(path).found == ("gradient",)
     code, lines = replayed(capsys, path)
     assert code == 0
     assert found(lines)[0].startswith("first that is not finite: gradient: model.")
@@ -183,7 +185,7 @@ def test_a_file_that_is_no_dump_is_one_line(tmp_path, capsys, content, message):
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:
-        torch.save(content, path)
+        AtomicCheckpointIO().save_checkpoint(content, path)
     assert train.main(["replay", str(path)]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: " + message.replace("DUMP", str(path))) and err.count("\n") == 1
@@ -200,8 +202,8 @@ def test_a_token_of_a_packed_row_is_named_with_its_own_row(
     tmp_path, model_dir, capsys, monkeypatch, tokens
 ):
     path = dump_of(tmp_path, model_dir, every([(0, 2)], "gradient"), micro_batch_tokens=tokens)
-    batch = load_dump(path)["minibatch"]
-    pairs = zip(batch["completion_ids"], batch["mask"], strict=True)
+    batch = load_dump(path).minibatch
+    pairs = zip(batch.completion_ids, batch.mask, strict=True)
     texts = [ids[keep].tolist() for ids, keep in pairs]
     row = next(i for i in (3, 2, 5, 6) if len(texts[i]) == 6 and texts.count(texts[i]) == 1)
     build, hits, passes = replay_file.build_policy, [], []

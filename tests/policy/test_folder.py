@@ -65,7 +65,10 @@ MEND = "; mend broken/config.json, or fetch or save the model again"
         ({"hidden_act": "nope"}, "KeyError: 'nope' (at hidden_act of its config)" + MEND),
         ({"quantization_config": "x"}, "broken/config.json: quantization_config is 'x', not an"),
         ({"dtype": "nope"}, "broken/config.json: dtype is 'nope', no type of torch; write float32"),
-        ({"auto_map": 3}, "argument of type 'int' is not iterable" + MEND),
+        (
+            {"auto_map": 3},
+            "broken/config.json: auto_map is 3, not an object; mend it, or take it out",
+        ),
     ],
 )
 def test_a_bad_value_of_a_config(broken, values, message):
@@ -250,3 +253,39 @@ def test_a_tokenizer_is_loaded_without_a_word_on_the_terminal(broken, capfd):
     change(broken / "config.json", pad_token_id=99)  # transformers logs two lines about it
     load_tokenizer(PolicyConfig("broken"))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hidden_size": 10**6}, "hidden_size 1000000 and vocab_size 32 need 3e+07 values, and"),
+        ({"vocab_size": 10**7}, "hidden_size 16 and vocab_size 10000000 need 2e+08 values, and"),
+        ({"head_dim": 10**7}, "hidden_size 16 and num_attention_heads x head_dim 20000000 need"),
+        ({"hidden_size": 10**30}, "hidden_size is 1e+30, as of no model"),
+        ({"max_position_embeddings": 10**30}, "max_position_embeddings is 1e+30, as of no model"),
+    ],
+)
+def test_sizes_that_the_weights_cannot_have_are_refused_before_a_model_is_made(
+    broken, values, message, monkeypatch
+):
+    """Made, it would take all memory: what does not fit is drawn at random."""
+    change(broken / "config.json", **values)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    assert message in line(broken)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+def test_attention_from_the_hub_is_code_and_needs_trust(broken, name, deep):
+    values = {name: "mine/kernel"}
+    change(broken / "config.json", **({"parts": [values]} if deep else values))
+    found = line(broken)
+    assert found.startswith(f"broken/config.json: {name} is 'mine/kernel', code on the hub; take")
+    check_model_folder("policy.path", str(broken), trust_remote_code=True)
+
+
+@pytest.mark.parametrize("content", [[1], {"a": 1}, "x", {1: torch.ones(1)}])
+def test_weights_of_the_old_kind_that_are_none(broken, content):
+    (broken / "model.safetensors").unlink()
+    torch.save(content, broken / "pytorch_model.bin")
+    assert "broken" in line(broken)

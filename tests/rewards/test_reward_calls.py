@@ -181,14 +181,6 @@ def test_a_sum_that_is_too_large_names_the_term_that_makes_it_so():
     assert caught.value.term == "big"
 
 
-def test_ctrl_c_is_no_error_of_a_function():
-    def interrupted(rows, texts):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        score({"x": RewardTerm(interrupted, on_error="skip")}, ROWS, TEXTS)
-
-
 # --- in a run ------------------------------------------------------------------------------------
 
 

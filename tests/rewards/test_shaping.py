@@ -73,9 +73,10 @@ def test_state_is_plain_values_and_continues_exactly():
 
 
 def test_whitening_uses_the_values_of_the_rollout_itself_and_those_before():
-    term = RewardTerm(values_of(1.0, 3.0), whiten=True)
+    values = [1.0, 3.0]
+    term = RewardTerm(lambda rows, texts: [*values], whiten=True)
     assert shaped(term) == pytest.approx([-1.0, 1.0], abs=1e-5)  # mean 2, std 1
-    object.__setattr__(term, "fn", values_of(8.0, 8.0))
+    values[:] = 8.0, 8.0
     # all four: mean 5, squares 16 + 4 + 9 + 9 = 38, std sqrt(9.5)
     assert shaped(term) == pytest.approx([3 / 9.5**0.5] * 2, abs=1e-5)
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Timer
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from gspo_lightning.callbacks import (
@@ -23,6 +24,7 @@ from gspo_lightning.run.plan import (
     furthest,
     memory_parts,
     plan_lines,
+    reached,
     resume_command,
     this_python,
     total_batches,
@@ -500,6 +502,66 @@ def test_the_plan_comes_before_any_work(tmp_path, capsys):
 def test_the_length_of_a_run(changes, expected):
     trainer, _ = planned(**changes)
     assert total_batches(trainer) == expected
+
+
+@pytest.mark.parametrize(
+    ("done", "steps", "limit", "total"),
+    [
+        (0, 0, 4, 1),  # four mini-batches a rollout
+        (0, 0, 9, 3),
+        (2, 8, 9, 3),
+        (3, 12, 9, 3),  # a limit is looked at between rollouts
+        (3, 11, 12, 4),  # a step was skipped for a fault
+        (0, 0, 10**6, 40),
+    ],
+)
+def test_the_length_of_a_run_that_max_steps_bounds(done, steps, limit, total):
+    position = {"fit_loop": SimpleNamespace(total_batch_idx=done - 1), "global_step": steps}
+    trainer, module = planned(max_steps=limit, **position)
+    assert total_batches(trainer) == total
+    assert reached(trainer) == (done == total)
+    trainer.max_steps, trainer.callbacks = -1, [SimpleNamespace(lifted_max_steps=limit)]
+    assert total_batches(trainer) == total
+    del module.num_minibatches  # a module of one's own: its steps are not known beforehand
+    assert total_batches(trainer) == 40 and reached(trainer) == (steps >= limit)
+
+
+def test_the_plan_names_the_limits_of_a_run():
+    plan = plan_of(max_steps=9, global_step=0, callbacks=[Timer("00:01:00:00")])
+    assert plan["plan"].startswith("3 rollouts, each 16 prompts")
+    assert plan["plan"].endswith(
+        "at most 15,360 tokens to sample, up to 9 optimizer steps (trainer.max_steps) and for at "
+        "most 1:00:00 in all (trainer.max_time or Timer)"
+    )
+    assert plan["updates"].endswith(", 12 in all")
+
+
+def test_the_plan_goes_by_the_schedule_of_the_whole_run_where_a_limit_cuts_it():
+    config = OptimizerConfig(learning_rate=1.0, schedule="linear")
+    changes = {"optimizer_config": config}
+    plan = plan_of(module=changes, max_steps=8, global_step=0, max_epochs=2)
+    assert plan["updates"].endswith(f"at most {4 * (1 + 79 / 80):.1e}")  # two rollouts of 80
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_rollouts", "longer"),
+    [
+        ({"max_steps": 4}, 3, "--trainer.max_steps 8"),  # the data has more
+        ({"max_steps": 12}, 3, "--trainer.max_steps 24 --data.num_rollouts 6"),
+        ({"max_steps": 12, "max_epochs": 2}, 2, "--trainer.max_steps 24"),
+    ],
+)
+def test_a_run_that_max_steps_ended_is_extended_by_what_bounds_it(
+    tmp_path, capsys, settings, num_rollouts, longer
+):
+    module = RolloutDummy()
+    module.num_minibatches = 4
+    settings = {"val_check_interval": 2} | settings
+    fit(tmp_path, [RunSummary()], num_rollouts=num_rollouts, module=module, **settings)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{settings['max_steps']} in all" in lines[1]
+    command = lines[-1]
+    assert command.startswith("extend") and command.endswith(f" {longer} --ckpt_path last")
 
 
 def tiny_llama(**changes):

@@ -4,6 +4,7 @@ import ast
 import os
 import re
 import warnings
+from fnmatch import fnmatch
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 import train
 from gspo_lightning.callbacks.report import markdown_table
+from gspo_lightning.checkpoint import places
 from gspo_lightning.frozen.reward_model import RewardModel
 from gspo_lightning.policy.policy import PolicyConfig
 from gspo_lightning.run.command import Watch
@@ -93,6 +95,10 @@ def test_nothing_that_a_run_writes_can_be_changed_by_group_or_world(folder, mode
     assert {"config.yaml", "versions.yaml", "log.txt", "samples.jsonl", "curves.png"} <= names
     assert {"rollout=000001.ckpt", "model.safetensors", "predictions.jsonl"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
+    chosen = {"curves.png", "export", "predictions.jsonl"}  # by callbacks
+    others = {path.name for path in Path("runs/open").iterdir()} - chosen
+    patterns = (*places.FILES, *places.FOLDERS, places.EVENTS)
+    assert not [name for name in others if not any(fnmatch(name, p) for p in patterns)]
     loose = [str(path) for path in written if path.stat().st_mode & 0o022]
     assert not loose
 

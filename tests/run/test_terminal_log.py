@@ -1,3 +1,5 @@
+import io
+import os
 import sys
 
 import pytest
@@ -60,6 +62,64 @@ def test_what_a_stream_can_do_it_still_can(log, capsys):
     log()
     assert sys.stdout.isatty() is False
     assert sys.stdout.encoding.lower().startswith("utf")
+
+
+@pytest.fixture
+def nobody(monkeypatch, capsys):
+    """Standard output into a pipe whose reader has gone, as `| head` leaves it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="ascii") as stream:
+        yield lambda: monkeypatch.setattr(sys, "stdout", stream)
+
+
+def test_a_stream_that_nobody_reads_is_said_once_and_lost_lines_are_in_the_file(
+    nobody, log, tmp_path, capsys
+):
+    nobody()
+    stream, opened = sys.stdout, log()
+    for number in range(3):
+        print(f"line {number}", flush=True)
+    first, gone, *rest = lines(tmp_path)
+    assert [first, *rest] == ["line 0", "line 1", "line 2"]
+    assert gone.startswith("standard output is gone (broken pipe): the run goes on, its lines are")
+    assert capsys.readouterr().err == f"{gone}\n"
+    os.write(stream.fileno(), b"by a library")  # leads nowhere now
+    opened.close()
+    assert sys.stdout is stream
+    print("as Python ends", flush=True)
+
+
+def test_without_a_file_nothing_is_said_of_a_lost_stream(nobody, capsys):
+    nobody()
+    log = TerminalLog()
+    log.take()
+    print("of `doctor | head`")
+    log.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_full_device_and_a_closed_stream_are_lost_alike(log, tmp_path, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        monkeypatch.setattr(sys, "stderr", None)  # as `2>&-` leaves it
+        opened = log()
+        print("plan", flush=True)
+        print("warning", file=sys.stderr)
+        plan, gone, warning = lines(tmp_path)
+        assert (plan, warning) == ("plan", "warning")
+        assert gone.startswith("standard output is gone (no space left on device)")
+        opened.close()
+    assert sys.stderr is None
+
+
+def test_characters_that_a_terminal_lacks_are_shown_by_their_codes(log, tmp_path, monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    log()
+    print("5 €", flush=True)
+    assert shown.buffer.getvalue() == b"5 \\u20ac\n"
+    assert lines(tmp_path) == ["5 €"]
 
 
 def test_what_lightning_asks_of_torch_is_no_warning_to_a_user():

@@ -641,7 +641,7 @@ def full_disk(monkeypatch, where):
 
         def refuse(self, data):
             written.append(data)
-            if len(written) > 10:
+            if len(written) > 12:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             write(self, data)
 

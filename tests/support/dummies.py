@@ -221,7 +221,8 @@ class FailsOnRank(Callback):
 
     Args:
         rank: That rank.
-        error: `one line` for an error with a line of its own, `ours` for any other.
+        error: `one line` for an error with a line of its own, `killed` for SIGKILL, `ours` for any
+            other.
     """
 
     def __init__(self, rank: int, error: str = "one line"):
@@ -232,6 +233,8 @@ class FailsOnRank(Callback):
         if trainer.global_rank == self.rank and trainer.fit_loop.total_batch_idx == 2:
             if self.error == "one line":
                 raise FloatingPointError("the loss is nan")
+            if self.error == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("the module broke")
 
 

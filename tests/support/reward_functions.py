@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 
 
@@ -48,13 +49,44 @@ def _obey(row: dict, text: str) -> float | None:
         raise KeyError("no such thing")
     elif text == "exit":
         os._exit(7)
+    elif text == "sys.exit":
+        sys.exit(4)
+    elif text == "interrupt":
+        raise KeyboardInterrupt
+    elif text == "mute":
+        raise Mute
+    elif text == "50 MB":
+        raise ValueError("x" * 50_000_000)
+    elif text == "text":
+        return "0.5"
+    elif text == "close":  # as programs do that become daemons
+        os.closerange(3, 256)
+        time.sleep(60)
     elif text == "none":
         return None
     elif text == "print":
         print("printed by a reward function")
+    elif text == "flood":
+        print("x" * 1_000_000)
+        sys.stdout.close()
     elif text == "pid":
         return float(os.getpid())
     return row.get("value", 0.5)
+
+
+class Mute(Exception):
+    """An error without a text."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+async def slow_judge(rows: list[dict], completions: list[str]) -> list[float | None]:
+    """Number of characters, as somebody far away tells it."""
+    import asyncio
+
+    await asyncio.sleep(60 if "slow" in completions else 0)
+    return [float(len(text)) for text in completions]
 
 
 def sleepy_digits(rows: list[dict], completions: list[str]) -> list[float | None]:

@@ -134,9 +134,8 @@ def make_trainer(folder, callbacks=(), **settings) -> Trainer:
         "accelerator": "cpu",
         "num_sanity_val_steps": -1,
         "callbacks": list(callbacks),
+        "enable_progress_bar": any(type(c).__name__ == "RolloutProgress" for c in callbacks),
     } | settings
-    if not any(type(c).__name__ == "RolloutProgress" for c in callbacks):
-        settings["enable_progress_bar"] = False
     return Trainer(**settings)
 
 
