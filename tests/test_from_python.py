@@ -62,7 +62,7 @@ def whole(tmp_path_factory, model_dir, prompts):
     callbacks = [RolloutCheckpoint(), AdaptiveKL(initial=0.25)]
     module = make_module(
         model_dir,
-        policy=PolicyConfig(str(model_dir), lora=LoRAConfig(rank=2), stop_token_ids=[31]),
+        policy=PolicyConfig(str(model_dir), lora=LoRAConfig(rank=2), stop_token_ids=[20]),
         rewards={"digits": RewardTerm(digits, weight=2.0, whiten=True, clip=(-1, 1))},
         reference=ReferencePolicy(device="cpu"),
         advantages="gae",
