@@ -5,7 +5,6 @@ Decides the settings, what Lightning's hooks do, and what is logged of a step.
 
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -13,17 +12,18 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 
-from gspo_lightning.bounds import check_at_least
+from gspo_lightning.bounds import check_at_least, check_positive
 from gspo_lightning.collect import Collector
 from gspo_lightning.critic import Critic, CriticConfig, check_critic, fit_critic, load_critic
 from gspo_lightning.engine.mode import raise_flags
 from gspo_lightning.engine.rotary import fix_rotary
 from gspo_lightning.evaluation import Evaluation, Evaluator, describe
-from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel
+from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel, check_reference
 from gspo_lightning.guards.faults import Faults
 from gspo_lightning.guards.health import Health
 from gspo_lightning.guards.ignored import check_trainer
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED, TOKENS, Sizes
+from gspo_lightning.guards.trainer import check_batch, check_data, leave_out_noise
 from gspo_lightning.kl import check_loss_kind
 from gspo_lightning.loss import LossChoices
 from gspo_lightning.objectives import Objective
@@ -35,16 +35,21 @@ from gspo_lightning.optim import (
     set_learning_rate,
 )
 from gspo_lightning.policy import Policy, PolicyConfig, check_lengths, load_policy, load_tokenizer
+from gspo_lightning.policy.complete import complete, logits
+from gspo_lightning.policy.settings import log_settings, remake, settings_of
 from gspo_lightning.rewards import (
     RewardTerm,
     TimeLimit,
+    check_present,
     check_signatures,
+    check_terms,
     columns_needed,
     count_names,
     load_whitening_state,
     ramp_tokens,
     row_checks,
     score_or_keep,
+    terms_left_out,
     whitening_state,
 )
 from gspo_lightning.rollout import PromptBatch, Rollout, stream_seed
@@ -52,6 +57,8 @@ from gspo_lightning.sampling import GroupSampler, Sampler
 from gspo_lightning.step import Clock, Ranks, Step
 from gspo_lightning.tally import RolloutTally
 from gspo_lightning.update import Updater
+
+leave_out_noise()  # here: a Trainer begins to talk as it is made
 
 
 class GSPOModule(LightningModule):
@@ -141,6 +148,7 @@ class GSPOModule(LightningModule):
     ) -> None:
         super().__init__()
         sampler = sampler or GroupSampler()
+        self.save_hyperparameters(settings_of(GSPOModule, locals()), logger=False)
         check_signatures(rewards)
         evaluation.check_terms(rewards)
         check_at_least(
@@ -152,8 +160,13 @@ class GSPOModule(LightningModule):
             micro_batch_tokens=micro_batch_tokens,
             max_draws=max_draws,
         )
-        _check_rewards(rewards, sampler, truncated)
-        _check_coefficients(kl_coef, entropy_coef, max_grad_norm, reference)
+        check_terms(rewards, truncated)
+        check_positive("sampler.", temperature=sampler.temperature)
+        check_positive("model.", max_grad_norm=max_grad_norm)
+        check_at_least(0, "model.", kl_coef=kl_coef)
+        if not math.isfinite(entropy_coef):
+            raise ValueError(f"model.entropy_coef must be finite, got {entropy_coef}")
+        check_reference(kl_coef, reference)
         check_loss_kind(kl_estimator)
         check_critic(critic, advantages, sampler.group_size, drop_flat_groups)
         self.automatic_optimization = False
@@ -284,13 +297,9 @@ class GSPOModule(LightningModule):
         """Check what can be checked before anything is loaded, then load the frozen models."""
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything set
         self.needs_critic = stage == "fit"
+        check_present(self.rewards)
         if stage == "fit":
-            size = self.trainer.datamodule.prompts_per_rollout * self.sampler.group_size  # type: ignore[attr-defined]
-            if size % self.num_minibatches:
-                raise ValueError(
-                    f"model.num_minibatches must divide the {size} completions of a rollout "
-                    f"(prompts_per_rollout x group_size), got {self.num_minibatches}"
-                )
+            check_data(self.trainer, self, self.sampler.group_size)
         device = self.trainer.strategy.root_device
         examples = getattr(self.trainer.datamodule, "examples", {})  # type: ignore[attr-defined]
         held_out = self.eval_samplers["greedy"].max_new_tokens
@@ -363,6 +372,7 @@ class GSPOModule(LightningModule):
         )
         # Health begins behind the checkpoint: what it has said before a stop is not said again.
         self.health.begin(self.trainer.callbacks)  # type: ignore[attr-defined]
+        log_settings(self)
 
     def on_train_start(self) -> None:
         """Have all models compute as in eval mode, and recompute activations where that is set."""
@@ -406,9 +416,10 @@ class GSPOModule(LightningModule):
         saved = checkpoint.get("gspo")
         if saved is None:
             raise ValueError("this is no checkpoint of GSPOModule")
+        training = self._trainer is not None and self.trainer.training  # else load_from_checkpoint
         load_whitening_state(self.rewards, saved.get("whitening", {}))
-        fit_critic(checkpoint.get("state_dict", {}), self.critic_config, self.trainer.training)
-        if not self.trainer.training:
+        fit_critic(checkpoint.get("state_dict", {}), self.critic_config, training)
+        if not training:
             return
         self.health.load_state_dict(saved.get("health", {}))
         self.faults.in_a_row = saved.get("faults_in_a_row", 0)
@@ -438,6 +449,7 @@ class GSPOModule(LightningModule):
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Complete and score held-out prompts, with the same draws at every validation."""
+        check_batch(batch, PromptBatch)
         seed = stream_seed(self.seed, batch_idx, self.global_rank, "evaluation")
         self.evaluator.update(self.policy, batch, self.eval_samplers, seed)
 
@@ -462,6 +474,7 @@ class GSPOModule(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Complete each prompt ``group_size`` times and score the completions."""
+        check_batch(batch, PromptBatch)
         seed = stream_seed(self.seed, batch_idx, self.global_rank, "prediction")
         samples = self.sampler.sample(self.policy, batch, seed=seed)
         scores = score_or_keep(self.rewards, samples, self._failed)
@@ -469,38 +482,27 @@ class GSPOModule(LightningModule):
         prompts = [self.tokenizer.decode(ids[keep].tolist()) for ids, keep in pairs]
         return describe(samples, scores, prompts)
 
+    # --- the policy in a program of one's own --------------------------------------------------
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **given: Any):  # type: ignore[override]
+        """A module with the policy of a checkpoint; ``given`` arguments win over those it holds.
+
+        Reward functions are not imported from it: they are left out unless they are given.
+        """
+        given = remake(GSPOModule, checkpoint_path, given, rewards=terms_left_out)
+        return super().load_from_checkpoint(checkpoint_path, map_location, **given)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
+        """Logits of the policy; see ``policy.complete.logits``."""
+        return logits(self.policy, input_ids, attention_mask)
+
+    def generate(self, prompts: list[Any], **options: Any) -> list[list[str]]:
+        """Complete texts, or lists of chat messages; see ``policy.complete.complete``."""
+        options = {"max_new_tokens": self.sampler.max_new_tokens} | options
+        return complete(self.policy, prompts, in_run=self._trainer is not None, **options)
+
     def export(self, path: str | Path) -> None:
         """Write the policy as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
         if self.global_rank == 0:
             self.policy.export(path)  # type: ignore[union-attr]
-
-
-def _check_rewards(rewards: Mapping[str, RewardTerm], sampler: Sampler, truncated: str) -> None:
-    """Refuse rewards that are none, or do not go with how completions are drawn and cut."""
-    if not sampler.temperature > 0:
-        raise ValueError(
-            f"sampler.temperature must be above 0 in training, got {sampler.temperature}"
-        )
-    if not rewards:
-        raise ValueError("model.rewards is empty; name at least one reward term")
-    whitened = [name for name, term in rewards.items() if term.whiten]
-    if truncated == "zero_reward" and whitened:
-        raise ValueError(
-            f"truncated: zero_reward gives 0, which is an average reward where {whitened[0]!r} "
-            "is whitened; use keep or mask"
-        )
-
-
-def _check_coefficients(
-    kl_coef: float,
-    entropy_coef: float,
-    max_grad_norm: float | None,
-    reference: ReferencePolicy | None,
-) -> None:
-    """Refuse coefficients out of range, and a KL penalty that nothing is compared with."""
-    if not 0 <= kl_coef < math.inf or not math.isfinite(entropy_coef):
-        raise ValueError(f"kl_coef {kl_coef} must be >= 0 and entropy_coef {entropy_coef} finite")
-    if kl_coef > 0 and reference is None:
-        raise ValueError(f"kl_coef is {kl_coef} but there is no reference; set model.reference")
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm must be above 0 or null, got {max_grad_norm}")

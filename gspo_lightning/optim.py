@@ -144,19 +144,3 @@ def set_learning_rate(
         group["betas"], group["eps"] = config.betas, config.eps
         group["weight_decay"] = config.weight_decay if group["decays"] else 0.0
     return rate
-
-
-def num_optimizer_steps(trainer: Any) -> int | None:
-    """Optimizer steps of a whole supervised run; None if neither data nor Trainer bounds it.
-
-    Worked out here: ``trainer.estimated_stepping_batches`` would build the training loader early,
-    and a resumed run would then lose its position in the data.
-
-    Args:
-        trainer: Its data gives the batches per epoch as ``num_steps``.
-    """
-    bounds = [trainer.max_steps] if trainer.max_steps >= 0 else []
-    batches = getattr(getattr(trainer, "datamodule", None), "num_steps", None)
-    if batches is not None and trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        bounds.append(math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs)
-    return min(bounds) if bounds else None

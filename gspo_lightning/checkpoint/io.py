@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
@@ -104,6 +105,40 @@ def beyond_plain(value: Any, place: str = "") -> str | None:
     parts = value.items() if mapping else enumerate(value)
     inside += [(part, f"{place}[{key!r}]") for key, part in parts]
     return next(filter(None, (beyond_plain(part, where) for part, where in inside)), None)
+
+
+def read_without_tensors(key: str, path: str | Path, way_out: str = "give another") -> dict:
+    """What a checkpoint of a training run holds, no tensor read: they are on the meta device.
+
+    Args:
+        key: What names the file, for messages.
+        path: The file.
+        way_out: What to do about a file that is none.
+
+    Raises:
+        ValueError: If the file is no such checkpoint, is damaged, or holds code.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{key}: there is no file {path}; {way_out}")
+    if is_sealed(path) and (reason := damage(path)):
+        raise ValueError(f"{key}: {path} {reason}; {way_out}")
+    try:
+        found = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{key}: {path} holds more than plain values and tensors, such as code, so it is not "
+            f"loaded; {way_out}"
+        ) from error
+    except Exception as error:  # any, from a file that is made to break its reader
+        line = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"{key}: cannot read {path}: {line}; {way_out}") from error
+    whole = isinstance(found, dict) and {"state_dict", "loops"} <= found.keys()
+    if not whole or not all(isinstance(found[part], dict) for part in ("state_dict", "loops")):
+        raise ValueError(f"{key}: {path} is no checkpoint of a training run; {way_out}")
+    for name, value in found["state_dict"].items():
+        if not isinstance(value, torch.Tensor) and not str(name).endswith("_extra_state"):
+            raise ValueError(f"{key}: {path}: {name} of its weights is no tensor; {way_out}")
+    return found
 
 
 def is_sealed(path: str | Path) -> bool:

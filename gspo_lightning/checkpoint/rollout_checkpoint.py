@@ -26,7 +26,13 @@ from gspo_lightning.checkpoint.event_files import (
     event_file_sizes,
     mark_event_files,
 )
-from gspo_lightning.checkpoint.files import BEST, FOLDER, checkpoint_number, list_checkpoints
+from gspo_lightning.checkpoint.files import (
+    BEST,
+    FOLDER,
+    checkpoint_number,
+    list_checkpoints,
+    numbered_files,
+)
 from gspo_lightning.checkpoint.fingerprints import collect, differences, refuse_changes
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, beyond_plain, replacing
 from gspo_lightning.checkpoint.monitor import monitored
@@ -291,6 +297,13 @@ class RolloutCheckpoint(Checkpoint):
             cut_tables(trainer, checkpoint["rollouts"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove what a kill in the middle of a save left behind.
+
+        Raises:
+            ValueError: If the run would begin anew in the folder of another one.
+        """
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            _check_start(trainer)
         """Remove what a kill in the middle of a save left behind."""
         # Lift limits until training begins: Lightning would leave out the end of training, too,
         # with what callbacks do there, and the run may have been killed just before it.
@@ -353,6 +366,18 @@ def broken_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]:
     ends = [torch.stack(torch.aminmax(part)).float() for part in parts.values()]
     fine = torch.stack([pair.to(ends[0].device) for pair in ends]).isfinite().all(1).tolist()
     return [name for name, good in zip(parts, fine, strict=True) if not good]
+
+
+def _check_start(trainer: Trainer) -> None:
+    """Refuse to mix two runs: a command has looked already, but a program may not have."""
+    root = trainer.default_root_dir
+    continues = trainer.ckpt_path is not None or trainer.fit_loop.total_batch_idx >= 0
+    if not continues and (started := numbered_files(root)):
+        raise ValueError(
+            f"{root} already holds a run (up to {started[-1].name}); continue it with "
+            "fit(..., ckpt_path=gspo_lightning.checkpoint.find_checkpoint(FOLDER, 'last')), or "
+            "start in another folder with Trainer(default_root_dir=NEW)"
+        )
 
 
 def _done(trainer: Trainer) -> int:

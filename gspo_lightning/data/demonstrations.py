@@ -20,6 +20,7 @@ from gspo_lightning.data.stream import ResumableStream, pad
 from gspo_lightning.data.tables import check_file, read_rows, text_column
 from gspo_lightning.policy.chat import LONGEST_TOKEN
 from gspo_lightning.policy.reads import Limits, limits
+from gspo_lightning.policy.settings import settings_of
 from gspo_lightning.rollout import Movable
 
 
@@ -46,6 +47,21 @@ class TokenizedData(LightningDataModule):
     def __init__(self) -> None:
         super().__init__()
         self.stream: ResumableStream | None = None
+
+    @property
+    def trainer(self) -> Any:
+        return self._trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Any) -> None:
+        """Let the data say how long a run is: a Trainer that was told no limit would go on.
+
+        Lightning sets this before it makes 1,000 epochs of an open limit.
+        """
+        self._trainer = trainer
+        fit_loop = getattr(trainer, "fit_loop", None)
+        if fit_loop is not None and fit_loop.max_epochs is None and trainer.max_steps == -1:
+            fit_loop.max_epochs = 1
 
     @property
     def tokenizer(self) -> Any:
@@ -83,12 +99,12 @@ class TokenizedData(LightningDataModule):
 
     @cached_property
     def _limits(self) -> Limits:
-        config = getattr(self.trainer.lightning_module, "policy_config", None)  # type: ignore[union-attr]
+        config = getattr(self.trainer.lightning_module, "policy_config", None)
         return Limits(None, None) if config is None else limits(config)
 
     def _skip_validation_unless(self, there: bool) -> None:
         if not there:  # Lightning would warn of a loader without batches
-            self.trainer.limit_val_batches = 0  # type: ignore[union-attr]
+            self.trainer.limit_val_batches = 0
 
     def _stream(
         self, examples: list, collate: Callable, batch_size: int, num_batches: int | None, **kw: Any
@@ -150,7 +166,7 @@ class SupervisedData(TokenizedData):
         self.val_examples: list[tuple[list[int], list[int]]] = []
 
     def setup(self, stage: str) -> None:
-        check_kind_of_data(self, self.trainer.lightning_module)  # type: ignore[union-attr]
+        check_kind_of_data(self, self.trainer.lightning_module)
         if self.stream is None and stage == "fit":
             examples = self._read("data.path", self.path)
             self.stream = self._stream(
@@ -225,6 +241,7 @@ class SFTData(SupervisedData):
         shuffle: bool = True,
     ) -> None:
         super().__init__(path, val_path, batch_size, num_steps, max_tokens)
+        self.save_hyperparameters(settings_of(SFTData, locals()), logger=False)
         self.prompt_column, self.completion_column = prompt_column, completion_column
         self.shuffle = shuffle
 

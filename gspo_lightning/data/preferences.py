@@ -7,6 +7,7 @@ from torch import Tensor
 from gspo_lightning.data.demonstrations import SupervisedData
 from gspo_lightning.data.stream import pad
 from gspo_lightning.data.tables import read_rows, text_column
+from gspo_lightning.policy.settings import settings_of
 from gspo_lightning.rollout import Movable
 
 
@@ -68,6 +69,7 @@ class PreferenceData(SupervisedData):
         max_tokens: int = 1024,
     ) -> None:
         super().__init__(path, val_path, batch_size, num_steps, max_tokens)
+        self.save_hyperparameters(settings_of(PreferenceData, locals()), logger=False)
         self.columns = (prompt_column, chosen_column, rejected_column)
         self.separator = separator
 

@@ -17,6 +17,7 @@ from gspo_lightning.data.demonstrations import TokenizedData, check_files, check
 from gspo_lightning.data.stream import pad
 from gspo_lightning.data.tables import check_patterns, column, extract, read_rows
 from gspo_lightning.policy.chat import LONGEST_TOKEN, Chat, TooLong, checked
+from gspo_lightning.policy.settings import settings_of
 from gspo_lightning.rollout import PromptBatch
 
 
@@ -68,6 +69,7 @@ class PromptData(TokenizedData):
         chat_template_arguments: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(settings_of(PromptData, locals()), logger=False)
         if system_prompt is not None and not chat_template:
             raise ValueError("data.system_prompt needs data.chat_template: true")
         if chat_template_arguments and not chat_template:
@@ -98,7 +100,7 @@ class PromptData(TokenizedData):
 
     def setup(self, stage: str) -> None:
         """Read and tokenise what ``stage`` needs."""
-        check_kind_of_data(self, self.trainer.lightning_module)  # type: ignore[union-attr]
+        check_kind_of_data(self, self.trainer.lightning_module)
         wanted = {
             "fit": ["path", "val_path"],
             "validate": ["val_path"],
@@ -106,8 +108,8 @@ class PromptData(TokenizedData):
             "predict": ["predict_path"],
         }[stage]
         if self.chat_template and self.chat is None:
-            if self.trainer.world_size > 1:  # type: ignore[union-attr]
-                self.started = self.trainer.strategy.broadcast(self.started)  # type: ignore[union-attr]
+            if self.trainer.world_size > 1:
+                self.started = self.trainer.strategy.broadcast(self.started)
             self._make_chat()
         for key in wanted:
             if key not in self.examples and self.paths[key] is not None:
@@ -177,7 +179,7 @@ class PromptData(TokenizedData):
     def _read(self, key: str, path: str) -> list[tuple[list[int], dict]]:
         rows = extract(key, path, read_rows(key, path), self.extract)
         # a reward must not find out in the middle of the run that a row lacks its column
-        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        module: Any = self.trainer.lightning_module
         for term, name in getattr(module, "columns_needed", {}).items():
             column(key, path, rows, name, why=f", which reward {term!r} needs")
         for check in getattr(module, "row_checks", {}).values():

@@ -141,6 +141,12 @@ class ReferencePolicy:
         return torch.cat(parts)[back].to(samples.mask.device)
 
 
+def check_reference(kl_coef: float, reference: ReferencePolicy | None) -> None:
+    """Refuse a KL penalty that nothing is compared with."""
+    if kl_coef > 0 and reference is None:
+        raise ValueError(f"kl_coef is {kl_coef} but there is no reference; set model.reference")
+
+
 @dataclass(eq=False)
 class FrozenModels:
     """The frozen models of a run, kept where Lightning does not look.

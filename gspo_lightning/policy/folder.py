@@ -310,13 +310,19 @@ def check_values(where: str, model: torch.nn.Module) -> None:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Hide what transformers logs while a model is read: a mistake is one line of ours."""
-    level = transformers_logging.get_verbosity()
+    """Hide what transformers shows while a model is read: a mistake is one line of ours."""
+    level, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # a bar of tensors, gone in no time
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def read_tokenizer(path: str, **options: Any) -> Any:

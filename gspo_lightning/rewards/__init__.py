@@ -3,11 +3,13 @@
 from gspo_lightning.rewards.calls import RewardError
 from gspo_lightning.rewards.code_tests import CodeTests
 from gspo_lightning.rewards.failed import score_or_keep
+from gspo_lightning.rewards.left_out import check_present, terms_left_out
 from gspo_lightning.rewards.terms import (
     MarkedAnswer,
     RewardTerm,
     Scores,
     check_signatures,
+    check_terms,
     columns_needed,
     count_names,
     load_whitening_state,

@@ -406,6 +406,18 @@ def ramp_tokens(ramp: float | None, max_length: int) -> int | None:
     return max(1, round(ramp * max_length)) if ramp < 1 else int(ramp)
 
 
+def check_terms(terms: Mapping[str, RewardTerm], truncated: str) -> None:
+    """Refuse rewards that are none, or do not go with what ``truncated`` makes of completions."""
+    if not terms:
+        raise ValueError("model.rewards is empty; name at least one reward term")
+    whitened = [name for name, term in terms.items() if term.whiten]
+    if truncated == "zero_reward" and whitened:
+        raise ValueError(
+            f"truncated: zero_reward gives 0, which is an average reward where {whitened[0]!r} "
+            "is whitened; use keep or mask"
+        )
+
+
 def check_signatures(terms: Mapping[str, RewardTerm]) -> None:
     """Refuse a reward function that cannot be called with rows and completions.
 

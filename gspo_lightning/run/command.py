@@ -237,7 +237,7 @@ class GSPOCLI(LightningCLI):
         path = config.get("ckpt_path")
         self.checkpoint = find_checkpoint(self.root, path and str(path))
         check_strategy(config.trainer)
-        start_checks.check_devices(config.trainer)
+        start_checks.check_options(config.trainer)
         if self.subcommand == "fit":
             start_checks.check_length(config.trainer)
         # Not kept in the config: a run that is continued with it should not be traced again.

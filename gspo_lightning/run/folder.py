@@ -21,6 +21,7 @@ from gspo_lightning.checkpoint.files import checkpoint_number, list_checkpoints,
 from gspo_lightning.checkpoint.fingerprints import settings
 from gspo_lightning.checkpoint.io import damage, replacing
 from gspo_lightning.checkpoint.places import ELSEWHERE, EVENTS, FILES, KEY, check_kinds
+from gspo_lightning.policy.settings import flat
 from gspo_lightning.run.provenance import write_provenance
 from gspo_lightning.run.terminal_log import TerminalLog, say
 
@@ -198,15 +199,3 @@ def settings_in(file: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     return flat(tree) if isinstance(tree, dict) else None
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, keys joined by dots.
-
-    >>> flat({"data": {"path": "a", "rows": [1, 2]}})
-    {'data.path': 'a', 'data.rows': [1, 2]}
-    """
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    parts = (flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in tree.items())
-    return {key: value for part in parts for key, value in part.items()}

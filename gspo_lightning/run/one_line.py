@@ -5,7 +5,7 @@ Decides how a mistake that a parser found is worded, and what of the libraries' 
 
 import contextlib
 import difflib
-import logging
+import inspect
 import os
 import re
 import sys
@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from gspo_lightning.checkpoint.fingerprints import moved
 from gspo_lightning.checkpoint.io import disk_fault
 from gspo_lightning.checkpoint.quoted import printable
+from gspo_lightning.guards.trainer import leave_out_noise
 from gspo_lightning.run.terminal_log import shown
 
 LONGEST = 400  # characters of an error line; beyond come dumps of whole configs
@@ -37,6 +38,16 @@ _NO_CLASS = "Not a valid subclass of"
 _OWN_PATH = re.compile(r"gspo_lightning(?:\.\w+)+")
 _KEY = re.compile(r'Parser key "(.+?)":\s*(.*)')
 _UNKNOWN = re.compile(r"unknown key `[^`]+`(?:, did you mean `[^`]+`\?|; known: [^.]+)?")
+
+# Words of other trainers and of torch, for which no spelling is close.
+_ELSEWHERE = {
+    "lr": "optimizer.learning_rate",
+    "num_generations": "sampler.group_size",
+    "max_completion_length": "sampler.max_new_tokens",
+    "beta": "kl_coef",
+    "epsilon": "objective.clip_low",
+    "epsilon_high": "objective.clip_high",
+}
 
 
 class OneLineParser(LightningArgumentParser):
@@ -120,9 +131,15 @@ def unknown(key: str, known: Iterable[str]) -> str:
     'unknown key `temprature`, did you mean `temperature`?'
     >>> unknown("colour", ["help", "group_size", "temperature"])
     'unknown key `colour`; known: group_size, temperature'
+    >>> unknown("lr", ["learning_rate", "betas"])
+    'unknown key `lr`, did you mean `learning_rate`?'
     """
     names = [name for name in known if name.rpartition(".")[2] not in ("help", "config")]
     hint = did_you_mean(key, names)
+    if meant := _ELSEWHERE.get(key.rpartition(".")[2]):
+        short = meant.rpartition(".")[2]
+        meant = short if short in names else f"model.{meant}" if "model" in names else meant
+        hint = f", did you mean `{meant}`?"
     if not hint and "." in key:  # perhaps only the beginning is wrong
         hint = did_you_mean(key.partition(".")[0], [name for name in names if "." not in name])
     if not hint and "." not in key and len(names) <= 20:
@@ -220,6 +237,11 @@ def written(value: Any) -> str:
 
 def _import_trouble(reason: str) -> str | None:
     """What is wrong with a class_path, if that is what a reason is about."""
+    if match := re.search(r"Subclasses are disabled for (\w+), thus '(\S+)' is", reason):
+        import gspo_lightning
+
+        settings = ", ".join(inspect.signature(getattr(gspo_lightning, match[1])).parameters)
+        return f"expected {match[1]} ({settings}), got {match[2]}"
     if match := re.search(r"module '(\S+)' has no attribute '(\S+)'", reason):
         meant = did_you_mean(match[2], dir(sys.modules.get(match[1])))
         return f"there is no {match[2]} in {match[1]}{meant}"
@@ -255,41 +277,9 @@ def _expected(reason: str) -> str:
     return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
 
 
-# Messages of Lightning that are advertising, or repeat what the plan and our own lines say.
-_CHATTER = re.compile(
-    r"💡 Tip|(GPU|TPU|HPU) available|`Trainer\.fit` stopped|Restor(ing|ed) |Loaded model weights"
-    r"|`Trainer\(limit_|\s*Detected KeyboardInterrupt"
-    r"|(\[rank: \d+\] )?(Seed set to |Child process with PID )"
-    r"|`weights_only` was not set|Time limit reached"
-)
-_HARMLESS = (
-    # lightning 2.6.6 itself asks torch for LeafSpec, which torch 2.13 has deprecated
-    r".*isinstance\(treespec, LeafSpec\)",
-    # lightning 2.6.6 gathers from all ranks by a function that torch 2.13 has deprecated
-    r"torch\.distributed\.nn\.functional\.all_gather is deprecated",
-    # tokenised prompts lie in memory: worker processes would only cost time
-    r"The '\w+_dataloader' does not have many workers",
-    # defaults of callbacks that are refused, each with a line of its own
-    r"Unable to serialize instance (cpu|l1_unstructured|random_unstructured)$",
-    # the policy is whole on each device, so its average is, too
-    r"You're using the WeightAveraging callback with a model that overrides",
-    # what a checkpoint of this trainer holds is a rollout's end
-    r"Using ModelCheckpoint with manual optimization and every_n_train_steps",
-    # a run that goes on, beside RolloutCheckpoint's files
-    r"Checkpoint directory .* exists and is not empty",
-    # callbacks may come and go when a run is continued; what must not change has a fingerprint
-    r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
-    # data.val_path: null is a choice
-    r"Total length of `list` across ranks is zero",
-)
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep known noise out of the output, and show what warnings remain as one line each."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return not _CHATTER.match(record.getMessage())
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         sys.stderr.write(f"warning: {printable(shown(' '.join(str(message).split())))}\n")
@@ -301,22 +291,14 @@ def quiet() -> Iterator[None]:
         if error is None or (disk_fault(error) is None and not of_events):
             threading.__excepthook__(arguments)
 
-    noisy = ["pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"]
-    noisy.append("fabric.strategies.launchers.subprocess_script")
-    loggers = [logging.getLogger(f"lightning.{part}") for part in noisy]
     transformers_logging.disable_progress_bar()  # one per folder of weights, gone in no time
     # Lightning 2.6.6 calls jsonargparse by names that have been renamed since.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     with warnings.catch_warnings():
-        for pattern in _HARMLESS:
-            warnings.filterwarnings("ignore", message=pattern)
+        leave_out_noise()
         previous, warnings.showwarning = warnings.showwarning, show
         hook, threading.excepthook = threading.excepthook, end
-        for logger in loggers:
-            logger.addFilter(keep)
         try:
             yield
         finally:
             warnings.showwarning, threading.excepthook = previous, hook
-            for logger in loggers:
-                logger.removeFilter(keep)

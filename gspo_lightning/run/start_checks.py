@@ -3,13 +3,12 @@
 import os
 import sys
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from safetensors import safe_open
 
+from gspo_lightning.checkpoint.io import read_without_tensors
 from gspo_lightning.policy.folder import weight_files
 
 
@@ -20,22 +19,7 @@ def check_checkpoint(path: Path, module: Any) -> None:
     The ValueError names the file and the way out.
     """
     way_out = "give one that a run of this config wrote, or last"
-    try:
-        found = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-    except UnpicklingError as error:
-        raise ValueError(
-            f"ckpt_path: {path} holds more than plain values and tensors, such as code, so it is "
-            f"not loaded; {way_out}"
-        ) from error
-    except Exception as error:  # any, from a file that is made to break its reader
-        line = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"ckpt_path: cannot read {path}: {line}; {way_out}") from error
-    whole = isinstance(found, dict) and {"state_dict", "loops"} <= found.keys()
-    if not whole or not all(isinstance(found[key], dict) for key in ("state_dict", "loops")):
-        raise ValueError(f"ckpt_path: {path} is no checkpoint of a training run; {way_out}")
-    for name, value in found["state_dict"].items():
-        if not isinstance(value, torch.Tensor) and not str(name).endswith("_extra_state"):
-            raise ValueError(f"ckpt_path: {path}: {name} of its weights is no tensor; {way_out}")
+    found = read_without_tensors("ckpt_path", path, way_out)
     key = getattr(module, "checkpoint_key", None)
     if key is not None and key not in found:
         raise ValueError(
@@ -78,8 +62,13 @@ def check_interval(trainer: Any) -> None:
         )
 
 
-def check_devices(config: Any) -> None:
-    """Raise ValueError for a list of devices that no machine has."""
+def check_options(config: Any) -> None:
+    """Raise ValueError for options of a trainer that no run here can have."""
+    if config.barebones:
+        raise ValueError(
+            "trainer.barebones leaves out curves, checkpoints and progress, which a run here has; "
+            "set it to false (`--profile` shows where the time goes)"
+        )
     if not isinstance(config.devices, list):
         return
     if config.accelerator == "cpu":

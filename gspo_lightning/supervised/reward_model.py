@@ -22,7 +22,6 @@ from gspo_lightning.optim import (
     OptimizerConfig,
     build_optimizer,
     learning_rate_factor,
-    num_optimizer_steps,
 )
 from gspo_lightning.policy.folder import load_weights, unloadable
 from gspo_lightning.policy.policy import (
@@ -34,7 +33,8 @@ from gspo_lightning.policy.policy import (
     make_ready,
 )
 from gspo_lightning.policy.reads import positions
-from gspo_lightning.supervised.step_log import set_rate_and_log
+from gspo_lightning.policy.settings import log_settings, remake, settings_of
+from gspo_lightning.supervised.step_log import num_optimizer_steps, set_rate_and_log
 
 
 class PairLoss(NamedTuple):
@@ -100,6 +100,8 @@ class RewardModelModule(LightningModule):
         self, policy: PolicyConfig, optimizer: OptimizerConfig | None = None, centring: float = 0.0
     ) -> None:
         super().__init__()
+        optimizer = optimizer or OptimizerConfig(learning_rate=1e-5)
+        self.save_hyperparameters(settings_of(RewardModelModule, locals()), logger=False)
         if not 0 <= centring < math.inf:
             raise ValueError(f"model.centring must be >= 0 and finite, got {centring}")
         if policy.lora is not None:
@@ -107,7 +109,7 @@ class RewardModelModule(LightningModule):
                 "policy.lora: a reward model is trained whole here; set policy.lora to null"
             )
         self.policy_config = policy
-        self.optimizer_config = optimizer or OptimizerConfig(learning_rate=1e-5)
+        self.optimizer_config = optimizer
         self.centring = centring
         self.tokenizer = load_tokenizer(policy)  # data is set up before there is a model
         self.tokenizer.padding_side = "right"  # as RewardModel pads what it scores
@@ -130,6 +132,7 @@ class RewardModelModule(LightningModule):
     def on_fit_start(self) -> None:
         """Show Lightning a module in train mode, as it asks for."""
         raise_flags(self)
+        log_settings(self, ("val/accuracy", "val/loss", "train/loss"))
 
     def on_train_start(self) -> None:
         """Have the model compute as in eval mode, and recompute activations where that is set."""
@@ -179,6 +182,12 @@ class RewardModelModule(LightningModule):
         """Log loss, accuracy and margin; batches are weighted by their pairs."""
         for name, value in self.loss(batch)._asdict().items():
             self.log(f"val/{name}", value, batch_size=len(batch.ids) // 2, sync_dist=True)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **given: Any):  # type: ignore[override]
+        """A module with the weights of a checkpoint; ``given`` arguments win over its own."""
+        given = remake(RewardModelModule, checkpoint_path, given)
+        return super().load_from_checkpoint(checkpoint_path, map_location, **given)
 
     def export(self, path: str | Path) -> None:
         """Write the model as a folder that ``RewardModel(path=...)`` loads."""

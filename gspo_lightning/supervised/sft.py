@@ -20,10 +20,10 @@ from gspo_lightning.optim import (
     OptimizerConfig,
     build_optimizer,
     learning_rate_factor,
-    num_optimizer_steps,
 )
 from gspo_lightning.policy.policy import PolicyConfig, load_policy, load_tokenizer
-from gspo_lightning.supervised.step_log import set_rate_and_log
+from gspo_lightning.policy.settings import log_settings, remake, settings_of
+from gspo_lightning.supervised.step_log import num_optimizer_steps, set_rate_and_log
 
 
 class SFTModule(LightningModule):
@@ -42,8 +42,10 @@ class SFTModule(LightningModule):
 
     def __init__(self, policy: PolicyConfig, optimizer: OptimizerConfig | None = None) -> None:
         super().__init__()
+        optimizer = optimizer or OptimizerConfig(learning_rate=1e-5)
+        self.save_hyperparameters(settings_of(SFTModule, locals()), logger=False)
         self.policy_config = policy
-        self.optimizer_config = optimizer or OptimizerConfig(learning_rate=1e-5)
+        self.optimizer_config = optimizer
         self.tokenizer = load_tokenizer(policy)  # data is set up before there is a model
         self.policy: Any = None
 
@@ -65,6 +67,7 @@ class SFTModule(LightningModule):
         """Likewise, and before any batch."""
         self.on_validation_start()
         raise_flags(self)
+        log_settings(self, ("val/loss", "train/loss"))
 
     def on_train_start(self) -> None:
         """Have the model compute as in eval mode, and recompute activations where that is set."""
@@ -102,6 +105,12 @@ class SFTModule(LightningModule):
         """Log the loss; batches are weighted by their tokens, so the mean is over all tokens."""
         tokens = int(batch.mask.sum())
         self.log("val/loss", self.loss(batch), batch_size=tokens, prog_bar=True, sync_dist=True)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **given: Any):  # type: ignore[override]
+        """A module with the weights of a checkpoint; ``given`` arguments win over its own."""
+        given = remake(SFTModule, checkpoint_path, given)
+        return super().load_from_checkpoint(checkpoint_path, map_location, **given)
 
     def export(self, path: str | Path) -> None:
         """Write the policy as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""

@@ -5,9 +5,13 @@ loggers only after the callbacks have saved: a kill in between would lose the po
 in the checkpoint and does not run again.
 """
 
+import math
 from typing import Any
 
-from gspo_lightning.optim import num_optimizer_steps, set_learning_rate
+from gspo_lightning.guards.trainer import leave_out_noise
+from gspo_lightning.optim import set_learning_rate
+
+leave_out_noise()  # here: a Trainer begins to talk as it is made
 
 
 def set_rate_and_log(module: Any, metrics: dict[str, Any], batch_size: int) -> None:
@@ -31,3 +35,19 @@ def set_rate_and_log(module: Any, metrics: dict[str, Any], batch_size: int) -> N
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
     module.log_dict(metrics, logger=False, prog_bar=True, batch_size=batch_size)
+
+
+def num_optimizer_steps(trainer: Any) -> int | None:
+    """Optimizer steps of a whole supervised run; None if neither data nor Trainer bounds it.
+
+    Worked out here: ``trainer.estimated_stepping_batches`` would build the training loader early,
+    and a resumed run would then lose its position in the data.
+
+    Args:
+        trainer: Its data gives the batches per epoch as ``num_steps``.
+    """
+    bounds = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    batches = getattr(getattr(trainer, "datamodule", None), "num_steps", None)
+    if batches is not None and trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        bounds.append(math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs)
+    return min(bounds) if bounds else None

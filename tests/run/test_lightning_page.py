@@ -391,7 +391,7 @@ TRIED = {
     "devices": lambda p, **_: looked(p, devices=1).trainer.world_size == 1,
     "num_nodes": lambda p, **_: looked(p, num_nodes=1).trainer.num_nodes == 1,
     "precision": lambda p, **_: looked(p, precision="bf16-mixed").rollouts == 2,
-    "logger": lambda p, **_: looked(p).trainer.loggers == [] and "train/loss" in logged(p),
+    "logger": lambda p, **_: looked(p).trainer.loggers == [] and "train/loss" in logged(p / "b"),
     "callbacks": lambda p, **_: looked(p).rollouts == 2,
     "fast_dev_run": lambda p, **_: looked(p, fast_dev_run=1).rollouts == 1 and not [*p.iterdir()],
     "max_epochs": lambda p, **_: looked(p, max_epochs=2).rollouts == 4,

@@ -1,0 +1,239 @@
+"""The settings of a module as plain values: for checkpoints, for loggers, and to make it again.
+
+Decides what stands for an object that is no plain value, and what a checkpoint may make: the
+settings' own dataclasses and the package's sampler. A checkpoint is data: nothing that it names is
+imported, so reward functions and samplers of others come from whoever loads it.
+"""
+
+import inspect
+import json
+import numbers
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from gspo_lightning.checkpoint.io import read_without_tensors
+from gspo_lightning.kl import KLRule
+from gspo_lightning.sampling import GroupSampler
+
+OWN = "gspo_lightning."
+LONGEST_TEXT = 200  # characters of a value in a logger's table
+# What people vary; TensorBoard shows five columns of a tab that could have seventy.
+SHOWN_FIRST = (
+    "AdaptiveKL.rule.target",
+    "model.objective.clip_low",
+    "model.objective.ratio",
+    "model.optimizer.learning_rate",
+    "model.sampler.group_size",
+)
+FIGURES = ("val/accuracy_greedy", "val/accuracy_sampled", "val/reward", "train/reward")
+SAMPLER = f"{GroupSampler.__module__}.{GroupSampler.__qualname__}"
+
+
+def plain(value: Any) -> Any:
+    """A value as YAML and checkpoints hold it; an object as the config that would make it.
+
+    Of an object of somebody else's class only the class is told: its attributes may be secrets.
+
+    >>> plain({"betas": (0.9, 0.99), "fn": len})
+    {'betas': [0.9, 0.99], 'fn': 'builtins.len'}
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Real):  # numpy's, too, which a checkpoint must not hold
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(value, str | Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if hasattr(value, "__qualname__"):  # a function or a class
+        return f"{value.__module__}.{value.__qualname__}"
+    if is_dataclass(value) and not callable(value):  # a callable one is a reward, which has a class
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value) if f.init}
+    kind = type(value)
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    names = inspect.signature(kind).parameters if path.startswith(OWN) else ()
+    known = {name: plain(getattr(value, name)) for name in names if hasattr(value, name)}
+    return {"class_path": path, "init_args": known}
+
+
+def settings_of(owner: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a constructor as plain values, once they are seen to be of the right kinds.
+
+    Args:
+        owner: The class; its hints say which of the settings' dataclasses an argument must be.
+        arguments: ``locals()`` of its constructor.
+
+    Raises:
+        ValueError: For an argument of another kind, such as an optimizer of torch's, naming the
+            settings that there are.
+    """
+    hints = _hints(owner)
+    for name, hint in hints.items():
+        value = arguments[name]
+        values = {name: value}
+        if get_origin(hint) is dict and isinstance(value, dict):
+            values = {f"{name}.{key}": item for key, item in value.items()}
+        for key, item in values.items():
+            kinds: Any = tuple(kind for kind in (hint, *get_args(hint)) if is_dataclass(kind))
+            if kinds and item is not None and not isinstance(item, kinds):
+                known = ", ".join(f.name for f in fields(kinds[0]) if f.init)
+                got = plain(item) if isinstance(item, type) else type(item).__name__
+                raise ValueError(f"model.{key}: expected {kinds[0].__name__} ({known}), got {got}")
+    return {name: plain(arguments[name]) for name in hints}
+
+
+def remake(
+    owner: Any,
+    path: Any,
+    given: Mapping[str, Any],
+    **others: Callable[[Any], Any],
+) -> dict[str, Any]:
+    """Arguments for a module's constructor, from the settings that a checkpoint holds.
+
+    Args:
+        owner: The module's class.
+        path: The checkpoint.
+        given: Arguments that win over the checkpoint's. Of a dataclass some fields may be given as
+            a dict: ``policy={"path": "elsewhere"}``.
+        others: What makes an argument that is no such dataclass, by its name.
+
+    Returns:
+        ``given``, and for all other arguments what the checkpoint holds.
+
+    Raises:
+        ValueError: If the file cannot be read, or an argument cannot be made from it, saying which
+            one to give.
+    """
+    name = owner.__name__
+    saved = read_without_tensors(f"{name}.load_from_checkpoint", path).get("hyper_parameters", {})
+    if not saved and "policy" not in given:
+        raise ValueError(
+            f"{path} does not hold the settings of its policy (an earlier version wrote it); give "
+            f"them: {name}.load_from_checkpoint(path, policy=PolicyConfig(...))"
+        )
+    if saved.get("policy"):  # asked for anew: who loads a checkpoint need not trust its author
+        saved["policy"] = saved["policy"] | {"trust_remote_code": False}
+    made = dict(given)
+    for argument, hint in _hints(owner).items():
+        if argument in others:
+            made.setdefault(argument, others[argument](saved.get(argument)))
+            continue
+        if argument not in given and argument not in saved:
+            continue
+        value, there = given.get(argument, saved.get(argument)), saved.get(argument)
+        if isinstance(value, dict) and isinstance(there, dict):
+            value = there | value
+        try:
+            made[argument] = _made(hint, value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: {error}; to load it with other settings, give them by name: "
+                f"{name}.load_from_checkpoint(path, {argument}={{...}})"
+            ) from error
+    return made
+
+
+def _hints(owner: Any) -> dict[str, Any]:
+    """Types of a constructor's arguments, by name."""
+    return {k: hint for k, hint in get_type_hints(owner.__init__).items() if k != "return"}
+
+
+def _made(hint: Any, value: Any) -> Any:
+    """A value of the hinted type from its plain form; what is no plain form stays as it is."""
+    if isinstance(value, dict) and "class_path" in value:
+        if value["class_path"] != SAMPLER:
+            raise ValueError(f"{value['class_path']} is not made from a checkpoint")
+        return GroupSampler(**value["init_args"])
+    for kind in (hint, *get_args(hint)):
+        if is_dataclass(kind) and isinstance(value, dict):
+            hints = _hints(kind)
+            return kind(**{k: _made(hints.get(k), item) for k, item in value.items()})  # type: ignore[operator]
+        if get_origin(kind) is tuple and isinstance(value, list):
+            return tuple(value)
+        if get_origin(kind) is dict and isinstance(value, dict):
+            return {k: _made(get_args(kind)[1], item) for k, item in value.items()}
+    return value
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, keys joined by dots.
+
+    >>> flat({"data": {"path": "a", "rows": [1, 2]}})
+    {'data.path': 'a', 'data.rows': [1, 2]}
+    """
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    parts = (flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in tree.items())
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def table(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a logger shows them: keys as on the command line, numbers and short texts.
+
+    What is not set is left out.
+
+    >>> table({"sampler": {"class_path": "Mine", "init_args": {"size": 8, "top": None}}, "ks": [1]})
+    {'sampler': 'Mine', 'sampler.size': 8, 'ks': '[1]'}
+    """
+    found = {}
+    for key, value in flat(dict(settings)).items():
+        if isinstance(value, list):
+            value = json.dumps(value, ensure_ascii=False)
+        if key.endswith("class_path"):
+            value = re.sub(rf"^{OWN}[\w.]*\.", "", value)
+        if isinstance(value, str) and len(value) > LONGEST_TEXT:
+            value = f"{value[:LONGEST_TEXT]}..."
+        if value is not None:
+            found[re.sub(r"\.(init_args|class_path)\b", "", key)] = value
+    return found
+
+
+def log_settings(module: Any, figures: Sequence[str] = FIGURES) -> None:
+    """Give every logger the settings of a run that begins, as one flat table.
+
+    In TensorBoard the tab of hyperparameters shows them beside the newest values of ``figures``,
+    which it takes from the curves, so that a run that is continued has one row.
+
+    Args:
+        module: A LightningModule, attached to its Trainer.
+        figures: Names of curves.
+    """
+    trainer = module.trainer
+    if not trainer.enable_autolog_hparams:
+        return
+    seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything set
+    known: dict[str, Any] = {"seed_everything": seed, "trainer": {"precision": trainer.precision}}
+    known |= {"model": module.hparams_initial, "data": getattr(trainer.datamodule, "hparams", {})}
+    for callback in trainer.callbacks:
+        if isinstance(getattr(callback, "rule", None), KLRule):  # it decides what is trained
+            known[type(callback).__name__] = plain(callback)["init_args"]
+    values = table(known)
+    for logger in trainer.loggers:
+        if type(logger.experiment).__name__ != "SummaryWriter":  # on ranks other than 0, too
+            logger.log_hyperparams(values)
+            continue
+        logger.log_hyperparams(values, metrics={})  # for its YAML file; None would draw a curve
+        for part in _summaries(values, figures):
+            # its own add_hparams would open another run
+            logger.experiment._get_file_writer().add_summary(part)
+
+
+def _summaries(values: dict[str, Any], figures: Sequence[str]) -> list[Any]:
+    """What TensorBoard reads: which columns there are, and this run's values."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+    from torch.utils.tensorboard.summary import hparams
+
+    shown = {key: json.dumps(v) if isinstance(v, bool) else v for key, v in values.items()}
+    columns, start, _ = hparams(shown, dict.fromkeys(figures, 0))
+    packed = columns.value[0].metadata.plugin_data
+    data = HParamsPluginData.FromString(packed.content)
+    for column in data.experiment.hparam_infos:
+        column.differs = column.name in SHOWN_FIRST
+    packed.content = data.SerializeToString()
+    return [columns, start]
