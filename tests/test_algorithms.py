@@ -112,7 +112,11 @@ def as_rollout(model, batch, step):
 def module_loss(model, batch):
     """What an update makes a gradient of, in two micro-batches, and the share of clipped tokens."""
     model.trainer = SimpleNamespace(
-        default_root_dir="", global_rank=0, callbacks=[], datamodule=None
+        default_root_dir="",
+        global_rank=0,
+        callbacks=[],
+        datamodule=None,
+        enable_autolog_hparams=False,
     )
     model.configure_model()
     model.on_fit_start()

@@ -160,14 +160,14 @@ def plain(value: Any) -> Any:
 def markdown_table(samples: list[dict[str, Any]], longest: int = 400) -> str:
     """The samples as a Markdown table; texts are escaped, and ``longest`` characters at most."""
     numbers = ["reward", *samples[0]["parts"], "advantage", "length", "truncated", "ratio"]
-    table = [["prompt", "completion", *numbers]]
+    table = [["prompt", "completion", *map(markdown, numbers)]]
     for sample in samples:
         texts = [sample["prompt"], sample["completion"]]
-        texts = [shortened(text, longest) for text in texts]
+        texts = [markdown(shortened(text, longest)) for text in texts]
         values = {**sample, **sample["parts"]}
         cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in map(values.get, numbers)]
         table.append([*texts, *cells])
-    head, *lines = ("| " + " | ".join(map(markdown, cells)) + " |" for cells in table)
+    head, *lines = ("| " + " | ".join(cells) + " |" for cells in table)
     return "\n".join([head, "|" + " --- |" * len(table[0]), *lines])
 
 

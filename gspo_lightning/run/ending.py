@@ -133,7 +133,7 @@ def from_a_checkpoint(error: BaseException) -> bool:
     """Whether something broke on what a checkpoint holds; a refusal of ours says so itself."""
     frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     restoring = any("checkpoint_connector" in name for name in frames)
-    refused = isinstance(error, MISTAKES) and "gspo_lightning" in frames[-1]
+    refused = restoring and isinstance(error, MISTAKES) and "gspo_lightning" in frames[-1]
     return restoring and isinstance(error, Exception) and not refused
 
 

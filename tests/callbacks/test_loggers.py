@@ -123,7 +123,7 @@ def test_mlflow_and_comet_get_samples_as_text_and_curves_as_a_picture(logged):
     assert [(run_id, file) for run_id, _, file in texts] == [
         ("r1", f"samples/rollout=00000{number}.md") for number in (1, 2, 3)
     ]
-    assert "text 0.0" in texts[0][1] and "text 1.0" in texts[1][1]
+    assert "text 0&#46;0" in texts[0][1] and "text 1&#46;0" in texts[1][1]
     (run_id, pixels, name), _ = loggers["mlflow"].of("log_image")[0]
     assert (run_id, pixels.ndim, name) == ("r1", 3, "curves.png")
     assert [kwargs["step"] for _, kwargs in loggers["comet"].of("log_text")] == [0, 1, 2]

@@ -272,8 +272,8 @@ def test_a_path_that_cannot_be_loaded_is_an_error(tmp_path, monkeypatch, choice)
 
 
 def test_temporary_files_of_a_killed_save_are_removed(tmp_path):
-    make(tmp_path, 1)
     torn = tmp_path / "checkpoints" / ".rollout=000002.ckpt.123.tmp"
+    torn.parent.mkdir()
     torn.write_bytes(b"half")
     fit(tmp_path, num_rollouts=1)
     assert not torn.exists()

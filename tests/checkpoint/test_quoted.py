@@ -201,8 +201,9 @@ def test_the_doctor_quotes_in_lines_and_loses_nothing_in_json(monkeypatch, capsy
 def test_a_replayed_dump_is_quoted(monkeypatch, capsys, tmp_path):
     looks = replay.Looks()
     looks.all.append(replay.Look(TEXT, False, 0, "NaN"))
-    dump = {"found": [TEXT], "settings": {"device": TEXT}, "prompts": [TEXT]}
-    monkeypatch.setattr(replay, "load_dump", lambda _: dump | {"minibatch": {"texts": [TEXT]}})
+    dump = SimpleNamespace(found=[TEXT], prompts=[TEXT], minibatch=SimpleNamespace(texts=[TEXT]))
+    dump.settings = SimpleNamespace(device=TEXT, critic=False)
+    monkeypatch.setattr(replay, "load_dump", lambda *_: dump)
     monkeypatch.setattr(replay, "replay", lambda *_: looks)
     assert replay.main([str(tmp_path / "dump.pt"), "--device=cpu"]) == 0
     out = capsys.readouterr().out
