@@ -15,14 +15,14 @@ export OMP_NUM_THREADS ?= 1
 demo: $(VENV)/demo.stamp  ## train the embedded default to a rising reward
 	$(PY) train.py fit --config configs/arithmetic.yaml --trainer.default_root_dir $(RUN)
 
-test: $(VENV)/dev.stamp  ## every test but those of rare models and runs; gpu ones are skipped without one
-	$(PY) -m pytest -q -n 2 --dist worksteal --durations 5 -m "not models and not kills"
+test: $(VENV)/dev.stamp  ## every test but those of the three targets below; gpu ones are skipped without one
+	$(PY) -m pytest -q -n 2 --dist worksteal --durations 5 -m "not models and not kills and not recipes"
 
 test-core: $(VENV)/dev.stamp  ## the maths and the loop, in less than a minute
-	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow and not kills" tests/test_*.py gspo_lightning/*.py
+	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow" tests/test_*.py gspo_lightning/*.py
 
 test-fast: $(VENV)/dev.stamp  ## without the tests marked slow
-	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow and not models and not kills"
+	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow and not models and not kills and not recipes"
 
 models: $(VENV)/dev.stamp  ## try every type of model anew and write docs/models.md
 	cd tests && PYTHONPATH=.. $(abspath $(PY)) -m support.model_types --write
@@ -30,8 +30,11 @@ models: $(VENV)/dev.stamp  ## try every type of model anew and write docs/models
 lightning: $(VENV)/dev.stamp  ## write docs/lightning.md anew from its table
 	cd tests && PYTHONPATH=.. $(abspath $(PY)) -m support.lightning_table --write
 
-kills: $(VENV)/dev.stamp  ## kill runs of ten more configurations and continue them
-	$(PY) -m pytest -q -n 2 --dist worksteal -m "slow or kills" tests/checkpoint/test_crash.py
+kills: $(VENV)/dev.stamp  ## kill runs of twelve configurations again and again, and continue them
+	$(PY) -m pytest -q -n 2 --dist worksteal -m kills
+
+recipes: $(VENV)/dev.stamp  ## train the shipped models and the second demo anew
+	$(PY) -m pytest -q -n 2 --dist worksteal -m recipes
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .

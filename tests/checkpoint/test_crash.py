@@ -135,10 +135,17 @@ def plan(seed):
     return deaths
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("elsewhere", [False, True], ids=["", "TMPDIR elsewhere"])
-def test_a_run_killed_24_times_is_the_straight_run_bit_for_bit(straight, warm, tmp_path, elsewhere):
-    """Eight times where files are made on another file system than the run's."""
+@pytest.mark.parametrize(
+    ("deaths", "elsewhere"),
+    [
+        pytest.param(24, False, marks=pytest.mark.kills, id="24"),
+        pytest.param(8, True, marks=pytest.mark.slow, id="8, TMPDIR elsewhere"),
+    ],
+)
+def test_a_run_killed_many_times_is_the_straight_run_bit_for_bit(
+    straight, warm, tmp_path, deaths, elsewhere
+):
+    """Elsewhere: files are made on another file system than the run's."""
     environment = {}
     if elsewhere:
         other = Path("/dev/shm")
@@ -147,7 +154,7 @@ def test_a_run_killed_24_times_is_the_straight_run_bit_for_bit(straight, warm, t
         environment["TMPDIR"] = str(other)
     runs = Runs(warm, tmp_path)
     died = Counter()
-    for kill in plan(seed=int(elsewhere))[: 8 if elsewhere else 24]:
+    for kill in plan(seed=int(elsewhere))[:deaths]:
         ended = runs.fit("--ckpt_path=auto", kill=kill, **environment)
         assert ended.code == -9, f"{kill} came too late: {ended}"
         died[runs.phase()] += 1
@@ -247,8 +254,6 @@ KINDS = {
     "two ranks": (DEMO, SHORT.replace("trainer:\n", "trainer:\n" + RANKS_OF_CPU) + POLICY + DATA),
 }
 KINDS["one rank of two"] = KINDS["two ranks"]
-# those that share the least with the run above; all of them: pytest -m "slow or kills"
-OFTEN = {"critic"}
 TWELVE = 12
 
 
@@ -283,10 +288,8 @@ def kills(kind):
     ]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(k, marks=pytest.mark.slow if k in OFTEN else pytest.mark.kills) for k in KINDS],
-)
+@pytest.mark.kills
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_of_any_kind_is_the_straight_run_bit_for_bit(warm, tmp_path, kind):
     configs, overlay = KINDS[kind]
     if "TRAIN" in overlay:  # 22 prompts: an epoch of the data ends within the sixth rollout

@@ -94,7 +94,7 @@ def test_a_supervised_fit_continues_bit_for_bit_over_its_epochs(tmp_path, config
         assert train.main([*command, *options]) == 0
 
     run(tmp_path / "straight")
-    for stop in (3, 8, 11):  # in the first epoch, at its end, in the second
+    for stop in (8, 11):  # at the end of the first epoch, in the second
         stopper = [
             "--trainer.callbacks+=support.dummies.Stopper",
             f"--trainer.callbacks.after={stop}",

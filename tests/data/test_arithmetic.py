@@ -166,7 +166,7 @@ def test_the_policy_is_weak_but_knows_the_working(policy):
     assert_in_band(TASK / policy)
 
 
-@pytest.mark.slow
+@pytest.mark.recipes
 def test_the_recipe_recreates_such_a_policy(tmp_path):
     arguments = ["--config", "configs/sft_arithmetic.yaml", "--trainer.default_root_dir", tmp_path]
     command = [sys.executable, "train.py", "fit", *map(str, arguments)]

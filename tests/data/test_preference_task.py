@@ -122,7 +122,7 @@ def test_the_demo_scores_what_the_reward_model_was_trained_on():
     assert demo["rewards"]["correct"]["weight"] == 0  # looked at, not trained on
 
 
-@pytest.mark.slow
+@pytest.mark.recipes
 def test_the_recipe_recreates_such_a_reward_model(tmp_path):
     process = train_py(
         "--config", "configs/reward_model.yaml", "--trainer.default_root_dir", tmp_path
@@ -149,7 +149,7 @@ def mean(values):
     return sum(values) / len(values)
 
 
-@pytest.mark.slow
+@pytest.mark.recipes
 def test_the_kl_settles_at_its_target(demo):
     scalars, target, _ = demo
     kl = scalars["train/kl_divergence"]
@@ -158,20 +158,20 @@ def test_the_kl_settles_at_its_target(demo):
     assert max(kl) <= 3 * target  # no overshoot on the way there
 
 
-@pytest.mark.slow
+@pytest.mark.recipes
 def test_the_coefficient_is_what_holds_the_kl(demo):
     coefs = demo[0]["train/kl_coef"]
     assert len(set(coefs)) > 50 and min(coefs) > 0.1 and max(coefs) < 5
 
 
-@pytest.mark.slow
+@pytest.mark.recipes
 def test_the_reward_ends_clearly_above_its_start(demo):
     scalars, _, _ = demo
     score = scalars["reward/preference"]
     assert mean(score[-10:]) - mean(score[:5]) >= 0.8  # of 3.7 between no working and working
 
 
-@pytest.mark.slow
+@pytest.mark.recipes
 def test_accuracy_follows_although_nothing_rewards_it(demo):
     scalars, _, output = demo
     accuracy = scalars["val/accuracy_sampled"]

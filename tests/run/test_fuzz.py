@@ -25,7 +25,7 @@ from support.fuzz import CODE, CONFIG, REACHED, ROWS, Maker, Place, corpus, path
 from support.tiny_run import run
 
 pytestmark = pytest.mark.slow
-CASES = int(os.environ.get("FUZZ_CASES", 50))
+CASES = int(os.environ.get("FUZZ_CASES", 30))
 SEED = int(os.environ.get("FUZZ_SEED", 0))
 
 

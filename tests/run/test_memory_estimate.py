@@ -62,8 +62,8 @@ TIED = LAYERS | {  # two gradients of one large matrix decide
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
     ("shape", "precision", "new_tokens"),
-    [(LAYERS, "32-true", 128), (LAYERS, "bf16-mixed", 128), (TIED, "32-true", 16)],
-    ids=["layers", "layers in half precision", "a large tied vocabulary"],
+    [(LAYERS, "bf16-mixed", 128), (TIED, "32-true", 16)],
+    ids=["layers in half precision", "a large tied vocabulary"],
 )
 def test_the_estimate_is_within_a_quarter_of_what_is_measured(
     tmp_path, make_model, tokenizer, shape, precision, new_tokens
