@@ -10,7 +10,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
 
 from gspo_lightning.checkpoint.monitor import UnloggedFigure, monitored_name
 
@@ -57,8 +62,15 @@ def check_strategy(settings: Any) -> None:
 def check_trainer(trainer: Any, module: Any) -> None:
     """Raise ValueError for a Trainer that would train a module wrongly, where that is its task."""
     check_strategy(trainer)
-    if trainer.state.fn == "fit":
+    if trainer.state.fn != "fit":
+        return
+    try:
         check_training(trainer, trainer.callbacks, module, trainer.datamodule)
+    except ValueError:
+        # It would write a checkpoint of a training that has not begun.
+        left = [c for c in trainer.callbacks if not isinstance(c, OnExceptionCheckpoint)]
+        trainer.callbacks = left
+        raise
 
 
 def check_training(settings: Any, callbacks: Iterable[Any], module: Any, data: Any) -> None:

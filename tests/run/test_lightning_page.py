@@ -95,7 +95,7 @@ def test_an_option_is_refused_with_the_setting_of_its_line(name, tmp_path, model
 @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint")  # of OnExceptionCheckpoint
 @pytest.mark.parametrize("name", [name for name, row in CALLBACKS.items() if row.here == "refused"])
 def test_a_callback_is_refused_with_the_setting_of_its_line(name, tmp_path, model_dir, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # Lightning lets OnExceptionCheckpoint save at the refusal, too
+    monkeypatch.chdir(tmp_path)  # nor is anything written here, by OnExceptionCheckpoint
     way_out = re.search("`(.+?)`", CALLBACKS[name].note)[1]
     callback = MADE[name]()
     text = refusal(tmp_path, model_dir, [callback])
