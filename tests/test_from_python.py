@@ -270,7 +270,7 @@ def test_a_module_that_is_called_gives_logits_whatever_the_padding(model_dir):
     torch.testing.assert_close(found[0], module(ids[:1])[0])
     torch.testing.assert_close(found[1, 1:], module(ids[1:, 1:])[0])
     torch.testing.assert_close(found[:1], module.policy.model(ids[:1]).logits)
-    with pytest.raises(ValueError, match="list of at least one text, got '1"):
+    with pytest.raises(ValueError, match=r"list of at least one, such as .*, got '1"):
         module.generate("1+2=")
 
 
@@ -315,7 +315,7 @@ def test_a_plain_trainer_is_silent_and_stops_at_num_rollouts(
 
 
 def test_a_run_is_not_begun_in_the_folder_of_another(whole, model_dir):
-    with pytest.raises(ValueError, match=r"already holds a run .*find_checkpoint.*last"):
+    with pytest.raises(ValueError, match=r"already holds a run .*fit\(..., ckpt_path='.*ckpt'\)"):
         trainer = bare(whole.folder, callbacks=[RolloutCheckpoint()], logger=False)
         trainer.fit(make_module(model_dir), whole.data)
 
@@ -338,6 +338,5 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     quick = code.replace("60", "02").replace("num_rollouts=02", "num_rollouts=2")
-    quick = quick.replace("callbacks=", "enable_progress_bar=False, callbacks=")
     exec(quick, {})
     assert "answer" in capsys.readouterr().out

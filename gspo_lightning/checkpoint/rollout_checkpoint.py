@@ -375,7 +375,7 @@ def _check_start(trainer: Trainer) -> None:
     if not continues and (started := numbered_files(root)):
         raise ValueError(
             f"{root} already holds a run (up to {started[-1].name}); continue it with "
-            "fit(..., ckpt_path=gspo_lightning.checkpoint.find_checkpoint(FOLDER, 'last')), or "
+            f"fit(..., ckpt_path={str(started[-1])!r}), or "
             "start in another folder with Trainer(default_root_dir=NEW)"
         )
 

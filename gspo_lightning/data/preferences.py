@@ -77,7 +77,8 @@ class PreferenceData(SupervisedData):
         super().setup(stage)
         if stage != "fit" and not self.val_examples:
             raise ValueError(
-                f"{getattr(stage, 'value', stage)} needs held-out pairs; set data.val_path"
+                f"{getattr(stage, 'value', stage)} needs held-out pairs; set data.val_path "
+                "(from Python PreferenceData(..., val_path=))"
             )
 
     def _read(self, key: str, path: str) -> list[tuple[list[int], list[int]]]:

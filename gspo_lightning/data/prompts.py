@@ -116,7 +116,8 @@ class PromptData(TokenizedData):
                 self.examples[key] = self._read(f"data.{key}", str(self.paths[key]))
         if stage in ("validate", "test") and wanted[0] not in self.examples:
             raise ValueError(
-                f"{getattr(stage, 'value', stage)} needs held-out prompts; set data.val_path"
+                f"{getattr(stage, 'value', stage)} needs held-out prompts; set data.val_path "
+                "(from Python PromptData(..., val_path=))"
             )
         if stage == "fit":
             self._skip_validation_unless("val_path" in self.examples)

@@ -77,8 +77,8 @@ def check_data(trainer: Any, module: Any, size: int) -> None:
     prompts = getattr(trainer.datamodule, "prompts_per_rollout", None)
     if prompts is None:
         raise ValueError(
-            f"{name} learns from PromptData, which continues exactly where a run was stopped: call "
-            "trainer.fit(module, PromptData('prompts.jsonl', num_rollouts=100)), not with a loader"
+            f"{name} learns from PromptData, which continues exactly where a run was stopped; a "
+            "loader does not: trainer.fit(module, PromptData('prompts.jsonl', num_rollouts=100))"
         )
     if prompts * size % module.num_minibatches:
         raise ValueError(

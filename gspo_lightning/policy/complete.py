@@ -46,7 +46,9 @@ def complete(
     """
     check_loaded(policy)
     if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
+        raise ValueError(
+            f"prompts must be a list of at least one, such as ['7+9='], got {prompts!r}"
+        )
     tokenizer = policy.tokenizer
     chat = None if all(isinstance(prompt, str) for prompt in prompts) else Chat(tokenizer)
     ids = []

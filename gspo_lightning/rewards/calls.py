@@ -158,7 +158,8 @@ def _attempt(
 
 def _listed(given: Any, size: int, guest: Guest) -> list[Any]:
     """What a function gave as a list, of ``size`` + 1 values at most where it could be endless."""
-    if given is None or isinstance(given, str | bytes | Mapping | Set):
+    single = not hasattr(given, "__iter__") and not hasattr(given, "__getitem__")
+    if single or isinstance(given, str | bytes | Mapping | Set):
         raise TypeError(f"gave {type(given).__name__} instead of a list of numbers")
     if hasattr(given, "tolist") and hasattr(given, "shape"):  # a tensor, an array: one copy
         given = given.reshape(-1).tolist() if tuple(given.shape) == (size, 1) else given.tolist()

@@ -355,6 +355,8 @@ class GSPOCLI(LightningCLI):
             length = f"{done:,}" if total is None else f"{done:,} of {total:,}"
             unit = "rollouts" if hasattr(self.model, "sampler") else "batches"
             go_on = where_to_go_on(self.argv, self.root)
+            if why.endswith("to go on"):  # as it stands, the command would stop again at once
+                go_on = go_on.replace("; continue with", ", and then continue with")
             say(f"stopped after {length} {unit} {why}; {go_on}")
         elif 0 <= self.trainer.max_steps <= (steps := self.trainer.global_step):
             say(f"ended by trainer.max_steps {self.trainer.max_steps}: {steps:,} optimizer steps")

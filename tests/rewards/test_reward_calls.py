@@ -61,8 +61,8 @@ FAULTS = {
     "too few for any": (always_two, [0, 1, 2], "'x' gave 2 values for 3 completions"),
     "None for all": (lambda r, t: None, [0, 1, 2], "'x' failed: TypeError: gave NoneType instead"),
     "a text for all": (lambda r, t: "111", [0, 1, 2], "gave str instead of a list of numbers"),
+    "a number for all": (lambda r, t: 1.0, [0, 1, 2], "gave float instead of a list of numbers"),
     "a dict for all": (lambda r, t: {1: 1.0}, [0, 1, 2], "gave dict instead of a list"),
-    "a number for all": (lambda r, t: 1.0, [0, 1, 2], "'float' object is not iterable"),
 }
 ANSWERS = {
     "NaN": (gives([1.0, NAN, 1.0]), [1]),

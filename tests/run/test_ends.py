@@ -196,7 +196,7 @@ def test_early_stopping_stands_for_as_long_as_its_settings_do(capfd):
     assert line.startswith(
         "stopped after 4 of 20 batches by EarlyStopping: Monitored metric val/size did not improve "
         "in the last 1 records. Best score: -8.000; change its settings to go on; last checkpoint "
-        "run/checkpoints/rollout=000004.ckpt; continue with: python train.py fit"
+        "run/checkpoints/rollout=000004.ckpt, and then continue with: python train.py fit"
     )
     assert fit("run", *STOPPING, f"{patience}=1", "--ckpt_path=last", length=20) == 0
     line = capfd.readouterr().err.splitlines()[-1]
