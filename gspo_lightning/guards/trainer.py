@@ -15,7 +15,7 @@ _CHATTER = re.compile(
     r"💡 Tip|(GPU|TPU|HPU) available: |`Trainer\.fit` stopped|Restor(ing|ed) |Loaded model weights"
     r"|`Trainer\(limit_|\s*Detected KeyboardInterrupt"
     r"|(\[rank: \d+\] )?(Seed set to |Child process with PID )"
-    r"|`weights_only` was not set|Time limit reached"
+    r"|`weights_only` was not set|Time limit reached|Found current_model_state"
 )
 _TALKERS = (
     "pytorch.utilities.rank_zero",

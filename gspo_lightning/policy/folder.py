@@ -8,7 +8,9 @@ to transformers to check. ``key`` is always the setting that names the folder, f
 import json
 import math
 import re
+import socket
 import traceback
+import urllib.request
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -16,8 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -325,6 +329,27 @@ def silence() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def check_hub(path: str) -> None:
+    """Raise ValueError for a name on the hub whose host is not found: its library tries a minute.
+
+    A name in the cache is left to the library, and so is a host that a proxy has to find.
+    """
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return
+    if Path(path).expanduser().is_dir() or not HUB_NAME.fullmatch(path):
+        return
+    if isinstance(try_to_load_from_cache(path, "config.json"), str):
+        return
+    host = urlsplit(constants.ENDPOINT).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        raise ValueError(
+            f"{path} is no folder, and of the hub not even the address is found ({host}: {error}); "
+            "go online, or give a folder that holds the model"
+        ) from error
+
+
 def read_tokenizer(path: str, **options: Any) -> Any:
     """Load a tokenizer that works.
 
@@ -335,6 +360,7 @@ def read_tokenizer(path: str, **options: Any) -> Any:
     Raises:
         ValueError: If it cannot be loaded or used, naming the path.
     """
+    check_hub(path)
     try:
         with silence():
             tokenizer = AutoTokenizer.from_pretrained(path, **options)

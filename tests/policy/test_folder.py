@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import GPT2Config, MptConfig, Qwen3Config, XLNetConfig
 from gspo_lightning.critic.critic import CriticConfig, load_critic
 from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.frozen.reward_model import RewardModel
+from gspo_lightning.policy import folder as folders
 from gspo_lightning.policy.folder import check_model_folder, check_values
 from gspo_lightning.policy.policy import PolicyConfig, load_policy, load_tokenizer
 from gspo_lightning.policy.reads import check_lengths, limits
@@ -289,3 +291,16 @@ def test_weights_of_the_old_kind_that_are_none(broken, content):
     (broken / "model.safetensors").unlink()
     torch.save(content, broken / "pytorch_model.bin")
     assert "broken" in line(broken)
+
+
+def test_a_name_on_a_hub_that_is_not_found_is_one_line_at_once(monkeypatch):
+    def unknown(*_):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(folders.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(folders.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(ValueError, match=r"^no/such is no folder, .*Name or service.*; go online"):
+        folders.read_tokenizer("no/such")
+    monkeypatch.setattr(folders, "try_to_load_from_cache", lambda *_: "config.json")
+    folders.check_hub("no/such")  # cached: no network is needed
