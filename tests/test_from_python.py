@@ -287,6 +287,14 @@ def test_an_argument_of_another_kind_is_named(model_dir, name, value, line):
         make_module(model_dir, **{name: value})
 
 
+def test_a_plain_trainer_goes_on_without_a_warning(tmp_path, model_dir, prompts):
+    for length, path in ((1, None), (2, tmp_path / "checkpoints" / "rollout=000001.ckpt")):
+        trainer = bare(tmp_path, callbacks=[RolloutCheckpoint()])  # pytest makes warnings errors
+        data = PromptData(str(prompts), prompts_per_rollout=4, num_rollouts=length)
+        trainer.fit(make_module(model_dir), data, ckpt_path=path)
+    assert trainer.logger.log_dir.endswith("version_1") and trainer.global_step == 4
+
+
 def test_a_plain_trainer_is_silent_and_stops_at_num_rollouts(
     tmp_path, model_dir, prompts, capsys, caplog
 ):

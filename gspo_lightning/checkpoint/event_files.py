@@ -61,7 +61,9 @@ def cut_event_files(trainer: Trainer, files: dict[str, Any], rollouts: int) -> N
     """
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-    missing = set(files) if goes_on_in_place(trainer) else set()
+    # Lightning's own numbers give each start a folder of its own, so that nothing is gone there.
+    numbered = any(isinstance(logger.version, int) for logger in tensorboards(trainer))
+    missing = set(files) if goes_on_in_place(trainer) and not numbered else set()
     for logger in tensorboards(trainer):
         writer = logger.experiment.file_writer
         current = _current(writer).name
