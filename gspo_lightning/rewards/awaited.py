@@ -5,6 +5,8 @@ between calls belongs to the loop it was first used in, and a notebook's own loo
 """
 
 import asyncio
+import os
+import selectors
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import TimeoutError as NoAnswer
@@ -35,12 +37,28 @@ class Outcome(NamedTuple):
         return self.value
 
 
+class _Selector(selectors.DefaultSelector):
+    """Ends a process that a function has forked as soon as its loop goes on.
+
+    It shares what the loop waits for with the run, whose answers it would take away for ever.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.process = os.getpid()
+
+    def select(self, timeout: float | None = None) -> Any:
+        if os.getpid() != self.process:
+            os._exit(0)
+        return super().select(timeout)
+
+
 class _Loop(threading.Thread):
     """A thread that runs an event loop; it ends with the process."""
 
     def __init__(self) -> None:
         super().__init__(name="rewards that are awaited", daemon=True)
-        self.loop = asyncio.new_event_loop()
+        self.loop = asyncio.SelectorEventLoop(_Selector())
         self.start()
 
     def run(self) -> None:

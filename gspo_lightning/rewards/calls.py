@@ -20,7 +20,7 @@ from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.guards.out_of_memory import OutOfMemory, is_out_of_memory
 from gspo_lightning.rewards.awaited import TooLong, outcomes, wait
 from gspo_lightning.rewards.guest import Guest
-from gspo_lightning.rewards.time_limit import UNSPEAKABLE, as_number, error_text, told
+from gspo_lightning.rewards.time_limit import UNSPEAKABLE, as_number, error_text, kind_of, told
 
 PAUSE_SECONDS = 1.0  # before the first further call; twice as long before each one after it
 LARGEST = torch.finfo(torch.float32).max  # rewards become float32
@@ -196,7 +196,7 @@ def _cause(error: BaseException) -> Exception:
     text = error_text(error)
     if isinstance(error, Exception) and text != UNSPEAKABLE and len(str(error)) < LONG:
         return error
-    return RuntimeError(f"{type(error).__name__}: {text}").with_traceback(error.__traceback__)
+    return RuntimeError(f"{kind_of(error)}: {text}").with_traceback(error.__traceback__)
 
 
 def _alone(name: str, guest: Guest, rows: list[dict], completions: list[str]) -> Iterator[Called]:

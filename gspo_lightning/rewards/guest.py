@@ -10,6 +10,8 @@ import gc
 import locale
 import os
 import random
+import re
+import resource
 import signal
 import sys
 import threading
@@ -34,13 +36,33 @@ RewardFn = Callable[[list[dict], list[str]], Any]
 
 PUT_BACK = "put back after each call"
 COPIES = "it has copies, nothing else sees the change"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
+           signal.SIGPIPE, signal.SIGCHLD)  # fmt: skip
+LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
 
 
 def _folder() -> str | None:
     with suppress(OSError):  # of a folder that somebody has deleted
         return os.getcwd()
     return None
+
+
+def _umask() -> int | None:
+    with suppress(OSError):  # to ask by os.umask would change it for other threads
+        with open("/proc/self/status") as status:
+            found = re.search(r"(?m)^Umask:\s*(\d+)", status.read())
+        return int(found[1], 8) if found else None
+    return None
+
+
+def _limits() -> list[tuple[int, int]]:
+    return [resource.getrlimit(which) for which in LIMITS]
+
+
+def _set_limits(limits: list[tuple[int, int]]) -> None:
+    for which, limit in zip(LIMITS, limits, strict=True):
+        if resource.getrlimit(which) != limit:
+            resource.setrlimit(which, limit)
 
 
 def _set_device(device: torch.device) -> None:
@@ -80,6 +102,13 @@ STATE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "the locale": (
         partial(locale.setlocale, locale.LC_ALL),
         partial(locale.setlocale, locale.LC_ALL),
+    ),
+    "limits of the process": (_limits, _set_limits),
+    "the umask": (_umask, os.umask),
+    "the recursion limit": (sys.getrecursionlimit, sys.setrecursionlimit),
+    "the mask of signals": (
+        partial(signal.pthread_sigmask, signal.SIG_BLOCK, ()),
+        partial(signal.pthread_sigmask, signal.SIG_SETMASK),
     ),
     "garbage collection": (gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
 }

@@ -255,12 +255,16 @@ def serve(connection: Connection) -> None:
     try:
         fn = pickle.loads(pickled)
     except BaseException as error:  # a module may also exit
-        connection.send(("error", f"{type(error).__name__}: {error_text(error)}", {}))
+        connection.send(("error", f"{kind_of(error)}: {error_text(error)}", {}))
         return
     connection.send(("value", None, {}))
+    process = os.getpid()
     while True:
         row, completion = connection.recv()
-        connection.send(answer_one(fn, row, completion))
+        answer = answer_one(fn, row, completion)
+        if os.getpid() != process:
+            os._exit(0)  # a second answer, of a forked child, would be taken for the next one's
+        connection.send(answer)
 
 
 def answer_one(fn: Any, row: dict, completion: str) -> Answer:
@@ -308,10 +312,15 @@ _printed = GuestStream()
 
 def told(error: BaseException, kind: str | None = None) -> str:
     """An error in one line: its kind, its text, and the line that raised it."""
-    kind = type(error).__name__ if kind is None else kind
+    kind = kind_of(error) if kind is None else kind
     frame = traceback.extract_tb(error.__traceback__, limit=-1)[-1]
     what = ": ".join(filter(None, (kind, error_text(error))))
     return f"{what} ({os.path.basename(frame.filename)}:{frame.lineno})"
+
+
+def kind_of(error: BaseException) -> str:
+    """The name of an error's class, which a function may have made up."""
+    return type(error).__name__[:80]
 
 
 def error_text(error: BaseException, limit: int = 160) -> str:

@@ -151,6 +151,9 @@ def mistake(error: BaseException) -> str | None:
     if from_a_checkpoint(error):
         line = re.sub(r"<.* at 0x\w+>", "an object", (text.splitlines() or [""])[0])
         said = f"{type(error).__name__}: {line[:200]}"
+        if isinstance(error, TypeError):  # its text is about Python
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            said = f"a value of another type ({os.path.basename(frame.filename)}:{frame.lineno})"
         return f"ckpt_path: the checkpoint holds what no run of this config wrote: {said}"
     if UNREACHED in text:
         return (

@@ -251,6 +251,9 @@ def _import_trouble(reason: str) -> str | None:
         return f"there is no module {match[1]}{meant or advice}"
     if match := re.search(r"Unexpected import path format: (.*)", reason):
         return f"class_path must be a dotted name such as gspo_lightning.GSPOModule, got {match[1]}"
+    if match := re.search(r"(?:argument of|unhashable) type:? '(\w+)'", reason):
+        kind = "null" if match[1] == "NoneType" else f"a value of type {match[1]}"
+        return f"class_path must be a dotted name such as gspo_lightning.GSPOModule, got {kind}"
     no_such = r"Import path (\S+) does not (?:correspond to a subclass of|implement protocol) (\w+)"
     if match := re.search(no_such, reason):
         return f"{match[1]} is no {match[2]}; give the class_path of one"

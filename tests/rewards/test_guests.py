@@ -7,6 +7,7 @@ import locale
 import logging
 import os
 import random
+import resource
 import signal
 import sys
 import threading
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 from gspo_lightning.data.prompts import PromptData
-from gspo_lightning.rewards import awaited, time_limit
+from gspo_lightning.rewards import awaited, guest, time_limit
 from gspo_lightning.rewards.terms import RewardError, RewardTerm, row_checks, score
 from gspo_lightning.rewards.time_limit import TimeLimit
 from gspo_lightning.run.ending import report
@@ -29,6 +30,7 @@ from support.tiny_run import make_module, make_trainer, outputs_of, write_prompt
 
 ROWS = [{"prompt": "a", "tags": ["x"]}, {"prompt": "b", "tags": []}, {"prompt": "c", "tags": []}]
 TEXTS = ["one", "two", "six"]
+MOST_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
 
 def doing(act, when=None):
@@ -92,6 +94,27 @@ CHANGES = {
         lambda: locale.setlocale(locale.LC_ALL, "C.UTF-8"),
         "the locale",
         lambda: locale.setlocale(locale.LC_ALL),
+    ),
+    "files": (
+        lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, MOST_FILES)),
+        "limits of the process",
+        lambda: resource.getrlimit(resource.RLIMIT_NOFILE),
+    ),
+    "umask": (lambda: os.umask(0o777), "the umask", guest._umask),
+    "recursion": (
+        lambda: sys.setrecursionlimit(10**6),
+        "the recursion limit",
+        sys.getrecursionlimit,
+    ),
+    "blocked": (
+        lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}),
+        "the mask of signals",
+        lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()),
+    ),
+    "pipe": (
+        lambda: signal.signal(signal.SIGPIPE, signal.SIG_DFL),
+        "the handler of SIGPIPE",
+        lambda: signal.getsignal(signal.SIGPIPE),
     ),
     "collection": (gc.disable, "garbage collection", gc.isenabled),
     "interrupt": (
@@ -328,6 +351,7 @@ FAULTS = {
     "no text": (throws(Mute), "failed: Mute: its text cannot be made"),
     "no text, runtime": (throws(MuteRuntime), "failed: MuteRuntime: its text cannot be made"),
     "50 MB": (throws(lambda: ValueError("x\n" * 25_000_000)), "failed: x x x"),
+    "a long name": (throws(type("E" * 5000, (Exception,), {})), "failed: EEEE"),
     "no end": (endless, "failed: gave more than 1 values for 1 completions"),
     "text": (instead("0.5"), "no number: the str '0.5'; for the completion 'two'"),
     "complex": (instead(1j), "no number: .*complex"),
@@ -398,6 +422,19 @@ def test_a_child_that_it_forks_never_comes_back():
         if os.getpid() != here:
             os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(fn.child, 0)[1]) == 0
+
+
+def test_a_child_that_an_async_function_forks_takes_nothing_of_the_loop():
+    async def fn(rows, texts):
+        fn.child = os.fork()
+        await asyncio.sleep(0)
+        return [1.0] * 3
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # there are other threads
+        assert scored(fn) == [1.0] * 3
+    assert os.waitstatus_to_exitcode(os.waitpid(fn.child, 0)[1]) == 0
+    assert scored(Judge(), seconds=5.0) == [3.0] * 3
 
 
 # ---- async functions ----------------------------------------------------------------------------
@@ -500,6 +537,7 @@ def test_the_process_of_a_time_limit_contains_all_of_it(capfd):
             with pytest.raises(ValueError, match=message) as caught:
                 limit([{}], [command])
             assert len(str(caught.value)) < 300
+        assert limit([{"value": 2.0}] * 4, ["fork", "print"] * 2) == [0.0, 2.0] * 2
         assert limit([{}], ["pid"]) == worker  # none of them costs a new process
         for command, message in {"exit": "exit code 7", "close": "closed the files of its"}.items():
             with pytest.MonkeyPatch.context() as patch:
@@ -507,7 +545,7 @@ def test_the_process_of_a_time_limit_contains_all_of_it(capfd):
                 with pytest.raises(ValueError, match=message):
                     limit([{}], [command])
         assert limit([{"value": 2.0}] * 2, ["flood", "print"]) == [2.0] * 2
-        assert len(capfd.readouterr().err) == 100_001 + len("printed by a reward function\n")
+        assert len(capfd.readouterr().err) == 100_001 + 3 * len("printed by a reward function\n")
     finally:
         limit.release()
 
