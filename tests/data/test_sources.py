@@ -1,4 +1,4 @@
-"""What is taken as data: what a program has in its hands, splits, datasets of the hub, templates."""
+"""What is taken as data: rows that a program has, splits, datasets of the hub, templates."""
 
 import json
 import socket
