@@ -104,7 +104,7 @@ class OneLineParser(LightningArgumentParser):
         if match := re.fullmatch(refused, message):
             return unknown(match[1] or match[2], dests)
         if match := re.fullmatch(r"the following arguments are required: (.*)", message):
-            whole = "give a config, such as --config configs/arithmetic.yaml"
+            whole = "give a config, such as --config arithmetic"
             way_out = whole if self.exit_on_error else "set it in the config"
             return f"{match[1]} missing; {way_out}"
         return message

@@ -63,14 +63,14 @@ def find_config(name: str) -> tuple[str, str | None]:
     Returns:
         The path, which is ``name`` itself if there is no such config at all.
     """
-    ours = CONFIGS / f"{_short(name)}.yaml"
+    ours, known = CONFIGS / f"{_short(name)}.yaml", _short(name) in config_list()
     for path in (name, f"{name}.yaml"):
         if Path(path).expanduser().is_file():
-            both = ours.is_file() and not Path(path).expanduser().samefile(ours)
+            both = known and not Path(path).expanduser().samefile(ours)
             hidden = both and not name.endswith(".yaml")
             note = f"config {name}: the file {path} is taken, not the package's config of this name"
             return path, note if hidden else None
-    return (str(ours) if ours.is_file() else name), None
+    return (str(ours) if known else name), None
 
 
 def near(name: str) -> str:
@@ -102,6 +102,12 @@ def find_data(path: str) -> str:
     ours = DATA / rest
     missing = top == "data" and rest and not Path(path).exists()
     return str(ours) if missing and ".." not in ours.parts and ours.exists() else path
+
+
+def data_in(settings: str) -> list[str]:
+    """The paths, among the texts in JSON, for which a file or folder of the package is taken."""
+    paths = dict.fromkeys(re.findall(r'"(data/[^"]+)"', settings))
+    return [path for path in paths if find_data(path) != path]
 
 
 def title(name: str) -> str:

@@ -25,7 +25,7 @@ from support.tiny_run import write_prompts
 @pytest.fixture(autouse=True)
 def plain_python(monkeypatch):
     """Commands are shown as if this Python were called `python` here."""
-    monkeypatch.setattr("gspo_lightning.run.command.this_python", lambda: "python")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +192,7 @@ def test_a_crash_in_training_shows_where_and_how_to_go_on(capsys):
     assert trace[0].startswith("Traceback") and error == "RuntimeError: the reward function broke"
     assert go_on == (
         "last checkpoint runs/default/checkpoints/rollout=000002.ckpt; continue with: "
-        "python train.py fit --config dummy.yaml --model.fail_at 3 --ckpt_path last"
+        "gspo fit --config dummy.yaml --model.fail_at 3 --ckpt_path last"
     )
 
 
@@ -201,7 +201,7 @@ def test_an_interrupt_is_one_line_that_says_how_to_go_on(capsys):
     assert code == 130
     assert err == (
         "interrupted; last checkpoint runs/default/checkpoints/rollout=000002.ckpt; continue with: "
-        "python train.py fit --config dummy.yaml --model.interrupt_at 2 --ckpt_path last\n"
+        "gspo fit --config dummy.yaml --model.interrupt_at 2 --ckpt_path last\n"
     )
 
 
@@ -247,7 +247,7 @@ def test_a_run_leaves_its_code_and_its_log(capsys):
     versions = Path("runs/default/versions.yaml").read_bytes()
     assert b"torch: " in versions
     log = Path("runs/default/log.txt").read_text()
-    assert log.startswith("# ") and "train.py fit --config dummy.yaml --model.fail_at 3\n" in log
+    assert log.startswith("# ") and "gspo fit --config dummy.yaml --model.fail_at 3\n" in log
     assert "RuntimeError: the reward function broke" in log
     run(capsys, "fit --config dummy.yaml --ckpt_path last --accept_changes true")
     assert Path("runs/default/versions.yaml").read_bytes() == versions
