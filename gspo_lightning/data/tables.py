@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gspo_lightning.start.shipped import find_data
+
 READERS = (
     ".jsonl, .json (one object a line), .parquet, or a folder written by datasets.save_to_disk"
 )
@@ -42,7 +44,7 @@ def read_rows(key: str, path: str, split: str | None = None, name: str | None = 
         ValueError: If the file is missing, empty, of another kind, or has a broken row; the message
             names key, file and line.
     """
-    file = Path(path).expanduser()
+    file = Path(find_data(path)).expanduser()
     check_file(key, path)
     if split is not None and file.is_file():
         raise ValueError(f"{split_key(key)}: {path} is a file, it has no splits; leave it out")
@@ -62,7 +64,7 @@ def read_rows(key: str, path: str, split: str | None = None, name: str | None = 
 
 def check_file(key: str, path: str) -> None:
     """Raise ValueError, naming the setting ``key``, if there is nothing at ``path``."""
-    file = Path(path).expanduser()
+    file = Path(find_data(path)).expanduser()
     if not file.exists():
         if file.is_symlink():
             raise ValueError(f"{key}: {path} is a link that leads nowhere; mend or replace it")

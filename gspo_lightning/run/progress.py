@@ -237,8 +237,13 @@ class RunSummary(Callback):
         curves += loggers.places(trainer)
         if "checkpoint" in found:
             longer = plan.longer_run(trainer, done) if plan.reached(trainer) else {}
-            command = plan.resume_command(sys.argv, longer, plan.this_python())
-            go_on = f"{'extend' if longer else 'resume':<9} {command}"
+            if sys.argv[1:2] == ["fit"]:
+                go_on = plan.resume_command(sys.argv[1:], longer)
+            else:  # a program of the user's
+                raised = [f"{key.removeprefix('--')} = {value}" for key, value in longer.items()]
+                call = f"fit(..., ckpt_path={str(found['checkpoint'])!r})"
+                go_on = ", ".join([*raised, call])
+            go_on = f"{'extend' if longer else 'resume':<9} {go_on}"
         else:
             go_on = "resume    not possible: no checkpoint was written"
         return [

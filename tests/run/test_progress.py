@@ -26,7 +26,6 @@ from gspo_lightning.run.plan import (
     plan_lines,
     reached,
     resume_command,
-    this_python,
     total_batches,
 )
 from gspo_lightning.run.progress import RolloutProgress, RunSummary
@@ -38,8 +37,9 @@ from support.rollout_dummies import RolloutData, RolloutDummy, fit, make_trainer
 
 @pytest.fixture(autouse=True)
 def plain_python(monkeypatch):
-    """Commands are shown as if this Python were called `python` here."""
-    monkeypatch.setattr("gspo_lightning.run.plan.this_python", lambda: "python")
+    """Commands are shown as if `gspo fit` had been typed."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("sys.argv", ["gspo", "fit"])
 
 
 class Supervised(DummyModule):
@@ -195,7 +195,7 @@ def summary_of(out: str) -> list[str]:
 
 
 def test_the_summary_is_five_lines(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py", "fit", "--config", "c.yaml"])
+    monkeypatch.setattr("sys.argv", ["gspo", "fit", "--config", "c.yaml"])
     callbacks = [RunSummary(), CurvePlot(), SampleTable(), HFExport()]
     fit(tmp_path, callbacks, num_rollouts=3)
     result, seconds, curves, files, command = summary_of(capsys.readouterr().out)
@@ -206,21 +206,21 @@ def test_the_summary_is_five_lines(tmp_path, capsys, monkeypatch):
         f"files     samples {tmp_path}/samples.jsonl, checkpoint {tmp_path}/checkpoints/"
         f"rollout=000003.ckpt, model {tmp_path}/export"
     )
-    assert command == (
-        "extend    python train.py fit --config c.yaml --data.num_rollouts 6 --ckpt_path last"
-    )
+    assert command == ("extend    gspo fit --config c.yaml --data.num_rollouts 6 --ckpt_path last")
 
 
 def test_a_run_that_stopped_early_says_how_to_resume(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py", "fit"])
-
     class Stop(Callback):
         def on_train_batch_end(self, trainer, *_):
             trainer.should_stop = True
 
     fit(tmp_path, [RunSummary(), Stop()], num_rollouts=4)
     line = summary_of(capsys.readouterr().out)[-1]
-    assert line == "resume    python train.py fit --ckpt_path last"
+    assert line == "resume    gspo fit --ckpt_path last"
+    monkeypatch.setattr("sys.argv", ["mine.py", "--fast"])  # a program without these options
+    fit(tmp_path / "own", [RunSummary()], num_rollouts=3)
+    newest = f"fit(..., ckpt_path='{tmp_path}/own/checkpoints/rollout=000003.ckpt')"
+    assert summary_of(capsys.readouterr().out)[-1] == f"extend    data.num_rollouts = 6, {newest}"
 
 
 def test_a_resumed_run_still_knows_how_it_began(tmp_path, capsys):
@@ -280,35 +280,20 @@ def test_without_a_checkpoint_there_is_no_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "longer", "expected"),
+    ("words", "longer", "expected"),
     [
-        ("train.py fit", {}, "python train.py fit --ckpt_path last"),
-        ("train.py fit --ckpt_path auto --x 1", {}, "python train.py fit --x 1 --ckpt_path last"),
+        ("fit", {}, "gspo fit --ckpt_path last"),
+        ("fit --ckpt_path auto --x 1", {}, "gspo fit --x 1 --ckpt_path last"),
+        ("fit --accept_changes true --ckpt_path=auto", {}, "gspo fit --ckpt_path last"),
         (
-            "train.py fit --data.init_args.num_rollouts=4 --data.num_rollouts 5 --y",
+            "fit --data.init_args.num_rollouts=4 --data.num_rollouts 5 --y",
             {"--data.num_rollouts": 8},
-            "python train.py fit --y --data.num_rollouts 8 --ckpt_path last",
+            "gspo fit --y --data.num_rollouts 8 --ckpt_path last",
         ),
-        ("gspo fit", {}, "gspo fit --ckpt_path last"),
     ],
 )
-def test_the_command_repeats_what_was_typed(argv, longer, expected):
-    assert resume_command(argv.split(), longer) == expected
-
-
-def test_python_is_named_as_it_is_reached_from_here(monkeypatch, tmp_path):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.chdir(tmp_path)
-    inside = str(tmp_path / ".venv/bin/python")
-    monkeypatch.setattr(plan.sys, "executable", inside)
-    monkeypatch.setattr(plan.shutil, "which", lambda name: inside)
-    assert this_python() == "python"  # an activated environment
-    monkeypatch.setattr(plan.shutil, "which", lambda name: "/usr/bin/python")
-    assert this_python() == ".venv/bin/python"
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert this_python() == "OMP_NUM_THREADS=1 .venv/bin/python"
-    monkeypatch.setattr(plan.sys, "executable", "/opt/a b/python")
-    assert this_python() == "OMP_NUM_THREADS=1 '/opt/a b/python'"
+def test_the_command_repeats_what_was_typed(words, longer, expected):
+    assert resume_command(words.split(), longer) == expected
 
 
 # --- the plan ------------------------------------------------------------------------------------
