@@ -34,12 +34,14 @@ from gspo_lightning.optim import (
     learning_rate_factor,
     set_learning_rate,
 )
-from gspo_lightning.policy import Policy, PolicyConfig, check_lengths, load_policy, load_tokenizer
+from gspo_lightning.policy import Policy, check_lengths, load_policy
 from gspo_lightning.policy.complete import complete, logits
+from gspo_lightning.policy.given import GivenPolicy, GivenTokenizer, as_policy, given_tokenizer
 from gspo_lightning.policy.settings import log_settings, remake, settings_of
 from gspo_lightning.rewards import (
-    RewardTerm,
+    GivenRewards,
     TimeLimit,
+    as_terms,
     check_present,
     check_signatures,
     check_terms,
@@ -65,8 +67,9 @@ class GSPOModule(LightningModule):
     """Trains a causal language model with Group Sequence Policy Optimization.
 
     Args:
-        policy: The model to train.
-        rewards: Reward terms by name; their weighted sum is the reward of a completion.
+        policy: The model to train; from Python also a path, a hub name or a loaded model.
+        rewards: Reward terms by name, whose weighted sum is the reward of a completion; from Python
+            also a function, or a list or dict of functions.
         sampler: Draws the completions; ``None`` is ``GroupSampler()``.
         objective: Ratio, surrogate, aggregation, clip range. The defaults are GSPO as published.
         reference: Frozen policy of the KL penalty, or ``None`` for no KL at all.
@@ -105,6 +108,7 @@ class GSPOModule(LightningModule):
             for ``gspo replay``.
         stop_when: Names of the rules of run health that end the run when they speak, at the next
             rollout boundary, with a checkpoint; see ``guards.health.RULES``.
+        tokenizer: Its folder or hub name (from Python also a loaded one); ``None``: the policy's.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
@@ -118,8 +122,8 @@ class GSPOModule(LightningModule):
 
     def __init__(
         self,
-        policy: PolicyConfig,
-        rewards: dict[str, RewardTerm],
+        policy: GivenPolicy,
+        rewards: GivenRewards,
         sampler: Sampler | None = None,
         objective: Objective = Objective(),  # noqa: B008 - frozen
         reference: ReferencePolicy | None = None,
@@ -145,8 +149,10 @@ class GSPOModule(LightningModule):
         max_draws: int = 4,
         max_faults: int = 3,
         stop_when: list[str] | None = None,
+        tokenizer: GivenTokenizer = None,
     ) -> None:
         super().__init__()
+        policy, rewards = as_policy(policy), as_terms(rewards)
         sampler = sampler or GroupSampler()
         self.save_hyperparameters(settings_of(GSPOModule, locals()), logger=False)
         check_signatures(rewards)
@@ -171,7 +177,7 @@ class GSPOModule(LightningModule):
         check_critic(critic, advantages, sampler.group_size, drop_flat_groups)
         self.automatic_optimization = False
         self.policy_config = policy
-        self.tokenizer = load_tokenizer(policy)
+        self.tokenizer = given_tokenizer(policy, tokenizer)
         self.policy: Policy | None = None
         self.rewards = rewards
         self.columns_needed, self.row_checks = columns_needed(rewards), row_checks(rewards)

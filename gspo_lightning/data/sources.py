@@ -21,6 +21,7 @@ from gspo_lightning.data.tables import (
     split_key,
 )
 from gspo_lightning.policy.folder import HUB_NAME, hub_trouble
+from gspo_lightning.start.shipped import find_data
 
 if TYPE_CHECKING:  # what a program may give; on the command line a source is a text
     Given = str | Path | Sequence[str | Sequence[Mapping[str, Any]] | Mapping[str, Any]] | Any
@@ -115,7 +116,7 @@ def is_on_hub(path: str, split: str | None = None, name: str | None = None) -> b
     >>> is_on_hub("openai/gsm8k"), is_on_hub("prompts.jsonl"), is_on_hub("squad", split="train")
     (True, False, True)
     """
-    file = Path(path).expanduser()
+    file = Path(find_data(path)).expanduser()
     if file.exists() or file.is_symlink() or file.suffix in SUFFIXES:
         return False
     if not HUB_NAME.fullmatch(path):

@@ -55,6 +55,8 @@ def plain(value: Any) -> Any:
         return f"{value.__module__}.{value.__qualname__}"
     if is_dataclass(value) and not callable(value):  # a callable one is a reward, which has a class
         return {f.name: plain(getattr(value, f.name)) for f in fields(value) if f.init}
+    if hasattr(value, "get_vocab"):  # a tokenizer, by the place that it is from
+        return str(value.name_or_path) or None
     kind = type(value)
     path = f"{kind.__module__}.{kind.__qualname__}"
     names = inspect.signature(kind).parameters if path.startswith(OWN) else ()
