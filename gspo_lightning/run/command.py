@@ -176,11 +176,14 @@ class GSPOCLI(LightningCLI):
             args=argv,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's four, without options that would do nothing here, and the doctor."""
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Lightning's four, without options that would do nothing here, and the doctor.
+
+        Of them the one that is asked for: the parsers of the others would take most of the time.
+        """
         four = {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
-        return four | {"doctor": {"model", "datamodule", "json", "thorough"}}
+        known = four | {"doctor": {"model", "datamodule", "json", "thorough"}}
+        return {name: skip for name, skip in known.items() if [name] == self.argv[:1]} or known
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.add_argument(

@@ -92,6 +92,8 @@ def check_size(text: str) -> None:
     An alias costs its writer three characters and a reader all that it stands for, so that a few
     lines of aliases of aliases are millions of values, and one inside of its own anchor is endless.
     """
+    if len(text) <= DEEPEST and "*" not in text:  # nearly every setting of a command line
+        return
     sizes: dict[Any, int] = {}  # values that each anchor stands for
     opened: list[tuple[Any, int]] = []  # anchor of each level, and values before it
     total = 0
