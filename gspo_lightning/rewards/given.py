@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from gspo_lightning.rewards.terms import RewardTerm
+from gspo_lightning.start.short import numbered
 
 if TYPE_CHECKING:  # in a config rewards are terms by name
     GivenReward = RewardTerm | Callable[[list[dict], list[str]], Any]
@@ -29,12 +30,8 @@ def as_terms(given: "GivenRewards") -> dict[str, RewardTerm]:
     ['len', 'print', 'len_2']
     """
     if not isinstance(given, Mapping):
-        listed: dict[str, Any] = {}
-        for reward in given if isinstance(given, list | tuple) else [given]:
-            name = term_name(reward)
-            number = sum(other.rpartition("_")[0] == name or other == name for other in listed)
-            listed[f"{name}_{number + 1}" if number else name] = reward
-        given = listed
+        rewards = given if isinstance(given, list | tuple) else [given]
+        given = dict(zip(numbered([term_name(r) for r in rewards]), rewards, strict=True))
     return {name: _term(name, reward) for name, reward in given.items()}
 
 

@@ -25,6 +25,7 @@ from gspo_lightning.checkpoint.io import disk_fault
 from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.guards.trainer import leave_out_noise
 from gspo_lightning.run.terminal_log import shown
+from gspo_lightning.start.short import SHORT
 
 LONGEST = 400  # characters of an error line; beyond come dumps of whole configs
 
@@ -64,7 +65,11 @@ class OneLineParser(LightningArgumentParser):
         message = self._name_the_unknown(message, getattr(ex, "subcommand_parser", None) or self)
         if not self.exit_on_error:
             super().error(message, ex)
-        sys.stderr.write(f"error: {printable(shown(condense(message)))}\n")
+        self.refuse(printable(shown(condense(message))))
+
+    def refuse(self, line: str) -> NoReturn:
+        """Say what is wrong, and end the process."""
+        sys.stderr.write(f"error: {line}\n")
         sys.exit(2)
 
     def validate(self, namespace: Any, *args: Any, **kwargs: Any) -> None:
@@ -95,7 +100,11 @@ class OneLineParser(LightningArgumentParser):
     def _name_the_unknown(self, message: str, parser: Any) -> str:
         dests = [action.dest for action in parser._actions]
         if match := re.fullmatch(r"unrecognized arguments: (--)?([^ =]+).*", message, re.DOTALL):
-            return unknown(match[2], dests) if match[1] else f"unexpected argument `{match[2]}`"
+            return (
+                unknown(match[2], [*dests, *SHORT])
+                if match[1]
+                else f"unexpected argument `{match[2]}`"
+            )
         if match := re.fullmatch(r"Group '(.+)' does not accept option '(.+)'", message):
             group = f"{match[1]}."
             inside = [dest.removeprefix(group) for dest in dests if dest.startswith(group)]

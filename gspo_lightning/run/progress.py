@@ -21,6 +21,7 @@ from gspo_lightning.callbacks.report import figures, figures_line, rollout_line
 from gspo_lightning.checkpoint.files import list_checkpoints
 from gspo_lightning.run import plan
 from gspo_lightning.run.terminal_log import say
+from gspo_lightning.start.typed import is_call
 
 
 def on_terminal() -> bool:
@@ -237,7 +238,7 @@ class RunSummary(Callback):
         curves += loggers.places(trainer)
         if "checkpoint" in found:
             longer = plan.longer_run(trainer, done) if plan.reached(trainer) else {}
-            if sys.argv[1:2] == ["fit"]:
+            if sys.argv[1:2] == ["fit"] or is_call():
                 go_on = plan.resume_command(sys.argv[1:], longer)
             else:  # a program of the user's
                 raised = [f"{key.removeprefix('--')} = {value}" for key, value in longer.items()]

@@ -4,11 +4,18 @@ Decides what advice such as "continue with" begins with: a command that a reader
 from the folder at hand. Imports the standard library alone.
 """
 
+import itertools
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+# The function of the package that a program has called in place of a command, if it is at work.
+_called: list[str] = []
+_KEYWORDS = {"--data.num_rollouts": "rollouts", "--ckpt_path": "ckpt_path"}  # of that function
 
 
 def program() -> str:
@@ -28,6 +35,21 @@ def program() -> str:
     return words if starter is None else f"{starter} --no-python {words}"
 
 
+@contextmanager
+def called(name: str) -> Iterator[None]:
+    """Have advice name a function, which a program has called, instead of a command."""
+    _called.append(name)
+    try:
+        yield
+    finally:
+        _called.pop()
+
+
+def is_call() -> bool:
+    """Whether a program has called such a function, which is at work."""
+    return bool(_called)
+
+
 def launcher() -> str | None:
     """The torchrun that started this process, or None; where several machines meet is left out."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -39,6 +61,11 @@ def launcher() -> str | None:
 
 def again(arguments: list[str]) -> str:
     """The command with these arguments that computes the same bits, to be run from here."""
+    if _called:
+        pairs = itertools.pairwise(arguments)
+        given = {_KEYWORDS[key]: value for key, value in pairs if key in _KEYWORDS}
+        written = [f"{k}={v if v.isdigit() else repr(v)}" for k, v in given.items()]
+        return f"{_called[-1]}({', '.join(['...', *written])})"
     threads = os.environ.get("OMP_NUM_THREADS")  # another number adds in another order
     first = "" if threads is None else f"OMP_NUM_THREADS={threads} "
     return f"{first}{program()} {shlex.join(arguments)}"
