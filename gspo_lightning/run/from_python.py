@@ -27,10 +27,10 @@ from gspo_lightning.policy.given import GivenPolicy, GivenTokenizer, as_policy
 from gspo_lightning.policy.settings import plain
 from gspo_lightning.rewards import GivenRewards, as_terms
 from gspo_lightning.rewards.left_out import in_config
-from gspo_lightning.run import launch
+from gspo_lightning.run import ending, launch
 from gspo_lightning.run.command import GSPOCLI, Watch, taken_over
 from gspo_lightning.run.one_line import OneLineParser, quiet, unknown
-from gspo_lightning.start import typed
+from gspo_lightning.start import short, typed
 
 _WORDS = {  # of a command's messages, and what stands for them in a call
     r"--ckpt_path (\w+)": r'ckpt_path="\1"',
@@ -128,7 +128,10 @@ def train(
     words += made.policy(policy, tokenizer) + made.prompts(prompts, val) + made.rewards(reward)
     if ckpt_path is not None:
         words += ["--ckpt_path", str(ckpt_path)]
+    taken = {word.partition("=")[0] for word in short.written_out(words)}
     for key, value in (settings or {}).items():
+        if f"--{key}" in taken or key.startswith(made.whole()):
+            raise ValueError(f"settings: {key} is set by a keyword already; leave one out")
         words.append(f"--{key}={value if isinstance(value, str) else json.dumps(plain(value))}")
     cli = _run(words, made)
     export = next((c.path for c in cli.trainer.callbacks if isinstance(c, HFExport)), None)
@@ -149,6 +152,10 @@ class _Made:
     def __init__(self) -> None:
         self.module: dict[str, Any] = {}
         self.data: dict[str, Any] = {}
+
+    def whole(self) -> tuple[str, ...]:
+        """Keys of which no part can be set beside the object that is given."""
+        return tuple(f"model.{name}." for name in self.module)
 
     def policy(self, policy: Any, tokenizer: Any) -> list[str]:
         """Words for the policy and its tokenizer."""
@@ -225,12 +232,12 @@ def _run(words: list[str], made: _Made) -> GSPOCLI:
         except BaseException as error:
             if not watch.begun:
                 watch.refuse()
-            text = str(error)
+            line = None if watch.begun else ending.mistake(error)
+            if line is None:
+                raise
             for pattern, instead in _WORDS.items():
-                text = re.sub(pattern, instead, text)
-            if type(error) is ValueError and text != str(error):
-                raise ValueError(text) from error
-            raise
+                line = re.sub(pattern, instead, line)
+            raise ValueError(line) from error
         if watch.signals.number == signal.SIGINT:
             raise KeyboardInterrupt
         if watch.signals.number is not None:
