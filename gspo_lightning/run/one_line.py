@@ -91,6 +91,10 @@ class OneLineParser(LightningArgumentParser):
                 said = f"expected settings, such as {', '.join(known[:3])}; got {written(value)}"
                 raise TypeError(f'Parser key "{key}":\n  {said}')
 
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """Write settings down; they were checked when they were parsed, which takes long."""
+        return super().dump(*args, **{"skip_validation": True} | kwargs)
+
     def parse_object(self, cfg_obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Refuse settings that are no mapping; the error of jsonargparse names an attribute."""
         if not isinstance(cfg_obj, dict | Namespace):
