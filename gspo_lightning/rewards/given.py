@@ -30,7 +30,7 @@ def as_terms(given: "GivenRewards") -> dict[str, RewardTerm]:
     ['len', 'print', 'len_2']
     """
     if not isinstance(given, Mapping):
-        rewards = given if isinstance(given, list | tuple) else [given]
+        rewards: Any = given if isinstance(given, list | tuple) else [given]
         given = dict(zip(numbered([term_name(r) for r in rewards]), rewards, strict=True))
     return {name: _term(name, reward) for name, reward in given.items()}
 

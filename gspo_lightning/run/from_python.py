@@ -134,7 +134,8 @@ def train(
             raise ValueError(f"settings: {key} is set by a keyword already; leave one out")
         words.append(f"--{key}={value if isinstance(value, str) else json.dumps(plain(value))}")
     cli = _run(words, made)
-    export = next((c.path for c in cli.trainer.callbacks if isinstance(c, HFExport)), None)
+    callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
+    export = next((c.path for c in callbacks if isinstance(c, HFExport)), None)
     folder = Path(cli.trainer.default_root_dir)
     return TrainedRun(
         cli.model,

@@ -98,7 +98,7 @@ def find_data(path: str) -> str:
 
     So the configs work in any folder. Whatever else ``path`` is comes back as it is.
     """
-    top, _, rest = path.partition("/")
+    top, _, rest = str(path).partition("/")  # a program may give a Path
     ours = DATA / rest
     missing = top == "data" and rest and not Path(path).exists()
     return str(ours) if missing and ".." not in ours.parts and ours.exists() else path

@@ -1,5 +1,6 @@
 """`train`: a whole run from Python by one call, as `gspo fit` makes it."""
 
+import re
 import signal
 
 import pytest
@@ -11,6 +12,7 @@ import train as command
 from gspo_lightning import PolicyConfig, RewardTerm, train
 from gspo_lightning.checkpoint import find_checkpoint
 from gspo_lightning.rewards.left_out import in_config
+from support.repository import ROOT
 from support.reward_functions import digits
 from support.tiny_run import write_prompts
 
@@ -25,11 +27,6 @@ data: {class_path: gspo_lightning.PromptData}
 PROMPTS = [f"{i}+{i + 1}=" for i in range(1, 6)]
 
 
-def right(rows, completions):
-    pairs = zip(rows, completions, strict=True)
-    return [float(text.endswith(f"answer: {row['answer']}")) for row, text in pairs]
-
-
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -41,35 +38,43 @@ def weights(checkpoint):
     return torch.load(checkpoint, weights_only=True)["state_dict"]
 
 
-def test_five_lines_train_the_shipped_policy(here, capsys):
-    sums = "data/arithmetic/train.jsonl"
-    run = train("data/arithmetic/policy", sums, right, rollouts=2, **FEW)
+def test_the_five_lines_of_the_readme_train_the_shipped_policy(here, capsys):
+    text = (ROOT / "README.md").read_text().partition("## Your own run in five lines")[2]
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].replace(
+        "rollouts=20", "rollouts=2"
+    )
+    assert len([line for line in code.splitlines() if line.strip()]) == 6
+    known = {"__name__": "__main__"}
+    exec(code, known)
+    run = known["run"]
     assert run.folder == here / "runs" / "default"
     assert run.checkpoint == find_checkpoint(run.folder, "last") and run.trainer.world_size == 1
-    assert run.module.generate(["7+9+4="])[0][0] == export_says(run.export, run.module, "7+9+4=")
+    assert run.module.generate(["7+9+4="])[0][0].startswith(export_says(run, "7+9+4="))
     assert "extend    train(..., rollouts=4, ckpt_path='last')" in capsys.readouterr().out
     config = yaml.safe_load((run.folder / "config.yaml").read_text())
     assert config["data"]["init_args"]["num_rollouts"] == 2
-    assert config["model"]["init_args"]["rewards"]["right"]["fn"] == f"{__name__}.right"
+    told = config["model"]["init_args"]["rewards"]["right"]["fn"]
+    assert told["init_args"]["what"] == "__main__.right"
+
+
+def export_says(run, prompt):
+    model = AutoModelForCausalLM.from_pretrained(run.export)
+    ids = torch.tensor([run.module.tokenizer(prompt)["input_ids"]])
+    found = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
+    return run.module.tokenizer.decode(found, skip_special_tokens=True)
 
 
 @pytest.mark.slow
 def test_short_flags_train_to_the_bits_of_a_call(here):
-    sums = "data/arithmetic/train.jsonl"
-    run = train("data/arithmetic/policy", sums, right, val=sums, rollouts=2, **FEW | {"seed": 3})
-    flags = [f"--{name}={value}" for name, value in FEW.items()]
-    words = ["fit", "--policy", "data/arithmetic/policy", "--data", sums, "--val", sums]
-    words += ["--rollouts", "2", "--reward", f"{__name__}.right", "--seed", "3"]
+    path = str(write_prompts(here / "prompts.jsonl"))
+    more = FEW | {"seed": 3}
+    run = train("data/arithmetic/policy", path, digits, val=path, rollouts=2, **more)
+    words = ["fit", "--policy", "data/arithmetic/policy", "--data", path, "--val", path]
+    words += ["--rollouts", "2", "--reward", "support.reward_functions.digits"]
+    flags = [f"--{name}={value}" for name, value in more.items()]
     assert command.main([*words, *flags, "--run_folder", "shell"]) == 0
     ours, theirs = weights(run.checkpoint), weights(find_checkpoint(here / "shell", "last"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
-
-
-def export_says(folder, module, prompt):
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    ids = torch.tensor([module.tokenizer(prompt)["input_ids"]])
-    found = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
-    return module.tokenizer.decode(found, skip_special_tokens=True)
 
 
 def test_what_a_program_has_in_its_hands_goes_on_exactly_or_is_refused(here, model_dir):
