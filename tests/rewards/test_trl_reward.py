@@ -49,6 +49,7 @@ def test_an_async_function_is_awaited():
     assert score(terms, [{"prompt": "a"}] * 2, ["xx", "yyy"]).total.tolist() == [2.0, 3.0]
 
 
+@pytest.mark.slow  # TRL takes seconds to import
 def test_trl_calls_the_same_function_with_the_same_arguments():
     """`GRPOTrainer._calculate_rewards` on a stand-in for the trainer."""
     pytest.importorskip("trl")

@@ -78,6 +78,7 @@ def test_short_flags_train_to_the_bits_of_a_call(here):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
 
 
+@pytest.mark.slow
 def test_what_a_program_has_in_its_hands_goes_on_exactly_or_is_refused(here, model_dir):
     (here / "bare.yaml").write_text(BARE)
 
@@ -112,13 +113,11 @@ def test_what_a_program_has_in_its_hands_goes_on_exactly_or_is_refused(here, mod
         ({"lr": 1e-3}, TypeError, "train: unknown key `lr`, did you mean `learning_rate`\\?"),
         ({"rollout": 3}, TypeError, "did you mean `rollouts`"),
         ({"rollouts": 0}, ValueError, "data.num_rollouts must be >= 1, got 0"),
-        ({"rollouts": "many"}, ValueError, "data.num_rollouts: expected int, got many"),
         ({"settings": {"model.kl_coeff": 1}}, ValueError, "unknown key .*did you mean `.*kl_coef"),
         ({"settings": {"data.path": "x"}}, ValueError, "settings: data.path is set by a keyword"),
         ({"settings": {"model.rewards.digits.weight": 2}}, ValueError, "is set by a keyword"),
         ({"config": "nowhere"}, ValueError, "config: there is no file nowhere"),
         ({"prompts": 3}, ValueError, "data.path: expected a file, .* got int"),
-        ({"prompts": "gone.jsonl"}, ValueError, "data.path: there is no file gone.jsonl"),
         ({"reward": 3}, ValueError, "model.rewards.int: expected RewardTerm"),
         ({"reward": "no.such"}, ValueError, "model.rewards.fn: there is no module no"),
         ({"ckpt_path": "last"}, ValueError, "no checkpoint"),
