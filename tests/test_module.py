@@ -404,6 +404,15 @@ def test_dropout_is_off_in_train_mode(tmp_path, make_model, tokenizer):
     )
 
 
+def test_no_rollout_stays_half_trained_by_a_stop_iteration(tmp_path, model_dir):
+    class Breaks(Callback):
+        def on_before_optimizer_step(self, *_):
+            raise StopIteration
+
+    with pytest.raises(RuntimeError, match=r"^a StopIteration left GSPOModule.training_step"):
+        run(tmp_path, model_dir, callbacks=[Breaks()])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -156,7 +156,9 @@ class RolloutCheckpoint(Checkpoint):
         """Save what no hook before has: the stop came from a later one, or in another way."""
         agree_to_stop(trainer)
         refused = trainer.fit_loop.total_batch_idx >= _done(trainer)  # a hook took no batch more
-        if trainer.should_stop or refused or not (trainer.is_last_batch or _at_limit(trainer)):
+        ends = trainer.is_last_batch or _at_limit(trainer)
+        # At the end it is saved already, unless the validation before has broken off.
+        if trainer.should_stop or refused or self.save_at_end or not ends:
             self._ended = True
             self._save_once(trainer)
             self._ended = False

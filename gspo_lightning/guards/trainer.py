@@ -6,7 +6,12 @@ Decides what of its output is noise here, and what it cannot train.
 import logging
 import re
 import warnings
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -100,3 +105,20 @@ def check_batch(batch: Any, kind: type) -> None:
             f"a batch must be a {kind.__name__}, got {type(batch).__name__}; give a PromptData as "
             "datamodule, or a loader with collate_fn=gspo_lightning.data.collate_prompts"
         )
+
+
+def whole(step: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Make an error of a StopIteration within a step of a module.
+
+    Lightning takes one for the end of the data: a rollout would stay half-trained, an evaluation
+    would be that of its first batches, and nothing would say so.
+    """
+
+    @wraps(step)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        try:
+            return step(*args, **kwargs)
+        except StopIteration as error:
+            raise RuntimeError(f"a StopIteration left {step.__qualname__}") from error
+
+    return run

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from gspo_lightning.engine.mode import raise_flags
 from gspo_lightning.engine.rotary import check_rotary
+from gspo_lightning.guards.trainer import whole
 from gspo_lightning.optim import (
     OptimizerConfig,
     build_optimizer,
@@ -171,6 +172,7 @@ class RewardModelModule(LightningModule):
         chosen, rejected = self.scores(batch.ids, batch.mask).chunk(2)
         return bradley_terry(chosen, rejected, self.centring)
 
+    @whole
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One batch; Lightning runs backward, clips and steps."""
         found = self.loss(batch)
@@ -178,6 +180,7 @@ class RewardModelModule(LightningModule):
         set_rate_and_log(self, metrics, batch_size=len(batch.ids) // 2)
         return found.loss
 
+    @whole
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log loss, accuracy and margin; batches are weighted by their pairs."""
         for name, value in self.loss(batch)._asdict().items():

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from gspo_lightning.engine.mode import raise_flags
 from gspo_lightning.engine.rotary import fix_rotary
+from gspo_lightning.guards.trainer import whole
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.masked import masked_mean
 from gspo_lightning.optim import (
@@ -95,12 +96,14 @@ class SFTModule(LightningModule):
         ).logprobs
         return -masked_mean(logprobs, batch.mask)
 
+    @whole
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One batch; Lightning runs backward, clips and steps."""
         loss = self.loss(batch)
         set_rate_and_log(self, {"loss": loss.detach()}, batch_size=len(batch.mask))
         return loss
 
+    @whole
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the loss; batches are weighted by their tokens, so the mean is over all tokens."""
         tokens = int(batch.mask.sum())

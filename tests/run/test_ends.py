@@ -163,6 +163,25 @@ def test_what_ends_a_batch_in_its_middle_saves_nothing_of_it(capfd, error, code,
     assert err.startswith(line) and "there is no checkpoint yet; the same command starts ag" in err
 
 
+class Loses(Callback):
+    """Raises what Lightning takes for the end of the data, in a hook of the last batch."""
+
+    def __init__(self, hook: str):
+        setattr(self, hook, self._lose)
+
+    def _lose(self, trainer, *_, **__):
+        if trainer.fit_loop.total_batch_idx == 5:
+            raise StopIteration
+
+
+@pytest.mark.parametrize(("hook", "left"), [("validation", 6), ("train_batch", 5)])
+def test_a_stop_iteration_of_a_hook_costs_no_checkpoint(capfd, hook, left):
+    assert fit("run", *adding("test_ends.Loses", hook=f"on_{hook}_start")) == 0
+    assert names("run") == [f"rollout={left:06d}.ckpt"]
+    said = capfd.readouterr().err
+    assert said.startswith(f"stopped after {left} of 6 batches by a ") == (left < 6)
+
+
 def test_only_what_reached_its_length_is_marked_finished(capfd):
     """Without checkpoints the mark alone keeps a command from starting over."""
     none = ["--trainer.callbacks=[]", "--trainer.enable_checkpointing=false"]
