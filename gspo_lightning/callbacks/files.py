@@ -48,9 +48,13 @@ def is_rehearsal(trainer: Any) -> bool:
 
 
 def write_json_lines(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Append one line per row, in one write."""
+    """Append one line per row, in one write; not through a link, which may have come later."""
     lines = "".join(json_line(plain(row)) for row in rows)
-    with file.open("a", encoding="utf-8", newline="\n") as stream:
+
+    def opened(path: str, flags: int) -> int:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+    with open(file, "a", encoding="utf-8", newline="\n", opener=opened) as stream:
         stream.write(lines)
 
 

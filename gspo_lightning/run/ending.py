@@ -57,8 +57,8 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
     of_run = isinstance(error, FloatingPointError) or is_out_of_memory(error)
     of_user = isinstance(error, RewardError) or UNREACHED in str(error) or is_unlogged(error)
     known = of_run or of_user or not watch.begun
-    # What is refused before training has a line of its own, whatever the system said before it.
-    refused = isinstance(error, ValueError) and not watch.begun
+    # What is refused has a line of its own, whatever the system said before it, or to a reward.
+    refused = isinstance(error, RewardError) or (isinstance(error, ValueError) and not watch.begun)
     full = watch.lock.lost() or (None if refused else disk_fault(error, watch.root))
     text = full or (mistake(error) if known else None)
     gone = text is None and is_of_another_rank(error)

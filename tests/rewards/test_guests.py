@@ -631,6 +631,17 @@ def test_a_check_of_rows_is_a_guest_too(tmp_path, model_dir, error, line):
     assert row_checks({"x": RewardTerm(Checks(error))})["x"](rows) and rows == [{"prompt": "1"}]
 
 
+def test_a_file_that_a_reward_misses_is_no_fault_of_the_run_folder(tmp_path, capsys):
+    def fn(rows, texts):
+        return os.listdir(tmp_path / "cache")
+
+    with pytest.raises(RewardError) as caught:
+        scored(fn)
+    lock = SimpleNamespace(lost=lambda: None)
+    assert report(caught.value, SimpleNamespace(begun=True, root=tmp_path, lock=lock), str) == 2
+    assert capsys.readouterr().err.startswith("error: reward 'x' failed: FileNotFoundError: ")
+
+
 @pytest.mark.parametrize("code", ["import sys; sys.exit(0)", "exit()", "raise SystemExit('bye')"])
 def test_a_module_that_exits_is_one_line_and_no_success(code, capsys):
     watch = SimpleNamespace(begun=False, refuse=lambda: None)
