@@ -306,7 +306,6 @@ class RolloutCheckpoint(Checkpoint):
         """
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             _check_start(trainer)
-        """Remove what a kill in the middle of a save left behind."""
         # Lift limits until training begins: Lightning would leave out the end of training, too,
         # with what callbacks do there, and the run may have been killed just before it.
         if self._over:

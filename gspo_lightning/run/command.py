@@ -284,7 +284,7 @@ class GSPOCLI(LightningCLI):
         for own, name in itertools.product(as_list(logger), ("_root_dir", "_save_dir")):
             path = getattr(own, name, None)  # a relative one keeps its meaning, as the run's does
             if isinstance(path, str) and "://" not in path:
-                setattr(own, name, os.path.abspath(os.path.expanduser(path)))
+                setattr(own, name, str(local_folder(path or ".", "trainer.logger")))
         kwargs |= {"callbacks": callbacks, "plugins": plugins, "logger": logger}
         kwargs |= {"default_root_dir": str(self.root)}
         try:

@@ -142,9 +142,7 @@ def check_writable(root: Path) -> None:
         with tempfile.TemporaryFile(dir=root):
             pass
     except OSError as error:
-        raise ValueError(
-            f"{KEY}: cannot write in {root}: {error.strerror}; name another folder with --{KEY} NEW"
-        ) from error
+        raise ValueError(f"{KEY}: cannot write in {root}: {error.strerror}; {ELSEWHERE}") from error
     finally:
         for folder in missing:  # the innermost first
             if folder.is_dir():
