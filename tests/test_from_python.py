@@ -24,6 +24,7 @@ from gspo_lightning import (
     LoRAConfig,
     OptimizerConfig,
     PolicyConfig,
+    PreferenceData,
     PromptData,
     ReferencePolicy,
     RewardModelModule,
@@ -272,6 +273,10 @@ def test_a_module_that_is_called_gives_logits_whatever_the_padding(model_dir):
     torch.testing.assert_close(found[:1], module.policy.model(ids[:1]).logits)
     with pytest.raises(ValueError, match=r"list of at least one, such as .*, got '1"):
         module.generate("1+2=")
+    with pytest.raises(ValueError, match="prompt 2 must be a text or a list of messages"):
+        module.generate(["1+2=", 3])
+    with pytest.raises(ValueError, match="prompt 1 is a list of messages, and the tokenizer has"):
+        module.generate([[{"role": "user", "content": "1+2="}]])
 
 
 @pytest.mark.parametrize(
@@ -293,6 +298,8 @@ def test_a_plain_trainer_goes_on_without_a_warning(tmp_path, model_dir, prompts)
         data = PromptData(str(prompts), prompts_per_rollout=4, num_rollouts=length)
         trainer.fit(make_module(model_dir), data, ckpt_path=path)
     assert trainer.logger.log_dir.endswith("version_1") and trainer.global_step == 4
+    trainer.test(datamodule=PromptData(prompts, prompts), ckpt_path="best", verbose=False)
+    assert trainer.ckpt_path == str(tmp_path / "checkpoints/rollout=000002.ckpt")
 
 
 def test_a_plain_trainer_is_silent_and_stops_at_num_rollouts(
@@ -336,6 +343,16 @@ def test_what_is_no_data_of_prompts_is_refused_in_one_line(tmp_path, model_dir):
     for stage in (trainer.validate, trainer.predict):
         with pytest.raises(ValueError, match=r"must be a PromptBatch, got list; give a PromptData"):
             stage(module, DataLoader(PROMPTS))
+
+
+def test_data_without_a_trainer_says_what_it_belongs_to(tmp_path, prompts):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "1", "chosen": "2", "rejected": "3"}\n')
+    for data in (PromptData(prompts, prompts), PreferenceData(tmp_path / "pairs.jsonl")):
+        for use in (lambda: data.setup("fit"), data.train_dataloader, data.val_dataloader):  # noqa: B023
+            with pytest.raises(
+                ValueError, match=r"Data takes .* from a Trainer.*fit\(module, data"
+            ):
+                use()
 
 
 def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):

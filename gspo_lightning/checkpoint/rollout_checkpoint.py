@@ -64,6 +64,8 @@ class RolloutCheckpoint(Checkpoint):
 
     Attributes:
         accept_changes: Continue although settings, data or models are not those of the checkpoint.
+        best_model_path: The best file of this run, the newest one without a `monitor`: what
+            `trainer.test(ckpt_path="best")` and `trainer.test()` load after `fit`.
 
     Raises:
         ValueError: If `every_n_rollouts`, `keep_last` or `keep_best` is below 1, `mode` is no
@@ -88,6 +90,7 @@ class RolloutCheckpoint(Checkpoint):
         self.keep_last, self.keep_best = keep_last, keep_best
         self.monitor, self.mode = monitor, mode
         self.accept_changes = False
+        self.best_model_path = ""
         self._best: list[tuple[float, int]] = []  # figure, rollouts; the best one first
         self._marks: dict[str, Any] = {}
         self._validates = False  # whether a run that is not stopped validates now
@@ -259,6 +262,8 @@ class RolloutCheckpoint(Checkpoint):
         finally:
             self._saving = False
         self._saved = number, trainer.should_stop
+        best_number = self._best[0][1] if self._best else number
+        self.best_model_path = str(path.with_name(_file_name(best_number)))
         if trainer.is_global_zero:
             self._write_best(path.parent)
             # Keep later files: a run that goes on from before a damaged file has some.

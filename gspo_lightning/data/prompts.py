@@ -101,7 +101,7 @@ class PromptData(TokenizedData):
 
     def setup(self, stage: str) -> None:
         """Read and tokenise what ``stage`` needs."""
-        check_kind_of_data(self, self.trainer.lightning_module)
+        check_kind_of_data(self)
         wanted = {
             "fit": ["path", "val_path"],
             "validate": ["val_path"],

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 # Messages of Lightning that are advertising, or repeat what the plan and our own lines say.
 _CHATTER = re.compile(
     r"💡 Tip|(GPU|TPU|HPU) available: |`Trainer\.fit` stopped|Restor(ing|ed) |Loaded model weights"
-    r"|`Trainer\(limit_|\s*Detected KeyboardInterrupt"
+    r"|`Trainer\((limit_|val_check_interval=)|\s*Detected KeyboardInterrupt"
     r"|(\[rank: \d+\] )?(Seed set to |Child process with PID )"
     r"|`weights_only` was not set|Time limit reached|Found current_model_state"
 )
@@ -39,6 +39,8 @@ _HARMLESS = {  # the beginning of a warning: the module that gives it
     r"Unable to serialize instance (cpu|l1_unstructured|random_unstructured)$": "",
     # the policy is whole on each device, so its average is, too
     r"You're using the WeightAveraging callback with a model that overrides": "",
+    # what a checkpoint calls the policy is the average, which is what is evaluated
+    r"You're using the WeightAveraging callback, but loading a checkpoint outside the": "",
     # a run that goes on, beside RolloutCheckpoint's files
     r"Checkpoint directory .* exists and is not empty": "",
     # callbacks may come and go when a run is continued; what must not change has a fingerprint
