@@ -30,6 +30,7 @@ from support.tiny_run import make_module, make_trainer, outputs_of, write_prompt
 
 ROWS = [{"prompt": "a", "tags": ["x"]}, {"prompt": "b", "tags": []}, {"prompt": "c", "tags": []}]
 TEXTS = ["one", "two", "six"]
+LASTING: list = []  # what a function enters and never leaves
 MOST_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
 
@@ -84,6 +85,21 @@ CHANGES = {
         lambda: torch.use_deterministic_algorithms(True),
         "deterministic algorithms",
         torch.are_deterministic_algorithms_enabled,
+    ),
+    "autocast": (
+        lambda: torch.autocast("cpu", torch.bfloat16).__enter__(),
+        "torch's autocast",
+        guest._autocast,
+    ),
+    "inference": (
+        lambda: LASTING.append(torch.inference_mode()) or LASTING[-1].__enter__(),
+        "torch's inference mode",
+        lambda: (torch.is_inference_mode_enabled(), torch.is_grad_enabled()),
+    ),
+    "anomalies": (
+        lambda: torch.autograd.set_detect_anomaly(True),
+        "torch's search for anomalies",
+        torch.is_anomaly_enabled,
     ),
     "cudnn": (
         lambda: setattr(torch.backends.cudnn, "deterministic", True),
