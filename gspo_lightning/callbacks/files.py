@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.callbacks.loggers import log_picture, log_samples
-from gspo_lightning.callbacks.report import draw_curves, plain, sample_rows
+from gspo_lightning.callbacks.report import draw_curves, rounded, sample_rows
 from gspo_lightning.checkpoint.event_files import goes_on_in_place
 from gspo_lightning.checkpoint.io import CheckpointError, describe, replacing
 from gspo_lightning.checkpoint.monitor import monitored
@@ -50,7 +50,7 @@ def is_rehearsal(trainer: Any) -> bool:
 
 def write_json_lines(file: Path, rows: list[dict[str, Any]]) -> None:
     """Append one line per row, in one write; not through a link, which may have come later."""
-    lines = "".join(json_line(plain(row)) for row in rows)
+    lines = "".join(json_line(rounded(row)) for row in rows)
 
     def opened(path: str, flags: int) -> int:
         return os.open(path, flags | os.O_NOFOLLOW, 0o666)

@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from itertools import count
 from types import SimpleNamespace
@@ -328,7 +329,22 @@ class MuteRuntime(RuntimeError):
     __str__ = Mute.__str__
 
 
+class Nameless(type):
+    def __getattribute__(cls, name):
+        if name in ("__name__", "__qualname__"):
+            raise RuntimeError("no name")
+        return super().__getattribute__(name)
+
+
 class Own(BaseException):
+    pass
+
+
+class Hidden(Exception, metaclass=Nameless):
+    pass
+
+
+class Answer(metaclass=Nameless):
     pass
 
 
@@ -353,6 +369,10 @@ def endless(rows, texts):
     return (1.0 for _ in count()) if "two" in texts else [1.0] * len(texts)
 
 
+def answers_alone(rows, texts):
+    return Answer() if "two" in texts else [1.0] * len(texts)
+
+
 def instead(value):
     return lambda rows, texts: [value if text == "two" else 1.0 for text in texts]
 
@@ -366,6 +386,10 @@ FAULTS = {
     "of its own": (throws(Own), r"failed: Own \("),
     "no text": (throws(Mute), "failed: Mute: its text cannot be made"),
     "no text, runtime": (throws(MuteRuntime), "failed: MuteRuntime: its text cannot be made"),
+    "no name": (throws(Hidden), r"failed: Hidden \(test_guests"),
+    "no name given": (answers_alone, "failed: TypeError: gave Answer instead"),
+    "no name in place": (instead(Answer()), "no number: .*Answer"),
+    "no name in a row": (instead(Hidden("me")), "failed: me; for the completion 'two'"),
     "50 MB": (throws(lambda: ValueError("x\n" * 25_000_000)), "failed: x x x"),
     "a long name": (throws(type("E" * 5000, (Exception,), {})), "failed: EEEE"),
     "no end": (endless, "failed: gave more than 1 values for 1 completions"),
@@ -385,6 +409,7 @@ def test_whatever_it_raises_is_the_terms_error(name):
     line = str(caught.value)
     assert line.startswith("reward 'x' ") and "\n" not in line and len(line) < 400
     assert len(str(caught.value.__cause__)) < 1000
+    assert traceback.format_exception(caught.value)  # as GSPO_TRACEBACK=1 shows it
     with pytest.warns(UserWarning, match="1 of 3 completions get no reward: reward 'x'"):
         assert np.isnan(scored(fn, on_error="skip")).tolist() == [False, True, False]
 
