@@ -335,6 +335,22 @@ def test_a_run_is_not_begun_in_the_folder_of_another(whole, model_dir):
         trainer.fit(make_module(model_dir), whole.data)
 
 
+def test_a_fit_that_is_refused_leaves_no_file_and_none_of_its_own_of_an_earlier_one(
+    tmp_path, model_dir, prompts
+):
+    data = PromptData(prompts, prompts_per_rollout=4, num_rollouts=1)
+    loggers = [TensorBoardLogger(tmp_path), CSVLogger(tmp_path, "csv")]
+    trainer = bare(tmp_path / "run", callbacks=[RolloutCheckpoint()], logger=loggers)
+    with pytest.raises(ValueError, match="num_minibatches must divide"):
+        trainer.fit(make_module(model_dir, num_minibatches=5), data)
+    assert not [*tmp_path.rglob("version_*"), *tmp_path.rglob("events*")]
+    trainer.fit(make_module(model_dir), data)
+    before = {*tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match="num_minibatches must divide"):
+        trainer.fit(make_module(model_dir, num_minibatches=5), data)
+    assert {*tmp_path.rglob("*")} >= before
+
+
 def test_what_is_no_data_of_prompts_is_refused_in_one_line(tmp_path, model_dir):
     trainer = make_trainer(tmp_path)
     module = make_module(model_dir)

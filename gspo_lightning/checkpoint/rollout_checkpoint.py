@@ -23,6 +23,7 @@ from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint import early_stops
 from gspo_lightning.checkpoint.event_files import (
     cut_event_files,
+    drop_unused,
     event_file_sizes,
     mark_event_files,
 )
@@ -117,6 +118,10 @@ class RolloutCheckpoint(Checkpoint):
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             check_shared(trainer, root)
             mark_event_files(trainer)
+
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
+        """Leave no trace of a fit that was refused."""
+        drop_unused(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Save now, or leave it to the validation that is about to run."""

@@ -349,6 +349,7 @@ class GSPOCLI(LightningCLI):
         if self.checkpoint is not None and self.watch.rollouts == 0:
             end = "is the end of the run; raise its length to go on"
             say(f"nothing to do: {self.checkpoint} {end if why is None else f'was ended {why}'}")
+            self.watch.refuse()  # the curves that Lightning has opened stay empty
         elif why is not None:
             done = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
             total = total_batches(self.trainer)

@@ -217,7 +217,9 @@ def test_early_stopping_stands_for_as_long_as_its_settings_do(capfd):
         "in the last 1 records. Best score: -8.000; change its settings to go on; last checkpoint "
         "run/checkpoints/rollout=000004.ckpt, and then continue with: python train.py fit"
     )
+    files = set(os.listdir("run"))
     assert fit("run", *STOPPING, f"{patience}=1", "--ckpt_path=last", length=20) == 0
+    assert set(os.listdir("run")) == files
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.startswith(
         "nothing to do: run/checkpoints/rollout=000004.ckpt was ended by EarlyStopping: Monitored "
@@ -260,7 +262,9 @@ def test_a_run_that_max_steps_ended_has_its_length(capfd):
     """The dummy makes four steps a rollout, and none is begun once there are as many."""
     steps = "--trainer.max_steps"
     assert fit("run", f"{steps}=6") == 0
+    files = set(os.listdir("run"))
     assert fit("run", f"{steps}=6", "--ckpt_path=auto") == 0
+    assert set(os.listdir("run")) == files
     first, *_, line = capfd.readouterr().err.splitlines()
     assert first == "ended by trainer.max_steps 6: 8 optimizer steps"
     assert line.startswith("nothing to do: run/checkpoints/rollout=000002.ckpt is the end of the")
