@@ -36,7 +36,7 @@ from gspo_lightning.optim import (
 )
 from gspo_lightning.policy import Policy, PolicyConfig, check_lengths, load_policy, load_tokenizer
 from gspo_lightning.policy.complete import complete, logits
-from gspo_lightning.policy.settings import log_settings, remake, settings_of
+from gspo_lightning.policy.settings import log_settings, remake, restoring, settings_of
 from gspo_lightning.rewards import (
     RewardTerm,
     TimeLimit,
@@ -493,8 +493,9 @@ class GSPOModule(LightningModule):
 
         Reward functions are not imported from it: they are left out unless they are given.
         """
-        given = remake(GSPOModule, checkpoint_path, given, rewards=terms_left_out)
-        return super().load_from_checkpoint(checkpoint_path, map_location, **given)
+        with restoring(GSPOModule, checkpoint_path):
+            given = remake(GSPOModule, checkpoint_path, given, rewards=terms_left_out)
+            return super().load_from_checkpoint(checkpoint_path, map_location, **given)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
         """Logits of the policy; see ``policy.complete.logits``."""

@@ -34,7 +34,7 @@ from gspo_lightning.policy.policy import (
     make_ready,
 )
 from gspo_lightning.policy.reads import positions
-from gspo_lightning.policy.settings import log_settings, remake, settings_of
+from gspo_lightning.policy.settings import log_settings, remake, restoring, settings_of
 from gspo_lightning.supervised.step_log import num_optimizer_steps, set_rate_and_log
 
 
@@ -189,8 +189,9 @@ class RewardModelModule(LightningModule):
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **given: Any):  # type: ignore[override]
         """A module with the weights of a checkpoint; ``given`` arguments win over its own."""
-        given = remake(RewardModelModule, checkpoint_path, given)
-        return super().load_from_checkpoint(checkpoint_path, map_location, **given)
+        with restoring(RewardModelModule, checkpoint_path):
+            given = remake(RewardModelModule, checkpoint_path, given)
+            return super().load_from_checkpoint(checkpoint_path, map_location, **given)
 
     def export(self, path: str | Path) -> None:
         """Write the model as a folder that ``RewardModel(path=...)`` loads."""

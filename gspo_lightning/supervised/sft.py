@@ -23,7 +23,7 @@ from gspo_lightning.optim import (
     learning_rate_factor,
 )
 from gspo_lightning.policy.policy import PolicyConfig, load_policy, load_tokenizer
-from gspo_lightning.policy.settings import log_settings, remake, settings_of
+from gspo_lightning.policy.settings import log_settings, remake, restoring, settings_of
 from gspo_lightning.supervised.step_log import num_optimizer_steps, set_rate_and_log
 
 
@@ -112,8 +112,9 @@ class SFTModule(LightningModule):
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **given: Any):  # type: ignore[override]
         """A module with the weights of a checkpoint; ``given`` arguments win over its own."""
-        given = remake(SFTModule, checkpoint_path, given)
-        return super().load_from_checkpoint(checkpoint_path, map_location, **given)
+        with restoring(SFTModule, checkpoint_path):
+            given = remake(SFTModule, checkpoint_path, given)
+            return super().load_from_checkpoint(checkpoint_path, map_location, **given)
 
     def export(self, path: str | Path) -> None:
         """Write the policy as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
