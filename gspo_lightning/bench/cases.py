@@ -26,7 +26,8 @@ from gspo_lightning.run.terminal_log import say
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 MODELS = ("S", "M", "0.6B")  # sizes that the script make_models.py knows
-ENGINES = ("gspo_lightning", "mkl", "trl", "one_by_one", "generate")  # mkl: without oneDNN
+# graphs: decode steps recorded, on a GPU; mkl: without oneDNN
+ENGINES = ("gspo_lightning", "graphs", "mkl", "trl", "one_by_one", "generate")
 
 
 class BenchError(Exception):
@@ -114,10 +115,11 @@ def one_run(case: Case, name: str, options: argparse.Namespace) -> Run:
     arguments = [f"--{key.replace('_', '-')}={value}" for key, value in work.items()]
     if name == "trl":
         return in_process([str(SCRIPTS / "trl_gspo.py"), *arguments], options.threads)
-    sampler = "group" if name in ("gspo_lightning", "mkl") else name
+    sampler = "group" if name in ("gspo_lightning", "graphs", "mkl") else name
     worker = ["-m", "gspo_lightning.bench", "worker", f"--sampler={sampler}"]
     # transformers' sampling is measured as it comes, without this project's matrix products
-    worker += [] if name == "gspo_lightning" else ["--mkl"]
+    worker += ["--cuda-graphs"] if name == "graphs" else []
+    worker += [] if name in ("gspo_lightning", "graphs") else ["--mkl"]
     worker += [f"--settings={json.dumps(options.settings)}"]
     return in_process([*worker, *arguments], options.threads)
 

@@ -20,7 +20,9 @@ FACTORS = {  # in the order of the panels: the field of the case that moves, and
     "completion tokens": ("limit", (16, 32, 64, 128)),
     "prompts per rollout": (None, (4, 8, 16, 32)),
 }
-COLOURS = dict(zip(ENGINES, ("#1b5e8a", "#5aa0a8", "#c9622b", "#6a8f3c", "#8a6a9c"), strict=True))
+COLOURS = dict(
+    zip(ENGINES, ("#1b5e8a", "#3d3d8f", "#5aa0a8", "#c9622b", "#6a8f3c", "#8a6a9c"), strict=True)
+)
 LINES = {"total": ("-", 2.0), "rollout": ("--", 1.2), "optimise": (":", 1.4)}
 
 

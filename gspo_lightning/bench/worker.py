@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="group",
         help="this project's; one `generate` call per completion; one per rollout",
     )
+    parser.add_argument("--cuda-graphs", action="store_true", help="decode steps recorded")
     parser.add_argument("--mkl", action="store_true", help="no matrix product by oneDNN")
     add_run_arguments(parser)
 
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         completions = options.prompts_per_rollout * options.group_size // options.updates
         settings["micro_batch_size"] = completions // options.micro_batches
     sizes = {"group_size": options.group_size, "max_new_tokens": options.max_new_tokens}
-    sampler: Any = gspo.GroupSampler(**sizes)
+    sampler: Any = gspo.GroupSampler(**sizes, cuda_graphs=options.cuda_graphs)
     if options.sampler != "group":
         sampler = GenerateSampler(**sizes, one_by_one=options.sampler == "one_by_one")
     module = TimedModule(
