@@ -68,7 +68,7 @@ class GSPOModule(LightningModule):
 
     Args:
         policy: The model to train; from Python also a path, a hub name or a loaded model.
-        rewards: Reward terms by name (from Python also functions); their weighted sum is the reward.
+        rewards: Terms by name (from Python also functions); their weighted sum is the reward.
         sampler: Draws the completions; ``None`` is ``GroupSampler()``.
         objective: Ratio, surrogate, aggregation, clip range. The defaults are GSPO as published.
         reference: Frozen policy of the KL penalty, or ``None`` for no KL at all.
