@@ -118,7 +118,10 @@ class OneLineParser(LightningArgumentParser):
             return unknown(match[1] or match[2], dests)
         if match := re.fullmatch(r"the following arguments are required: (.*)", message):
             whole = "give a config, such as --config arithmetic"
-            way_out = whole if self.exit_on_error else "set it in the config"
+            inside = "set it in the config"
+            if match[1] == "rewards":
+                inside += ", or give --reward my_rewards.polite (the import path of a function)"
+            way_out = whole if self.exit_on_error else inside
             return f"{match[1]} missing; {way_out}"
         return message
 
