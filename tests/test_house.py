@@ -36,7 +36,7 @@ LOOP = (
 # From the ground up: a room may import its own files and those of the rooms before it. What stands
 # in one row knows nothing of its neighbours.
 ORDER = [
-    ("maths",),
+    ("maths", "start"),
     ("engine", "checkpoint"),
     ("policy", "guards"),
     ("frozen", "critic", "rewards", "data", "supervised", "callbacks"),
