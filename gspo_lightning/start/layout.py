@@ -5,6 +5,7 @@ prompts and the messages of what reward functions raise: all of it passes ``prin
 Imports the standard library alone.
 """
 
+import contextlib
 import os
 import shutil
 import sys
@@ -48,9 +49,13 @@ def on_terminal(stream: Any = None) -> bool:
     return shown and os.environ.get("TERM") != "dumb"
 
 
-def columns(default: int = 80) -> int:
-    """Columns of the terminal, or what COLUMNS says; ``default`` where there is neither."""
-    return shutil.get_terminal_size((default, 24)).columns
+def columns(stream: Any = None) -> int:
+    """Columns of the terminal that a stream is, else what COLUMNS says, else 80."""
+    stream = stream or sys.stdout
+    with contextlib.suppress(OSError, ValueError):  # it is no terminal, or no file
+        if (found := os.get_terminal_size(stream.fileno()).columns) > 0:
+            return found
+    return shutil.get_terminal_size((80, 24)).columns
 
 
 def styled(text: str, style: str, stream: Any) -> str:
@@ -127,3 +132,24 @@ def rows(parts: Iterable[str], size: int, gap: str = "  ") -> list[str]:
         else:
             lines.append(part)
     return lines
+
+
+def beside(label: str, parts: Iterable[str], size: int, gap: str = " ", end: str = "") -> list[str]:
+    r"""A label and what stands beside it, below each other where one line is too short.
+
+    Args:
+        label: Stands before the first line, and as many spaces before the others.
+        parts: What no line end may cut.
+        size: Columns.
+        gap: Between two parts.
+        end: Behind every line but the last, such as the mark with which a command goes on.
+
+    >>> print("\n".join(beside("plan  ", "60 rollouts of 8".split(), 16)))
+    plan  60
+          rollouts
+          of 8
+    """
+    lines = rows(parts, size - width(label) - width(end), gap) or [""]
+    starts = [label, *[" " * width(label)] * (len(lines) - 1)]
+    ends = [*[end] * (len(lines) - 1), ""]
+    return [a + line + b for a, line, b in zip(starts, lines, ends, strict=True)]
