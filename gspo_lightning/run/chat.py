@@ -119,11 +119,6 @@ def find(run: Path, weights: str | None) -> tuple[Manner, Path]:
             "folder of a run, or one that was exported"
         )
     how = manner(run)
-    if weights in ("last", "best"):
-        try:
-            return how, find_checkpoint(run, weights)  # type: ignore[return-value]
-        except ValueError as error:
-            raise ValueError(str(error).replace("ckpt_path", "--weights", 1)) from error
     if weights is None:
         path = run / how.export
         if not path.is_dir():
@@ -137,9 +132,12 @@ def find(run: Path, weights: str | None) -> tuple[Manner, Path]:
             )
         return how, path
     for path in (run / weights, Path(weights).expanduser()):
-        if path.exists():
+        if path.is_dir():
             return how, path
-    raise ValueError(f"--weights: there is no {weights}, neither in {run} nor here")
+    try:
+        return how, find_checkpoint(run, weights)  # type: ignore[return-value]  # one was named
+    except ValueError as error:
+        raise ValueError(str(error).replace("ckpt_path", "--weights", 1)) from error
 
 
 def load(how: Manner, weights: Path) -> Policy:

@@ -136,9 +136,9 @@ def test_bars_and_lines_fit_a_narrow_terminal_with_what_matters_first(
     frames = [frame for frame in re.split(r"[\r\n]+", out) if frame and str(tmp_path) not in frame]
     assert [frame for frame in frames if len(frame) > size] == []
     bars = [frame for frame in frames if frame.startswith("trained")]
-    assert all("4/4  reward  0.530  greedy 0.300" in frame for frame in bars)
-    shown = {60: [], 80: ["kl"], 120: ["kl", "clip", "length", "tok/s"]}
-    assert re.findall("kl|clip|length|tok/s", bars[-1]) == shown[size]
+    assert bars and all(bar.startswith("trained  4/4  reward  0.530 ") for bar in bars)
+    shown = {60: [], 80: ["greedy", "kl"], 120: ["greedy", "kl", "clip", "length", "tok/s"]}
+    assert re.findall("greedy|kl|clip|length|tok/s", bars[-1]) == shown[size]
     (line,) = [line for line in frames if line.startswith("rollout 1/4")]
     assert line.endswith({60: "clip 0.12", 80: "1,840 tok/s", 120: "score 0.01 s"}[size])
 
@@ -161,7 +161,6 @@ def test_a_terminal_has_a_line_now_and_then_by_the_clock(tmp_path, capsys, termi
     # begun at 102 s, so due again at 107 s and, as rollout 4 ends at 108 s, at 113 s
     assert numbers("five") == ["1", "4", "7", "8", "9", "10"]
     assert numbers("twenty", line_seconds=20.0) == ["1", "8", "9", "10"]
-    assert numbers("fifty", line_seconds=50.0) == ["1", "9", "10"]  # the last one always
     assert len(numbers("none", line_seconds=0)) == 10
 
 
