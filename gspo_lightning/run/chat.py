@@ -333,7 +333,7 @@ def complain(text: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Talk; returns the exit code, 2 after a mistake of the user's."""
     parser = argparse.ArgumentParser(
-        prog=f"{program()} chat",
+        prog=f"{program(alone=True)} chat",
         description="Talk to what a run has trained, with the template, stop strings, temperature "
         "and length of its training. Ctrl-D ends; an empty line starts a new conversation.",
     )

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,12 @@ class RunConfig(SaveConfigCallback):
             mark = f"resume-{self.checkpoint.stem if number is None else f'{number:06d}'}"
             path = folder / f"config.{mark}.yaml"
         mark_event_files(trainer)
-        config = self.config.clone()
-        config.pop("accept_changes", None)  # given once: in the file it would hold for ever
-        text = self.parser.dump(config, skip_unset=False)
         with replacing(path) as file:  # first of all: it is what tells a run's folder from others
-            file.write(text.encode())
+            file.write(self.text.encode())
         if write_provenance(folder, mark) and mark:
             say(f"the code or a version changed since {first}: see {folder}/versions.{mark}.yaml")
         if path != first:
-            new, old = flat(yaml.safe_load(text)), settings_in(first)
+            new, old = flat(yaml.safe_load(self.text)), settings_in(first)
             if old is None:
                 say(f"{first} is damaged: what has changed since cannot be said; see {path}")
                 return
@@ -96,7 +94,14 @@ class RunConfig(SaveConfigCallback):
 
     def fingerprints(self) -> dict[str, Any]:
         """The settings that make this run the one it is."""
-        return settings(flat(yaml.safe_load(self.parser.dump(self.config, skip_unset=False))))
+        return settings(flat(yaml.safe_load(self.text)))
+
+    @cached_property
+    def text(self) -> str:
+        """All settings, as YAML."""
+        config = self.config.clone()
+        config.pop("accept_changes", None)  # given once: in the file it would hold for ever
+        return self.parser.dump(config, skip_unset=False)
 
 
 def check_folder(root: Path, checkpoint: Path | None) -> None:

@@ -88,6 +88,10 @@ class OneLineParser(LightningArgumentParser):
                 said = f"expected settings, such as {', '.join(known[:3])}; got {written(value)}"
                 raise TypeError(f'Parser key "{key}":\n  {said}')
 
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """Write settings down; they were checked when they were parsed, which takes long."""
+        return super().dump(*args, **{"skip_validation": True} | kwargs)
+
     def parse_object(self, cfg_obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Refuse settings that are no mapping; the error of jsonargparse names an attribute."""
         if not isinstance(cfg_obj, dict | Namespace):
@@ -105,12 +109,8 @@ class OneLineParser(LightningArgumentParser):
         refused = r"Option '(.+)' is not accepted|Subcommand '.+' does not accept option '(.+)'"
         if match := re.fullmatch(refused, message):
             return unknown(match[1] or match[2], dests)
-        if match := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
-            return f"unknown command `{match[1]}`; there are {match[2]}".replace("'", "")
-        if 'expected "subcommand"' in message:
-            return "no command; try python train.py fit --config configs/arithmetic.yaml"
         if match := re.fullmatch(r"the following arguments are required: (.*)", message):
-            whole = "give a config, such as --config configs/arithmetic.yaml"
+            whole = "give a config, such as --config arithmetic"
             way_out = whole if self.exit_on_error else "set it in the config"
             return f"{match[1]} missing; {way_out}"
         return message

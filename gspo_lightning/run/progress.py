@@ -285,7 +285,7 @@ class RunSummary(Callback):
         if not trainer.is_global_zero:
             return
         for name, text in self.lines(trainer, pl_module).items():
-            command = name in ("extend", "resume") and "--" in text
+            command = " --ckpt_path " in text
             parts = map(shlex.quote, shlex.split(text)) if command else text.split(" ")
             say_beside(f"{name:<9} ", parts, end=" \\" if command else "")
 
@@ -299,8 +299,13 @@ class RunSummary(Callback):
         if not list_checkpoints(root):
             return lines | {"resume": "not possible: no checkpoint was written"}
         longer = plan.longer_run(trainer) if plan.reached(trainer) else {}
-        command = plan.resume_command(sys.argv, longer, plan.this_python())
-        return lines | {"extend" if longer else "resume": command}
+        if sys.argv[1:2] == ["fit"]:
+            go_on = plan.resume_command(sys.argv[1:], longer)
+        else:  # a program of the user's
+            raised = [f"{key.removeprefix('--')} = {value}" for key, value in longer.items()]
+            call = f"fit(..., ckpt_path={str(list_checkpoints(root)[-1])!r})"
+            go_on = ", ".join([*raised, call])
+        return lines | {"extend" if longer else "resume": go_on}
 
     def _result(self, unit: str) -> str:
         before, after = self.before, self.after
@@ -317,14 +322,14 @@ class RunSummary(Callback):
 
 def written(trainer: Any, root: Path) -> dict[str, str]:
     """What a run has written, by name, each with the command that shows it, where there is one."""
-    folder = shlex.quote(str(root))
+    look, folder = program(alone=True), shlex.quote(str(root))
     curves = [root / c.path for c in trainer.callbacks if isinstance(c, CurvePlot)]
     samples = [c.file(trainer) for c in trainer.callbacks if isinstance(c, SampleTable)]
     exports = [c for c in trainer.callbacks if isinstance(c, HFExport)]
     files = {
         "curves": [*filter(Path.exists, curves), *loggers.places(trainer)],
-        "samples": there(samples, f"{program()} samples {folder}"),
-        "model": there([root / c.path for c in exports], f"{program()} chat {folder}"),
+        "samples": there(samples, f"{look} samples {folder}"),
+        "model": there([root / c.path for c in exports], f"{look} chat {folder}"),
         "best": there([root / c.best_path for c in exports]) + best_checkpoint(root),
         "saved": list_checkpoints(root)[-1:],
         "log": there([root / "log.txt"]),

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Print groups; returns the exit code, 2 after a mistake of the user's."""
     parser = argparse.ArgumentParser(
-        prog=f"{program()} samples", description=__doc__.partition("\n")[0]
+        prog=f"{program(alone=True)} samples", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("run", type=Path, help="run folder, or its samples.jsonl")
     parser.add_argument(

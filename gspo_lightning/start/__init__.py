@@ -1,1 +1,1 @@
-"""What is known before torch is imported: how it was typed, what the package brings, a terminal."""
+"""Before torch is imported: how it was typed, what the package brings along, a terminal."""

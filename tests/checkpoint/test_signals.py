@@ -36,7 +36,7 @@ data: {class_path: support.dummies.DummyData, init_args: {num_rollouts: 6}}
 @pytest.fixture(autouse=True)
 def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gspo_lightning.run.command.this_python", lambda: "python")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     Path("run.yaml").write_text(CONFIG)
 
 
@@ -123,7 +123,7 @@ def test_a_signal_finishes_the_rollout_saves_and_loses_nothing(
     assert first == f"{name}: finishing this rollout, then saving; once more stops at once"
     assert last.startswith(
         f"{name}: stopped; last checkpoint run/checkpoints/rollout={rollout:06d}.ckpt; continue "
-        "with: python train.py fit --config run.yaml"
+        "with: gspo fit --config run.yaml"
     )
     assert fit("run", "--ckpt_path=last") == 0
     assert_same(state("run", 6), state(straight, 6))

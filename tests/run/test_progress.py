@@ -30,7 +30,6 @@ from gspo_lightning.run.plan import (
     plan_lines,
     reached,
     resume_command,
-    this_python,
     total_batches,
 )
 from gspo_lightning.run.progress import RolloutProgress, RunSummary
@@ -43,8 +42,9 @@ from support.rollout_dummies import RolloutData, RolloutDummy, fit, make_trainer
 
 @pytest.fixture(autouse=True)
 def plain_python(monkeypatch):
-    """Commands are shown as if this Python were called `python` here."""
-    monkeypatch.setattr("gspo_lightning.run.plan.this_python", lambda: "python")
+    """Commands are shown as if `gspo fit` had been typed."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("sys.argv", ["gspo", "fit"])
 
 
 class Supervised(DummyModule):
@@ -312,7 +312,6 @@ def summary_of(out: str) -> dict[str, str]:
 
 def test_the_summary_names_what_was_written_and_how_to_look_at_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["gspo", "fit", "--config", "c.yaml"])
-    monkeypatch.setattr(progress, "program", lambda: "gspo")
     (tmp_path / "log.txt").touch()
     callbacks = [RunSummary(), CurvePlot(), SampleTable(), HFExport(monitor="val/reward")]
     best = RolloutCheckpoint(every_n_rollouts=1, monitor="val/reward")
@@ -351,15 +350,17 @@ def test_a_long_command_is_folded_so_that_it_can_be_copied(tmp_path, capsys, ter
 
 
 def test_a_run_that_stopped_early_says_how_to_resume(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py", "fit"])
-
     class Stop(Callback):
         def on_train_batch_end(self, trainer, *_):
             trainer.should_stop = True
 
     fit(tmp_path, [RunSummary(), Stop()], num_rollouts=4)
     found = summary_of(capsys.readouterr().out)
-    assert found["resume"] == "python train.py fit --ckpt_path last"
+    assert found["resume"] == "gspo fit --ckpt_path last"
+    monkeypatch.setattr("sys.argv", ["mine.py", "--fast"])  # a program without these options
+    fit(tmp_path / "own", [RunSummary()], num_rollouts=3)
+    newest = f"fit(..., ckpt_path='{tmp_path}/own/checkpoints/rollout=000003.ckpt')"
+    assert summary_of(capsys.readouterr().out)["extend"] == f"data.num_rollouts = 6, {newest}"
 
 
 def test_a_resumed_run_still_knows_how_it_began(tmp_path, capsys):
@@ -420,35 +421,20 @@ def test_without_a_checkpoint_there_is_no_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "longer", "expected"),
+    ("words", "longer", "expected"),
     [
-        ("train.py fit", {}, "python train.py fit --ckpt_path last"),
-        ("train.py fit --ckpt_path auto --x 1", {}, "python train.py fit --x 1 --ckpt_path last"),
+        ("fit", {}, "gspo fit --ckpt_path last"),
+        ("fit --ckpt_path auto --x 1", {}, "gspo fit --x 1 --ckpt_path last"),
+        ("fit --accept_changes true --ckpt_path=auto", {}, "gspo fit --ckpt_path last"),
         (
-            "train.py fit --data.init_args.num_rollouts=4 --data.num_rollouts 5 --y",
+            "fit --data.init_args.num_rollouts=4 --data.num_rollouts 5 --y",
             {"--data.num_rollouts": 8},
-            "python train.py fit --y --data.num_rollouts 8 --ckpt_path last",
+            "gspo fit --y --data.num_rollouts 8 --ckpt_path last",
         ),
-        ("gspo fit", {}, "gspo fit --ckpt_path last"),
     ],
 )
-def test_the_command_repeats_what_was_typed(argv, longer, expected):
-    assert resume_command(argv.split(), longer) == expected
-
-
-def test_python_is_named_as_it_is_reached_from_here(monkeypatch, tmp_path):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.chdir(tmp_path)
-    inside = str(tmp_path / ".venv/bin/python")
-    monkeypatch.setattr(plan.sys, "executable", inside)
-    monkeypatch.setattr(plan.shutil, "which", lambda name: inside)
-    assert this_python() == "python"  # an activated environment
-    monkeypatch.setattr(plan.shutil, "which", lambda name: "/usr/bin/python")
-    assert this_python() == ".venv/bin/python"
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert this_python() == "OMP_NUM_THREADS=1 .venv/bin/python"
-    monkeypatch.setattr(plan.sys, "executable", "/opt/a b/python")
-    assert this_python() == "OMP_NUM_THREADS=1 '/opt/a b/python'"
+def test_the_command_repeats_what_was_typed(words, longer, expected):
+    assert resume_command(words.split(), longer) == expected
 
 
 # --- the plan ------------------------------------------------------------------------------------

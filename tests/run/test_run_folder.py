@@ -11,7 +11,6 @@ import pytest
 import train
 from gspo_lightning.checkpoint import places
 from gspo_lightning.checkpoint.places import check_shared, local_folder
-from gspo_lightning.run.command import GSPOCLI
 from support.command import enter, refused, run
 from support.run_folder import assert_same, names, scalars, state
 
@@ -34,8 +33,6 @@ HAPPENS = "--trainer.callbacks+=support.folder_events.Happens --trainer.callback
 def _folder(tmp_path, monkeypatch):
     enter(tmp_path, monkeypatch)
     Path("run.yaml").write_text(RUN)
-    commands = {"fit": GSPOCLI.subcommands()["fit"]}  # other parsers take most of the time
-    monkeypatch.setattr(GSPOCLI, "subcommands", staticmethod(lambda: commands))
 
 
 def contents():

@@ -9,7 +9,6 @@ import pytest
 
 import train
 from gspo_lightning.run import launch
-from gspo_lightning.run.command import GSPOCLI
 from gspo_lightning.run.config_files import DEEPEST, check_config_file
 from support.bad_input_cases import callback, model
 from support.command import enter, refused
@@ -24,8 +23,6 @@ ALIASES = "a: &a [1,1,1,1,1,1,1,1]\n" + "".join(
 @pytest.fixture
 def at_work(tmp_path, monkeypatch):
     enter(tmp_path, monkeypatch)
-    commands = GSPOCLI.subcommands()
-    monkeypatch.setattr(GSPOCLI, "subcommands", staticmethod(lambda: {"fit": commands["fit"]}))
 
 
 @pytest.mark.parametrize(
