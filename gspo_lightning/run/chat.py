@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from string import Formatter
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from gspo_lightning.checkpoint.files import find_checkpoint, list_checkpoints
 from gspo_lightning.engine.rotary import fix_rotary
 from gspo_lightning.engine.texts import BROKEN, Continuation, Ends
 from gspo_lightning.policy import Chat, LoRAConfig, Policy, PolicyConfig, load_policy
+from gspo_lightning.policy.folder import read_tokenizer
 from gspo_lightning.policy.reads import overlength
 from gspo_lightning.rollout import PromptBatch
 from gspo_lightning.run import ending, folder, one_line
@@ -38,20 +40,24 @@ class Manner:
 
     Attributes:
         policy: Of the model, as its config says; ``None`` where there is no run.
+        tokenizer: Its folder or hub name, where that is not the policy's.
         export: Name of the folder that holds the exported policy.
         chat: Whether the tokenizer's chat template is used; ``None`` if it has one.
         arguments: Of the template.
         system: System message.
+        template: Of a prompt, with the name of a column in braces for what is typed.
         temperature: Divides the logits.
         max_new_tokens: Longest answer, in tokens.
         max_prompt_tokens: Longest prompt that the run was made for, in tokens.
     """
 
     policy: PolicyConfig | None = None
+    tokenizer: str | None = None
     export: str = EXPORT
     chat: bool | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     system: str | None = None
+    template: str | None = None
     temperature: float = 1.0
     max_new_tokens: int = 256
     max_prompt_tokens: int = 512
@@ -87,10 +93,12 @@ def manner(run: Path) -> Manner:
     standard = Manner()
     return Manner(
         policy=replace(PolicyConfig(**policy), gradient_checkpointing=False),
+        tokenizer=model.get("tokenizer"),
         export=[*exports, EXPORT][0],
         chat=bool(data.get("chat_template")),
         arguments=data.get("chat_template_arguments") or {},
         system=data.get("system_prompt"),
+        template=data.get("prompt_template"),
         temperature=sampler.get("temperature", standard.temperature),
         max_new_tokens=sampler.get("max_new_tokens", standard.max_new_tokens),
         max_prompt_tokens=data.get("max_prompt_tokens", standard.max_prompt_tokens),
@@ -162,7 +170,8 @@ def load(how: Manner, weights: Path) -> Policy:
         return load_policy(replace(config, path=str(weights), **others))
     if how.policy is None or weights.is_dir():
         raise ValueError(f"{weights} is neither an exported model nor a checkpoint in one file")
-    policy = load_policy(how.policy)
+    tokenizer = how.tokenizer and read_tokenizer(how.tokenizer, padding_side="left")
+    policy = load_policy(how.policy, tokenizer)
     found = torch.load(weights, map_location="cpu", mmap=True, weights_only=True)
     state = {
         name.removeprefix("policy."): value
@@ -235,6 +244,7 @@ class Talk:
 
     def prompt_ids(self, said: str) -> list[int]:
         """The tokens from which the policy goes on."""
+        said = filled(self.how.template, said)
         if self.chat is None:
             return self.policy.tokenizer(said)["input_ids"]
         system = [] if self.how.system is None else [{"role": "system", "content": self.how.system}]
@@ -280,9 +290,28 @@ class Talk:
         aloud.hand_on(samples.texts[0])
         self.seed += 1
         if self.chat is not None:
-            said_so_far = [("user", said), ("assistant", samples.texts[0])]
+            said_so_far = [
+                ("user", filled(self.how.template, said)),
+                ("assistant", samples.texts[0]),
+            ]
             self.messages += [{"role": role, "content": text} for role, text in said_so_far]
         return bool(samples.finished[0])
+
+
+def filled(template: str | None, said: str) -> str:
+    r"""What is typed, in the place of the column of a prompt template.
+
+    A template of several columns is left out: what is typed is a whole prompt then.
+
+    >>> filled("Question: {question}\\nAnswer in {{}}:", "1+1?")
+    'Question: 1+1?\\nAnswer in {}:'
+    >>> filled("{a}+{b}=", "1+1="), filled(None, "1+1=")
+    ('1+1=', '1+1=')
+    """
+    parts = [(text, name) for text, name, *_ in Formatter().parse(template or "")]
+    if len({name for _, name in parts} - {None}) != 1:
+        return said
+    return "".join(text if name is None else text + said for text, name in parts)
 
 
 def converse(talk: Talk) -> int:

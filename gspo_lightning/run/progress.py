@@ -27,7 +27,8 @@ from gspo_lightning.run.terminal_log import lines_above_bars, say, say_beside
 from gspo_lightning.start import layout
 from gspo_lightning.start.typed import program
 
-BAR_AND_TIMES = 24  # columns of a bar of eight cells, elapsed and remaining time
+BAR_AND_TIMES = 20  # columns of a short bar, elapsed and remaining time
+FREE = 3  # columns behind a bar, where a terminal shows the Ctrl-C that is typed
 
 
 class RolloutProgress(ProgressBar):
@@ -75,7 +76,7 @@ class RolloutProgress(ProgressBar):
         return tqdm(
             total=None if total == math.inf else total,
             initial=done,
-            dynamic_ncols=True,
+            ncols=layout.columns(self._stream) - FREE,
             bar_format=form,
             file=self._stream,
             **options,
@@ -102,8 +103,9 @@ class RolloutProgress(ProgressBar):
         self._phase = phase or self._phase
         done = bar.n if done is None else done
         count = f"{self._phase:<8} {done}" + (f"/{bar.total}" if bar.total else "")
-        room = layout.columns() - BAR_AND_TIMES
-        bar.set_description_str(layout.rows([count, *self._figures], room)[0], refresh=False)
+        bar.ncols = layout.columns(self._stream) - FREE
+        texts = layout.rows([count, *self._figures], bar.ncols - BAR_AND_TIMES)
+        bar.set_description_str(texts[0], refresh=False)
         bar.update(done - bar.n)
         bar.refresh()
 
@@ -119,7 +121,8 @@ class RolloutProgress(ProgressBar):
             if self._enabled and (is_rollout or done % self.every_n_steps == 0 or done == total):
                 say("  ".join(line), sys.stdout)
             return
-        short = [text for text in texts if not text.endswith(" s")]  # no room for seconds
+        # no room for seconds, nor for the columns that make lines stand below each other
+        short = [" ".join(text.split()) for text in texts if not text.endswith(" s")]
         self._figures = [*short[:1], *self._held_out, *short[1:]]
         self._draw(done=done)
         self._line = layout.rows(line, layout.columns())[0]

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         file = find(options.run)
-        rows, damaged = read(file, None if options.rollout is None else options.rollout - 1)
+        rows, damaged = read(file, options.rollout)
         for line in page(rows, size, options.prompts, options.full):
             print(line)
     except (ValueError, OSError) as error:
@@ -83,12 +83,16 @@ def read(file: Path, rollout: int | None = None) -> tuple[list[Row], int]:
     Args:
         file: Lines of JSON, rollouts in ascending order; what stands behind the last line end is a
             line that is being written.
-        rollout: From 0; ``None`` is the newest.
+        rollout: Counted from 1; ``None`` is the newest.
 
     Raises:
         ValueError: If there are none of that rollout, naming what there is.
     """
     lines = file.read_bytes().split(b"\n")[:-1]
+    first = next((row for line in lines if (row := parsed(line))), None)
+    if first is None:
+        raise ValueError(f"{file} has no samples yet")
+    from_0 = first["rollout"] == 0  # an earlier version wrote the file
     rows: list[Row] = []
     damaged, newest = 0, None
     for line in reversed(lines):
@@ -96,19 +100,17 @@ def read(file: Path, rollout: int | None = None) -> tuple[list[Row], int]:
         if row is None:
             damaged += 1
             continue
-        newest = row["rollout"] if newest is None else newest
-        wanted = newest if rollout is None else rollout
+        row["rollout"] += from_0
+        newest = newest or row["rollout"]
+        wanted = rollout or newest
         if row["rollout"] < wanted:
             break
         if row["rollout"] == wanted:
             rows.append(row)
-    if newest is None:
-        raise ValueError(f"{file} has no samples yet")
     if not rows:
-        first = next(row for line in lines if (row := parsed(line)))["rollout"]
         raise ValueError(
-            f"{file} has nothing of rollout {(rollout or 0) + 1}; it goes from {first + 1} to "
-            f"{newest + 1}, as often as SampleTable's every_n_rollouts says"
+            f"{file} has nothing of rollout {rollout}; it goes from {first['rollout'] + from_0} "
+            f"to {newest}, as often as SampleTable's every_n_rollouts says"
         )
     return rows[::-1], damaged
 
@@ -141,7 +143,7 @@ def page(rows: list[Row], size: int, prompts: int, full: bool = False) -> Iterat
     """
     groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row["prompt"])]
     shown = groups[:prompts]
-    title = [f"rollout {rows[0]['rollout'] + 1}"]
+    title = [f"rollout {rows[0]['rollout']}"]
     if len(shown) < len(groups):
         title.append(f"{len(shown)} of {len(groups)} prompts")
     if any(row.get("truncated") for group in shown for row in group):
@@ -172,11 +174,6 @@ def group_lines(group: list[Row], size: int, full: bool = False) -> Iterator[str
     for cells, text in zip(table, texts, strict=True):
         start = "".join(" " * (w - width(c)) + c for c, w in zip(cells, widths, strict=True))
         yield from text_lines(text, f"{start}  ", size, full)
-    rewards = [row["reward"] for row in group if row["reward"] is not None]
-    if len(rewards) > 1:
-        flat = max(rewards) == min(rewards)
-        note = "all equal" if flat else f"mean {sum(rewards) / len(rewards):.3f}"
-        yield f"{len(group)} completions, rewards {note}"
 
 
 def column_widths(table: list[list[str]]) -> list[int]:

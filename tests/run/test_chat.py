@@ -99,8 +99,8 @@ def test_a_conversation_goes_through_the_chat_template(policy, monkeypatch):
     assert decode(talk.prompt_ids("1=")) == f"0-\n7+9=\n{said}\n1=\nanswer: "
     talk.start_anew()
     assert decode(talk.prompt_ids("1=")) == "0-\n1=\nanswer: "
-    raw = Talk(policy, Manner(chat=False))  # as a run that leaves the template alone
-    assert decode(raw.prompt_ids("1=")) == "1="
+    raw = Talk(policy, Manner(chat=False, template="7+{sum}="))  # as a run without the template
+    assert decode(raw.prompt_ids("1")) == "7+1="
 
 
 def test_a_conversation_that_the_model_cannot_read_is_refused(policy):
@@ -116,7 +116,7 @@ def test_the_newest_config_says_how_a_run_reads_and_draws(run, model_dir):
     changed = config(
         model_dir,
         {"stop_strings": ["\n"], "lora": {"rank": 2}, "unknown_to_us": 1},
-        {"chat_template": True, "system_prompt": "be brief"},
+        {"chat_template": True, "system_prompt": "be brief", "prompt_template": "{q}="},
         {"temperature": 0.9},
         [{"class_path": "gspo_lightning.HFExport", "init_args": {"path": "mine"}}],
     )
@@ -126,6 +126,7 @@ def test_the_newest_config_says_how_a_run_reads_and_draws(run, model_dir):
         export="mine",
         chat=True,
         system="be brief",
+        template="{q}=",
         temperature=0.9,
         max_new_tokens=7,
         max_prompt_tokens=32,

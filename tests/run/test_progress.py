@@ -116,7 +116,7 @@ def test_a_terminal_gets_one_bar_with_the_phases(tmp_path, capsys, terminal):
     ]
     assert first[-1] == ("trained", "3/3")
     last = [frame for frame in frames if frame.startswith("trained  3/3")][-1]
-    figures = "reward  0.520  greedy 0.000  kl 0.0120  clip 0.12  length  18.2    1,840 tok/s"
+    figures = "reward 0.520  greedy 0.000  kl 0.0120  clip 0.12  length 18.2  1,840 tok/s"
     assert last.split(" |")[0] == f"trained  3/3  {figures}"  # the validation comes later
 
 
@@ -136,7 +136,7 @@ def test_bars_and_lines_fit_a_narrow_terminal_with_what_matters_first(
     frames = [frame for frame in re.split(r"[\r\n]+", out) if frame and str(tmp_path) not in frame]
     assert [frame for frame in frames if len(frame) > size] == []
     bars = [frame for frame in frames if frame.startswith("trained")]
-    assert bars and all(bar.startswith("trained  4/4  reward  0.530 ") for bar in bars)
+    assert bars and all(bar.startswith("trained  4/4  reward 0.530 ") for bar in bars)
     shown = {60: [], 80: ["greedy", "kl"], 120: ["greedy", "kl", "clip", "length", "tok/s"]}
     assert re.findall("greedy|kl|clip|length|tok/s", bars[-1]) == shown[size]
     (line,) = [line for line in frames if line.startswith("rollout 1/4")]
@@ -221,7 +221,7 @@ def test_a_resumed_bar_starts_where_the_run_stopped(tmp_path, capsys, terminal):
     out = capsys.readouterr().out
     frames = re.findall(r"(?:training|rollout|optimise|trained) +(\d)/6 .*\|", out)
     assert (min(frames), max(frames)) == ("4", "6")
-    assert re.search(r"5/6  reward  0.540  greedy 0.300", out)  # known from before
+    assert re.search(r"5/6  reward 0.540  greedy 0.300", out)  # known from before
 
 
 def test_a_resumed_run_counts_its_lines_on(tmp_path, capsys):
