@@ -396,11 +396,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 say_answer(talk, options.prompt)
                 return 0
             if sys.stdin.isatty():
-                reads = "each line alone, without a chat template"
-                reads = reads if talk.chat is None else "with the chat template"
+                reads = "no chat template: each line is a prompt of its own"
+                if talk.chat is not None:
+                    reads = "the conversation goes on; an empty line starts a new one"
                 sys.stderr.write(
-                    f"{shown(str(weights))}: reads {reads}; temperature {how.temperature:g}, at "
-                    f"most {how.max_new_tokens} tokens; Ctrl-D ends\n"
+                    f"{shown(str(weights))}, temperature {how.temperature:g}, answers of at most "
+                    f"{how.max_new_tokens} tokens\n{reads}; Ctrl-D ends\n"
                 )
             return converse(talk)
     except KeyboardInterrupt:
