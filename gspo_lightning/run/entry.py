@@ -15,6 +15,7 @@ from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 from gspo_lightning.run import launch
+from gspo_lightning.run.leaving import leave
 from gspo_lightning.start import shipped
 
 TRAINING = "gspo_lightning.run.command:main"
@@ -104,7 +105,7 @@ def start() -> NoReturn:
     if path != TRAINING:  # whose handlers are its own
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    sys.exit(resolve_name("gspo_lightning.run.ending:leave")(main()))
+    leave(main())
 
 
 def unknown(name: str) -> str:

@@ -150,7 +150,7 @@ def test_a_second_signal_stops_at_once_and_saves_nothing_half_done(
     callbacks += ["--trainer.callbacks+=support.dummies.Coefficient"]
     assert fit("run", *callbacks, *send(hook, number, rollout, times=2)) == 128 + number
     assert names("run") == [f"rollout={n:06d}.ckpt" for n in left]
-    assert "rollout=000002.ckpt; continue with: python" in capfd.readouterr().err.splitlines()[-1]
+    assert "rollout=000002.ckpt; continue with: gspo" in capfd.readouterr().err.splitlines()[-1]
     assert fit("run", *callbacks, "--ckpt_path=last") == 0
     assert_same(state("run", 6), state(straight, 6))
     assert scalars("run") == scalars(straight)
@@ -284,7 +284,7 @@ def test_an_exception_in_a_rollout_saves_nothing_and_names_the_last_good_checkpo
     assert fit("run", *options) == 1
     assert names("run") == ["rollout=000002.ckpt"]
     last = capfd.readouterr().err.splitlines()[-1]
-    assert last.startswith("last checkpoint run/checkpoints/rollout=000002.ckpt; continue with: py")
+    assert last.startswith("last checkpoint run/checkpoints/rollout=000002.ckpt; continue with: gs")
     assert last.endswith("--ckpt_path last")
 
 
