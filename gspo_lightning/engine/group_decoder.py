@@ -277,7 +277,7 @@ class GroupDecoder:
         longest = max(len(prompts[group]) for group in self.groups)
         places = max(map(len, members))
         if self.graphs is not None:
-            places = rounded(places, size)
+            places = size
             longest = rounded(longest, self.cache.prompt_length)
             more = rounded(len(members), self.cache.num_prompts) - len(members)
             members += [[] for _ in range(more)]
