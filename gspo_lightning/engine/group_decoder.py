@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gspo_lightning.engine.attention import open_attention
-from gspo_lightning.engine.drawing import NotDecodable, draw
+from gspo_lightning.engine.drawing import NotDecodable, draw, listed
 from gspo_lightning.engine.group_attention import GroupAttention, Layout
 from gspo_lightning.engine.padded import forward_arguments, text_config, unwrapped
 from gspo_lightning.engine.step_graphs import Play, StepGraphs, rounded
@@ -233,7 +233,7 @@ class GroupDecoder:
         stopped = self.wanted.stopped
         return [
             slot
-            for slot, newest in enumerate(token.tolist(), start)
+            for slot, newest in enumerate(listed(token), start)
             if newest in self.wanted.eos_ids
             or self.admitted[slot] == full
             or (stopped is not None and stopped(self.running[slot], newest))
