@@ -9,7 +9,6 @@ the blocks and within one of them.
 import torch
 from torch import Tensor
 
-
 BROKEN = -1  # the id where logits are not finite
 
 
