@@ -267,7 +267,7 @@ class GroupAttention:
         output += torch.bmm(weights[..., prompt:], values.flatten(0, 1)[:count, :own])
         return _padded(output.view(1, num_rows, -1, output.shape[2]), more)
 
-    def move_rows(self, sources: list[int], targets: list[int], length: int) -> None:
+    def move_rows(self, sources: Tensor, targets: Tensor, length: int) -> None:
         """Copy the first ``length`` tokens of rows to other slots, whose content is lost."""
         for layer in self.layers.values():
             for buffer in (layer.keys, layer.values):

@@ -248,9 +248,10 @@ class GroupDecoder:
         targets = [slot for slot in ended if slot < keep]
         sources = [slot for slot in range(keep, self.num) if slot not in gone]
         if sources:
-            self.cache.move_rows(sources, targets, length=self.step - min(self.admitted))
+            old, new = self.ids.new_tensor([sources, targets])  # on the device once, not per layer
+            self.cache.move_rows(old, new, length=self.step - min(self.admitted))
             for tensor in (self.places, self.tokens, self.lengths):
-                tensor[targets] = tensor[sources]
+                tensor[new] = tensor[old]
             for values in (self.running, self.admitted):
                 for source, target in zip(sources, targets, strict=True):
                     values[target] = values[source]
