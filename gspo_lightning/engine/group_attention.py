@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from gspo_lightning.engine import flash
-
 Attend = Callable[..., Tensor]  # as ``attention.Attend``, which stands a floor higher
 
 
@@ -97,9 +95,6 @@ class Arranged:
         bias = torch.zeros(num_rows, layout.longest + length, device=device)
         bias[:, : layout.longest].masked_fill_(hidden, -torch.inf)
         self.bias = bias[:, None, None]
-        # of each group, that of the rows in its part of the grid; a group without rows reads some
-        first = layout.source.view(layout.num_groups, -1)[:, 0]
-        self.prompt_lengths = layout.prompt_lengths[first, 0].int()
 
     def indices(self, num_heads: int) -> tuple[Tensor, Tensor]:
         """The layout's way to its grid and back, once a number of heads."""
@@ -123,7 +118,6 @@ class DecodeStep:
         self.arranged = arranged
         self.lengths, self.columns, self.longest = lengths, lengths - 1, longest
         self.equal = equal
-        self.used = lengths.int()  # as a kernel reads them
         self._biases: dict[int | None, Tensor | None] = {}
 
     def write(self, buffer: Tensor, new: Tensor) -> None:
@@ -236,17 +230,6 @@ class GroupAttention:
         step.write(keys, key)
         step.write(values, value)
         heads, size = keys.shape[1], query.shape[3]
-        window = options.pop("sliding_window", None)
-        if flash.fits(query, window, layout.longest + step.longest, **options):
-            new, scale = query[0, :, :num_rows].transpose(0, 1), options["scaling"]
-            near_part = flash.attend(new, keys, values, 1, step.used, step.longest, scale)
-            read = step.arranged.prompt_lengths, layout.longest, scale
-            cells = new.index_select(0, layout.source)
-            output, total = flash.attend(
-                cells, prompt_keys, prompt_values, layout.num_places, *read
-            )
-            far_part = output.index_select(0, layout.cell), total.index_select(1, layout.cell)
-            return _padded(flash.meet(near_part, far_part)[None], more)
         to_grid, to_rows = step.arranged.indices(heads)
         groups, prompt, own = layout.num_groups * heads, layout.longest, step.longest
         count = num_rows * heads
@@ -258,14 +241,15 @@ class GroupAttention:
         near = torch.bmm(grouped, keys.flatten(0, 1)[:count, :own].mT)
 
         scores = torch.cat([far, near], dim=-1).view(num_rows, heads, -1, prompt + own)
-        weights = _softmax(scores, step.bias(window), **options)
+        weights = _softmax(scores, step.bias(options.get("sliding_window")), **options)
         weights = weights.to(value.dtype).view(count, -1, prompt + own)
         grid = weights[..., :prompt].contiguous().index_select(0, to_grid)
         far_values = prompt_values.flatten(0, 1)[:groups, :prompt]
         far = torch.bmm(grid.view(groups, -1, prompt), far_values)
         output = far.view(len(to_grid), -1, far.shape[2]).index_select(0, to_rows)
         output += torch.bmm(weights[..., prompt:], values.flatten(0, 1)[:count, :own])
-        return _padded(output.view(1, num_rows, -1, output.shape[2]), more)
+        output = output.view(1, num_rows, -1, output.shape[2])
+        return nn.functional.pad(output, (0, 0, 0, 0, 0, more)) if more else output
 
     def move_rows(self, sources: Tensor, targets: Tensor, length: int) -> None:
         """Copy the first ``length`` tokens of rows to other slots, whose content is lost."""
@@ -278,10 +262,6 @@ class GroupAttention:
         for layer in self.layers.values():
             layer.prompt_keys[target] = layer.prompt_keys[source]
             layer.prompt_values[target] = layer.prompt_values[source]
-
-
-def _padded(output: Tensor, more: int) -> Tensor:
-    return nn.functional.pad(output, (0, 0, 0, 0, 0, more)) if more else output
 
 
 def attend_within(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

@@ -124,12 +124,15 @@ class GroupDecoder:
         """
         # inference mode costs less a call, but FSDP2's tensors made in it cannot be trained later
         sharded = any(hasattr(parameter, "device_mesh") for parameter in self.model.parameters())
-        with torch.no_grad() if sharded else torch.inference_mode():
-            while self.waiting or self.num:
-                if self.waiting and self.num <= REFILL_BELOW * self.slots:
-                    self._admit()
-                else:
-                    self._drop(self._draw(0, self._forward()))
+        try:
+            with torch.no_grad() if sharded else torch.inference_mode():
+                while self.waiting or self.num:
+                    if self.waiting and self.num <= REFILL_BELOW * self.slots:
+                        self._admit()
+                    else:
+                        self._drop(self._draw(0, self._forward()))
+        finally:
+            self.graphs = None  # at once: a recording that is freed during the next one breaks it
         return self.ids, self.logprobs
 
     def _admit(self) -> None:

@@ -5,6 +5,7 @@ recording reads lies in tensors that stay where they are. On a GPU a recording i
 launch instead of hundreds. Rows that rounding adds compute something that nobody reads.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -40,8 +41,14 @@ def cuda_graph_recorder() -> Callable[[Play], Play]:
             step()
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            output = step()
+        collected = gc.isenabled()
+        gc.disable()  # garbage may hold recordings, which must not be freed while one is made
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                output = step()
+        finally:
+            if collected:
+                gc.enable()
 
         def play() -> Tensor:
             graph.replay()
