@@ -1,10 +1,12 @@
 """`gspo samples`: groups of a run on a terminal."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
-from gspo_lightning.run import samples
+from gspo_lightning.run import entry, samples
 from gspo_lightning.start.layout import width
 
 
@@ -100,6 +102,15 @@ def test_a_mistake_is_one_line(tmp_path, capsys, words, said):
     assert samples.main([str(tmp_path), *words]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+def test_the_command_is_in_the_table_among_those_that_start_at_once(tmp_path, capsys):
+    write(tmp_path, [row(3)])
+    assert entry.main(["samples", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("rollout 3\n")
+    assert "samples" in entry.LIGHT and "chat" in entry.COMMANDS
+    program = "import sys, gspo_lightning.run.samples; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_folder_without_samples_says_what_makes_them(tmp_path, capsys):
