@@ -10,6 +10,7 @@ import gc
 import os
 import signal
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pkgutil import resolve_name
 from typing import Any, NoReturn
@@ -96,8 +97,8 @@ def start() -> NoReturn:
     launch.refuse()  # the imports below read these variables
     handlers = stop_at_once()
     if launch.is_first():
-        sys.stderr.write(first_line(sys.argv[1:]))
-        sys.stderr.flush()
+        with suppress(OSError):  # a terminal that is gone
+            print(first_line(sys.argv[1:]), file=sys.stderr, flush=True)
     gc.disable()  # what imports make stays: looking for garbage in it is a fifth of their time
     resolve_name(path)
     gc.freeze()  # nor is it looked through later
@@ -120,7 +121,7 @@ def unknown(name: str) -> str:
 def first_line(argv: list[str]) -> str:
     """What is about to happen, said before the imports, which take seconds."""
     what = " ".join([argv[0], *shipped.config_names(argv)])
-    return f"gspo_lightning {installed()}: {what}; loading torch and lightning ...\n"
+    return f"gspo_lightning {installed()}: {what}; loading torch and lightning ..."
 
 
 def installed() -> str:
