@@ -37,7 +37,7 @@ LOOP = (
 # in one row knows nothing of its neighbours.
 ORDER = [
     ("maths",),
-    ("engine", "checkpoint"),
+    ("engine", "checkpoint", "curves"),
     ("policy", "guards"),
     ("frozen", "critic", "rewards", "data", "supervised", "callbacks"),
     ("loop",),

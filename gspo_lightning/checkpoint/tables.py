@@ -74,8 +74,10 @@ def _cut_rows(file: Path, rollouts: int) -> None:
     writer.writeheader()
     for row in rows:
         figures = {name for name, value in row.items() if value} - {"step", "epoch"}
-        validated = all(name.startswith("val/") for name in figures)
-        if int(row["step"]) < rollouts + validated:
+        # A rollout stands at its number, as a validation does at that of the rollout before it;
+        # what callbacks give to self.log, and supervised steps, are counted from 0.
+        from_1 = "rollout/tokens" in figures or all(name.startswith("val/") for name in figures)
+        if int(row["step"]) < rollouts + from_1:
             writer.writerow(row)
     with replacing(file) as new:
         new.write(text.getvalue().encode())
