@@ -41,6 +41,19 @@ def log_samples(trainer: Any, samples: Sequence[dict[str, Any]], rollouts: int) 
             logger.log_text("samples", columns=columns, data=cells, step=rollouts)
 
 
+def log_page(trainer: Any, name: str, text: str, rollouts: int) -> None:
+    """Show a page of Markdown in every logger that takes one."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(name, text, rollouts)
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_text(logger.run_id, text, f"{name}.md")
+        elif isinstance(logger, CometLogger):
+            logger.experiment.log_text(text, step=rollouts)
+        elif hasattr(logger, "log_text"):
+            logger.log_text(name, columns=["page"], data=[[text]], step=rollouts)
+
+
 def log_picture(trainer: Any, name: str, pixels: Any, rollouts: int) -> None:
     """Show a picture, (height, width, 3) uint8, in every logger that takes one."""
     for logger in trainer.loggers:

@@ -45,7 +45,8 @@ TABLE = {
     "train/clip_fraction_sequences": Curve(
         "Clip fraction",
         "share of sequences",
-        "Sequences with a ratio outside of the clip range, which teach nothing in their step.",
+        "Sequences with a token whose ratio is clipped. With a sequence ratio, all of it is: such a "
+        "sequence teaches nothing in its step.",
     ),
     "train/avg_response_length": Curve(
         "Length", "tokens, mean", "Tokens of a completion, with the one that ends it."
@@ -114,7 +115,7 @@ TABLE = {
         "Whether the sampler's log-probs were used; else a pass recomputed them.",
     ),
     "policy/kl_clamped_tokens": Curve(
-        "Clamped KL", "tokens", "Tokens whose distance to the reference was beyond e^20."
+        "Clamped KL", "tokens", "Tokens whose distance to the reference was beyond 20 nats."
     ),
     "policy/clip_range": Curve("Clip range", "width", "The narrower side of the clip range."),
     # reward
@@ -245,34 +246,34 @@ PICTURE = tuple(name for name, tag in FIRST_SCREEN.items() if tag.startswith(LEA
 # Charts of TensorBoard's custom scalars, memory and time last: title, and what the names match.
 LAYOUT = {
     "Does it learn?": {
-        "reward": ["^train/reward$", "^val/reward$"],
-        "held-out accuracy": ["^val/accuracy_"],
-        "KL divergence": ["^train/kl_divergence$"],
-        "clip fraction": ["^train/clip_fraction_"],
-        "length": ["^train/avg_response_length$", "^val/response_length$"],
-        "entropy": ["^policy/entropy$"],
+        "reward": ["train/reward$", "val/reward$"],
+        "held-out accuracy": ["val/accuracy_"],
+        "KL divergence": ["train/kl_divergence$"],
+        "clip fraction": ["train/clip_fraction_"],
+        "length": ["train/avg_response_length$", "val/response_length$"],
+        "entropy": ["policy/entropy$"],
     },
     "Is it healthy?": {
-        "reward spread within groups": ["^reward/group_std$"],
-        "groups without spread": ["^rollout/flat_.*_fraction$"],
-        "truncated": ["/truncated_fraction$"],
-        "gradient norm": ["/grad_norm$"],
-        "spread of log-ratios": ["^policy/.*_log_ratio_std$"],
-        "noise of log-ratios": ["^policy/.*_noise$"],
-        "pass@k": ["^val/pass_at_"],
-        "reward terms": ["^reward/(?!group_std|missing|overlong)"],
+        "reward spread within groups": ["reward/group_std$"],
+        "groups without spread": ["rollout/flat_.*_fraction$"],
+        "truncated": [".*/truncated_fraction$"],
+        "gradient norm": [".*/grad_norm$"],
+        "spread of log-ratios": ["policy/.*_log_ratio_std$"],
+        "noise of log-ratios": ["policy/.*_noise$"],
+        "pass@k": ["val/pass_at_"],
+        "reward terms": ["reward/(?!group_std|missing|overlong)"],
     },
     "Losses": {
-        "policy loss": ["^train/policy_loss$"],
-        "KL and entropy loss": ["^train/(kl|entropy)_loss$"],
-        "KL coefficient": ["^train/kl_coef$"],
-        "learning rate": ["learning_rate$"],
-        "critic": ["^critic/(value_loss|explained_variance)$"],
+        "policy loss": ["train/policy_loss$"],
+        "KL and entropy loss": ["train/(kl|entropy)_loss$"],
+        "KL coefficient": ["train/kl_coef$"],
+        "learning rate": [".*/learning_rate$"],
+        "critic": ["critic/(value_loss|explained_variance)$"],
     },
     "Time and memory": {
-        "seconds per rollout": ["^time/(rollout|score|optimise)$"],
-        "tokens per second": ["^time/tokens_per_second$"],
-        "memory, GiB": ["^memory/"],
+        "seconds per rollout": ["time/(rollout|score|optimise)$"],
+        "tokens per second": ["time/tokens_per_second$"],
+        "memory, GiB": ["memory/"],
     },
 }
 

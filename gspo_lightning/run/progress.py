@@ -20,6 +20,7 @@ from gspo_lightning.callbacks import CurvePlot, HFExport, PredictionWriter, Samp
 from gspo_lightning.callbacks.report import figures, figures_line, rollout_line
 from gspo_lightning.checkpoint.files import list_checkpoints
 from gspo_lightning.run import plan
+from gspo_lightning.run.first_page import first_page
 from gspo_lightning.run.terminal_log import say
 
 
@@ -194,7 +195,10 @@ class RunSummary(Callback):
 
     def _plan(self, trainer: Any, pl_module: Any) -> None:
         if not self._planned and trainer.is_global_zero:
-            say("\n".join(plan.plan_lines(trainer, pl_module)), sys.stdout)
+            lines = plan.plan_lines(trainer, pl_module)
+            say("\n".join(lines), sys.stdout)
+            done = trainer.fit_loop.total_batch_idx + 1
+            loggers.log_page(trainer, "run", first_page(trainer, pl_module, lines), done)
         self._planned = True
 
     on_sanity_check_start = _plan

@@ -26,7 +26,6 @@ from gspo_lightning.callbacks.report import (
     running_mean,
 )
 from gspo_lightning.checkpoint.io import CheckpointError
-from gspo_lightning.curves import PICTURE
 from gspo_lightning.kl import MultiplicativeKL, ProportionalKL
 from support.rollout_dummies import (
     RolloutData,
