@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +22,10 @@ import numpy
 from lightning.pytorch import Callback
 
 from gspo_lightning.bounds import check_at_least
+from gspo_lightning.callbacks.card import dress
+from gspo_lightning.callbacks.hub import check_hub, check_hub_name, push
 from gspo_lightning.callbacks.loggers import log_picture, log_samples
-from gspo_lightning.callbacks.report import draw_curves, plain, sample_rows
+from gspo_lightning.callbacks.report import draw_curves, figures, plain, sample_rows
 from gspo_lightning.checkpoint.event_files import goes_on_in_place
 from gspo_lightning.checkpoint.io import CheckpointError, describe, replacing
 from gspo_lightning.checkpoint.monitor import monitored
@@ -81,10 +83,18 @@ def check_free(trainer: Any, callback: Callback, path: str, folder: bool) -> Non
         raise ValueError(f"path {path!r} is that of two callbacks; give each its own")
 
 
-def export_whole(pl_module: Any, root: Path, path: str) -> None:
+def export_whole(
+    pl_module: Any, root: Path, path: str, dress: Callable[[Path], None] = lambda folder: None
+) -> None:
     """Export beside the folder and move in file by file, so that no file of it is ever half a file.
 
     A link in the folder is replaced, not followed: its target may be a model that others use.
+
+    Args:
+        pl_module: Has ``export``.
+        root: The run folder.
+        path: Name of the folder inside it.
+        dress: Puts what a model has beside its weights into the folder, on rank 0.
 
     Raises:
         CheckpointError: If the disk refuses, or the module writes nothing.
@@ -96,10 +106,10 @@ def export_whole(pl_module: Any, root: Path, path: str) -> None:
             clear(beside)  # of an export that was killed
         pl_module.export(beside)  # on every rank: a sharded policy is gathered from all
         if pl_module.global_rank == 0:
-            files = [file for file in beside.rglob("*") if not file.is_dir()]
-            if not files:
+            if all(file.is_dir() for file in beside.rglob("*")):
                 raise CheckpointError(f"export {folder} was not written: the model wrote no file")
-            for file in files:
+            dress(beside)
+            for file in (file for file in beside.rglob("*") if not file.is_dir()):
                 target = folder / file.relative_to(beside)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, target)
@@ -403,6 +413,9 @@ def renumbered(line: bytes) -> bytes:
 class HFExport(Callback):
     """Write the policy as a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
 
+    With it come a model card (``README.md``), the curves as the card shows them if a CurvePlot
+    stands before it, and generation settings that sample as training did.
+
     Args:
         path: Name of the folder inside the run folder; it always holds the newest export.
         every_n_rollouts: Export during the run as well, with this period in rollouts.
@@ -411,9 +424,13 @@ class HFExport(Callback):
             does not count.
         mode: Whether the largest (``max``) or the smallest (``min``) figure is the best.
         best_path: Name of the folder of the best policy inside the run folder.
+        push_to_hub: Repository on the Hugging Face hub, such as ``me/my-model``, that gets the
+            export as training ends: the best one where ``monitor`` is set. A new repository is
+            private. Needs a token (``hf auth login``), which is tried before training.
 
     Raises:
-        ValueError: If an argument is out of range, or the validation has no such figure.
+        ValueError: If an argument is out of range, the validation has no such figure, or the hub
+            would refuse the push.
     """
 
     def __init__(
@@ -423,6 +440,7 @@ class HFExport(Callback):
         monitor: str | None = None,
         mode: Literal["max", "min"] = "max",
         best_path: str = "export_best",
+        push_to_hub: str | None = None,
     ) -> None:
         check_name(path)
         check_name(best_path)
@@ -434,14 +452,40 @@ class HFExport(Callback):
         self.path, self.every_n_rollouts = path, every_n_rollouts
         self.monitor, self.mode, self.best_path = monitor, mode, best_path
         self.best: float | None = None
+        self.push_to_hub = push_to_hub
+        self.held_out: dict[str, Any] = {}  # figures before training and the newest, for the card
+        if push_to_hub is not None:
+            check_hub_name(push_to_hub)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse a place that is taken, before any model is loaded."""
+        """Refuse a place that is taken and a push that would fail, before any model is loaded."""
         for path in (self.path, self.best_path) if stage == "fit" else ():
             check_free(trainer, self, path, folder=True)
+        pushes = self.push_to_hub is not None and stage == "fit" and not is_rehearsal(trainer)
+        if pushes and trainer.is_global_zero:
+            check_hub(str(self.push_to_hub))
+
+    def _export(self, trainer: Any, pl_module: Any, path: str) -> None:
+        plots = [c.path for c in trainer.callbacks if isinstance(c, CurvePlot)]
+        root = Path(trainer.default_root_dir)
+
+        def dressed(folder: Path) -> None:
+            name = self.push_to_hub or path
+            picture = root / plots[0] if plots else None
+            dress(folder, trainer, pl_module, name=name, held_out=self.held_out, picture=picture)
+
+        export_whole(pl_module, root, path, dressed)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.monitor is None or trainer.state.fn != "fit" or is_rehearsal(trainer):
+        if trainer.state.fn != "fit" or is_rehearsal(trainer):
+            return
+        found = figures(trainer.callback_metrics)
+        if trainer.sanity_checking:
+            self.held_out["before"] = found
+        else:
+            done = trainer.fit_loop.total_batch_idx + 1
+            self.held_out |= {"after": found, "rollouts": done}
+        if self.monitor is None:
             return
         value = monitored(self, trainer.callback_metrics)
         if trainer.sanity_checking or math.isnan(value):
@@ -449,22 +493,33 @@ class HFExport(Callback):
         sign = 1 if self.mode == "max" else -1
         if self.best is None or sign * value > sign * self.best:
             self.best = value
-            export_whole(pl_module, Path(trainer.default_root_dir), self.best_path)
+            self._export(trainer, pl_module, self.best_path)
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.monitor is None else {"monitor": self.monitor, "best": self.best}
+        best = {} if self.monitor is None else {"monitor": self.monitor, "best": self.best}
+        return best | {"held_out": dict(self.held_out)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.held_out = dict(state_dict.get("held_out", {}))
         if state_dict.get("monitor") == self.monitor:  # another figure's best says nothing
             self.best = state_dict.get("best")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
         if due(trainer.fit_loop.total_batch_idx, self.every_n_rollouts):
-            self.on_train_end(trainer, pl_module)
+            self._export(trainer, pl_module, self.path)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if not is_rehearsal(trainer):
-            export_whole(pl_module, Path(trainer.default_root_dir), self.path)
+            self._export(trainer, pl_module, self.path)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Push, behind all that other callbacks have yet to write: it may take long, or fail."""
+        if self.push_to_hub is None or is_rehearsal(trainer) or not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir, self.path if self.best is None else self.best_path)
+        done = trainer.fit_loop.total_batch_idx + 1
+        if address := push(folder, self.push_to_hub, f"After {done} rollouts"):
+            trainer.print(f"pushed    {folder} to {address}")
 
 
 class PredictionWriter(Callback):

@@ -45,8 +45,8 @@ TABLE = {
     "train/clip_fraction_sequences": Curve(
         "Clip fraction",
         "share of sequences",
-        "Sequences with a token whose ratio is clipped. With a sequence ratio, all of it is: such a "
-        "sequence teaches nothing in its step.",
+        "Sequences with a token whose ratio is clipped. With a sequence ratio, all tokens are: "
+        "such a sequence teaches nothing in its step.",
     ),
     "train/avg_response_length": Curve(
         "Length", "tokens, mean", "Tokens of a completion, with the one that ends it."

@@ -347,7 +347,7 @@ def test_an_export_replaces_a_link_and_not_what_it_leads_to(tmp_path):
     fit(tmp_path, [HFExport()], num_rollouts=3)
     assert (tmp_path / "blob").read_text() == "weights of others"
     assert not (tmp_path / "export/weight.txt").is_symlink()
-    assert sorted(os.listdir(tmp_path / "export")) == ["notes.md", "weight.txt"]
+    assert sorted(os.listdir(tmp_path / "export")) == ["README.md", "notes.md", "weight.txt"]
     assert not list(tmp_path.glob(".*"))
 
 
