@@ -26,6 +26,7 @@ from gspo_lightning.callbacks.report import (
     running_mean,
 )
 from gspo_lightning.checkpoint.io import CheckpointError
+from gspo_lightning.curves import PICTURE
 from gspo_lightning.kl import MultiplicativeKL, ProportionalKL
 from support.rollout_dummies import (
     RolloutData,
@@ -218,6 +219,54 @@ def test_a_resumed_run_draws_the_whole_run(tmp_path):
     fit(tmp_path, [plot], num_rollouts=5, ckpt="last")
     assert [index for index, _ in plot.points["train/reward"]] == [0, 1, 2, 3, 4]
     assert plot.points["train/kl_divergence"][2] == pytest.approx([2, 0.012])
+
+
+def test_two_pictures_of_a_run_keep_apart_and_go_on(tmp_path):
+    def plots():
+        return [CurvePlot(99), CurvePlot(99, "other/losses.png", ["train/policy_loss"])]
+
+    fit(tmp_path, plots(), num_rollouts=3)
+    resumed = plots()
+    fit(tmp_path, resumed, num_rollouts=4, ckpt="last")
+    assert resumed[1].points == {"train/policy_loss": [[i, -0.001] for i in range(4)]}
+    assert len(resumed[0].points["train/reward"]) == 4
+    images = events(tmp_path, "images")
+    assert {name: [i.step for i in found][-1] for name, found in images.items()} == {
+        "curves": 4,
+        "losses": 4,
+    }
+    with Image.open(tmp_path / "other/losses.png") as picture:
+        assert picture.size == (1000, 330)
+
+
+def test_the_picture_has_held_out_figures_from_before_training_to_the_last(tmp_path):
+    plot = CurvePlot()
+    settings = {"num_sanity_val_steps": -1, "val_check_interval": 2}
+    fit(tmp_path, [plot], num_rollouts=4, **settings)
+    held_out = plot.points["val/accuracy_greedy"]
+    assert held_out == [[-1, 0.0], [1, pytest.approx(0.2)], [3, pytest.approx(0.4)]]
+    axes = draw_curves(plot.panels(), None, has_reference=True).axes[1]
+    assert axes.get_title(loc="left") == "Held-out accuracy"
+    assert axes.lines[0].get_xdata().tolist() == [0, 2, 4]
+
+
+def test_a_held_out_reward_stands_in_for_an_accuracy_that_nobody_measures():
+    plot = CurvePlot()
+    plot.points["val/reward"] = [[1, 0.5]]
+    assert [*plot.panels()][:3] == ["train/reward", "val/reward", "train/kl_divergence"]
+    plot.points["val/accuracy_greedy"] = [[1, 0.5]]
+    assert tuple(plot.panels()) == PICTURE
+
+
+def test_points_of_an_earlier_version_are_drawn_on():
+    plot = CurvePlot()
+    plot.load_state_dict({"points": {"reward": [[0, 0.5]], "kl_coef": [[0, 0.2]]}})
+    assert plot.points["train/reward"] == [[0, 0.5]] and plot.points["val/reward"] == []
+
+
+def test_a_curve_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="there is no figure 'train/rewards'; docs/curves"):
+        CurvePlot(curves=["train/reward", "train/rewards"])
 
 
 def test_a_curve_skips_what_is_not_finite():

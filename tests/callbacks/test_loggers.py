@@ -94,8 +94,9 @@ def logged(tmp_path_factory):
     }
     callbacks = [
         SampleTable(num_samples=2, text_every_n_rollouts=1),
-        CurvePlot(99),
-    ]  # drawn at the end
+        CurvePlot(99),  # drawn at the end
+        RunSummary(),
+    ]
     trainer, _ = fit(folder, callbacks, num_rollouts=3, logger=[*loggers.values()])
     return folder, trainer, loggers | {"mlflow": mlflow_client, "comet": comet_client}
 
@@ -114,26 +115,32 @@ def test_a_logger_like_that_of_wandb_gets_samples_as_a_table_and_curves_as_an_im
 
 def test_a_logger_of_texts_gets_the_same_rows(logged):
     _, _, loggers = logged
-    assert loggers["texts"].texts == loggers["wandb"].tables
+    *tables, (name, columns, ((page,),), step) = sorted(loggers["texts"].texts)[::-1]
+    assert tables == loggers["wandb"].tables[::-1]
+    assert (name, columns, step) == ("run", ["page"], 0)
+    assert "### Plan\n\n    plan " in page and "### Versions\n\n    python: " in page
 
 
 def test_mlflow_and_comet_get_samples_as_text_and_curves_as_a_picture(logged):
     _, _, loggers = logged
-    texts = [args for args, _ in loggers["mlflow"].of("log_text")]
+    page, *texts = [args for args, _ in loggers["mlflow"].of("log_text")]
+    assert page[0] == "r1" and page[2] == "run.md" and "### Plan" in page[1]
     assert [(run_id, file) for run_id, _, file in texts] == [
         ("r1", f"samples/rollout=00000{number}.md") for number in (1, 2, 3)
     ]
     assert "text 0&#46;2" in texts[0][1] and "text 1&#46;0" in texts[1][1]
     (run_id, pixels, name), _ = loggers["mlflow"].of("log_image")[0]
     assert (run_id, pixels.ndim, name) == ("r1", 3, "curves.png")
-    assert [kwargs["step"] for _, kwargs in loggers["comet"].of("log_text")] == [1, 2, 3]
+    assert [kwargs["step"] for _, kwargs in loggers["comet"].of("log_text")] == [0, 1, 2, 3]
     assert [kwargs["step"] for _, kwargs in loggers["comet"].of("log_image")] == [3]
 
 
 def test_tensorboard_has_both_beside_other_loggers(logged):
     folder, _, _ = logged
     assert [e.step for e in events(folder, "images")["curves"]] == [3]
-    assert len(events(folder, "tensors")["samples/text_summary"]) == 3
+    tensors = events(folder, "tensors")
+    assert len(tensors["samples/text_summary"]) == 3
+    assert [e.step for e in tensors["run/text_summary"]] == [0]
 
 
 def test_each_logger_says_where_its_curves_are(logged):
