@@ -20,12 +20,13 @@ from typing import Any, Literal
 
 import numpy
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import WeightAveraging
 
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.callbacks.card import dress
 from gspo_lightning.callbacks.hub import check_hub, check_hub_name, push
 from gspo_lightning.callbacks.loggers import log_picture, log_samples
-from gspo_lightning.callbacks.report import draw_curves, figures, plain, sample_rows
+from gspo_lightning.callbacks.report import draw_curves, figures, rounded, sample_rows
 from gspo_lightning.checkpoint.event_files import goes_on_in_place
 from gspo_lightning.checkpoint.io import CheckpointError, describe, replacing
 from gspo_lightning.checkpoint.monitor import monitored
@@ -52,9 +53,13 @@ def is_rehearsal(trainer: Any) -> bool:
 
 
 def write_json_lines(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Append one line per row, in one write."""
-    lines = "".join(json_line(plain(row)) for row in rows)
-    with file.open("a", encoding="utf-8", newline="\n") as stream:
+    """Append one line per row, in one write; not through a link, which may have come later."""
+    lines = "".join(json_line(rounded(row)) for row in rows)
+
+    def opened(path: str, flags: int) -> int:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+    with open(file, "a", encoding="utf-8", newline="\n", opener=opened) as stream:
         stream.write(lines)
 
 
@@ -81,6 +86,23 @@ def check_free(trainer: Any, callback: Callback, path: str, folder: bool) -> Non
     taken = {getattr(other, name, None) for other in others for name in ("path", "best_path")}
     if any(isinstance(name, str) and Path(name) == Path(path) for name in taken):
         raise ValueError(f"path {path!r} is that of two callbacks; give each its own")
+
+
+@contextlib.contextmanager
+def averaged(trainer: Any, pl_module: Any) -> Iterator[None]:
+    """Have the average of the weights in the module, where a callback keeps one.
+
+    Validations judge the average, so it is what an export must hold, wherever that callback stands.
+    """
+    keepers = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]
+    keepers = [keeper for keeper in keepers if keeper._average_model is not None]
+    for keeper in keepers:
+        keeper._swap_models(pl_module)
+    try:
+        yield
+    finally:
+        for keeper in reversed(keepers):
+            keeper._swap_models(pl_module)
 
 
 def export_whole(
@@ -474,7 +496,8 @@ class HFExport(Callback):
             picture = root / plots[0] if plots else None
             dress(folder, trainer, pl_module, name=name, held_out=self.held_out, picture=picture)
 
-        export_whole(pl_module, root, path, dressed)
+        with averaged(trainer, pl_module):
+            export_whole(pl_module, root, path, dressed)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn != "fit" or is_rehearsal(trainer):
