@@ -2,8 +2,8 @@
 
     python benchmarks/screenshots.py [RUNS]
 
-RUNS is a folder for the demo and two shorter runs beside it, which are trained unless they are
-there. Needs chromium on PATH. Look at the pictures before they are committed.
+RUNS is a folder in the repository for the demo and two shorter runs beside it, trained unless they
+are there. Needs chromium on PATH. Look at the pictures before they are committed.
 """
 
 import argparse
@@ -28,9 +28,10 @@ RUNS = {  # options beside configs/arithmetic.yaml
 }
 VIEWS = {  # what is looked at, in which tab, and the size of the window
     "tensorboard_first_screen": ("demo", "timeseries", (1900, 1150)),
-    "tensorboard_samples": ("demo", "text", (1500, 720)),
+    "tensorboard_run": ("demo", "text&tagFilter=run", (1500, 720)),
+    "tensorboard_samples": ("demo", "text&tagFilter=samples", (1500, 720)),
     "tensorboard_custom_scalars": ("demo", "custom_scalars", (1700, 1000)),
-    "tensorboard_hparams": (".", "hparams", (1500, 420)),
+    "tensorboard_hparams": (".", "hparams", (1900, 480)),
 }
 QUIET = [f"--{option}" for option in ("headless", "no-sandbox", "no-first-run", "hide-scrollbars")]
 QUIET += [f"--disable-{part}" for part in ("gpu", "quic", "background-networking", "sync")]
@@ -41,7 +42,7 @@ def train(runs: Path) -> None:
     """Train what is not there."""
     for name, options in RUNS.items():
         folder = runs / name
-        if not (folder / "export").is_dir():
+        if not (ROOT / folder / "export").is_dir():
             command = [sys.executable, "train.py", "fit", "--config", "configs/arithmetic.yaml"]
             command += ["--trainer.default_root_dir", str(folder), *options]
             subprocess.run(command, cwd=ROOT, check=True)
@@ -53,7 +54,7 @@ def shoot(logs: Path, tab: str, size: tuple[int, int], file: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logs), "--port", str(port)]
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
         address = f"http://127.0.0.1:{port}/"
         for _ in range(60):
@@ -85,7 +86,7 @@ def reduce(source: Path, target: Path, width: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="?", type=Path, default=ROOT / "runs" / "screenshots")
+    parser.add_argument("runs", nargs="?", type=Path, default=Path("runs/screenshots"))
     runs = parser.parse_args().runs
     if shutil.which("chromium") is None:
         sys.exit("chromium is not on PATH: apt-get install chromium")
@@ -96,8 +97,7 @@ def main() -> None:
             shot = Path(folder, f"{name}.png")
             shoot(runs / logs, tab, size, shot)
             reduce(shot, IMAGES / shot.name, width=1300)
-    reduce(runs / "demo" / "curves.png", IMAGES / "curves.png", width=800)
-    reduce(runs / "demo" / "curves.png", IMAGES / "curves_thumbnail.png", width=300)
+    reduce(ROOT / runs / "demo" / "curves.png", IMAGES / "curves.png", width=800)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from gspo_lightning import CriticConfig, Evaluation, ReferencePolicy
+from gspo_lightning.checkpoint.tables import _cut_rows
 from gspo_lightning.curves import PICTURE, TABLE, curve
 from gspo_lightning.curves.table import FIRST_SCREEN, LAYOUT, description
 from gspo_lightning.guards.ignored import figures_of
@@ -124,3 +125,16 @@ def test_there_is_no_figure_without_a_description(run, model_dir):
         name for name in made if not re.match("memory/|reward/|val/(reward|pass)_", name)
     } == set()
     assert {name for name in TABLE if name not in names} == set()  # nor one of nothing
+
+
+def test_rows_of_a_table_are_taken_back_to_a_checkpoint_by_what_they_count(tmp_path):
+    file = tmp_path / "metrics.csv"
+    kept = ["2,0.5,,,", "2,,0.1,,", "1,,,7,0", "1,,,8,"]  # rollout, validation, self.log, own
+    gone = ["3,0.5,,,", "3,,0.1,,", "2,,,7,0"]
+    head = "step,train/reward,val/reward,mine,epoch"
+    file.write_text("\n".join([head, *gone, *kept, "2,,,8,"]) + "\n")
+    _cut_rows(file, rollouts=2)
+    assert file.read_text().split() == [head, *kept, "2,,,8,"]
+    file.write_text("step,train/loss,train/learning_rate\n1,0.5,1e-3\n2,0.5,1e-3\n")
+    _cut_rows(file, rollouts=2)  # the third of a supervised run has the number 2
+    assert file.read_text().split()[1:] == ["1,0.5,1e-3"]
