@@ -182,7 +182,7 @@ def test_rows_of_a_csv_logger_survive_a_kill_and_a_resume(tmp_path, capsys, monk
     assert code == 0, err
     monkeypatch.setattr(Refused, "at", "on_train_batch_end")  # of the third rollout
     monkeypatch.setattr(Refused, "error", RuntimeError("the module broke"))
-    steps = {"failed": ["0", "1", "2"], "killed": ["0", "1"]}  # a kill leaves no time to write
+    steps = {"failed": ["1", "2", "3"], "killed": ["1", "2"]}  # a kill leaves no time to write
     for folder, written in steps.items():
         with monkeypatch.context() as killed:
             if folder == "killed":
