@@ -28,7 +28,6 @@ RUNS = {  # options beside configs/arithmetic.yaml
 }
 VIEWS = {  # what is looked at, in which tab, and the size of the window
     "tensorboard_first_screen": ("demo", "timeseries", (1900, 1150)),
-    "tensorboard_run": ("demo", "text&tagFilter=run", (1500, 720)),
     "tensorboard_samples": ("demo", "text&tagFilter=samples", (1500, 720)),
     "tensorboard_custom_scalars": ("demo", "custom_scalars", (1700, 1000)),
     "tensorboard_hparams": (".", "hparams", (1900, 480)),
