@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule
 from gspo_lightning.bounds import check_at_least, check_positive
 from gspo_lightning.collect import Collector
 from gspo_lightning.critic import Critic, CriticConfig, check_critic, fit_critic, load_critic
+from gspo_lightning.curves import FigureLog
 from gspo_lightning.engine.mode import raise_flags
 from gspo_lightning.engine.rotary import fix_rotary
 from gspo_lightning.evaluation import Evaluation, Evaluator, describe
@@ -213,6 +214,7 @@ class GSPOModule(LightningModule):
         self.sizes = Sizes(sizes | {TOKENS: micro_batch_tokens} | self._reward_sizes())
         self.faults = Faults(max_faults)
         self.tally = RolloutTally(rewards, count_names(rewards))
+        self.figure_log = FigureLog()
         self.evaluator = Evaluator(evaluation, rewards)
         self.eval_samplers = evaluation.samplers(sampler.max_new_tokens, sizes.get(SAMPLED))
         self.health = Health(
@@ -272,8 +274,8 @@ class GSPOModule(LightningModule):
         figures["time/tokens_per_second"] = figures["rollout/tokens"] / seconds
         figures["policy/clip_range"] = self.health.width
         figures["optim/learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        for logger in self.loggers:  # at once, so that a stop right after the step loses no point
-            logger.log_metrics(figures, step=step.index)
+        # At once, so that a stop right after the step loses no point.
+        self.figure_log.log(self.trainer, figures, step.index + 1)
         self.log_dict(figures, logger=False)  # for callbacks that monitor
         if self.health.check(figures):  # the figures are those of all ranks, so all of them stop
             self.trainer.should_stop = True
@@ -377,6 +379,7 @@ class GSPOModule(LightningModule):
         # Health begins behind the checkpoint: what it has said before a stop is not said again.
         self.health.begin(self.trainer.callbacks)  # type: ignore[attr-defined]
         log_settings(self)
+        self.figure_log.begin(self.trainer)
 
     def on_train_start(self) -> None:
         """Have all models compute as in eval mode, and recompute activations where that is set."""
@@ -474,8 +477,7 @@ class GSPOModule(LightningModule):
         fitting = self.trainer.state.fn == "fit"
         self.log_dict(figures, logger=False if fitting else None, sync_dist=True)
         if fitting:  # Lightning drops the evaluation before training and counts from 0 after it
-            for logger in self.loggers:
-                logger.log_metrics(figures, step=self.trainer.fit_loop.total_batch_idx + 1)
+            self.figure_log.log(self.trainer, figures, self.trainer.fit_loop.total_batch_idx + 1)
 
     @whole
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:

@@ -219,6 +219,22 @@ def table(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def run_settings(module: Any) -> dict[str, Any]:
+    """All settings of a run as one flat table, without what objects of other people's hold.
+
+    Args:
+        module: A LightningModule, attached to its Trainer.
+    """
+    trainer = module.trainer
+    seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything set
+    known: dict[str, Any] = {"seed_everything": seed, "trainer": {"precision": trainer.precision}}
+    known |= {"model": module.hparams_initial, "data": getattr(trainer.datamodule, "hparams", {})}
+    for callback in trainer.callbacks:
+        if isinstance(getattr(callback, "rule", None), KLRule):  # it decides what is trained
+            known[type(callback).__name__] = plain(callback)["init_args"]
+    return table(known)
+
+
 def log_settings(module: Any, figures: Sequence[str] = FIGURES) -> None:
     """Give every logger the settings of a run that begins, as one flat table.
 
@@ -232,13 +248,7 @@ def log_settings(module: Any, figures: Sequence[str] = FIGURES) -> None:
     trainer = module.trainer
     if not trainer.enable_autolog_hparams:
         return
-    seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything set
-    known: dict[str, Any] = {"seed_everything": seed, "trainer": {"precision": trainer.precision}}
-    known |= {"model": module.hparams_initial, "data": getattr(trainer.datamodule, "hparams", {})}
-    for callback in trainer.callbacks:
-        if isinstance(getattr(callback, "rule", None), KLRule):  # it decides what is trained
-            known[type(callback).__name__] = plain(callback)["init_args"]
-    values = table(known)
+    values = run_settings(module)
     for logger in trainer.loggers:
         if type(logger.experiment).__name__ != "SummaryWriter":  # on ranks other than 0, too
             logger.log_hyperparams(values)
