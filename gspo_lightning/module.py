@@ -194,12 +194,10 @@ class GSPOModule(LightningModule):
         self.needs_critic = False  # only training does
         self.truncated = truncated
         self.overlong_ramp = ramp_tokens(overlong_ramp, sampler.max_new_tokens)
-        self.kl_coef = kl_coef
-        self.kl_estimator = kl_estimator
+        self.kl_coef, self.kl_estimator = kl_coef, kl_estimator
         self.entropy_coef = entropy_coef
         self.max_grad_norm = max_grad_norm
-        self.drop_flat_groups = drop_flat_groups
-        self.max_draws = max_draws
+        self.drop_flat_groups, self.max_draws = drop_flat_groups, max_draws
         self.seed = 0
         self.collector: Collector = None  # type: ignore[assignment]  # made as fitting starts
         self.updater: Updater = None  # type: ignore[assignment]
