@@ -27,13 +27,15 @@ COMMANDS = {
     "validate": (TRAINING, "evaluate on the held-out prompts"),
     "test": (TRAINING, "evaluate on the test prompts"),
     "predict": (TRAINING, "complete prompts and write the completions with their rewards"),
+    "samples": ("gspo_lightning.run.samples:main", "show a run's newest completions with rewards"),
+    "chat": ("gspo_lightning.run.chat:main", "talk to what a run has trained"),
     "doctor": (TRAINING, "examine a config in seconds, without training"),
     "replay": (TRAINING, "find which tensor of a skipped step was not finite"),
     "compare": ("gspo_lightning.compare.__main__:main", "compare algorithms on one task"),
     "bench": ("gspo_lightning.bench.__main__:main", "measure seconds and memory"),
     "configs": ("gspo_lightning.start.shipped:main", "list the configs of the package, print one"),
 }
-LIGHT = ("configs", "compare")  # those that import nothing which takes time
+LIGHT = ("configs", "compare", "samples")  # those that import nothing which takes time
 HELP = """\
 usage: gspo COMMAND [options]          also python -m gspo_lightning, python train.py
 

@@ -121,10 +121,12 @@ def check_folder(root: Path, checkpoint: Path | None) -> None:
     check_kinds(root)
     started = numbered_files(root)  # a damaged one, too, is of a run
     if checkpoint is None and started:
-        raise ValueError(
-            f"{root} already holds a run (up to {started[-1].name}); continue it with --ckpt_path "
-            f"last, or {ELSEWHERE}"
-        )
+        held = f"{root} already holds a run (up to {started[-1].name})"
+        done, length = checkpoint_number(started[-1]) or 0, planned_length(root)
+        if length is not None and done >= length:  # continued as it is, it would end at once
+            longer = f"--ckpt_path last --data.num_rollouts {2 * done}"
+            raise ValueError(f"{held}, which has its length; go on with {longer}, or {ELSEWHERE}")
+        raise ValueError(f"{held}; continue it with --ckpt_path last, or {ELSEWHERE}")
     if (root / FINISHED).exists():
         raise ValueError(
             f"{root} holds a finished run without checkpoints; {ELSEWHERE}, or remove "
@@ -148,6 +150,18 @@ def check_folder(root: Path, checkpoint: Path | None) -> None:
         foreign = [root / name for name in FRESH if os.path.lexists(root / name)]
     if foreign:
         raise ValueError(f"{foreign[0]} was not written by a run and would be lost; {ELSEWHERE}")
+
+
+def newest_config(root: Path) -> Path:
+    """The config with which the run in a folder was last continued, or started."""
+    return max(root.glob("config.resume-*.yaml"), default=root / CONFIG)
+
+
+def planned_length(root: Path) -> int | None:
+    """Rollouts of the run in a folder, as it was last continued; None if its config tells none."""
+    found = settings_in(newest_config(root)) or {}
+    length = found.get("data.init_args.num_rollouts")
+    return length if type(length) is int and found.get("trainer.max_epochs") == 1 else None
 
 
 @rank_zero_only

@@ -25,6 +25,7 @@ from gspo_lightning.checkpoint.io import disk_fault
 from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.guards.trainer import leave_out_noise
 from gspo_lightning.run.terminal_log import shown
+from gspo_lightning.start import layout
 
 LONGEST = 400  # characters of an error line; beyond come dumps of whole configs
 
@@ -64,7 +65,8 @@ class OneLineParser(LightningArgumentParser):
         message = self._name_the_unknown(message, getattr(ex, "subcommand_parser", None) or self)
         if not self.exit_on_error:
             super().error(message, ex)
-        sys.stderr.write(f"error: {printable(shown(condense(message)))}\n")
+        error = layout.styled("error:", layout.RED, sys.stderr)
+        sys.stderr.write(f"{error} {printable(shown(condense(message)))}\n")
         sys.exit(2)
 
     def validate(self, namespace: Any, *args: Any, **kwargs: Any) -> None:
@@ -285,7 +287,8 @@ def quiet() -> Iterator[None]:
     """Keep known noise out of the output, and show what warnings remain as one line each."""
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        sys.stderr.write(f"warning: {printable(shown(' '.join(str(message).split())))}\n")
+        text = printable(shown(" ".join(str(message).split())))
+        sys.stderr.write(f"{layout.styled('warning:', layout.YELLOW, sys.stderr)} {text}\n")
 
     def end(arguments: threading.ExceptHookArgs) -> None:
         # TensorBoard writes in a thread; its error is raised again where the thread is waited for.

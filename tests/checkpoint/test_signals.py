@@ -363,7 +363,7 @@ def test_a_run_whose_terminal_is_gone_ends_as_if_it_were_there(straight):
     log = Path("run/log.txt").read_text()
     assert "Traceback" not in log and "Logging error" not in log
     assert "standard output is gone (broken pipe): the run goes on, its lines are in run/l" in log
-    for line in ("plan ", "validation after 3 steps", "files ", "SIGHUP: stopped; last checkpoint"):
+    for line in ("plan ", "validation after 3 steps", "saved ", "SIGHUP: stopped; last checkpoint"):
         assert f"\n{line}" in log
     assert fit("run", "--ckpt_path=auto") == 0
     assert_same(state("run", 6), state(straight, 6))
