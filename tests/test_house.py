@@ -323,6 +323,36 @@ def test_a_wheel_has_every_room_and_config_and_the_data(installed):
     assert data <= shipped and len(data) > 25
 
 
+FIVE = """
+from gspo_lightning import train
+
+def right(rows, completions):
+    return [float(c.endswith(r["answer"])) for r, c in zip(rows, completions, strict=True)]
+
+policy, sums = "data/arithmetic/policy", "data/arithmetic/train.jsonl"
+run = train(policy, sums, right, rollouts=2, max_new_tokens=40, learning_rate=2e-4)
+print(run.module.generate(["7+9+4="]), run.export, repr(run.folder))
+"""
+
+
+@pytest.mark.slow
+def test_the_five_lines_train_from_a_wheel_in_an_empty_folder(installed, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-W", "error::UserWarning:gspo_lightning", "-c", FIVE]
+    process = subprocess.run(
+        words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr
+    (said,) = process.stderr.splitlines()
+    assert said.endswith(f"taken from the package ({installed / PACKAGE.name / 'shipped'})")
+    lines = process.stdout.splitlines()
+    rollouts = [line.split()[1] for line in lines if line.startswith("rollout ")]
+    assert rollouts == ["1/2", "2/2"]
+    assert re.match(r"\[\['.*\d'\]\] /.*/runs/default/export ", lines[-1])
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert (tmp_path / "runs/default/export/model.safetensors").is_file()
+
+
 @pytest.mark.slow
 def test_the_demo_trains_from_a_wheel_in_an_empty_folder(installed, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
