@@ -157,7 +157,7 @@ def test_loggers_show_settings_and_newest_figures_and_a_continued_run_is_one_row
     bare(whole.folder, callbacks=callbacks, logger=logger).fit(module, data, ckpt_path=whole.path)
     _, (row,) = hparams_of(whole.folder)
     assert len(row.hparams) == before and len(row.sessions) == 1
-    assert [value.training_step for value in row.metric_values if "train" in value.name.tag] == [2]
+    assert [value.training_step for value in row.metric_values if "train" in value.name.tag] == [3]
 
 
 # ---- load_from_checkpoint ------------------------------------------------------------------------
@@ -302,6 +302,25 @@ def test_a_plain_trainer_goes_on_without_a_warning(tmp_path, model_dir, prompts)
     assert trainer.logger.log_dir.endswith("version_1") and trainer.global_step == 4
     trainer.test(datamodule=PromptData(prompts, prompts), ckpt_path="best", verbose=False)
     assert trainer.ckpt_path == str(tmp_path / "checkpoints/rollout=000002.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("saving", [{"every_n_train_steps": 2}, {"save_last": True}])
+def test_a_run_made_longer_goes_on_exactly_from_a_checkpoint_of_lightning(
+    tmp_path, model_dir, prompts, saving
+):
+    def fit(length, callbacks, path=None):
+        kept = {"callbacks": callbacks, "enable_checkpointing": bool(callbacks), "logger": False}
+        trainer, module = bare(tmp_path, **kept), make_module(model_dir)
+        data = PromptData(prompts, prompts_per_rollout=4, num_rollouts=length)
+        trainer.fit(module, data, ckpt_path=path)
+        assert trainer.global_step == 2 * length
+        return module.state_dict()
+
+    whole = fit(2, [])
+    fit(1, [ModelCheckpoint(tmp_path / "kept", filename="kept", **saving)])
+    again = fit(2, [], tmp_path / "kept" / "kept.ckpt")
+    assert all(torch.equal(whole[name], again[name]) for name in whole | again)
 
 
 def test_a_plain_trainer_is_silent_and_stops_at_num_rollouts(

@@ -149,7 +149,25 @@ class TokenizedData(LightningDataModule):
     def train_dataloader(self) -> ResumableStream:
         check_attached(self)
         assert self.stream is not None
+        _reopen(self.trainer, len(self.stream))
         return self.stream
+
+
+def _reopen(trainer: Any, length: int) -> None:
+    """Let a run that was made longer go on from the end of the shorter one.
+
+    Lightning reads from its own checkpoints that the only epoch is over, and would train nothing.
+    """
+    fit_loop = trainer.fit_loop
+    batches, epochs = fit_loop.epoch_loop.batch_progress, fit_loop.epoch_progress
+    done = batches.current.ready
+    if trainer.ckpt_path is None or fit_loop.max_epochs != 1 or not 0 < done < length:
+        return
+    batches.is_last_batch = False
+    if epochs.current.processed == 1:  # saved behind the epoch
+        for progress in (epochs.current, epochs.total):
+            progress.processed = progress.completed = 0
+        fit_loop.restarting = True  # asks the epoch's counters
 
 
 class SupervisedData(TokenizedData):
