@@ -1,13 +1,13 @@
 """Benchmarks: seconds by phase, tokens per second, utilisation and memory, against other engines.
 
-python -m gspo_lightning.bench                        the main table, against TRL
-python -m gspo_lightning.bench --table groups         another table; or --cases S/32/geo/8/kl ...
-python -m gspo_lightning.bench --quick                does it run at all? half a minute
-python -m gspo_lightning.bench scaling                curves over group, prompt, completion, batch
-python -m gspo_lightning.bench loss                   log-probs against full logits
-python -m gspo_lightning.bench checkpoint             seconds to write a checkpoint and to go on
-python -m gspo_lightning.bench memory                 memory, files and threads over 500 rollouts
-python -m gspo_lightning.bench start                  seconds to the first line and first rollout
+gspo bench                        the main table, against TRL
+gspo bench --table groups         another table; or --cases S/32/geo/8/kl ...
+gspo bench --quick                does it run at all? half a minute
+gspo bench scaling                curves over group, prompt, completion, batch
+gspo bench loss                   log-probs against full logits
+gspo bench checkpoint             seconds to write a checkpoint and to go on
+gspo bench memory                 memory, files and threads over 500 rollouts
+gspo bench start                  seconds to the first line and first rollout
 
 A case is MODEL/PROMPT/LENGTH/GROUP, `/kl` behind it for a reference policy: the model's size (S, M,
 0.6B), the longest prompt in tokens (the shortest is 5/8 of it), `geo` for completions whose lengths
@@ -27,6 +27,7 @@ from typing import Any
 from gspo_lightning.bench import cases, memory, parts, scaling, start, worker
 from gspo_lightning.bench.report import Run, report
 from gspo_lightning.run.terminal_log import say
+from gspo_lightning.start.typed import program
 
 TABLES = {
     "main": ["S/32/geo/8", "S/256/geo/8", "S/32/128/8", "S/32/64/8/kl"],
@@ -41,7 +42,7 @@ QUICK = {"cases": [cases.Case.parse("S/32/8/4")], "repeats": 1, "steps": 1, "war
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; without a command it is ``compare``."""
     parser = argparse.ArgumentParser(
-        prog="python -m gspo_lightning.bench",
+        prog=f"{program(alone=True)} bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -1,6 +1,6 @@
 """Compare algorithms on one task.
 
-python -m gspo_lightning.compare configs/compare/arithmetic.yaml
+gspo compare compare/arithmetic
 
 Reads a plan (which overlays, how many updates a rollout, which seeds), runs `gspo fit` for each
 of them, several at a time, and writes one CSV, one figure a section and one report. A complete run
@@ -27,6 +27,7 @@ import yaml
 from gspo_lightning.compare.plan import RECORD, Arm, Plan, arms, merged, read_plan, settings
 from gspo_lightning.compare.report import Run, write_report
 from gspo_lightning.run.terminal_log import say
+from gspo_lightning.start.typed import program
 
 PLACE = ("section", "algorithm", "updates", "seed")
 COLUMNS = {  # of the CSV: the figure of a rollout behind each
@@ -144,8 +145,12 @@ def write_csv(path: Path, lines: Iterator[dict[str, Any]]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a comparison; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m gspo_lightning.compare", description=__doc__)
-    parser.add_argument("plan", help="YAML file, such as configs/compare/arithmetic.yaml")
+    parser = argparse.ArgumentParser(
+        prog=f"{program(alone=True)} compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("plan", help="YAML file, or compare/arithmetic, the package's")
     parser.add_argument("--out", default="runs/comparison", help="path of the report, no ending")
     parser.add_argument("--runs", default="runs/comparison", help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
@@ -165,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         name: [Run(arm.algorithm, arm.updates, arm.seed, records[arm]) for arm in arms(section)]
         for name, section in plan.sections.items()
     }
-    again = f"python -m gspo_lightning.compare {options.plan} --out {options.out}"
+    again = f"{program(alone=True)} compare {options.plan} --out {options.out}"
     write_report(out, plan, runs, again)
     say(f"{out}.md, {out}.csv, {out}_SECTION.png", sys.stdout)
     return 0

@@ -90,8 +90,7 @@ def check_critic(
     """
     if config is None and advantages == "gae":
         raise ValueError(
-            "model.advantages gae needs a critic; add --config configs/algorithm/ppo.yaml, or "
-            "model.critic"
+            "model.advantages gae needs a critic; add --config algorithm/ppo, or model.critic"
         )
     if config is None and group_size < 2:
         raise ValueError(

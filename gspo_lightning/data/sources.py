@@ -5,7 +5,7 @@ memory, in messages and in checkpoints, which never hold them.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, time, timedelta
 from numbers import Number
 from pathlib import Path
@@ -64,6 +64,10 @@ def check_source(
     if not isinstance(source, str | Path):
         if not isinstance(source, list | tuple) and _kind(source) not in ("Dataset", "DatasetDict"):
             more = "; take(n) of it, as a list" if _kind(source).startswith("Iterable") else ""
+            if isinstance(source, Mapping):
+                more = "; a row is a dict, and a list of them is data"
+            elif not more and isinstance(source, Iterable):
+                more = "; give list(...) of it"
             got = f"{type(source).__name__}{more}"
             raise ValueError(f"{key}: expected {TAKEN}; got {got}")
         if split is not None and _kind(source) != "DatasetDict":

@@ -49,7 +49,7 @@ def resolve_device(key: str, word: str, policy_device: torch.device) -> torch.de
         fits = "cpu" if count == 0 else "one_gpu" if count == 1 else "two_gpu"
         raise ValueError(
             f"{key} is {word}, but this machine has {seen}; set {key} to policy (the policy's own "
-            f"device) or cpu, or add --config configs/hardware/{fits}.yaml"
+            f"device) or cpu, or add --config hardware/{fits}"
         )
     return torch.device("cuda", index)
 

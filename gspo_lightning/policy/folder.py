@@ -54,6 +54,10 @@ def check_model_path(key: str, path: str) -> None:
         ValueError: If ``path`` is a folder without ``config.json``, or looks like a folder and is
             not there.
     """
+    if not path:
+        raise ValueError(
+            f"{key} is empty; give a folder that holds the model, or a name on the hub"
+        )
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -69,6 +69,7 @@ def as_policy(given: GivenPolicy) -> PolicyConfig:
     if not isinstance(given, PreTrainedModel) or given.get_output_embeddings() is None:
         raise ValueError(
             f"model.policy: expected a causal language model of transformers, got {kind}"
+            f"{'; its own is module.policy.model' if hasattr(given, 'policy_config') else ''}"
         )
     dtype = next((name for name, one in DTYPES.items() if one == given.dtype), None)
     if dtype is None or getattr(given, "is_quantized", False):

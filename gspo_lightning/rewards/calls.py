@@ -47,6 +47,10 @@ class RewardError(ValueError):
             self.__cause__ = cause
 
 
+class _NoList(ValueError):
+    """What a function gave is no list; that it was noticed here is no place in the function."""
+
+
 class ErrorPolicy(NamedTuple):
     """How often a function is called again, and whether it may then lose completions."""
 
@@ -133,7 +137,7 @@ def _attempt(
         values = _listed((answer or guest.ask)(own, texts), size, guest)
         if len(values) != size:
             text = f"reward {name!r} gave {len(values)} values for {size} completions"
-            return Called(None, {}, size, cause=RewardError(text, name))
+            return Called(None, {}, size, cause=RewardError(f"{text}; give one for each", name))
         read = [_number(name, value, completions[i], i) for i, value in enumerate(values)]
         errors = [number for number in read if isinstance(number, RewardError)]
         numbers = [math.nan if isinstance(number, RewardError) else number for number in read]
@@ -152,7 +156,7 @@ def _attempt(
             raise error
         line = str(error).strip().partition("\n")[0][:160]
         raise OutOfMemory(f"out of memory in reward {name!r}: {line}") from error
-    if not isinstance(error, TooLong):
+    if not isinstance(error, TooLong | _NoList):
         text = told(error, "" if type(error) is ValueError else None)
     text = f"reward {name!r} failed: {text}"
     return Called(None, {}, size, cause=RewardError(text, name, cause=_cause(error)))
@@ -162,12 +166,12 @@ def _listed(given: Any, size: int, guest: Guest) -> list[Any]:
     """What a function gave as a list, of ``size`` + 1 values at most where it could be endless."""
     single = not hasattr(given, "__iter__") and not hasattr(given, "__getitem__")
     if single or isinstance(given, str | bytes | Mapping | Set):
-        raise TypeError(f"gave {kind_of(given)} instead of a list of numbers")
+        raise _NoList(f"gave {kind_of(given)} instead of a list of numbers, one a completion")
     if hasattr(given, "tolist") and hasattr(given, "shape"):  # a tensor, an array: one copy
         given = given.reshape(-1).tolist() if tuple(given.shape) == (size, 1) else given.tolist()
     values = list(given if hasattr(given, "__len__") else islice(given, size + 1))
     if len(values) > size and not hasattr(given, "__len__"):
-        raise ValueError(f"gave more than {size} values for {size} completions")
+        raise _NoList(f"gave more than {size} values for {size} completions")
     if any(isawaitable(value) for value in values if type(value) is not float):
         waited = wait(outcomes(values, guest.seconds), guest.seconds)
         values = [each.value if each.error is None else each.error for each in waited]

@@ -32,7 +32,11 @@ def as_terms(given: "GivenRewards") -> dict[str, RewardTerm]:
     if not isinstance(given, Mapping):
         rewards: Any = given if isinstance(given, list | tuple) else [given]
         given = dict(zip(numbered([term_name(r) for r in rewards]), rewards, strict=True))
-    return {name: _term(name, reward) for name, reward in given.items()}
+        return {name: _term("model.rewards", reward) for name, reward in given.items()}
+    for name in given:
+        if not isinstance(name, str):
+            raise ValueError(f"model.rewards: a term is named by a text, got {name!r}")
+    return {name: _term(f"model.rewards.{name}", reward) for name, reward in given.items()}
 
 
 def term_name(reward: Any) -> str:
@@ -43,22 +47,22 @@ def term_name(reward: Any) -> str:
     return name if name.isidentifier() else "reward"
 
 
-def _term(name: str, reward: Any) -> RewardTerm:
+def _term(key: str, reward: Any) -> RewardTerm:
     if isinstance(reward, RewardTerm):
         return reward
     wanted = f"RewardTerm ({', '.join(f.name for f in fields(RewardTerm) if f.init)})"
     wanted += ", or a function of rows and completions"
     if isinstance(reward, type):
         raise ValueError(
-            f"model.rewards.{name}: expected {wanted}, got the class {reward.__name__}; give an "
+            f"{key}: expected {wanted}, got the class {reward.__name__}; give an "
             f"object of it: {reward.__name__}()"
         )
     if hasattr(reward, "forward"):
         raise ValueError(
-            f"model.rewards.{name}: got a model, {type(reward).__name__}; give its folder or hub "
+            f"{key}: got a model, {type(reward).__name__}; give its folder or hub "
             "name: RewardModel(path)"
         )
     if not callable(reward):
         what = f"{reward!r}"[:60] if isinstance(reward, str) else type(reward).__name__
-        raise ValueError(f"model.rewards.{name}: expected {wanted}, got {what}")
+        raise ValueError(f"{key}: expected {wanted}, got {what}")
     return RewardTerm(reward)

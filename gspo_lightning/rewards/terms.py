@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -147,11 +148,20 @@ class RewardTerm:
     guest: Guest = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise ValueError(f"a reward's fn must be a function, got {self.fn!r}"[:200])
         for name in ("weight", "scale"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"a reward {name} must be finite, got {getattr(self, name)}")
-        if self.clip is not None and not self.clip[0] < self.clip[1]:
-            raise ValueError(f"a reward's clip must be (low, high), low < high, got {self.clip}")
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not math.isfinite(value):
+                raise ValueError(f"a reward {name} must be finite, got {value!r}")
+        if self.clip is not None:
+            pair = isinstance(self.clip, list | tuple) and len(self.clip) == 2
+            if not pair or not all(isinstance(x, Real) for x in self.clip):
+                raise ValueError(f"a reward's clip must be (low, high), got {self.clip!r}")
+            if not self.clip[0] < self.clip[1]:
+                raise ValueError(
+                    f"a reward's clip must be (low, high), low < high, got {self.clip}"
+                )
         if self.seconds is not None and not 0 < self.seconds < math.inf:
             raise ValueError(f"a reward's seconds must be above 0 and finite, got {self.seconds}")
         object.__setattr__(self, "policy", calls.error_policy(self.on_error))  # frozen

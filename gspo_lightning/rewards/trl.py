@@ -27,7 +27,7 @@ class TRLReward:
         prompt_column: Column with the prompt.
 
     Raises:
-        ValueError: If ``fn`` cannot be called so, or needs what only TRL's trainer has.
+        ValueError: If ``fn`` cannot be called, or not so, or needs what only TRL's trainer has.
 
     Source:
         ``reward_funcs`` of TRL 1.16, ``GRPOTrainer``.
@@ -44,6 +44,10 @@ class TRLReward:
         if completions not in ("auto", "texts", "messages"):
             raise ValueError(
                 f"TRLReward.completions must be auto, texts or messages, got {completions!r}"
+            )
+        if not callable(fn):
+            raise ValueError(
+                f"TRLReward.fn must be a function of TRL's signature, got {fn!r}"[:200]
             )
         self.fn = fn
         self.completions = completions

@@ -47,7 +47,7 @@ from gspo_lightning.run import (
 from gspo_lightning.run.plan import longer_run, resume_command, total_batches
 from gspo_lightning.run.terminal_log import TerminalLog, begin_here, say, working_folder
 from gspo_lightning.run.tracing import RolloutProfile
-from gspo_lightning.start import shipped, short
+from gspo_lightning.start import shipped, short, typed
 
 config_files.keep_texts()
 config_files.keep_choices()
@@ -365,7 +365,8 @@ class GSPOCLI(LightningCLI):
             longer = shlex.join(str(x) for pair in longer_run(self.trainer).items() for x in pair)
             end = f"is the end of the run; {longer} makes it longer, another run wants a "
             end += "folder of its own, --trainer.default_root_dir NEW"
-            say(f"nothing to do: {self.checkpoint} {end if why is None else f'was ended {why}'}")
+            end = end if why is None else f"was ended {why}"
+            say(typed.worded(f"nothing to do: {self.checkpoint} {end}"))
             self.watch.refuse()  # the curves that Lightning has opened stay empty
         elif why is not None:
             done = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed

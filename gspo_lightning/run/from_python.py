@@ -8,7 +8,7 @@ are put in place of words for them: so checks, callbacks, run folder and continu
 
 import inspect
 import json
-import re
+import os
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,20 +23,27 @@ from gspo_lightning.checkpoint.files import list_checkpoints
 from gspo_lightning.data import PromptData
 from gspo_lightning.data.sources import Given, check_source, in_words
 from gspo_lightning.module import GSPOModule
+from gspo_lightning.policy import PolicyConfig
 from gspo_lightning.policy.given import GivenPolicy, GivenTokenizer, as_policy
 from gspo_lightning.policy.settings import plain
-from gspo_lightning.rewards import GivenRewards, as_terms
+from gspo_lightning.rewards import GivenRewards, RewardError, as_terms
 from gspo_lightning.rewards.left_out import in_config
 from gspo_lightning.run import ending, launch
 from gspo_lightning.run.command import GSPOCLI, Watch, taken_over
-from gspo_lightning.run.one_line import OneLineParser, quiet, unknown
+from gspo_lightning.run.one_line import OneLineParser, quiet, unknown, whole_key
 from gspo_lightning.start import short, typed
 
-_WORDS = {  # of a command's messages, and what stands for them in a call
-    r"--ckpt_path (\w+) --data\.num_rollouts (\d+)": r'ckpt_path="\1", rollouts=\2',
-    r"--ckpt_path (\w+)": r'ckpt_path="\1"',
-    r"--trainer\.default_root_dir NEW": 'run_folder="NEW"',
-    r"--accept_changes true": 'settings={"accept_changes": True}',
+_ELSEWHERE = {  # keywords of TRL's trainer and of others
+    "model": "policy",
+    "train_dataset": "prompts",
+    "dataset": "prompts",
+    "eval_dataset": "val",
+    "reward_funcs": "reward",
+    "processing_class": "tokenizer",
+    "max_steps": "rollouts",
+    "output_dir": "run_folder",
+    "resume_from_checkpoint": "ckpt_path",
+    "args": "settings",
 }
 
 
@@ -59,6 +66,13 @@ class TrainedRun:
     folder: Path
     checkpoint: Path | None
     export: Path | None
+
+    def __repr__(self) -> str:
+        """Paths alone: what a notebook shows of a cell that ends with this call."""
+        paths = (
+            f"{name}={str(getattr(self, name))!r}" for name in ("folder", "checkpoint", "export")
+        )
+        return f"TrainedRun(module, data, trainer, {', '.join(paths)})"
 
 
 def train(
@@ -115,12 +129,11 @@ def train(
     """
     known = inspect.signature(train).parameters
     for name in others:
-        names = [name for name in known if name != "others"]
-        raise TypeError(f"train: {unknown(name, names)}; other settings go into settings={{...}}")
+        raise TypeError(f"train: {_no_keyword(name, [n for n in known if n != 'others'])}")
     given = {name: value for name, value in locals().items() if name in known}
     flags = ("rollouts", "prompts_per_rollout", "group_size", "max_new_tokens", "learning_rate")
     words = ["fit"]
-    for each in [config] if isinstance(config, str | Path) else config:
+    for each in _configs(config):
         words += ["--config", str(each)]
     for name in (*flags, "devices", "run_folder", "seed"):
         if given[name] is not None:
@@ -130,7 +143,7 @@ def train(
     if ckpt_path is not None:
         words += ["--ckpt_path", str(ckpt_path)]
     taken = {word.partition("=")[0] for word in short.written_out(words)}
-    for key, value in (settings or {}).items():
+    for key, value in _checked(settings).items():
         if f"--{key}" in taken or key.startswith(made.whole()):
             raise ValueError(f"settings: {key} is set by a keyword already; leave one out")
         words.append(f"--{key}={value if isinstance(value, str) else json.dumps(plain(value))}")
@@ -146,6 +159,32 @@ def train(
         next(reversed(list_checkpoints(folder)), None),
         folder / export if export is not None and (folder / export).is_dir() else None,
     )
+
+
+def _no_keyword(name: str, names: list[str]) -> str:
+    """The line about a keyword that `train` does not have."""
+    if meant := _ELSEWHERE.get(name):
+        return f"unknown keyword `{name}`, did you mean `{meant}`?"
+    if (key := whole_key(name)) and key.rpartition(".")[2] not in names:
+        return f'unknown keyword `{name}`; give it as settings={{"{key}": ...}}'
+    return f"{unknown(name, names)}; other settings go into settings={{...}}"
+
+
+def _configs(given: Any) -> list[Any]:
+    configs = [given] if isinstance(given, str | Path) else given
+    if not isinstance(configs, list | tuple) or not all(isinstance(c, str | Path) for c in configs):
+        raise ValueError(f"config: expected a file or a name, or a list of them; got {given!r}")
+    return list(configs)
+
+
+def _checked(settings: Any) -> Mapping[str, Any]:
+    such = 'such as {"model.kl_coef": 0.1}'
+    if not isinstance(settings, Mapping | None):
+        raise ValueError(f"settings: expected a dict, {such}; got {type(settings).__name__}")
+    for key in settings or {}:
+        if not isinstance(key, str) or key.startswith("-"):
+            raise ValueError(f"settings: expected keys without dashes, {such}; got {key!r}")
+    return settings or {}
 
 
 class _Made:
@@ -169,6 +208,10 @@ class _Made:
             return [*words, "--policy", str(policy)]
         config = as_policy(policy)
         if config is policy:
+            if not isinstance(policy, PolicyConfig | Mapping):
+                wanted = "a folder, a name on the hub, a loaded model, or a PolicyConfig"
+                got = f"the class {policy.__name__}" if isinstance(policy, type) else repr(policy)
+                raise ValueError(f"model.policy: expected {wanted}; got {got[:80]}")
             return [*words, f"--model.policy={json.dumps(plain(policy))}"]
         self.module["policy"] = config
         same = {"dtype": config.dtype, "gradient_checkpointing": False}
@@ -237,9 +280,9 @@ def _run(words: list[str], made: _Made) -> GSPOCLI:
             line = None if watch.begun else ending.mistake(error)
             if line is None:
                 raise
-            for pattern, instead in _WORDS.items():
-                line = re.sub(pattern, instead, line)
-            raise ValueError(line) from error
+            # What a reward function raised is the program's; other causes are frames of ours.
+            whole = isinstance(error, RewardError) or os.environ.get("GSPO_TRACEBACK") == "1"
+            raise ValueError(typed.worded(line)) from (error if whole else None)
         if watch.signals.number == signal.SIGINT:
             raise KeyboardInterrupt
         if watch.signals.number is not None:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from jsonargparse._typehints import ActionTypeHint
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils import logging as transformers_logging
 
@@ -153,11 +154,32 @@ def unknown(key: str, known: Iterable[str]) -> str:
         short = meant.rpartition(".")[2]
         meant = short if short in names else f"model.{meant}" if "model" in names else meant
         hint = f", did you mean `{meant}`?"
+    if not hint and "model" in names and (whole := whole_key(key)):
+        hint = f", did you mean `{whole}`?"
     if not hint and "." in key:  # perhaps only the beginning is wrong
         hint = did_you_mean(key.partition(".")[0], [name for name in names if "." not in name])
     if not hint and "." not in key and len(names) <= 20:
         hint = f"; known: {', '.join(names)}"
     return f"unknown key `{key}`{hint}"
+
+
+def whole_key(name: str) -> str | None:
+    """The key of a run's setting of which somebody has written the last part alone.
+
+    >>> whole_key("kl_coef"), whole_key("prompt_column"), whole_key("colour")
+    ('model.kl_coef', 'data.prompt_column', None)
+    """
+    if name in _ELSEWHERE:
+        return f"model.{_ELSEWHERE[name]}"
+    import gspo_lightning as own
+
+    owners = {"model": own.GSPOModule, "data": own.PromptData, "model.sampler": own.GroupSampler}
+    owners |= {"model.objective": own.Objective, "model.optimizer": own.OptimizerConfig}
+    owners |= {"model.policy": own.PolicyConfig, "trainer": Trainer}
+    for place, kind in owners.items():
+        if name in inspect.signature(kind).parameters:
+            return f"{place}.{name}"
+    return None
 
 
 def condense(message: str) -> str:
@@ -196,7 +218,7 @@ def _readings(message: str) -> list[_Reading]:
     found = [_Reading([])]
     blocks = [(-1, found[0])]  # those that the line at hand stands in, with their indents
     for line in filter(str.strip, message.splitlines()):
-        text = line.strip().removeprefix("- ")
+        text = line.strip().removeprefix("- ").replace("Expected <class", "Expected a <class")
         # A dash begins another reading; other lines as far left as the key may still be about it.
         indent = len(line) - len(line.lstrip()) - line.lstrip().startswith("- ")
         while len(blocks) > 1 and indent < blocks[-1][0]:
@@ -257,6 +279,8 @@ def _import_trouble(reason: str) -> str | None:
         return f"expected {match[1]} ({settings}), got {match[2]}"
     if match := re.search(r"module '(\S+)' has no attribute '(\S+)'", reason):
         meant = did_you_mean(match[2], dir(sys.modules.get(match[1])))
+        if not meant and match[1] == "gspo_lightning.rewards":  # a name alone is one of ours
+            meant = f"; one of your own has its module in front: my_rewards.{match[2]}"
         return f"there is no {match[2]} in {match[1]}{meant}"
     if match := re.search(r"No module named '(.+?)'", reason):
         advice = "; install it, or put its folder on PYTHONPATH"

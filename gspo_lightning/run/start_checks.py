@@ -1,6 +1,7 @@
 """What can be refused before a model is loaded, though Lightning would find it later or never."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,11 @@ def check_options(config: Any) -> None:
             "trainer.barebones leaves out curves, checkpoints and progress, which a run here has; "
             "set it to false (`--profile` shows where the time goes)"
         )
+    number = r"auto|-1|0*[1-9]\d*|\d+(, *\d*)+"  # or indices
     if not isinstance(config.devices, list):
+        if not re.fullmatch(number, str(config.devices)):
+            wanted = "a number of devices, at least 1, or auto, or indices"
+            raise ValueError(f"trainer.devices: expected {wanted}; got {config.devices}")
         return
     if config.accelerator == "cpu":
         raise ValueError(

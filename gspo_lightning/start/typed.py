@@ -6,6 +6,7 @@ from the folder at hand. Imports the standard library alone.
 
 import itertools
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -16,6 +17,16 @@ from pathlib import Path
 # The function of the package that a program has called in place of a command, if it is at work.
 _called: list[str] = []
 _KEYWORDS = {"--data.num_rollouts": "rollouts", "--ckpt_path": "ckpt_path"}  # of that function
+_WORDS = {  # of a command's messages, and what stands for them in a call of that function
+    r"leave --ckpt_path out": "leave ckpt_path out",
+    r"--ckpt_path (\w+) --data\.num_rollouts (\d+)": r'ckpt_path="\1", rollouts=\2',
+    r"--ckpt_path (\w+)": r'ckpt_path="\1"',
+    r"--data\.num_rollouts (\d+)": r"rollouts=\1",
+    r"--trainer\.default_root_dir ([\w./-]+)": r'run_folder="\1"',
+    r"--trainer\.default_root_dir": "run_folder",
+    r"--config ([\w./-]+)": r'config=[..., "\1"]',
+    r"--(accept_changes) true": r'settings={"\1": True}',
+}
 
 
 def program(alone: bool = False) -> str:
@@ -49,6 +60,18 @@ def called(name: str) -> Iterator[None]:
 def is_call() -> bool:
     """Whether a program has called such a function, which is at work."""
     return bool(_called)
+
+
+def worded(text: str) -> str:
+    """A command's message in the words of the function that a program has called, if it has.
+
+    >>> with called("train"):
+    ...     worded("leave --ckpt_path out, or make it longer with --data.num_rollouts 6")
+    'leave ckpt_path out, or make it longer with rollouts=6'
+    """
+    for pattern, instead in _WORDS.items() if _called else ():
+        text = re.sub(pattern, instead, text)
+    return text
 
 
 def launcher() -> str | None:

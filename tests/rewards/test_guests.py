@@ -387,7 +387,7 @@ FAULTS = {
     "no text": (throws(Mute), "failed: Mute: its text cannot be made"),
     "no text, runtime": (throws(MuteRuntime), "failed: MuteRuntime: its text cannot be made"),
     "no name": (throws(Hidden), r"failed: Hidden \(test_guests"),
-    "no name given": (answers_alone, "failed: TypeError: gave Answer instead"),
+    "no name given": (answers_alone, "failed: gave Answer instead"),
     "no name in place": (instead(Answer()), "no number: .*Answer"),
     "no name in a row": (instead(Hidden("me")), "failed: me; for the completion 'two'"),
     "50 MB": (throws(lambda: ValueError("x\n" * 25_000_000)), "failed: x x x"),

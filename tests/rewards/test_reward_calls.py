@@ -57,11 +57,19 @@ FAULTS = {
     "gives too much": (gives([1.0, 1e39, 1.0]), [1], r"gave 1e\+39 for the completion 'two'"),
     "gives a giant": (gives([1.0, 10**400, 1.0]), [1], "no number: int too large"),
     "gives an error": (gives([1.0, OSError("no"), 1.0]), [1], "failed: no; for the compl.* 'two'"),
-    "too few": (wrong_count, [1], "'x' gave 2 values for 3 completions"),
+    "too few": (wrong_count, [1], "'x' gave 2 values for 3 completions; give one for each"),
     "too few for any": (always_two, [0, 1, 2], "'x' gave 2 values for 3 completions"),
-    "None for all": (lambda r, t: None, [0, 1, 2], "'x' failed: TypeError: gave NoneType instead"),
+    "None for all": (
+        lambda r, t: None,
+        [0, 1, 2],
+        "'x' failed: gave NoneType instead of a list of numbers, one a completion; row",
+    ),
     "a text for all": (lambda r, t: "111", [0, 1, 2], "gave str instead of a list of numbers"),
-    "a number for all": (lambda r, t: 1.0, [0, 1, 2], "gave float instead of a list of numbers"),
+    "a number for all": (
+        lambda r, t: 1.0,
+        [0, 1, 2],
+        "gave float instead of a list of numbers, one a completion; row with",
+    ),
     "a dict for all": (lambda r, t: {1: 1.0}, [0, 1, 2], "gave dict instead of a list"),
 }
 ANSWERS = {

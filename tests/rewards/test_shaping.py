@@ -128,6 +128,8 @@ def test_parts_stay_raw_and_missing_values_stay_missing():
     ("options", "message"),
     [
         ({"scale": float("inf")}, "scale must be finite, got inf"),
+        ({"weight": "2"}, "weight must be finite, got '2'"),
+        ({"clip": 2.0}, r"clip must be \(low, high\), got 2.0"),
         ({"clip": (1.0, 1.0)}, "clip must be \\(low, high\\), low < high, got \\(1.0, 1.0\\)"),
         ({"clip": (1.0, float("nan"))}, "low < high"),
     ],

@@ -49,6 +49,7 @@ def test_the_five_lines_of_the_readme_train_the_shipped_policy(here, capsys):
     exec(code, known)
     run = known["run"]
     assert run.folder == here / "runs" / "default"
+    assert len(repr(run)) < 400 and str(run.folder) in repr(run)  # a notebook shows it
     assert run.checkpoint == find_checkpoint(run.folder, "last") and run.trainer.world_size == 1
     assert run.module.generate(["7+9+4="])[0][0].startswith(export_says(run, "7+9+4="))
     assert "extend    train(..., rollouts=4, ckpt_path='last')" in capsys.readouterr().out
@@ -79,7 +80,7 @@ def test_short_flags_train_to_the_bits_of_a_call(here):
 
 
 @pytest.mark.slow
-def test_what_a_program_has_in_its_hands_goes_on_exactly_or_is_refused(here, model_dir):
+def test_what_a_program_has_in_its_hands_goes_on_exactly_or_is_refused(here, model_dir, capsys):
     (here / "bare.yaml").write_text(BARE)
 
     def start(length, folder, reward=None, prompts=PROMPTS, **more):
@@ -102,6 +103,8 @@ def test_what_a_program_has_in_its_hands_goes_on_exactly_or_is_refused(here, mod
     one, other = weights(whole.checkpoint), weights(cut.checkpoint)
     assert all(torch.equal(one[name], other[name]) for name in one | other)
     config = yaml.safe_load((cut.folder / "config.yaml").read_text())
+    start(3, "cut", **again)
+    assert "; rollouts=6 makes it longer, " in capsys.readouterr().err
     assert config["data"]["init_args"]["path"] == "a list of 5 rows in memory"
     assert config["model"]["init_args"]["policy"]["path"] == str(model_dir)
     told = config["model"]["init_args"]["rewards"]["reward"]["fn"]
@@ -111,6 +114,22 @@ def test_what_a_program_has_in_its_hands_goes_on_exactly_or_is_refused(here, mod
 @pytest.mark.parametrize(
     ("given", "error", "line"),
     [
+        ({"kl_coef": 0.1}, TypeError, r"`kl_coef`; give it as settings={\"model.kl_coef\": ...}"),
+        ({"beta": 0.1}, TypeError, r"`beta`; give it as settings={\"model.kl_coef\": ...}"),
+        ({"train_dataset": []}, TypeError, "`train_dataset`, did you mean `prompts`"),
+        ({"policy": 3}, ValueError, "model.policy: expected a folder, .* a PolicyConfig; got 3"),
+        ({"policy": ""}, ValueError, "policy.path is empty; give a folder"),
+        ({"prompts": (p for p in PROMPTS)}, ValueError, r"got generator; give list\(...\) of it"),
+        ({"prompts": {"prompt": PROMPTS}}, ValueError, "got dict; a row is a dict, and a list of"),
+        ({"reward": None}, ValueError, "^model.rewards: expected RewardTerm"),
+        ({"reward": {1: digits}}, ValueError, "a term is named by a text, got 1"),
+        ({"reward": "right"}, ValueError, "of your own has its module in front: my_rewards.right"),
+        ({"config": None}, ValueError, "config: expected a file or a name, .*; got None"),
+        ({"settings": ["a"]}, ValueError, "settings: expected a dict, such as .*; got list"),
+        ({"settings": {"--a.b": 1}}, ValueError, "keys without dashes, such as .*; got '--a.b'"),
+        ({"settings": {"kl_coef": 1}}, ValueError, "`kl_coef`, did you mean `model.kl_coef`"),
+        ({"seed": "a"}, ValueError, "seed_everything: expected bool or int, got a"),
+        ({"devices": 0}, ValueError, "trainer.devices: expected a number .* at least 1.*; got 0"),
         ({"lr": 1e-3}, TypeError, "train: unknown key `lr`, did you mean `learning_rate`\\?"),
         ({"rollout": 3}, TypeError, "did you mean `rollouts`"),
         ({"rollouts": 0}, ValueError, "data.num_rollouts must be >= 1, got 0"),
@@ -119,9 +138,13 @@ def test_what_a_program_has_in_its_hands_goes_on_exactly_or_is_refused(here, mod
         ({"settings": {"model.rewards.digits.weight": 2}}, ValueError, "is set by a keyword"),
         ({"config": "nowhere"}, ValueError, "config: there is no file nowhere"),
         ({"prompts": 3}, ValueError, "data.path: expected a file, .* got int"),
-        ({"reward": 3}, ValueError, "model.rewards.int: expected RewardTerm"),
+        ({"reward": [digits, 3]}, ValueError, "model.rewards: expected RewardTerm .*, got int"),
         ({"reward": "no.such"}, ValueError, "model.rewards.fn: there is no module no"),
-        ({"ckpt_path": "last"}, ValueError, "no checkpoint"),
+        (
+            {"ckpt_path": "last"},
+            ValueError,
+            "no checkpoint in .*; leave ckpt_path out for a fresh start, .* with run_folder$",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line_and_leaves_nothing(here, model_dir, given, error, line):
@@ -129,6 +152,7 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(here, model_dir, given, e
     with pytest.raises(error, match=line) as caught:
         train(**known | given)
     assert "\n" not in str(caught.value) and list(here.iterdir()) == []
+    assert caught.value.__cause__ is None  # a notebook would show its frames, too, above the line
 
 
 def test_a_config_a_term_and_a_signal(here, model_dir):
