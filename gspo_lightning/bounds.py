@@ -21,12 +21,12 @@ def check_at_least(low: int, owner: str = "", /, **values: float | None) -> None
     >>> check_at_least(1, "sampler.", group_size=8, batch_size=None)
     """
     for name, value in values.items():
-        if value is not None and not low <= value < math.inf:
-            raise ValueError(f"{owner}{name} must be >= {low}, got {value}")
+        if value is not None and not (hasattr(value, "__float__") and low <= value < math.inf):
+            raise ValueError(f"{owner}{name} must be >= {low}, got {value!r}")
 
 
 def check_positive(owner: str = "", /, **values: float | None) -> None:
     """As :func:`check_at_least`, for numbers that must be above 0."""
     for name, value in values.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{owner}{name} must be above 0, got {value}")
+        if value is not None and not (hasattr(value, "__float__") and 0 < value < math.inf):
+            raise ValueError(f"{owner}{name} must be above 0, got {value!r}")

@@ -286,7 +286,12 @@ def test_a_module_that_is_called_gives_logits_whatever_the_padding(model_dir):
     ("name", "value", "line"),
     [
         ("policy", {"path": "a"}, r"model.policy: expected PolicyConfig \(path, .*, got dict"),
+        ("policy", None, r"model.policy: expected PolicyConfig \(path, .*, got NoneType"),
         ("optimizer", torch.optim.AdamW, r"expected OptimizerConfig \(learning_rate, .*AdamW"),
+        ("sampler", 8, "model.sampler: expected an object with group_size, .*, got int"),
+        ("sampler", GroupSampler, "model.sampler: expected an object with .*, got GroupSampler"),
+        ("micro_batch_size", "8", "model.micro_batch_size must be >= 1, got '8'"),
+        ("max_grad_norm", "1", "model.max_grad_norm must be above 0, got '1'"),
     ],
 )
 def test_an_argument_of_another_kind_is_named(model_dir, name, value, line):

@@ -158,10 +158,12 @@ def _reopen(trainer: Any, length: int) -> None:
 
     Lightning reads from its own checkpoints that the only epoch is over, and would train nothing.
     """
+    if getattr(trainer, "ckpt_path", None) is None:
+        return
     fit_loop = trainer.fit_loop
     batches, epochs = fit_loop.epoch_loop.batch_progress, fit_loop.epoch_progress
     done = batches.current.ready
-    if trainer.ckpt_path is None or fit_loop.max_epochs != 1 or not 0 < done < length:
+    if fit_loop.max_epochs != 1 or not 0 < done < length:
         return
     batches.is_last_batch = False
     if epochs.current.processed == 1:  # saved behind the epoch

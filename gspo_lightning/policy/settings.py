@@ -84,7 +84,16 @@ def settings_of(owner: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
             values = {f"{name}.{key}": item for key, item in value.items()}
         for key, item in values.items():
             kinds: Any = tuple(kind for kind in (hint, *get_args(hint)) if is_dataclass(kind))
-            if kinds and item is not None and not isinstance(item, kinds):
+            for kind in (hint, *get_args(hint)):  # such as a Sampler, which is any class with these
+                wanted = list(kind.__annotations__) if getattr(kind, "_is_protocol", False) else []
+                lacks = [n for n in wanted if not hasattr(item, n) or isinstance(item, type)]
+                if lacks and item is not None:
+                    got = item.__name__ if isinstance(item, type) else type(item).__name__
+                    raise ValueError(
+                        f"model.{key}: expected an object with {', '.join(wanted)}, got {got}"
+                    )
+            left_open = item is None and type(None) in get_args(hint)
+            if kinds and not left_open and not isinstance(item, kinds):
                 known = ", ".join(f.name for f in fields(kinds[0]) if f.init)
                 got = plain(item) if isinstance(item, type) else type(item).__name__
                 raise ValueError(f"model.{key}: expected {kinds[0].__name__} ({known}), got {got}")

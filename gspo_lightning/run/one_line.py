@@ -107,7 +107,7 @@ class OneLineParser(LightningArgumentParser):
         dests = [action.dest for action in parser._actions]
         if match := re.fullmatch(r"unrecognized arguments: (--)?([^ =]+).*", message, re.DOTALL):
             return (
-                unknown(match[2], [*dests, *SHORT])
+                unknown(match[2], [*dests, *(SHORT if self.exit_on_error else ())])
                 if match[1]
                 else f"unexpected argument `{match[2]}`"
             )

@@ -429,7 +429,7 @@ def test_a_shared_critic_is_its_head_alone(tmp_path, model_dir):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"advantages": "gae"}, "advantages gae needs a critic.*ppo.yaml"),
+        ({"advantages": "gae"}, "advantages gae needs a critic; add --config algorithm/ppo, or"),
         ({"critic": CriticConfig()}, "advantages normalized does not ask it; use gae"),
         (
             ppo(sampler=GroupSampler(1, 6), drop_flat_groups=True),

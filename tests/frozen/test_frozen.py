@@ -71,7 +71,7 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch, word, cards, messag
 @pytest.mark.parametrize(("cards", "overlay"), [(0, "cpu"), (1, "one_gpu"), (2, "two_gpu")])
 def test_a_missing_device_names_the_overlay_that_fits_the_machine(monkeypatch, cards, overlay):
     see_cards(monkeypatch, cards)
-    with pytest.raises(ValueError, match=f"--config configs/hardware/{overlay}.yaml$"):
+    with pytest.raises(ValueError, match=f"--config hardware/{overlay}$"):
         resolve_device("reference.device", "cuda:2", torch.device("cpu"))
     assert (ROOT / f"configs/hardware/{overlay}.yaml").is_file()
 

@@ -108,11 +108,11 @@ def test_rewards_are_taken_as_they_are_at_hand(model_dir, given, names):
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ("my.reward", r"model.rewards.str: expected RewardTerm \(fn, .*, got 'my.reward'"),
+        ("my.reward", r"^model.rewards: expected RewardTerm \(fn, .*, got 'my.reward'"),
         ({"a": RewardTerm}, r"model.rewards.a: .*got the class RewardTerm; give an object of it"),
         (torch.nn.Linear(2, 1), r"got a model, Linear; give its folder .*: RewardModel\(path\)"),
         ([], "model.rewards is empty"),
-        (None, "model.rewards.NoneType: expected .* got NoneType"),
+        (None, "^model.rewards: expected .* got NoneType"),
     ],
 )
 def test_what_is_no_reward_is_one_line(model_dir, given, line):
