@@ -337,8 +337,8 @@ def test_what_is_no_data_of_prompts_is_refused_in_one_line(tmp_path, model_dir):
             stage(module, DataLoader(PROMPTS))
 
 
-def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    text = (ROOT / "README.md").read_text().partition("## From Python")[2]
+def test_the_example_of_the_page_on_own_runs_runs(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "own_run.md").read_text().partition("## From Python")[2]
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     assert code.count("60") == 2
     (tmp_path / "data").symlink_to(ROOT / "data")
