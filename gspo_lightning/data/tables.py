@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gspo_lightning.checkpoint.quoted import kind_of_value
 from gspo_lightning.start.shipped import find_data
 
 READERS = (
@@ -121,7 +122,7 @@ def read_object(where: str, line: bytes) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {why_unreadable(error)}") from error
     if not isinstance(row, dict):
-        wrong = f'expected an object like {{"prompt": ...}}, got {type(row).__name__}'
+        wrong = f'expected an object like {{"prompt": ...}}, got {kind_of_value(row)}'
         raise ValueError(f"{where}: {wrong}; write one object a line")
     return row
 
@@ -261,9 +262,10 @@ def column(
     for number, row in enumerate(rows, start=1):
         if row.get(name) is None:
             null = f", where {name!r} is null" if name in row else ""
+            there = str(sorted(row))[:300]
             raise ValueError(
-                f"{key}: {path}: row {number} has no column {name!r}{why}; it has {sorted(row)}"
-                f"{null}; mend the row, or {_other(setting)}"
+                f"{key}: {path}: row {number} has no column {name!r}{why}; it has {there}{null}"
+                f"; mend the row, or {_other(setting)}"
             )
     return [row[name] for row in rows]
 
@@ -323,8 +325,7 @@ def text_column(key: str, path: str, rows: list[dict], name: str, setting: str =
         where = f"{key}: {path}: row {number}: column {name!r}"
         if not isinstance(value, str):
             raise ValueError(
-                f"{where} is a {type(value).__name__}, not a text; write a text, or "
-                f"{_other(setting)}"
+                f"{where} is {kind_of_value(value)}, not a text; write a text, or {_other(setting)}"
             )
         if not value:
             raise ValueError(f"{where} is empty; write a text, or take the row out")

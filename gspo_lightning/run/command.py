@@ -7,6 +7,7 @@ callbacks, plugins and loggers a run has that its config does not name.
 import itertools
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ from gspo_lightning.run import (
     progress,
     start_checks,
 )
-from gspo_lightning.run.plan import resume_command, total_batches
+from gspo_lightning.run.plan import longer_run, resume_command, total_batches
 from gspo_lightning.run.terminal_log import TerminalLog, begin_here, say, working_folder
 from gspo_lightning.run.tracing import RolloutProfile
 from gspo_lightning.start import shipped, short
@@ -298,7 +299,7 @@ class GSPOCLI(LightningCLI):
         for own, name in itertools.product(as_list(logger), ("_root_dir", "_save_dir")):
             path = getattr(own, name, None)  # a relative one keeps its meaning, as the run's does
             if isinstance(path, str) and "://" not in path:
-                setattr(own, name, os.path.abspath(os.path.expanduser(path)))
+                setattr(own, name, str(local_folder(path or ".", "trainer.logger")))
         kwargs |= {"callbacks": callbacks, "plugins": plugins, "logger": logger}
         kwargs |= {"default_root_dir": str(self.root)}
         try:
@@ -361,8 +362,11 @@ class GSPOCLI(LightningCLI):
         if getattr(health, "stopped", None) is not None or in_pieces(self.trainer):
             self.code = 1
         if self.checkpoint is not None and self.watch.rollouts == 0:
-            end = "is the end of the run; raise its length to go on"
+            longer = shlex.join(str(x) for pair in longer_run(self.trainer).items() for x in pair)
+            end = f"is the end of the run; {longer} makes it longer, another run wants a "
+            end += "folder of its own, --trainer.default_root_dir NEW"
             say(f"nothing to do: {self.checkpoint} {end if why is None else f'was ended {why}'}")
+            self.watch.refuse()  # the curves that Lightning has opened stay empty
         elif why is not None:
             done = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
             total = total_batches(self.trainer)

@@ -10,11 +10,13 @@ import gc
 import os
 import signal
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 from gspo_lightning.run import launch
+from gspo_lightning.run.leaving import leave
 from gspo_lightning.start import shipped
 
 TRAINING = "gspo_lightning.run.command:main"
@@ -25,13 +27,15 @@ COMMANDS = {
     "validate": (TRAINING, "evaluate on the held-out prompts"),
     "test": (TRAINING, "evaluate on the test prompts"),
     "predict": (TRAINING, "complete prompts and write the completions with their rewards"),
+    "samples": ("gspo_lightning.run.samples:main", "show a run's newest completions with rewards"),
+    "chat": ("gspo_lightning.run.chat:main", "talk to what a run has trained"),
     "doctor": (TRAINING, "examine a config in seconds, without training"),
     "replay": (TRAINING, "find which tensor of a skipped step was not finite"),
     "compare": ("gspo_lightning.compare.__main__:main", "compare algorithms on one task"),
     "bench": ("gspo_lightning.bench.__main__:main", "measure seconds and memory"),
     "configs": ("gspo_lightning.start.shipped:main", "list the configs of the package, print one"),
 }
-LIGHT = ("configs", "compare")  # those that import nothing which takes time
+LIGHT = ("configs", "compare", "samples")  # those that import nothing which takes time
 HELP = """\
 usage: gspo COMMAND [options]          also python -m gspo_lightning, python train.py
 
@@ -95,8 +99,8 @@ def start() -> NoReturn:
     launch.refuse()  # the imports below read these variables
     handlers = stop_at_once()
     if launch.is_first():
-        sys.stderr.write(first_line(sys.argv[1:]))
-        sys.stderr.flush()
+        with suppress(OSError):  # a terminal that is gone
+            print(first_line(sys.argv[1:]), file=sys.stderr, flush=True)
     gc.disable()  # what imports make stays: looking for garbage in it is a fifth of their time
     resolve_name(path)
     gc.freeze()  # nor is it looked through later
@@ -104,7 +108,7 @@ def start() -> NoReturn:
     if path != TRAINING:  # whose handlers are its own
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    sys.exit(resolve_name("gspo_lightning.run.ending:leave")(main()))
+    leave(main())
 
 
 def unknown(name: str) -> str:
@@ -119,7 +123,7 @@ def unknown(name: str) -> str:
 def first_line(argv: list[str]) -> str:
     """What is about to happen, said before the imports, which take seconds."""
     what = " ".join([argv[0], *shipped.config_names(argv)])
-    return f"gspo_lightning {installed()}: {what}; loading torch and lightning ...\n"
+    return f"gspo_lightning {installed()}: {what}; loading torch and lightning ..."
 
 
 def installed() -> str:

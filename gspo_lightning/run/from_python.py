@@ -33,6 +33,7 @@ from gspo_lightning.run.one_line import OneLineParser, quiet, unknown
 from gspo_lightning.start import short, typed
 
 _WORDS = {  # of a command's messages, and what stands for them in a call
+    r"--ckpt_path (\w+) --data\.num_rollouts (\d+)": r'ckpt_path="\1", rollouts=\2',
     r"--ckpt_path (\w+)": r'ckpt_path="\1"',
     r"--trainer\.default_root_dir NEW": 'run_folder="NEW"',
     r"--accept_changes true": 'settings={"accept_changes": True}',

@@ -25,6 +25,7 @@ from gspo_lightning.checkpoint.io import disk_fault
 from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.guards.trainer import leave_out_noise
 from gspo_lightning.run.terminal_log import shown
+from gspo_lightning.start import layout
 from gspo_lightning.start.short import SHORT
 
 LONGEST = 400  # characters of an error line; beyond come dumps of whole configs
@@ -69,7 +70,7 @@ class OneLineParser(LightningArgumentParser):
 
     def refuse(self, line: str) -> NoReturn:
         """Say what is wrong, and end the process."""
-        sys.stderr.write(f"error: {line}\n")
+        sys.stderr.write(f"{layout.styled('error:', layout.RED, sys.stderr)} {line}\n")
         sys.exit(2)
 
     def validate(self, namespace: Any, *args: Any, **kwargs: Any) -> None:
@@ -118,7 +119,10 @@ class OneLineParser(LightningArgumentParser):
             return unknown(match[1] or match[2], dests)
         if match := re.fullmatch(r"the following arguments are required: (.*)", message):
             whole = "give a config, such as --config arithmetic"
-            way_out = whole if self.exit_on_error else "set it in the config"
+            in_config = "set it in the config"
+            if match[1] == "rewards":
+                in_config += ", or give --reward my_rewards.polite (the import path of a function)"
+            way_out = whole if self.exit_on_error else in_config
             return f"{match[1]} missing; {way_out}"
         return message
 
@@ -294,7 +298,8 @@ def quiet() -> Iterator[None]:
     """Keep known noise out of the output, and show what warnings remain as one line each."""
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        sys.stderr.write(f"warning: {printable(shown(' '.join(str(message).split())))}\n")
+        text = printable(shown(" ".join(str(message).split())))
+        sys.stderr.write(f"{layout.styled('warning:', layout.YELLOW, sys.stderr)} {text}\n")
 
     def end(arguments: threading.ExceptHookArgs) -> None:
         # TensorBoard writes in a thread; its error is raised again where the thread is waited for.

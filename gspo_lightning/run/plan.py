@@ -4,14 +4,17 @@ Decides how the estimate is made. Modules and trainers are read by attribute, so
 module of one's own, gets the lines that apply.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Timer
 
+from gspo_lightning.checkpoint.files import checkpoint_number, list_checkpoints
 from gspo_lightning.critic.critic import decoder
 from gspo_lightning.engine.head import tokens_of_chunk
 from gspo_lightning.engine.padded import checkpoints
@@ -89,7 +92,8 @@ def _batches_to_max_steps(trainer: Any) -> float:
 
 def reached(trainer: Any) -> bool:
     """Whether a run has its planned length."""
-    done, total = trainer.fit_loop.total_batch_idx + 1, total_batches(trainer)
+    # not total_batch_idx: that counts a batch that a hook has refused, too
+    done, total = trainer.fit_loop.epoch_loop.batch_progress.total.started, total_batches(trainer)
     if total is not None and done >= total:
         return True
     return 0 <= max_steps(trainer) <= trainer.global_step
@@ -488,8 +492,37 @@ def size_text(size: float) -> str:
     return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
 
 
-def longer_run(trainer: Any, done: int) -> dict[str, int]:
+def weights_in_use(trainer: Any, module: Any) -> str:
+    """Which weights an evaluation or a prediction is of: their file, and how far they were trained.
+
+    With WeightAveraging a checkpoint holds two sets; all but training takes the average.
+    """
+    done = trainer.fit_loop.total_batch_idx + 1
+    if trainer.ckpt_path is not None:
+        number = checkpoint_number(trainer.ckpt_path)
+        parts = [] if number is None else [f"after {number:,} {unit(module)}"]
+        # one in pieces is a folder, and what others saved may be no file that can be mapped
+        with contextlib.suppress(OSError, RuntimeError, UnpicklingError):
+            found = torch.load(trainer.ckpt_path, map_location="cpu", mmap=True, weights_only=True)
+            parts.append("averaged" if "averaging_state" in found else "not averaged")
+        return f"{trainer.ckpt_path} ({', '.join(parts)})" if parts else str(trainer.ckpt_path)
+    if done:
+        return f"those in memory, after {done:,} {unit(module)}"
+    path = getattr(getattr(module, "policy_config", None), "path", None)
+    text = f"{'those of the config' if path is None else path}, untrained by this run"
+    if list_checkpoints(trainer.default_root_dir):
+        text += f"; --ckpt_path last takes the newest of {trainer.default_root_dir}"
+    return text
+
+
+def unit(module: Any) -> str:
+    """What a run of a module is counted in."""
+    return "rollouts" if hasattr(module, "sampler") else "steps"
+
+
+def longer_run(trainer: Any) -> dict[str, int]:
     """The options that make a finished run twice as long."""
+    done = trainer.fit_loop.total_batch_idx + 1
     longer = {}
     if 0 <= trainer.max_steps <= trainer.global_step:
         longer["--trainer.max_steps"] = 2 * trainer.max_steps

@@ -1,1 +1,1 @@
-"""Before torch is imported: how the command was typed, and what the package brings along."""
+"""Before torch is imported: how it was typed, what the package brings along, a terminal."""

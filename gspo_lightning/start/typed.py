@@ -18,13 +18,14 @@ _called: list[str] = []
 _KEYWORDS = {"--data.num_rollouts": "rollouts", "--ckpt_path": "ckpt_path"}  # of that function
 
 
-def program() -> str:
+def program(alone: bool = False) -> str:
     """The words in front of a sub-command: `gspo`, `python -m gspo_lightning`, `python train.py`.
 
-    Under torchrun they begin with it and its number of processes. From a program that is none of
+    Under torchrun they begin with it and its number of processes, unless the sub-command runs
+    ``alone``, as those do that only look at a run. From a program that is none of
     these three, such as a notebook, it is `gspo`, which comes with the package.
     """
-    script, starter = Path(sys.argv[0]), launcher()
+    script, starter = Path(sys.argv[0]), None if alone else launcher()
     if script.name == "train.py":
         return f"{starter or this_python()} {shlex.quote(sys.argv[0])}"
     if script.name == "__main__.py" and script.parent.name == "gspo_lightning":

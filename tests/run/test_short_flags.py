@@ -94,6 +94,8 @@ def test_a_command_of_short_flags_needs_no_config(tmp_path, monkeypatch, model_d
     assert len(cli.trainer.callbacks) > 4  # those of base.yaml, too
     assert cli.config.fit.data.init_args.path == str(prompts)  # which config.yaml will say
     assert all(f"--{name} is --{key}" in help_text() for name, (key, _) in SHORT.items())
+    line = refused(capsys, f"fit --policy {model_dir} --data {prompts}")
+    assert line.startswith("model: rewards missing; set it in the config, or give --reward my_re")
     assert "did you mean `policy`" in refused(capsys, "fit --polcy x --config base")
 
 

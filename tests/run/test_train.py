@@ -285,13 +285,20 @@ def test_a_second_run_does_not_start_in_the_folder_of_the_first(capsys):
     line = refused(capsys, "fit --config dummy.yaml")
     assert line.startswith("runs/default already holds a run (up to rollout=000006.ckpt)")
     assert "--ckpt_path last" in line and "--trainer.default_root_dir NEW" in line
+    assert "which has its length; go on with --ckpt_path last --data.num_rollouts 12, or" in line
+    (checkpoint,) = Path("runs/default/checkpoints").glob("*=000006.ckpt")
+    checkpoint.unlink()
+    line = refused(capsys, "fit --config dummy.yaml")  # as of a run that was stopped
+    assert "length" not in line and "continue it with --ckpt_path last, or" in line
 
 
 def test_a_finished_run_has_nothing_to_do_and_can_be_made_longer(capsys):
     run(capsys, "fit --config dummy.yaml")
     code, _, err = run(capsys, "fit --config dummy.yaml --ckpt_path last")
     assert code == 0
-    assert err.splitlines()[-1].startswith("nothing to do: ")
+    line = err.splitlines()[-1]
+    assert line.startswith("nothing to do: ")
+    assert "--data.num_rollouts 12 makes it longer" in line and "default_root_dir NEW" in line
     code, _, err = run(capsys, "fit --config dummy.yaml --ckpt_path auto --data.num_rollouts 8")
     assert (code, err.splitlines()) == (
         0,

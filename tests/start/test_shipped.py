@@ -70,7 +70,7 @@ def test_configs_lists_each_with_its_first_sentence_and_prints_one(capsys):
         ("configs gsm8k", "the package has no config gsm8k; did you mean task/gsm8k?"),
         ("configs ../pyproject", "the package has no config ../pyproject; `gspo configs` lists"),
         ("fitt", "unknown command `fitt`, did you mean `fit`?"),
-        ("sing", "unknown command `sing`; there are fit, validate, test, predict, doctor, "),
+        ("sing", "unknown command `sing`; there are fit, validate, test, predict, "),
         ("fit --config aritmetic", "no config aritmetic in the package; did you mean arithmetic, "),
     ],
 )
