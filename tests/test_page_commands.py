@@ -6,14 +6,18 @@ are given; the words then go through the parser of the command. Blocks of Python
 
 import argparse
 import io
+import json
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -142,7 +146,7 @@ def check_tool(words):
     if (own := ours(words)) is not None:
         path, _ = entry.COMMANDS[own[0]]
         return reaches_its_work(path, own[own[0] != "replay" :])
-    if program == "python" and rest[1].startswith("gspo_lightning."):
+    if program == "python" and rest[1].startswith(("gspo_lightning.", "support.")):
         inside = find_spec(rest[1]).submodule_search_locations
         return reaches_its_work(f"{rest[1]}{'.__main__' if inside else ''}:main", rest[2:])
     if program == "python":
@@ -163,7 +167,9 @@ def reaches_its_work(path, words):
     """Call the function of a command, which ends when its words are read."""
     module, _, name = path.partition(":")
     with pytest.raises((Parsed, SystemExit)) as end, redirect_stdout(io.StringIO()):
-        getattr(import_module(module), name)(list(words))
+        function = getattr(import_module(module), name)
+        with patch.object(sys, "argv", [path, *words]):  # which some of them read
+            function(*([list(words)] if signature(function).parameters else []))
     assert end.type is Parsed or (end.value.code == 0 and "--help" in words)
 
 
@@ -261,9 +267,14 @@ def test_every_program_runs(block, monkeypatch, tmp_path, folder):
     for name in ("rows.jsonl", "my_rewards.py"):
         (tmp_path / name).symlink_to(folder / name)
     (tmp_path / "data").symlink_to(ROOT / "data")
+    export = shutil.copytree(ROOT / "data/arithmetic/policy", tmp_path / "runs/arithmetic/export")
+    generation = export / "generation_config.json"
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"max_new_tokens": 4}))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    text = block.text.replace('"Qwen/Qwen3-0.6B"', '"data/arithmetic/policy", max_new_tokens=8')
+    text = block.text.replace(
+        '"Qwen/Qwen3-0.6B"', '"data/arithmetic/policy", max_new_tokens=8, rollouts=1'
+    )
     text = re.sub(r"rollouts=\d+", "rollouts=1", text)  # as short as can be
     text = re.sub(r"rollout=\d+", "rollout=000001", text)
     with redirect_stdout(io.StringIO()):
