@@ -37,7 +37,7 @@ def for_the_site(text: str, source: str) -> str:
         page = BESIDE.get(file, file.removeprefix("docs/") if file.startswith("docs/") else "")
         return f"{mark}[{words}]({page}{hash_}{anchor})" if page else words
 
-    return LINK.sub(link, text)
+    return LINK.sub(link, text).replace('src="docs/', 'src="')
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from gspo_lightning.run import entry
-from gspo_lightning.run.command import GSPOCLI, Watch
+from gspo_lightning.run.command import GSPOCLI, TOOLS, Watch
 from gspo_lightning.run.one_line import quiet
 from support.pages import PAGES, blocks
 from support.repository import ROOT
@@ -145,7 +145,7 @@ def check_tool(words):
     program, *rest = words
     if (own := ours(words)) is not None:
         path, _ = entry.COMMANDS[own[0]]
-        return reaches_its_work(path, own[own[0] != "replay" :])
+        return reaches_its_work(TOOLS.get(own[0], path), own[1:])
     if program == "python" and rest[1].startswith(("gspo_lightning.", "support.")):
         inside = find_spec(rest[1]).submodule_search_locations
         return reaches_its_work(f"{rest[1]}{'.__main__' if inside else ''}:main", rest[2:])

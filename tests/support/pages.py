@@ -68,7 +68,7 @@ def anchors(page):
 def links(page):
     """The relative links of a page: (path, anchor), either of them may be empty."""
     _, prose = blocks(page)
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+    for target in re.findall(r'(?:\]\(|src=")([^)\s"]+)[)"]', prose):
         if "://" not in target:
             path, _, anchor = target.partition("#")
             yield path, anchor
