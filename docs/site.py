@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+FORMULA = re.compile(r"^\$\$\n(.+?)\n\$\$$", re.DOTALL | re.MULTILINE)
 ROOT = Path(__file__).parents[1]
 BESIDE = {  # of each file of the repository: the page that it is
     "README.md": "index.md",
@@ -41,11 +42,13 @@ def for_the_site(text: str, source: str) -> str:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages that lie beside docs/."""
+    """Add the pages that lie beside docs/, with formulas that a browser draws by itself."""
+    from latex2mathml.converter import convert
     from mkdocs.structure.files import File
 
     for source, page in BESIDE.items():
         text = for_the_site((ROOT / source).read_text(encoding="utf-8"), source)
+        text = FORMULA.sub(lambda match: convert(match[1], display="block"), text)
         files.append(File.generated(config, page, content=text))
     return files
 

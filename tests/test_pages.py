@@ -38,7 +38,7 @@ def test_every_page_is_in_the_navigation_of_the_site_and_on_the_front_page():
     assert pages <= {path.removeprefix("docs/") for path in named}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_to_a_file_and_a_heading(page):
     for path, anchor in links(page):
         target = (page.parent / path).resolve() if path else page

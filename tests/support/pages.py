@@ -10,7 +10,9 @@ from pathlib import Path
 
 from support.repository import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("docs/*.md", "data/*/README.md")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES += [path for folder in FOLDERS for path in sorted(ROOT.glob(folder))]
 FENCE = re.compile(r"^( *)```(.*)$")
 MARK = re.compile(r"^ *<!-- (not run: .+|run by tests/\S+\.py) -->$")
 
@@ -28,7 +30,7 @@ class Block:
     @property
     def name(self):
         """Where it stands, for the name of a test."""
-        return f"{self.page.name}:{self.line}"
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
 def blocks(page):
