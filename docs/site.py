@@ -23,11 +23,7 @@ LINK = re.compile(r"(!?)\[((?:[^\]`]|`[^`]*`)*)\]\(([^)\s]+)\)")
 
 
 def for_the_site(text: str, source: str) -> str:
-    """The Markdown of a file of the repository, with links as the site needs them.
-
-    >>> for_the_site("[a](docs/b.md#c) [d](LICENSE)", "README.md")
-    '[a](b.md#c) d'
-    """
+    """The Markdown of a file of the repository, with links as the site needs them."""
 
     def link(match: re.Match[str]) -> str:
         mark, words, target = match.groups()

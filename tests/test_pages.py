@@ -96,5 +96,6 @@ def test_the_step_shown_to_a_reader_is_the_step_of_the_module():
     source = ast.parse((ROOT / "gspo_lightning" / "module.py").read_text())
     (real,) = (n for n in ast.walk(source) if getattr(n, "name", "") == "training_step")
     (ours,) = ast.parse(shown).body
+    assert ours.name == real.name
     body = [n for n in real.body if not isinstance(getattr(n, "value", None), ast.Constant)]
     assert [ast.unparse(n) for n in ours.body] == [ast.unparse(n) for n in body]
