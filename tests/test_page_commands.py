@@ -135,6 +135,9 @@ def ours(words):
 
         options = parse_args(words[1:])
         words = [options.training_script, *options.training_script_args]
+    if words[0] == "sbatch":  # whose script hands its arguments to fit
+        assert (ROOT / words[1]).is_file()
+        return ["fit", *words[2:]]
     if words[0] == "python":
         words = words[2:] if words[1] == "-m" else words[1:]
     return words[1:] if words[0] in ("gspo", "gspo_lightning", "train.py") else None
@@ -248,7 +251,7 @@ def inline(page):
     """Commands within sentences, without what stands for something."""
     _, prose = blocks(page)
     for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose):
-        text = " ".join(code.split())
+        text = re.sub(r"^(\w+=\S+ )+", "", " ".join(code.split()))
         if re.match(rf"({'|'.join(PROGRAMS)}) ", text):
             text = re.sub(r"(--config )?\.\.\.", "", text)  # `--config ...` is any config
             yield tuple(shlex.split(text))
