@@ -25,6 +25,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from gspo_lightning.checkpoint.ranks import RanksDiffer
+
 _PEER_IS_GONE = re.compile(
     r"closed by peer|reset by peer|Broken pipe|was likely closed|ncclRemoteError"
 )
@@ -195,7 +197,8 @@ class StopSignals(Callback):
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """End the ranks that this process has started: each would only say that it is gone."""
         self._training, self._failed = False, True
-        if not is_of_another_rank(exception):  # the other rank may not have said yet why it ended
+        # Another rank may not have said yet why it ended, or in what all of them differ.
+        if not (is_of_another_rank(exception) or isinstance(exception, RanksDiffer)):
             self._kill_other_ranks()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint.fingerprints import digest
+from gspo_lightning.checkpoint.ranks import check_start
 from gspo_lightning.data.demonstrations import TokenizedData, check_files, check_kind_of_data
 from gspo_lightning.data.stream import pad
 from gspo_lightning.data.tables import check_patterns, column, extract, read_rows
@@ -100,6 +101,7 @@ class PromptData(TokenizedData):
 
     def setup(self, stage: str) -> None:
         """Read and tokenise what ``stage`` needs."""
+        check_start(self.trainer)
         check_kind_of_data(self, self.trainer.lightning_module)
         wanted = {
             "fit": ["path", "val_path"],
@@ -114,6 +116,7 @@ class PromptData(TokenizedData):
         for key in wanted:
             if key not in self.examples and self.paths[key] is not None:
                 self.examples[key] = self._read(f"data.{key}", str(self.paths[key]))
+        self._check_alike(**self.examples)
         if stage in ("validate", "test") and wanted[0] not in self.examples:
             raise ValueError(
                 f"{getattr(stage, 'value', stage)} needs held-out prompts; set data.val_path "
