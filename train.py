@@ -32,7 +32,7 @@ if __name__ == "__main__":
             signal.signal(number, lambda number, _: os._exit(128 + number))
 
 from gspo_lightning.run.command import main
-from gspo_lightning.run.ending import leave
+from gspo_lightning.run.leaving import leave
 
 if __name__ == "__main__":
     leave(main())

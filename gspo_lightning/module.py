@@ -24,7 +24,7 @@ from gspo_lightning.guards.health import Health
 from gspo_lightning.guards.ignored import check_trainer
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED, TOKENS, Sizes
 from gspo_lightning.guards.rank_watch import tell_phase, together, watch_for
-from gspo_lightning.guards.trainer import check_batch, check_data, leave_out_noise
+from gspo_lightning.guards.trainer import check_batch, check_data, leave_out_noise, whole
 from gspo_lightning.kl import check_loss_kind
 from gspo_lightning.loss import LossChoices
 from gspo_lightning.objectives import Objective
@@ -37,7 +37,7 @@ from gspo_lightning.optim import (
 )
 from gspo_lightning.policy import Policy, PolicyConfig, check_lengths, load_policy, load_tokenizer
 from gspo_lightning.policy.complete import complete, logits
-from gspo_lightning.policy.settings import log_settings, remake, settings_of
+from gspo_lightning.policy.settings import log_settings, remake, restoring, settings_of
 from gspo_lightning.rewards import (
     RewardTerm,
     TimeLimit,
@@ -228,6 +228,7 @@ class GSPOModule(LightningModule):
 
     # --- one rollout ---------------------------------------------------------------------------
 
+    @whole
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Collect a rollout and update on it: the whole algorithm, once."""
         step = self.begin_step()
@@ -445,6 +446,7 @@ class GSPOModule(LightningModule):
         """Start counting."""
         self.evaluator.reset()
 
+    @whole
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Complete and score held-out prompts, with the same draws at every validation."""
         check_batch(batch, PromptBatch)
@@ -470,6 +472,7 @@ class GSPOModule(LightningModule):
             for logger in self.loggers:
                 logger.log_metrics(figures, step=self.trainer.fit_loop.total_batch_idx + 1)
 
+    @whole
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Complete each prompt ``group_size`` times and score the completions."""
         check_batch(batch, PromptBatch)
@@ -488,8 +491,9 @@ class GSPOModule(LightningModule):
 
         Reward functions are not imported from it: they are left out unless they are given.
         """
-        given = remake(GSPOModule, checkpoint_path, given, rewards=terms_left_out)
-        return super().load_from_checkpoint(checkpoint_path, map_location, **given)
+        with restoring(GSPOModule, checkpoint_path):
+            given = remake(GSPOModule, checkpoint_path, given, rewards=terms_left_out)
+            return super().load_from_checkpoint(checkpoint_path, map_location, **given)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
         """Logits of the policy; see ``policy.complete.logits``."""

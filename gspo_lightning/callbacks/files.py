@@ -20,10 +20,11 @@ from typing import Any, Literal
 
 import numpy
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import WeightAveraging
 
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.callbacks.loggers import log_picture, log_samples
-from gspo_lightning.callbacks.report import draw_curves, plain, sample_rows
+from gspo_lightning.callbacks.report import draw_curves, rounded, sample_rows
 from gspo_lightning.checkpoint.event_files import goes_on_in_place
 from gspo_lightning.checkpoint.io import CheckpointError, describe, replacing
 from gspo_lightning.checkpoint.monitor import monitored
@@ -48,9 +49,13 @@ def is_rehearsal(trainer: Any) -> bool:
 
 
 def write_json_lines(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Append one line per row, in one write."""
-    lines = "".join(json_line(plain(row)) for row in rows)
-    with file.open("a", encoding="utf-8", newline="\n") as stream:
+    """Append one line per row, in one write; not through a link, which may have come later."""
+    lines = "".join(json_line(rounded(row)) for row in rows)
+
+    def opened(path: str, flags: int) -> int:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+    with open(file, "a", encoding="utf-8", newline="\n", opener=opened) as stream:
         stream.write(lines)
 
 
@@ -77,6 +82,23 @@ def check_free(trainer: Any, callback: Callback, path: str, folder: bool) -> Non
     taken = {getattr(other, name, None) for other in others for name in ("path", "best_path")}
     if any(isinstance(name, str) and Path(name) == Path(path) for name in taken):
         raise ValueError(f"path {path!r} is that of two callbacks; give each its own")
+
+
+@contextlib.contextmanager
+def averaged(trainer: Any, pl_module: Any) -> Iterator[None]:
+    """Have the average of the weights in the module, where a callback keeps one.
+
+    Validations judge the average, so it is what an export must hold, wherever that callback stands.
+    """
+    keepers = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]
+    keepers = [keeper for keeper in keepers if keeper._average_model is not None]
+    for keeper in keepers:
+        keeper._swap_models(pl_module)
+    try:
+        yield
+    finally:
+        for keeper in reversed(keepers):
+            keeper._swap_models(pl_module)
 
 
 def export_whole(pl_module: Any, root: Path, path: str) -> None:
@@ -392,7 +414,8 @@ class HFExport(Callback):
         sign = 1 if self.mode == "max" else -1
         if self.best is None or sign * value > sign * self.best:
             self.best = value
-            export_whole(pl_module, Path(trainer.default_root_dir), self.best_path)
+            with averaged(trainer, pl_module):
+                export_whole(pl_module, Path(trainer.default_root_dir), self.best_path)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.monitor is None else {"monitor": self.monitor, "best": self.best}
@@ -407,7 +430,8 @@ class HFExport(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if not is_rehearsal(trainer):
-            export_whole(pl_module, Path(trainer.default_root_dir), self.path)
+            with averaged(trainer, pl_module):
+                export_whole(pl_module, Path(trainer.default_root_dir), self.path)
 
 
 class PredictionWriter(Callback):

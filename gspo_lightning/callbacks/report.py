@@ -138,19 +138,19 @@ def sample_rows(outputs: dict[str, Any], tokenizer: Any, count: int) -> list[dic
         }
         for i in range(min(count, len(rollout.texts)))
     ]
-    return plain(rows)
+    return rounded(rows)
 
 
-def plain(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Numbers as JSON can hold them: six digits after the point, None for NaN and infinities.
 
-    >>> plain({"reward": 0.1 + 0.2, "parts": [float("nan"), 3, True]})
+    >>> rounded({"reward": 0.1 + 0.2, "parts": [float("nan"), 3, True]})
     {'reward': 0.3, 'parts': [None, 3, True]}
     """
     if isinstance(value, dict):
-        return {name: plain(part) for name, part in value.items()}
+        return {name: rounded(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(part) for part in value]
+        return [rounded(part) for part in value]
     if isinstance(value, (float, Tensor)):
         number = float(value)
         return round(number, 6) if math.isfinite(number) else None

@@ -48,6 +48,15 @@ def markdown(text: str) -> str:
     return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", printable(text, keep="\n\r\t"))
 
 
+def kind_of_value(value: Any) -> str:
+    """The kind of a value that others wrote, as they know it.
+
+    >>> kind_of_value(None), kind_of_value(1.5)
+    ('null', 'a float')
+    """
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
 def json_line(value: Any) -> str:
     r"""A line of JSON that gives ``value`` back, and is harmless on a terminal.
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint.fingerprints import digest
+from gspo_lightning.checkpoint.quoted import kind_of_value
 from gspo_lightning.checkpoint.ranks import check_start
 from gspo_lightning.data.demonstrations import TokenizedData, check_files, check_kind_of_data
 from gspo_lightning.data.stream import pad
@@ -102,7 +103,7 @@ class PromptData(TokenizedData):
     def setup(self, stage: str) -> None:
         """Read and tokenise what ``stage`` needs."""
         check_start(self.trainer)
-        check_kind_of_data(self, self.trainer.lightning_module)
+        check_kind_of_data(self)
         wanted = {
             "fit": ["path", "val_path"],
             "validate": ["val_path"],
@@ -219,7 +220,7 @@ class PromptData(TokenizedData):
         else:
             if not isinstance(prompt, str):
                 raise ValueError(
-                    f"{where}: column {self.prompt_column!r} is a {type(prompt).__name__}, not a "
+                    f"{where}: column {self.prompt_column!r} is {kind_of_value(prompt)}, not a "
                     "text; a list of chat messages needs data.chat_template: true"
                 )
             if len(prompt) > self.longest_text:  # tokenising megabytes would take minutes

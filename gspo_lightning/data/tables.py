@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gspo_lightning.checkpoint.quoted import kind_of_value
+
 READERS = (
     ".jsonl, .json (one object a line), .parquet, or a folder written by datasets.save_to_disk"
 )
@@ -105,7 +107,7 @@ def read_object(where: str, line: bytes) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {why_unreadable(error)}") from error
     if not isinstance(row, dict):
-        wrong = f'expected an object like {{"prompt": ...}}, got {type(row).__name__}'
+        wrong = f'expected an object like {{"prompt": ...}}, got {kind_of_value(row)}'
         raise ValueError(f"{where}: {wrong}; write one object a line")
     return row
 
@@ -179,9 +181,10 @@ def column(key: str, path: str, rows: list[dict], name: str, why: str = "") -> l
     for number, row in enumerate(rows, start=1):
         if row.get(name) is None:
             null = f", where {name!r} is null" if name in row else ""
+            there = str(sorted(row))[:300]
             raise ValueError(
-                f"{key}: {path}: row {number} has no column {name!r}{why}; it has {sorted(row)}"
-                f"{null}; mend the row, or name another column"
+                f"{key}: {path}: row {number} has no column {name!r}{why}; it has {there}{null}"
+                "; mend the row, or name another column"
             )
     return [row[name] for row in rows]
 
@@ -237,7 +240,7 @@ def text_column(key: str, path: str, rows: list[dict], name: str) -> list[str]:
         where = f"{key}: {path}: row {number}: column {name!r}"
         if not isinstance(value, str):
             raise ValueError(
-                f"{where} is a {type(value).__name__}, not a text; write a text, or name another "
+                f"{where} is {kind_of_value(value)}, not a text; write a text, or name another "
                 "column"
             )
         if not value:

@@ -26,6 +26,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from gspo_lightning.checkpoint.quoted import kind_of_value
+
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 AGAIN = "fetch or save the model again"
@@ -207,7 +209,7 @@ def read_json(key: str, file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{key}: {file} is not JSON: {reason(error)}; {AGAIN}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{key}: {file} holds a {type(found).__name__}, not an object; {AGAIN}")
+        raise ValueError(f"{key}: {file} holds {kind_of_value(found)}, not an object; {AGAIN}")
     return found
 
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.mode import leave_routers_out, stay_in_eval_mode
+from gspo_lightning.engine.norms import fuse_norms
 from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.engine.products import speed_up, uses_onednn
 from gspo_lightning.engine.texts import ends_of
@@ -102,6 +103,7 @@ class PolicyConfig:
         options = self.options(dtype) | ({"revision": self.revision} if path is None else {})
         model = folder.load_weights(key, auto, path or self.path, **options)
         open_attention(model)
+        fuse_norms(model)
         return model
 
 
@@ -287,6 +289,7 @@ def _random_model(config: PolicyConfig) -> Any:
     except Exception as error:  # whatever a model's code raises for sizes that do not fit
         raise folder.unloadable("policy.path", config.path, error) from error
     open_attention(model)
+    fuse_norms(model)
     return model
 
 

@@ -10,7 +10,8 @@ import json
 import numbers
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -138,6 +139,28 @@ def remake(
                 f"{name}.load_from_checkpoint(path, {argument}={{...}})"
             ) from error
     return made
+
+
+@contextmanager
+def restoring(owner: Any, path: Any) -> Iterator[None]:
+    """Say in one line that a checkpoint's weights do not fit, instead of a list of all names.
+
+    Raises:
+        ValueError: If they do not, with the first of the names.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        head, *lines = str(error).splitlines() or [""]
+        if not head.startswith("Error(s) in loading state_dict"):
+            raise
+        first = " ".join("".join(lines[:1]).split())
+        first = first if len(first) <= LONGEST_TEXT else f"{first[:LONGEST_TEXT]} ..."
+        raise ValueError(
+            f"{path} does not hold the weights of the {owner.__name__} that its settings and those "
+            f"given make: {first}; leave the policy's settings, such as policy.lora, as they were, "
+            "and load it with the class that was trained"
+        ) from error
 
 
 def _hints(owner: Any) -> dict[str, Any]:

@@ -284,7 +284,7 @@ class GSPOCLI(LightningCLI):
         for own, name in itertools.product(as_list(logger), ("_root_dir", "_save_dir")):
             path = getattr(own, name, None)  # a relative one keeps its meaning, as the run's does
             if isinstance(path, str) and "://" not in path:
-                setattr(own, name, os.path.abspath(os.path.expanduser(path)))
+                setattr(own, name, str(local_folder(path or ".", "trainer.logger")))
         kwargs |= {"callbacks": callbacks, "plugins": plugins, "logger": logger}
         kwargs |= {"default_root_dir": str(self.root)}
         try:
@@ -349,6 +349,7 @@ class GSPOCLI(LightningCLI):
         if self.checkpoint is not None and self.watch.rollouts == 0:
             end = "is the end of the run; raise its length to go on"
             say(f"nothing to do: {self.checkpoint} {end if why is None else f'was ended {why}'}")
+            self.watch.refuse()  # the curves that Lightning has opened stay empty
         elif why is not None:
             done = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
             total = total_batches(self.trainer)

@@ -54,12 +54,13 @@ class RunConfig(SaveConfigCallback):
         super().__init__(*args, **kwargs)
         self.checkpoint, self.terminal = checkpoint, terminal
         self.leftovers, self.command = leftovers, command
+        self.mark = ""  # in the names of the files of a continuation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write nothing yet: a run that cannot start should leave no trace."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the files; on continuing say in which settings they differ from the first ones."""
+        """Write the files of a run that begins, and its log."""
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
@@ -68,30 +69,42 @@ class RunConfig(SaveConfigCallback):
             move_leftovers(folder, self.leftovers)
         if self.terminal is not None:
             self.terminal.open(folder / LOG, self.command)
-        first = path = folder / CONFIG
-        mark = ""
-        if self.checkpoint is not None and first.exists():
+        if self.checkpoint is not None and (folder / CONFIG).exists():
             number = checkpoint_number(self.checkpoint)
-            mark = f"resume-{self.checkpoint.stem if number is None else f'{number:06d}'}"
-            path = folder / f"config.{mark}.yaml"
+            self.mark = f"resume-{self.checkpoint.stem if number is None else f'{number:06d}'}"
         mark_event_files(trainer)
+        if not self.mark:
+            self._write(folder / CONFIG)
+            write_provenance(folder, "")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write those of a continuation, unless nothing is left to do; say what is new in them."""
+        if not (trainer.is_global_zero and self.mark):
+            return
+        folder = Path(trainer.default_root_dir)
+        first, path = folder / CONFIG, folder / f"config.{self.mark}.yaml"
+        text = self._write(path)
+        if write_provenance(folder, self.mark):
+            file = folder / f"versions.{self.mark}.yaml"
+            say(f"the code or a version changed since {first}: see {file}")
+        new, old = flat(yaml.safe_load(text)), settings_in(first)
+        if old is None:
+            say(f"{first} is damaged: what has changed since cannot be said; see {path}")
+            return
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key) and key != "ckpt_path":
+                change = f"{key} {old.get(key)} -> {new.get(key)}"
+                shown = change if len(change) <= LONGEST_CHANGE else f"{key}, see {path}"
+                say(f"changed since {first}: {shown}")
+
+    def _write(self, path: Path) -> str:
+        """Write the config, first of all: it is what tells a run's folder from others."""
         config = self.config.clone()
         config.pop("accept_changes", None)  # given once: in the file it would hold for ever
         text = self.parser.dump(config, skip_unset=False)
-        with replacing(path) as file:  # first of all: it is what tells a run's folder from others
+        with replacing(path) as file:
             file.write(text.encode())
-        if write_provenance(folder, mark) and mark:
-            say(f"the code or a version changed since {first}: see {folder}/versions.{mark}.yaml")
-        if path != first:
-            new, old = flat(yaml.safe_load(text)), settings_in(first)
-            if old is None:
-                say(f"{first} is damaged: what has changed since cannot be said; see {path}")
-                return
-            for key in sorted(old.keys() | new.keys()):
-                if old.get(key) != new.get(key) and key != "ckpt_path":
-                    change = f"{key} {old.get(key)} -> {new.get(key)}"
-                    shown = change if len(change) <= LONGEST_CHANGE else f"{key}, see {path}"
-                    say(f"changed since {first}: {shown}")
+        return text
 
     def fingerprints(self) -> dict[str, Any]:
         """The settings that make this run the one it is."""
@@ -145,9 +158,7 @@ def check_writable(root: Path) -> None:
         with tempfile.TemporaryFile(dir=root):
             pass
     except OSError as error:
-        raise ValueError(
-            f"{KEY}: cannot write in {root}: {error.strerror}; name another folder with --{KEY} NEW"
-        ) from error
+        raise ValueError(f"{KEY}: cannot write in {root}: {error.strerror}; {ELSEWHERE}") from error
     finally:
         for folder in missing:  # the innermost first
             if folder.is_dir():

@@ -91,7 +91,8 @@ def _batches_to_max_steps(trainer: Any) -> float:
 
 def reached(trainer: Any) -> bool:
     """Whether a run has its planned length."""
-    done, total = trainer.fit_loop.total_batch_idx + 1, total_batches(trainer)
+    # not total_batch_idx: that counts a batch that a hook has refused, too
+    done, total = trainer.fit_loop.epoch_loop.batch_progress.total.started, total_batches(trainer)
     if total is not None and done >= total:
         return True
     return 0 <= max_steps(trainer) <= trainer.global_step

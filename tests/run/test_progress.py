@@ -516,7 +516,11 @@ def test_the_length_of_a_run(changes, expected):
     ],
 )
 def test_the_length_of_a_run_that_max_steps_bounds(done, steps, limit, total):
-    position = {"fit_loop": SimpleNamespace(total_batch_idx=done - 1), "global_step": steps}
+    progress = SimpleNamespace(total=SimpleNamespace(started=done))
+    loop = SimpleNamespace(
+        total_batch_idx=done - 1, epoch_loop=SimpleNamespace(batch_progress=progress)
+    )
+    position = {"fit_loop": loop, "global_step": steps}
     trainer, module = planned(max_steps=limit, **position)
     assert total_batches(trainer) == total
     assert reached(trainer) == (done == total)

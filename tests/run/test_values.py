@@ -83,6 +83,12 @@ def test_a_value_of_a_wrong_kind_in_a_config(at_work, capsys, tmp_path, overlay,
 @pytest.mark.parametrize(
     ("option", "line"),
     [
+        ("--trainer.barebones=true", "trainer.barebones leaves out curves, checkpoints and"),
+        (
+            "--model.optimizer.lr=1e-3",
+            "model: unknown key `optimizer.lr`, did you mean `optimizer.lea",
+        ),
+        ("--model.optimizer=torch.optim.AdamW", "model.optimizer: expected OptimizerConfig (lea"),
         ("--model.evaluation=null", "model.evaluation: expected settings, such as correct"),
         ("--model.num_epochs=", "model.num_epochs: expected int, got nothing"),
         ("--model.policy.stop_strings=','", "model.policy.stop_strings: expected list, got ','"),
