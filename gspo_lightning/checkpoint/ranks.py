@@ -120,21 +120,26 @@ def start_marks(trainer: Any) -> dict[str, Any]:
     marks |= {f"version of {name}": version(name) for name in _LIBRARIES}
     marks |= {"number of ranks": trainer.world_size, "code of gspo_lightning": _code()}
     marks |= {f"trainer.{name}": getattr(trainer, name, None) for name in _LIMITS}
-    path = trainer.ckpt_path
-    marks[CHECKPOINT] = None if path is None else f"{Path(path).name} ({mark_of(path)})"
     marks["seed_everything"] = int(os.environ.get("PL_GLOBAL_SEED", 0))
     if getattr(module, "tokenizer", None) is not None:
         marks["tokenizer"] = tokenizer_fingerprint(module.tokenizer)
     for name, term in getattr(module, "rewards", {}).items():
         marks[f"code of model.rewards.{name}"] = code_of(term.fn)
     given: dict[str, Any] = {}
-    for callback in trainer.callbacks:  # what a command was told
-        given |= getattr(callback, "flat_config", dict)()
+    for callback in trainer.callbacks:
+        if hasattr(callback, "flat_config"):  # what a command was told
+            given |= callback.flat_config()
+            marks |= checkpoint_mark(callback.checkpoint)
     if not given:  # a program: what its objects were made with
         owners = {"model": module, "data": trainer.datamodule}
         given = flat({k: dict(getattr(o, "hparams_initial", {})) for k, o in owners.items()})
     marks |= {key: value for key, value in given.items() if key.startswith(_COMPARED)}
     return {key: value for key, value in marks.items() if not _OWN.fullmatch(key)}
+
+
+def checkpoint_mark(path: Any) -> dict[str, str | None]:
+    """The name of the checkpoint from which a rank goes on, and its checksum; None without one."""
+    return {CHECKPOINT: None if path is None else f"{Path(path).name} ({mark_of(path)})"}
 
 
 def code_of(function: Any) -> str | None:

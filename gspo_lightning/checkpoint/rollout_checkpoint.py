@@ -38,6 +38,7 @@ from gspo_lightning.checkpoint.fingerprints import collect, differences, refuse_
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, beyond_plain, replacing
 from gspo_lightning.checkpoint.monitor import monitored
 from gspo_lightning.checkpoint.places import check_shared, local_folder
+from gspo_lightning.checkpoint.ranks import check_alike, checkpoint_mark
 from gspo_lightning.checkpoint.signals import StopSignals
 from gspo_lightning.checkpoint.tables import cut_tables, save_tables
 
@@ -317,6 +318,7 @@ class RolloutCheckpoint(Checkpoint):
         Raises:
             ValueError: If the run would begin anew in the folder of another one.
         """
+        check_alike(checkpoint_mark(trainer.ckpt_path))  # known by now to a program's ranks, too
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             _check_start(trainer)
         # Lift limits until training begins: Lightning would leave out the end of training, too,

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from gspo_lightning.checkpoint.ranks import RanksDiffer
@@ -254,6 +254,17 @@ def is_of_another_rank(error: BaseException) -> bool:
     return (ours or of_gloo) and _PEER_IS_GONE.search(text) is not None
 
 
+def is_late(error: BaseException) -> bool:
+    """Whether an error says that another rank has not answered within the time-out.
+
+    >>> is_late(RuntimeError("[gloo/unbound_buffer.cc:78] Timed out waiting 5ms for recv"))
+    True
+    """
+    text = str(error)
+    of_ranks = isinstance(error, torch.distributed.DistError) or "gloo" in text
+    return of_ranks and "timed out" in text.lower()
+
+
 def forbid_requeueing(plugins: list[Any]) -> None:
     """Take care that Lightning does not save in the middle of a rollout, in its signal handler.
 
@@ -264,8 +275,8 @@ def forbid_requeueing(plugins: list[Any]) -> None:
         ValueError: If one of them asks for it.
     """
     ours = [plugin for plugin in plugins if isinstance(plugin, SLURMEnvironment)]
-    if SLURMEnvironment.detect() and not ours:
-        plugins.append(SLURMEnvironment(auto_requeue=False))
+    if SLURMEnvironment.detect() and not ours and not TorchElasticEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # torchrun may run as a task of srun
     if any(plugin.auto_requeue for plugin in ours):
         raise ValueError(
             "trainer.plugins: SLURMEnvironment with auto_requeue saves in the middle of a rollout; "

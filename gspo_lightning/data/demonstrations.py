@@ -186,8 +186,8 @@ class SupervisedData(TokenizedData):
         self.val_examples: list[tuple[list[int], list[int]]] = []
 
     def setup(self, stage: str) -> None:
-        check_start(self.trainer)
         check_kind_of_data(self)
+        check_start(self.trainer)
         if self.stream is None and stage == "fit":
             examples = self._read("data.path", self.path)
             self.stream = self._stream(

@@ -102,8 +102,8 @@ class PromptData(TokenizedData):
 
     def setup(self, stage: str) -> None:
         """Read and tokenise what ``stage`` needs."""
-        check_start(self.trainer)
         check_kind_of_data(self)
+        check_start(self.trainer)
         wanted = {
             "fit": ["path", "val_path"],
             "validate": ["val_path"],
