@@ -42,7 +42,6 @@ from gspo_lightning.checkpoint.ranks import check_alike, checkpoint_mark
 from gspo_lightning.checkpoint.signals import StopSignals
 from gspo_lightning.checkpoint.tables import cut_tables, save_tables
 
-HALF_DONE = "a rollout was left half-way: something in it raised StopIteration, as an end"
 _TEMPORARY = re.compile(r"\..+\.(?:ckpt|yaml)\.\d+\.tmp")
 
 
@@ -125,10 +124,8 @@ class RolloutCheckpoint(Checkpoint):
         """Leave no trace of a fit that was refused."""
         drop_unused(trainer)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Save now, or leave it to the validation that is about to run."""
-        if getattr(pl_module, "step", None) is not None:  # Lightning passes over a StopIteration
-            raise RuntimeError(HALF_DONE)
         agree_to_stop(trainer)
         due, self._validates = self._is_due(trainer), _validation_follows(trainer)
         self._awaits_validation = due and self._validates
@@ -420,9 +417,10 @@ def agree_to_stop(trainer: Trainer) -> None:
     """Stop all ranks when a callback has stopped one: the others would wait for it for ever."""
     if trainer.state.fn != "fit" or trainer.sanity_checking:
         return
-    if trainer.world_size > 1 and in_pieces(trainer):
+    progress = trainer.fit_loop.epoch_loop.batch_progress.total
+    if trainer.world_size > 1 and progress.processed < progress.ready:
         # The other ranks are in the middle of the rollout: this question would meet their sums.
-        raise RuntimeError(HALF_DONE)
+        raise RuntimeError("a StopIteration in a hook has ended the training of this rank alone")
     if trainer.strategy.reduce_boolean_decision(trainer.should_stop, all=False):
         trainer.should_stop = True
 

@@ -84,9 +84,11 @@ class Silence:
             gone = rank not in alive
             behind = not gone and word.place < furthest
             quiet = now - (word.heard if gone else word.since)
-            if not (gone or behind):
+            if not gone:  # what comes back begins anew
+                self._said.pop((rank, True), None)
+            if not behind:
                 self._said.pop((rank, False), None)
-            elif quiet >= max(self.seconds, 2 * self._said.get((rank, gone), 0)):
+            if (gone or behind) and quiet >= max(self.seconds, 2 * self._said.get((rank, gone), 0)):
                 self._said[rank, gone] = quiet
                 host = json.loads(word.text)["host"]
                 name = f"rank {rank} ({host})"
