@@ -103,7 +103,7 @@ class GSPOModule(LightningModule):
         max_draws: Times that further prompts are drawn per rollout.
         max_faults: Optimizer steps in a row with NaN or infinities that end the run. Such a step is
             skipped, counted as ``optim/faults``, and its mini-batch kept in ``faults/`` of the run
-            for ``python train.py replay``.
+            for ``gspo replay``.
         stop_when: Names of the rules of run health that end the run when they speak, at the next
             rollout boundary, with a checkpoint; see ``guards.health.RULES``.
 

@@ -183,13 +183,13 @@ def shortened(text: str, longest: int) -> str:
     return f"{text[:half]} … {text[-half:]}"
 
 
-def rollout_line(metrics: Mapping[str, Any]) -> str:
+def rollout_figures(metrics: Mapping[str, Any]) -> list[str]:
     """The metrics of a rollout that a person follows, as far as they exist.
 
-    >>> rollout_line({"train/reward": 0.5, "time/score": 0.25})
-    'reward  0.500  score 0.25 s'
+    >>> rollout_figures({"train/reward": 0.5, "time/score": 0.25})
+    ['reward  0.500', 'score 0.25 s']
     """
-    return "  ".join(text.format(metrics[key]) for key, text in ROLLOUT_LINE if key in metrics)
+    return [text.format(metrics[key]) for key, text in ROLLOUT_LINE if key in metrics]
 
 
 def figures(metrics: Mapping[str, Any], stage: str = "val") -> dict[str, float]:
@@ -221,5 +221,5 @@ def word(name: str) -> str:
     return name
 
 
-def figures_line(values: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3f}" for name, value in values.items()) or "no figures"
+def figure_texts(values: Mapping[str, float]) -> list[str]:
+    return [f"{name} {value:.3f}" for name, value in values.items()] or ["no figures"]

@@ -20,6 +20,7 @@ from gspo_lightning.engine.states import predicting_states
 from gspo_lightning.policy.folder import check_model_folder, check_model_path
 from gspo_lightning.policy.policy import PolicyConfig, checkpoint_activations, make_ready
 from gspo_lightning.rollout import Rollout, Samples
+from gspo_lightning.start.shipped import find_data
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class CriticConfig:
                     f"critic.path {self.path} is not read with critic.backbone policy; use own, or "
                     "leave the path out"
                 )
+            object.__setattr__(self, "path", find_data(self.path))
             check_model_path("critic.path", self.path)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_lightning.checkpoint.quoted import kind_of_value
+from gspo_lightning.start.shipped import find_data
 
 READERS = (
     ".jsonl, .json (one object a line), .parquet, or a folder written by datasets.save_to_disk"
@@ -34,7 +35,7 @@ def read_rows(key: str, path: str) -> list[dict]:
         ValueError: If the file is missing, empty, of another kind, or has a broken row; the message
             names key, file and line.
     """
-    file = Path(path).expanduser()
+    file = Path(find_data(path)).expanduser()
     check_file(key, path)
     if file.is_dir() or file.suffix == ".parquet":
         rows = read_with_datasets(key, file)
@@ -50,7 +51,7 @@ def read_rows(key: str, path: str) -> list[dict]:
 
 def check_file(key: str, path: str) -> None:
     """Raise ValueError, naming the setting ``key``, if there is nothing at ``path``."""
-    file = Path(path).expanduser()
+    file = Path(find_data(path)).expanduser()
     if not file.exists():
         if file.is_symlink():
             raise ValueError(f"{key}: {path} is a link that leads nowhere; mend or replace it")

@@ -22,6 +22,7 @@ from gspo_lightning.engine.products import speed_up, uses_onednn
 from gspo_lightning.engine.texts import ends_of
 from gspo_lightning.policy import folder, four_bits
 from gspo_lightning.policy.lora import LoRAConfig, add_adapters, merged_weights
+from gspo_lightning.start.shipped import find_data
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "spiece*")
@@ -64,6 +65,7 @@ class PolicyConfig:
     load_in_4bit: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", find_data(self.path))
         folder.check_model_path("policy.path", self.path)
         if self.load_in_4bit:
             four_bits.check_four_bits(self.lora)

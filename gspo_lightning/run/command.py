@@ -5,7 +5,9 @@ callbacks, plugins and loggers a run has that its config does not name.
 """
 
 import itertools
+import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -41,9 +43,10 @@ from gspo_lightning.run import (
     progress,
     start_checks,
 )
-from gspo_lightning.run.plan import resume_command, this_python, total_batches
+from gspo_lightning.run.plan import longer_run, resume_command, total_batches
 from gspo_lightning.run.terminal_log import TerminalLog, begin_here, say
 from gspo_lightning.run.tracing import RolloutProfile
+from gspo_lightning.start import shipped
 
 config_files.keep_texts()
 config_files.keep_choices()
@@ -174,11 +177,14 @@ class GSPOCLI(LightningCLI):
             args=argv,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's four, without options that would do nothing here, and the doctor."""
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Lightning's four, without options that would do nothing here, and the doctor.
+
+        Of them the one that is asked for: the parsers of the others would take most of the time.
+        """
         four = {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
-        return four | {"doctor": {"model", "datamodule", "json", "thorough"}}
+        known = four | {"doctor": {"model", "datamodule", "json", "thorough"}}
+        return {name: skip for name, skip in known.items() if [name] == self.argv[:1]} or known
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.add_argument(
@@ -215,7 +221,10 @@ class GSPOCLI(LightningCLI):
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse; Lightning's version warns when a program passes arguments, as tests do."""
-        for path in config_files.config_paths(args):
+        args, notes = shipped.with_paths(args)
+        for note in notes:
+            say(note)
+        for path in shipped.config_names(args):
             config_files.check_config_file(path)
         try:
             self.config = parser.parse_args(config_files.nested_nulls(args))
@@ -238,6 +247,8 @@ class GSPOCLI(LightningCLI):
             raise ValueError("trainer.default_root_dir is null; give a folder, such as runs/mine")
         self.root = local_folder(config.trainer.default_root_dir)
         self.rehearsal = bool(config.trainer.fast_dev_run)
+        if ours := shipped.data_in(json.dumps(config.as_dict(), default=str)):
+            say(f"{', '.join(ours)}: not here, so taken from the package ({shipped.DATA})")
         trains = self.subcommand == "fit" and not self.rehearsal
         if trains:
             lock.check_lock(self.root)
@@ -262,7 +273,7 @@ class GSPOCLI(LightningCLI):
             "checkpoint": self.checkpoint,
             "terminal": self.watch.terminal,
             "leftovers": [] if self.checkpoint else folder.find_leftovers(self.root),
-            "command": ["train.py", *self.argv],
+            "command": ["gspo", *self.argv],
         }
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -355,7 +366,9 @@ class GSPOCLI(LightningCLI):
         if getattr(health, "stopped", None) is not None or in_pieces(self.trainer):
             self.code = 1
         if self.checkpoint is not None and self.watch.rollouts == 0:
-            end = "is the end of the run; raise its length to go on"
+            longer = shlex.join(str(x) for pair in longer_run(self.trainer).items() for x in pair)
+            end = f"is the end of the run; {longer} makes it longer, another run wants a "
+            end += "folder of its own, --trainer.default_root_dir NEW"
             say(f"nothing to do: {self.checkpoint} {end if why is None else f'was ended {why}'}")
             self.watch.refuse()  # the curves that Lightning has opened stay empty
         elif why is not None:
@@ -401,7 +414,7 @@ def where_to_go_on(argv: list[str], root: Path | None, read: bool = True) -> str
         return f"the checkpoints of {root} cannot be read: {error.strerror}"
     if newest is None:
         return "there is no checkpoint yet; the same command starts again"
-    go_on = resume_command(["train.py", *argv], {}, this_python())
+    go_on = resume_command(argv, {})
     return f"last checkpoint {newest}; continue with: {go_on}"
 
 

@@ -21,6 +21,7 @@ from gspo_lightning.guards.out_of_memory import OutOfMemory, is_out_of_memory
 from gspo_lightning.rewards.terms import RewardError
 from gspo_lightning.run.one_line import LONGEST, condense
 from gspo_lightning.run.terminal_log import say, shown
+from gspo_lightning.start import layout
 
 # What a user's mistake raises: bad values, missing files, devices, packages.
 MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException)
@@ -69,7 +70,9 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
     if text is None or os.environ.get("GSPO_TRACEBACK") == "1":
         sys.stderr.write(printable("".join(traceback.format_exception(error)), keep="\n"))
     if text is not None:
-        sys.stderr.write(f"error: {printable(shown(text))}\n")
+        sys.stderr.write(
+            f"{layout.styled('error:', layout.RED, sys.stderr)} {printable(shown(text))}\n"
+        )
         if not watch.begun:
             watch.refuse()
     if not watch.lock.lost() and (advice := go_on(True)):

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,11 @@ class RunConfig(SaveConfigCallback):
             return
         folder = Path(trainer.default_root_dir)
         first, path = folder / CONFIG, folder / f"config.{self.mark}.yaml"
-        text = self._write(path)
+        self._write(path)
         if write_provenance(folder, self.mark):
             file = folder / f"versions.{self.mark}.yaml"
             say(f"the code or a version changed since {first}: see {file}")
-        new, old = flat(yaml.safe_load(text)), settings_in(first)
+        new, old = flat(yaml.safe_load(self.text)), settings_in(first)
         if old is None:
             say(f"{first} is damaged: what has changed since cannot be said; see {path}")
             return
@@ -97,14 +98,10 @@ class RunConfig(SaveConfigCallback):
                 shown = change if len(change) <= LONGEST_CHANGE else f"{key}, see {path}"
                 say(f"changed since {first}: {shown}")
 
-    def _write(self, path: Path) -> str:
+    def _write(self, path: Path) -> None:
         """Write the config, first of all: it is what tells a run's folder from others."""
-        config = self.config.clone()
-        config.pop("accept_changes", None)  # given once: in the file it would hold for ever
-        text = self.parser.dump(config, skip_unset=False)
         with replacing(path) as file:
-            file.write(text.encode())
-        return text
+            file.write(self.text.encode())
 
     def fingerprints(self) -> dict[str, Any]:
         """The settings that make this run the one it is."""
@@ -112,7 +109,14 @@ class RunConfig(SaveConfigCallback):
 
     def flat_config(self) -> dict[str, Any]:
         """All settings of the command, keys joined by dots."""
-        return flat(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
+        return flat(yaml.safe_load(self.text))
+
+    @cached_property
+    def text(self) -> str:
+        """All settings, as YAML."""
+        config = self.config.clone()
+        config.pop("accept_changes", None)  # given once: in the file it would hold for ever
+        return self.parser.dump(config, skip_unset=False)
 
 
 def check_folder(root: Path, checkpoint: Path | None) -> None:
@@ -120,10 +124,12 @@ def check_folder(root: Path, checkpoint: Path | None) -> None:
     check_kinds(root)
     started = numbered_files(root)  # a damaged one, too, is of a run
     if checkpoint is None and started:
-        raise ValueError(
-            f"{root} already holds a run (up to {started[-1].name}); continue it with --ckpt_path "
-            f"last, or {ELSEWHERE}"
-        )
+        held = f"{root} already holds a run (up to {started[-1].name})"
+        done, length = checkpoint_number(started[-1]) or 0, planned_length(root)
+        if length is not None and done >= length:  # continued as it is, it would end at once
+            longer = f"--ckpt_path last --data.num_rollouts {2 * done}"
+            raise ValueError(f"{held}, which has its length; go on with {longer}, or {ELSEWHERE}")
+        raise ValueError(f"{held}; continue it with --ckpt_path last, or {ELSEWHERE}")
     if (root / FINISHED).exists():
         raise ValueError(
             f"{root} holds a finished run without checkpoints; {ELSEWHERE}, or remove "
@@ -147,6 +153,18 @@ def check_folder(root: Path, checkpoint: Path | None) -> None:
         foreign = [root / name for name in FRESH if os.path.lexists(root / name)]
     if foreign:
         raise ValueError(f"{foreign[0]} was not written by a run and would be lost; {ELSEWHERE}")
+
+
+def newest_config(root: Path) -> Path:
+    """The config with which the run in a folder was last continued, or started."""
+    return max(root.glob("config.resume-*.yaml"), default=root / CONFIG)
+
+
+def planned_length(root: Path) -> int | None:
+    """Rollouts of the run in a folder, as it was last continued; None if its config tells none."""
+    found = settings_in(newest_config(root)) or {}
+    length = found.get("data.init_args.num_rollouts")
+    return length if type(length) is int and found.get("trainer.max_epochs") == 1 else None
 
 
 @rank_zero_only

@@ -25,6 +25,7 @@ from gspo_lightning.checkpoint.io import disk_fault
 from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.guards.trainer import leave_out_noise
 from gspo_lightning.run.terminal_log import shown
+from gspo_lightning.start import layout
 
 LONGEST = 400  # characters of an error line; beyond come dumps of whole configs
 
@@ -64,7 +65,8 @@ class OneLineParser(LightningArgumentParser):
         message = self._name_the_unknown(message, getattr(ex, "subcommand_parser", None) or self)
         if not self.exit_on_error:
             super().error(message, ex)
-        sys.stderr.write(f"error: {printable(shown(condense(message)))}\n")
+        error = layout.styled("error:", layout.RED, sys.stderr)
+        sys.stderr.write(f"{error} {printable(shown(condense(message)))}\n")
         sys.exit(2)
 
     def validate(self, namespace: Any, *args: Any, **kwargs: Any) -> None:
@@ -86,6 +88,10 @@ class OneLineParser(LightningArgumentParser):
                 said = f"expected settings, such as {', '.join(known[:3])}; got {written(value)}"
                 raise TypeError(f'Parser key "{key}":\n  {said}')
 
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """Write settings down; they were checked when they were parsed, which takes long."""
+        return super().dump(*args, **{"skip_validation": True} | kwargs)
+
     def parse_object(self, cfg_obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Refuse settings that are no mapping; the error of jsonargparse names an attribute."""
         if not isinstance(cfg_obj, dict | Namespace):
@@ -103,12 +109,8 @@ class OneLineParser(LightningArgumentParser):
         refused = r"Option '(.+)' is not accepted|Subcommand '.+' does not accept option '(.+)'"
         if match := re.fullmatch(refused, message):
             return unknown(match[1] or match[2], dests)
-        if match := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
-            return f"unknown command `{match[1]}`; there are {match[2]}".replace("'", "")
-        if 'expected "subcommand"' in message:
-            return "no command; try python train.py fit --config configs/arithmetic.yaml"
         if match := re.fullmatch(r"the following arguments are required: (.*)", message):
-            whole = "give a config, such as --config configs/arithmetic.yaml"
+            whole = "give a config, such as --config arithmetic"
             way_out = whole if self.exit_on_error else "set it in the config"
             return f"{match[1]} missing; {way_out}"
         return message
@@ -285,7 +287,8 @@ def quiet() -> Iterator[None]:
     """Keep known noise out of the output, and show what warnings remain as one line each."""
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        sys.stderr.write(f"warning: {printable(shown(' '.join(str(message).split())))}\n")
+        text = printable(shown(" ".join(str(message).split())))
+        sys.stderr.write(f"{layout.styled('warning:', layout.YELLOW, sys.stderr)} {text}\n")
 
     def end(arguments: threading.ExceptHookArgs) -> None:
         # TensorBoard writes in a thread; its error is raised again where the thread is waited for.

@@ -137,7 +137,7 @@ def test_the_warning_names_step_tensors_count_and_dump(tmp_path, model_dir):
     dump = tmp_path / "faults" / "rollout=000001-step=002-rank0.pt"
     assert line == (
         "rollout 1, optimizer step 2: gradient not finite, so it is skipped (1 in a row; the run "
-        f"stops at 3); what is it? python train.py replay {dump}"
+        f"stops at 3); what is it? gspo replay {dump}"
     )
     assert dump.is_file()
 

@@ -49,7 +49,9 @@ def test_ranks_that_wait_in_a_phase_are_ahead_of_those_that_work_in_it():
 
 
 def test_the_first_rank_that_is_alive_speaks_for_all():
-    silent_first = [(t, [word(1, "score", 1), *[word(1, "score", t)] * 2]) for t in range(0, 90, 10)]
+    silent_first = [
+        (t, [word(1, "score", 1), *[word(1, "score", t)] * 2]) for t in range(0, 90, 10)
+    ]
     assert told(silent_first, rank=2) == {}
     assert list(told(silent_first, rank=1)) == [60]
 

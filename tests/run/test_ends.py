@@ -21,7 +21,7 @@ from support.run_folder import assert_same, names, scalars, state
 @pytest.fixture(autouse=True)
 def _folder(tmp_path, monkeypatch):
     enter(tmp_path, monkeypatch)
-    monkeypatch.setattr("gspo_lightning.run.command.this_python", lambda: "python")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 
 SAVER = "[{class_path: gspo_lightning.RolloutCheckpoint, init_args: {every_n_rollouts: 99}}]"
@@ -109,7 +109,7 @@ def test_a_stop_in_any_hook_leaves_a_checkpoint_and_a_line_and_loses_nothing(
     name = {"callback": "StopsAt", "module": "LateStops"}[who]
     assert capfd.readouterr().err.startswith(
         f"stopped after {rollout} of 6 batches by {name}._stop, which set trainer.should_stop; "
-        f"last checkpoint run/checkpoints/{path}; continue with: python train.py fit"
+        f"last checkpoint run/checkpoints/{path}; continue with: gspo fit"
     )
     assert fit("run", "--ckpt_path=auto", "--accept_changes=true") == 0
     now, before = state("run", 6), state(straight, 6)
@@ -215,7 +215,7 @@ def test_early_stopping_stands_for_as_long_as_its_settings_do(capfd):
     assert line.startswith(
         "stopped after 4 of 20 batches by EarlyStopping: Monitored metric val/size did not improve "
         "in the last 1 records. Best score: -8.000; change its settings to go on; last checkpoint "
-        "run/checkpoints/rollout=000004.ckpt, and then continue with: python train.py fit"
+        "run/checkpoints/rollout=000004.ckpt, and then continue with: gspo fit"
     )
     files = set(os.listdir("run"))
     assert fit("run", *STOPPING, f"{patience}=1", "--ckpt_path=last", length=20) == 0

@@ -12,7 +12,6 @@ import pytest
 import train
 from gspo_lightning.checkpoint import places
 from gspo_lightning.checkpoint.places import check_shared, local_folder
-from gspo_lightning.run.command import GSPOCLI
 from support.command import enter, instantiated, refused, run
 from support.repository import ROOT
 from support.run_folder import assert_same, names, scalars, state
@@ -36,8 +35,6 @@ HAPPENS = "--trainer.callbacks+=support.folder_events.Happens --trainer.callback
 def _folder(tmp_path, monkeypatch):
     enter(tmp_path, monkeypatch)
     Path("run.yaml").write_text(RUN)
-    commands = {"fit": GSPOCLI.subcommands()["fit"]}  # other parsers take most of the time
-    monkeypatch.setattr(GSPOCLI, "subcommands", staticmethod(lambda: commands))
 
 
 def contents():

@@ -1,0 +1,91 @@
+"""How this process was started, in the words that start it again.
+
+Decides what advice such as "continue with" begins with: a command that a reader can copy and run
+from the folder at hand. Imports the standard library alone.
+"""
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"  # a store for each attempt of torchrun
+# Of this machine, before Lightning sets the same variables for ranks that it starts.
+ADDRESS = {
+    name: os.environ[name]
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
+    if name in os.environ
+}
+
+
+def program(alone: bool = False) -> str:
+    """The words in front of a sub-command: `gspo`, `python -m gspo_lightning`, `python train.py`.
+
+    Under torchrun they begin with it and its number of processes, unless the sub-command runs
+    ``alone``, as those do that only look at a run. From a program that is none of
+    these three, such as a notebook, it is `gspo`, which comes with the package.
+    """
+    script, starter = Path(sys.argv[0]), None if alone else launcher()
+    if script.name == "train.py":
+        return f"{starter or this_python()} {shlex.quote(sys.argv[0])}"
+    if script.name == "__main__.py" and script.parent.name == "gspo_lightning":
+        return f"{starter or this_python()} -m gspo_lightning"
+    found = shutil.which("gspo")
+    named = script.name != "gspo" or (found is not None and Path(found) == script.absolute())
+    words = "gspo" if named else _from_here(sys.argv[0])
+    return words if starter is None else f"{starter} --no-python {words}"
+
+
+def launcher() -> str | None:
+    """The torchrun that started this process, as it was typed where that can be seen, or None."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    store = f"{NEW_STORE} " if os.environ.get(NEW_STORE[:-2]) == "1" else ""
+    words = _words_of(os.getppid())
+    ours = (sys.argv[0], "gspo", "gspo_lightning")
+    end = next((i for i, word in enumerate(words) if word in ours), 0)
+    if end and os.path.basename(words[1]) == "torchrun":  # a script: its Python stands before it
+        given = [word for word in words[2:end] if word not in ("-m", "--no-python")]
+        return store + shlex.join(["torchrun", *given])
+    nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+    first = "torchrun" if nodes == "1" else f"torchrun --nnodes={nodes}"
+    return f"{store}{first} --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', '1')}"
+
+
+def machines() -> str:
+    """What stands before all that where several machines run one training: srun, or an address."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ""  # torchrun has been told the address
+    if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        tasks = os.environ.get("SLURM_NTASKS_PER_NODE")
+        per_node = f"--ntasks-per-node={tasks} " if tasks else ""
+        return f"srun --nodes={os.environ.get('SLURM_NNODES', '1')} {per_node}"
+    return "".join(f"{k}={v} " for k, v in ADDRESS.items()) if "NODE_RANK" in ADDRESS else ""
+
+
+def _words_of(process: int) -> list[str]:
+    """The command line of a process; empty where the system does not tell."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text().rstrip("\0").split("\0")
+    except OSError:
+        return []
+
+
+def again(arguments: list[str]) -> str:
+    """The command with these arguments that computes the same bits, to be run from here."""
+    threads = os.environ.get("OMP_NUM_THREADS")  # another number adds in another order
+    first = "" if threads is None else f"OMP_NUM_THREADS={threads} "
+    return f"{first}{machines()}{program()} {shlex.join(arguments)}"
+
+
+def this_python() -> str:
+    """How to call the Python that runs, from here."""
+    found = shutil.which("python")
+    path = os.path.abspath(sys.executable)
+    return "python" if found is not None and os.path.abspath(found) == path else _from_here(path)
+
+
+def _from_here(path: str) -> str:
+    path = os.path.abspath(path)
+    return shlex.quote(os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path)
