@@ -275,8 +275,12 @@ def forbid_requeueing(plugins: list[Any]) -> None:
         ValueError: If one of them asks for it.
     """
     ours = [plugin for plugin in plugins if isinstance(plugin, SLURMEnvironment)]
+    # torchrun may run as a task of srun: its ranks are the ones that count then.
     if SLURMEnvironment.detect() and not ours and not TorchElasticEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # torchrun may run as a task of srun
+        try:
+            plugins.append(SLURMEnvironment(auto_requeue=False))
+        except RuntimeError as error:  # variables that do not fit each other
+            raise ValueError(f"SLURM: {error}") from error
     if any(plugin.auto_requeue for plugin in ours):
         raise ValueError(
             "trainer.plugins: SLURMEnvironment with auto_requeue saves in the middle of a rollout; "

@@ -32,7 +32,7 @@ def _one(number, count, port, answers, function, arguments):
 
 
 def on_ranks(function, *arguments, count=2, seconds=30):
-    """What ``function(rank, *arguments)`` returns on each rank: plain values, or an error's text."""
+    """What ``function(rank, *arguments)`` returns on each rank: plain values; an error as text."""
     fork = multiprocessing.get_context("fork")
     answers, port = fork.Queue(), free_port()
     common = (count, port, answers, function, arguments)
