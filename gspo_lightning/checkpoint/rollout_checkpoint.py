@@ -418,7 +418,7 @@ def agree_to_stop(trainer: Trainer) -> None:
     if trainer.state.fn != "fit" or trainer.sanity_checking:
         return
     progress = trainer.fit_loop.epoch_loop.batch_progress.total
-    if trainer.world_size > 1 and progress.processed < progress.ready:
+    if trainer.world_size > 1 and progress.processed < progress.ready:  # type: ignore[attr-defined]
         # The other ranks are in the middle of the rollout: this question would meet their sums.
         raise RuntimeError("a StopIteration in a hook has ended the training of this rank alone")
     if trainer.strategy.reduce_boolean_decision(trainer.should_stop, all=False):
