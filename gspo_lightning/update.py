@@ -240,7 +240,7 @@ class Updater:
         dump = None
         if self.faults.own:
             rank, trainer = step.ranks.rank, self.shell.trainer
-            name = f"rollout={step.index:06d}-step={step.num_updates:03d}-rank{rank}.pt"
+            name = f"rollout={step.index + 1:06d}-step={step.num_updates:03d}-rank{rank}.pt"
             dump = write_dump(
                 Path(trainer.default_root_dir, FOLDER, name),
                 self._with_own_pass(minibatch, step),

@@ -285,8 +285,7 @@ def test_a_module_that_is_called_gives_logits_whatever_the_padding(model_dir):
 @pytest.mark.parametrize(
     ("name", "value", "line"),
     [
-        ("policy", "a/path", r"model.policy: expected PolicyConfig \(path, .*, got str"),
-        ("rewards", {"a": digits}, r"model.rewards.a: expected RewardTerm \(fn, .*got function"),
+        ("policy", {"path": "a"}, r"model.policy: expected PolicyConfig \(path, .*, got dict"),
         ("optimizer", torch.optim.AdamW, r"expected OptimizerConfig \(learning_rate, .*AdamW"),
     ],
 )

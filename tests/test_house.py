@@ -38,7 +38,7 @@ LOOP = (
 # in one row knows nothing of its neighbours.
 ORDER = [
     ("maths", "start"),
-    ("engine", "checkpoint"),
+    ("engine", "checkpoint", "curves"),
     ("policy", "guards"),
     ("frozen", "critic", "rewards", "data", "supervised", "callbacks"),
     ("loop",),

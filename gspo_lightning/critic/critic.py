@@ -263,7 +263,9 @@ def load_critic(config: CriticConfig, policy_config: PolicyConfig, policy: Any) 
         )
     path = config.path or policy_config.path
     check_model_folder("critic.path", path, policy_config.trust_remote_code)
-    whole = replace(policy_config, load_in_4bit=False)  # all of a critic's weights are trained
+    whole = policy_config
+    if whole.load_in_4bit:  # all of a critic's weights are trained
+        whole = replace(whole, load_in_4bit=False)
     backbone = whole.load("critic.path", AutoModel, config.path)
     rows = backbone.get_input_embeddings().weight.shape[0]
     needed = policy.get_input_embeddings().weight.shape[0]

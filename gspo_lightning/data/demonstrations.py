@@ -270,8 +270,9 @@ class SFTData(SupervisedData):
 
     def _read(self, key: str, path: str) -> list[tuple[list[int], list[int]]]:
         rows = read_rows(key, path)
-        prompts = text_column(key, path, rows, self.prompt_column)
-        completions = text_column(key, path, rows, self.completion_column)
+        keys = "data.prompt_column", "data.completion_column"
+        prompts = text_column(key, path, rows, self.prompt_column, keys[0])
+        completions = text_column(key, path, rows, self.completion_column, keys[1])
         tokenizer = self.tokenizer
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no eos_token, so no demonstration could end")

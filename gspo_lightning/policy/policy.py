@@ -85,6 +85,17 @@ class PolicyConfig:
             options["quantization_config"] = four_bits.rounding(options["dtype"])
         return options
 
+    def own(self) -> Any:
+        """The model that is trained."""
+        if self.weights == "random":
+            return _random_model(self)
+        return self.load("policy.path", AutoModelForCausalLM)
+
+    def model_config(self) -> Any:
+        """The config of the model, without its weights."""
+        trust = self.trust_remote_code
+        return folder.read_config("policy.path", self.path, trust, self.revision)
+
     def check_device(self, key: str, device: torch.device) -> None:
         """Refuse a device that cannot hold such a policy, naming the setting that chose it."""
         if self.load_in_4bit:
@@ -259,10 +270,7 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
     """
     if tokenizer is None:
         tokenizer = load_tokenizer(config)
-    if config.weights == "random":
-        model = _random_model(config)
-    else:
-        model = config.load("policy.path", AutoModelForCausalLM)
+    model = config.own()
     # Recurrent models (Mamba, RWKV) have no cache to sample with; some also read the padding on the
     # left as text, so every log-prob would be wrong. Sampling sees what no signature shows.
     if "past_key_values" not in inspect.signature(model.forward).parameters:

@@ -437,6 +437,12 @@ def check_signatures(terms: Mapping[str, RewardTerm]) -> None:
             signature = inspect.signature(term.fn)
         except (TypeError, ValueError):
             continue  # written in C: seen when it is called
+        names = list(signature.parameters)
+        if names[:1] == ["completions"] or names[:2] == ["prompts", "completions"]:
+            raise ValueError(
+                f"model.rewards.{name}.fn takes {signature}, as TRL's reward functions do; wrap it "
+                "in gspo_lightning.rewards.TRLReward (here they take rows and completions)"
+            )
         try:
             signature.bind([], [])
         except TypeError as error:

@@ -10,7 +10,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -44,9 +45,9 @@ from gspo_lightning.run import (
     start_checks,
 )
 from gspo_lightning.run.plan import longer_run, resume_command, total_batches
-from gspo_lightning.run.terminal_log import TerminalLog, begin_here, say
+from gspo_lightning.run.terminal_log import TerminalLog, begin_here, say, working_folder
 from gspo_lightning.run.tracing import RolloutProfile
-from gspo_lightning.start import shipped
+from gspo_lightning.start import shipped, short
 
 config_files.keep_texts()
 config_files.keep_choices()
@@ -148,6 +149,8 @@ class CommandTrainer(Trainer):
 class GSPOCLI(LightningCLI):
     """Lightning's commands and `doctor`, with this project's run folder and checkpoints."""
 
+    kind_of_parser = one_line.OneLineParser
+
     def __init__(self, argv: list[str], watch: Watch) -> None:
         self.code = 0  # exit code of a command that ran to its end
         self.watch = watch
@@ -164,7 +167,7 @@ class GSPOCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             trainer_class=CommandTrainer,
-            parser_class=one_line.OneLineParser,
+            parser_class=self.kind_of_parser,
             save_config_callback=folder.RunConfig,
             seed_everything_default=0,  # True would draw another seed on continuing
             trainer_defaults={
@@ -205,6 +208,7 @@ class GSPOCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> Any:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.epilog = short.help_text()
         if subcommand == "fit":
             parser.add_argument(
                 "--accept_changes",
@@ -221,7 +225,7 @@ class GSPOCLI(LightningCLI):
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse; Lightning's version warns when a program passes arguments, as tests do."""
-        args, notes = shipped.with_paths(args)
+        args, notes = shipped.with_paths(short.written_out(args))
         for note in notes:
             say(note)
         for path in shipped.config_names(args):
@@ -430,6 +434,24 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     watch = Watch()
+    with taken_over(watch, argv):
+        try:
+            launch.check_variables()
+            with one_line.quiet():
+                if argv[:1] == ["replay"]:
+                    return resolve_name(TOOLS["replay"])(argv[1:])
+                code = GSPOCLI(argv, watch).code
+            if watch.signals.number is not None:
+                name = signal.Signals(watch.signals.number).name
+                say(f"{name}: stopped; {where_to_go_on(argv, watch.root)}")
+            return watch.signals.exit_code or code
+        except BaseException as error:
+            return ending.report(error, watch, partial(where_to_go_on, argv, watch.root))
+
+
+@contextmanager
+def taken_over(watch: Watch, argv: list[str]) -> Iterator[None]:
+    """Have the process's streams, signals and umask as a run needs them, for a while."""
     begin_here()
     umask = os.umask(0o022)  # no group and no stranger may change the files of a run
     os.umask(umask | 0o022)
@@ -438,19 +460,13 @@ def main(argv: list[str] | None = None) -> int:
     watch.signals.on_lost_rank = lambda text: ending.report_lost_rank(
         text, watch, partial(where_to_go_on, argv, watch.root)
     )
+    # Rewards of the user's lie in the working folder, and Python looks where its script lies.
+    paths = [folder for folder in working_folder() if not {"", folder} & {*sys.path}]
+    sys.path += paths
     try:
-        launch.check_variables()
-        with one_line.quiet():
-            if argv[:1] == ["replay"]:
-                return resolve_name(TOOLS["replay"])(argv[1:])
-            code = GSPOCLI(argv, watch).code
-        if watch.signals.number is not None:
-            name = signal.Signals(watch.signals.number).name
-            say(f"{name}: stopped; {where_to_go_on(argv, watch.root)}")
-        return watch.signals.exit_code or code
-    except BaseException as error:
-        return ending.report(error, watch, partial(where_to_go_on, argv, watch.root))
+        yield
     finally:
+        sys.path[:] = [path for path in sys.path if path not in paths]
         watch.signals.restore()
         watch.terminal.close()
         watch.lock.release()

@@ -46,6 +46,8 @@ GSPO, Group Sequence Policy Optimization, and its kin on PyTorch Lightning.
   gspo fit --config arithmetic                            train the embedded demo, here
   gspo fit --config arithmetic --ckpt_path last           continue
   gspo fit --config base --config task/gsm8k --config hardware/one_gpu
+  gspo fit --policy NAME --data rows.jsonl --reward my_rewards.polite    an own run; these three
+                                                          and others are short: gspo fit --help
   gspo configs task/gsm8k > mine.yaml                     a config of your own
   gspo COMMAND --help                                     every option
 

@@ -26,6 +26,7 @@ from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.guards.trainer import leave_out_noise
 from gspo_lightning.run.terminal_log import shown
 from gspo_lightning.start import layout
+from gspo_lightning.start.short import SHORT
 
 LONGEST = 400  # characters of an error line; beyond come dumps of whole configs
 
@@ -65,8 +66,11 @@ class OneLineParser(LightningArgumentParser):
         message = self._name_the_unknown(message, getattr(ex, "subcommand_parser", None) or self)
         if not self.exit_on_error:
             super().error(message, ex)
-        error = layout.styled("error:", layout.RED, sys.stderr)
-        sys.stderr.write(f"{error} {printable(shown(condense(message)))}\n")
+        self.refuse(printable(shown(condense(message))))
+
+    def refuse(self, line: str) -> NoReturn:
+        """Say what is wrong, and end the process."""
+        sys.stderr.write(f"{layout.styled('error:', layout.RED, sys.stderr)} {line}\n")
         sys.exit(2)
 
     def validate(self, namespace: Any, *args: Any, **kwargs: Any) -> None:
@@ -101,7 +105,11 @@ class OneLineParser(LightningArgumentParser):
     def _name_the_unknown(self, message: str, parser: Any) -> str:
         dests = [action.dest for action in parser._actions]
         if match := re.fullmatch(r"unrecognized arguments: (--)?([^ =]+).*", message, re.DOTALL):
-            return unknown(match[2], dests) if match[1] else f"unexpected argument `{match[2]}`"
+            return (
+                unknown(match[2], [*dests, *SHORT])
+                if match[1]
+                else f"unexpected argument `{match[2]}`"
+            )
         if match := re.fullmatch(r"Group '(.+)' does not accept option '(.+)'", message):
             group = f"{match[1]}."
             inside = [dest.removeprefix(group) for dest in dests if dest.startswith(group)]
@@ -111,7 +119,10 @@ class OneLineParser(LightningArgumentParser):
             return unknown(match[1] or match[2], dests)
         if match := re.fullmatch(r"the following arguments are required: (.*)", message):
             whole = "give a config, such as --config arithmetic"
-            way_out = whole if self.exit_on_error else "set it in the config"
+            in_config = "set it in the config"
+            if match[1] == "rewards":
+                in_config += ", or give --reward my_rewards.polite (the import path of a function)"
+            way_out = whole if self.exit_on_error else in_config
             return f"{match[1]} missing; {way_out}"
         return message
 

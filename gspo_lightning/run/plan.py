@@ -23,6 +23,7 @@ from gspo_lightning.optim import OptimizerConfig, learning_rate_factor
 from gspo_lightning.policy.folder import sizes
 from gspo_lightning.policy.policy import multiplies_by_onednn
 from gspo_lightning.sampling import GroupSampler
+from gspo_lightning.start.short import SHORT
 from gspo_lightning.start.typed import again
 
 IN_TURN = ("KV cache", "micro-batch", "optimizer step")  # of memory, never held together
@@ -541,7 +542,9 @@ def resume_command(words: list[str], longer: Mapping[str, int]) -> str:
         longer: An option to raise, for a run that has reached its end.
     """
     nested = [name.replace("--data.", "--data.init_args.") for name in longer]
-    replaced = ["--ckpt_path", "--accept_changes", *longer, *nested]  # accepted once is enough
+    short = [f"--{flag}" for flag, (key, _) in SHORT.items() if f"--{key}" in longer]
+    # accepted once is enough
+    replaced = ["--ckpt_path", "--accept_changes", *longer, *nested, *short]
     arguments, skip = [], False
     for argument in words:
         if not skip and argument.partition("=")[0] not in replaced:

@@ -23,9 +23,10 @@ from gspo_lightning.callbacks import CurvePlot, HFExport, PredictionWriter, Samp
 from gspo_lightning.callbacks.report import figure_texts, figures, rollout_figures
 from gspo_lightning.checkpoint.files import BEST, FOLDER, list_checkpoints
 from gspo_lightning.run import plan
+from gspo_lightning.run.first_page import first_page
 from gspo_lightning.run.terminal_log import lines_above_bars, say, say_beside
 from gspo_lightning.start import layout
-from gspo_lightning.start.typed import program
+from gspo_lightning.start.typed import is_call, program
 
 BAR_AND_TIMES = 20  # columns of a short bar, elapsed and remaining time
 FREE = 3  # columns behind a bar, where a terminal shows the Ctrl-C that is typed
@@ -259,8 +260,11 @@ class RunSummary(Callback):
 
     def _plan(self, trainer: Any, pl_module: Any) -> None:
         if not self._planned and trainer.is_global_zero:
-            for line in plan.plan_lines(trainer, pl_module):
+            lines = plan.plan_lines(trainer, pl_module)
+            for line in lines:
                 say_beside(line[:10], line[10:].split(" "))
+            done = trainer.fit_loop.total_batch_idx + 1
+            loggers.log_page(trainer, "run", first_page(trainer, pl_module, lines), done)
         self._planned = True
 
     on_sanity_check_start = _plan
@@ -302,7 +306,7 @@ class RunSummary(Callback):
         if not list_checkpoints(root):
             return lines | {"resume": "not possible: no checkpoint was written"}
         longer = plan.longer_run(trainer) if plan.reached(trainer) else {}
-        if sys.argv[1:2] == ["fit"]:
+        if sys.argv[1:2] == ["fit"] or is_call():
             go_on = plan.resume_command(sys.argv[1:], longer)
         else:  # a program of the user's
             raised = [f"{key.removeprefix('--')} = {value}" for key, value in longer.items()]

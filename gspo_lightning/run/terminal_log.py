@@ -37,9 +37,14 @@ def begin_here() -> None:
         _start.append(os.getcwd().rstrip("/"))
 
 
+def working_folder() -> list[str]:
+    """What ``begin_here`` has noted: one folder, or none."""
+    return list(filter(None, _start))
+
+
 def shown(text: str) -> str:
     """Text in which paths below the folder of the command begin there."""
-    for folder in filter(None, _start):
+    for folder in working_folder():
         text = re.sub(rf"(?<![^\s'\"`=(,:]){re.escape(folder)}/(?=[^\s/])", "", text)
     return text
 

@@ -7,6 +7,7 @@ they lie in configs/ and data/, in a wheel inside the package. Imports the stand
 import argparse
 import difflib
 import itertools
+import os
 import re
 import shutil
 import sys
@@ -98,7 +99,7 @@ def find_data(path: str) -> str:
 
     So the configs work in any folder. Whatever else ``path`` is comes back as it is.
     """
-    top, _, rest = path.partition("/")
+    top, _, rest = os.fspath(path).partition("/")
     ours = DATA / rest
     missing = top == "data" and rest and not Path(path).exists()
     return str(ours) if missing and ".." not in ours.parts and ours.exists() else path

@@ -4,10 +4,13 @@ Decides what advice such as "continue with" begins with: a command that a reader
 from the folder at hand. Imports the standard library alone.
 """
 
+import itertools
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"  # a store for each attempt of torchrun
@@ -17,6 +20,9 @@ ADDRESS = {
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
     if name in os.environ
 }
+# The function of the package that a program has called in place of a command, if it is at work.
+_called: list[str] = []
+_KEYWORDS = {"--data.num_rollouts": "rollouts", "--ckpt_path": "ckpt_path"}  # of that function
 
 
 def program(alone: bool = False) -> str:
@@ -35,6 +41,21 @@ def program(alone: bool = False) -> str:
     named = script.name != "gspo" or (found is not None and Path(found) == script.absolute())
     words = "gspo" if named else _from_here(sys.argv[0])
     return words if starter is None else f"{starter} --no-python {words}"
+
+
+@contextmanager
+def called(name: str) -> Iterator[None]:
+    """Have advice name a function, which a program has called, instead of a command."""
+    _called.append(name)
+    try:
+        yield
+    finally:
+        _called.pop()
+
+
+def is_call() -> bool:
+    """Whether a program has called such a function, which is at work."""
+    return bool(_called)
 
 
 def launcher() -> str | None:
@@ -74,6 +95,11 @@ def _words_of(process: int) -> list[str]:
 
 def again(arguments: list[str]) -> str:
     """The command with these arguments that computes the same bits, to be run from here."""
+    if _called:
+        pairs = itertools.pairwise(arguments)
+        given = {_KEYWORDS[key]: value for key, value in pairs if key in _KEYWORDS}
+        written = [f"{k}={v if v.isdigit() else repr(v)}" for k, v in given.items()]
+        return f"{_called[-1]}({', '.join(['...', *written])})"
     threads = os.environ.get("OMP_NUM_THREADS")  # another number adds in another order
     first = "" if threads is None else f"OMP_NUM_THREADS={threads} "
     return f"{first}{machines()}{program()} {shlex.join(arguments)}"

@@ -284,9 +284,6 @@ def test_parquet_and_dataset_folders_give_the_rows_of_json_lines(tmp_path, promp
     table.save_to_disk(str(tmp_path / "folder"))
     assert read_rows("data.path", str(tmp_path / "p.parquet")) == rows
     assert read_rows("data.path", str(tmp_path / "folder")) == rows
-    datasets.DatasetDict(train=table).save_to_disk(str(tmp_path / "splits"))
-    with pytest.raises(ValueError, match=r"several splits \['train'\]"):
-        read_rows("data.path", str(tmp_path / "splits"))
 
 
 # --- demonstrations ------------------------------------------------------------------------------

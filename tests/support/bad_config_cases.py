@@ -203,7 +203,7 @@ CONFIG = [
     ),
     Case(
         "config is a loop",
-        ("config", "b.yaml", "configs arithmetic` shows one"),
+        ("config", "b.yaml", "configs` lists the package's"),
         options="--config b.yaml",
         files={"b.yaml": loop},
     ),
