@@ -54,6 +54,7 @@ from gspo_lightning.rewards import (
 )
 from gspo_lightning.rollout import PromptBatch, Rollout, stream_seed
 from gspo_lightning.sampling import GroupSampler, Sampler
+from gspo_lightning.sharding import share_out, weights_of
 from gspo_lightning.step import Clock, Ranks, Step
 from gspo_lightning.tally import RolloutTally
 from gspo_lightning.update import Updater
@@ -230,7 +231,8 @@ class GSPOModule(LightningModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Collect a rollout and update on it: the whole algorithm, once."""
         step = self.begin_step()
-        rollout = self.collector.collect(batch, step)
+        with step.ranks.weights.apart():
+            rollout = self.collector.collect(batch, step)
         rollout, ratios = self.updater.learn(rollout, step)
         return self.report(rollout, ratios, step)
 
@@ -251,6 +253,7 @@ class GSPOModule(LightningModule):
             # A tensor made on the CPU goes to the device first: that device's backend adds up.
             sum=lambda x: trainer.strategy.reduce(x.to(self.device), reduce_op="sum"),
             gather=lambda x: self.all_gather(x.to(self.device)),  # type: ignore[arg-type, return-value]
+            weights=weights_of(trainer),
         )
         known = self.tally, self.choices, self.kl_coef
         self.step = Step(index, self.seed, ranks, clock, *known)
@@ -311,6 +314,7 @@ class GSPOModule(LightningModule):
         if self.policy is None:
             self.policy = load_policy(self.policy_config, self.tokenizer)
             self.policy.train()  # computes as in eval mode, but recomputes activations where set
+            share_out(self.policy, self._trainer)
         if self.critic_config is not None and self.needs_critic and self.critic is None:
             self.critic = load_critic(self.critic_config, self.policy_config, self.policy.model)
         self.frozen.share(self.policy)
@@ -504,5 +508,6 @@ class GSPOModule(LightningModule):
 
     def export(self, path: str | Path) -> None:
         """Write the policy as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
+        state = weights_of(self._trainer).state(self.policy.model, self.global_rank == 0)  # type: ignore[union-attr]
         if self.global_rank == 0:
-            self.policy.export(path)  # type: ignore[union-attr]
+            self.policy.export(path, state)  # type: ignore[union-attr]

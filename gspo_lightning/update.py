@@ -27,6 +27,7 @@ from gspo_lightning.objectives import importance_log_ratio, token_weights
 from gspo_lightning.old_logprobs import OldLogProbs
 from gspo_lightning.rollout import Rollout
 from gspo_lightning.sampling import Sampler
+from gspo_lightning.sharding import whole_tensor
 from gspo_lightning.step import Step
 
 
@@ -264,7 +265,7 @@ class Updater:
     def settle_gradient(self, optimizer: Any, step: Step) -> None:
         """Measure the gradient, scale it down to ``max_grad_norm``, drop it if it is at fault."""
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), limit)
+        norm = whole_tensor(nn.utils.clip_grad_norm_(self.policy.parameters(), limit))
         norms = {"policy/grad_norm": norm}
         if self.critic is not None:
             norms["critic/grad_norm"] = self.critic.clip_gradient(self.max_grad_norm)

@@ -132,9 +132,14 @@ class Policy(nn.Module):
         check_special_ids(model, {"eos_token_id": self.eos_ids, "pad_token": [self.pad_id]})
         make_ready(model)
 
-    def export(self, path: str | Path) -> None:
-        """Write model and tokenizer as a folder that ``from_pretrained`` loads."""
-        self.model.save_pretrained(path)
+    def export(self, path: str | Path, state: dict[str, Any] | None = None) -> None:
+        """Write model and tokenizer as a folder that ``from_pretrained`` loads.
+
+        Args:
+            path: The folder.
+            state: The model's weights, where this rank has but a part of them.
+        """
+        self.model.save_pretrained(path, state_dict=state)
         self.tokenizer.save_pretrained(path)
 
 
@@ -161,7 +166,7 @@ class LoRAPolicy(Policy):
         self.register_state_dict_post_hook(_keep_adapters)
         self.register_load_state_dict_post_hook(_expect_adapters)
 
-    def export(self, path: str | Path) -> None:
+    def export(self, path: str | Path, state: dict[str, Any] | None = None) -> None:
         """Write a merged model, or the adapters for ``PeftModel.from_pretrained``."""
         if self.lora.export == "adapter":
             # the embedding has no adapters; without the argument peft would ask the hub about it

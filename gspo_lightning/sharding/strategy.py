@@ -1,0 +1,126 @@
+"""FSDP2 as a strategy of Lightning's: a policy larger than one card.
+
+Decides that all ranks share one policy, when it is cut, and that a checkpoint holds what one of DDP
+holds, so that either continues the other, on any number of ranks.
+"""
+
+from contextlib import ExitStack
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
+from torch.optim import Optimizer
+
+from gspo_lightning.sharding.cut import cut, part_of, try_ways, whole_state
+from gspo_lightning.sharding.ranks import Sharded
+
+
+class FSDP2(ModelParallelStrategy):
+    """Every rank holds a part of the policy's weights, gradients and moments.
+
+    Args:
+        rollout: ``gathered`` keeps the whole policy on each card while completions are drawn and
+            scored, in the type that it computes in: quick, but it must fit there once.
+        reshard_after_forward: Whether a layer's weights are let go between forward and backward;
+            False saves sending them again, for memory.
+        cpu_offload: Keep weights, gradients and moments in host memory, and update there.
+        timeout_minutes: How long a rank waits for the others before it gives up.
+        process_group_backend: ``nccl`` on GPUs and ``gloo`` on CPUs, unless said otherwise.
+    """
+
+    def __init__(
+        self,
+        rollout: Literal["gathered"] = "gathered",
+        reshard_after_forward: bool = True,
+        cpu_offload: bool = False,
+        timeout_minutes: float = 30.0,
+        process_group_backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+        self.rollout = rollout
+        self.reshard_after_forward = reshard_after_forward
+        self.cpu_offload = cpu_offload
+        self.weights: Sharded | None = None
+        self._apart = ExitStack()  # entered while an evaluation calls the policy
+
+    # The policy is cut in `configure_model`, so a checkpoint can be restored when it is under DDP:
+    # before callbacks and module begin to fit, which read what it holds.
+    restore_checkpoint_after_setup = False  # type: ignore[assignment]
+    lightning_restore_optimizer = True  # type: ignore[assignment]
+
+    def setup_environment(self) -> None:
+        """Make one group of all ranks; Lightning's own choice would be a policy per node."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
+        super().setup_environment()
+
+    def share_out(self, policy: Any) -> None:
+        """Leave this rank its part of a policy."""
+        assert self.lightning_module is not None
+        mixed = str(self.lightning_module.trainer.precision) == "bf16-mixed"
+        self.weights = Sharded(self.root_device)
+        self.weights.model = policy.model
+        computed = torch.bfloat16 if mixed else None
+        mesh = self.device_mesh["data_parallel"]
+        cut(policy.model, mesh, computed, self.reshard_after_forward, self.cpu_offload)
+        try_ways(policy.model)
+
+    # --- evaluation ----------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """Gather the policy for a whole evaluation: ranks may have fewer batches than others."""
+        assert self.weights is not None
+        self._apart.enter_context(self.weights.apart())
+
+    def on_validation_end(self) -> None:
+        """Let the other parts go."""
+        self._apart.close()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
+    # --- checkpoints ---------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What DDP would save, on rank 0; the others have the names alone."""
+        self._apart.close()  # callbacks save at the end of a validation, before its last hook here
+        assert self.lightning_module is not None
+        state = self.lightning_module.state_dict(keep_vars=True)
+        return whole_state(state, wanted=self.global_rank == 0)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """What DDP would save: Lightning's own way numbers parameters in the model's order."""
+        state = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        return whole_state(state, wanted=self.global_rank == 0)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        """Read a checkpoint that any number of ranks, or DDP, wrote."""
+        return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        """Take this rank's part of each weight."""
+        module: Any = self.lightning_module
+        own = dict(module.named_parameters(remove_duplicate=False))
+        saved = checkpoint["state_dict"]
+        parts = {name: part_of(value, own.get(name)) for name, value in saved.items()}
+        module.load_state_dict(parts, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Take this rank's part of each moment."""
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            numbers = [n for group in saved["param_groups"] for n in group["params"]]
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            of = dict(zip(numbers, parameters, strict=True))
+            state = {
+                number: {name: part_of(value, of[number]) for name, value in entry.items()}
+                for number, entry in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": state})
+
+
+StrategyRegistry.register("fsdp2", FSDP2, "A part of the policy on each rank", override=True)
