@@ -5,7 +5,7 @@ Decides what is a unit that is gathered at once: each layer, and one more of all
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ def compute_device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def units(model: nn.Module) -> list[FSDPModule]:
+def units(model: nn.Module) -> list[Any]:
     """What is gathered at once; nothing in a model that is not sharded."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
@@ -105,30 +105,30 @@ def reshard_all(model: nn.Module) -> None:
 def gathered(model: nn.Module) -> Iterator[None]:
     """Keep the weights whole; all ranks begin and end together and call it as they like within.
 
-    Nothing may be trained within.
+    It is a plain model within: FSDP2's own hooks would cost time at every token, and a recording of
+    decode steps would fail on what they wait for. Nothing may be trained.
     """
-    root = unwrapped(model)
-    layers = [unit for unit in units(model) if unit is not root]
-    before = [
-        unit._get_fsdp_state()._fsdp_param_groups[0]._reshard_after_forward for unit in layers
-    ]
-    for unit in layers:
-        unit.set_reshard_after_forward(False, recurse=False)
     # Tensors made in inference mode, as within trainer.validate, could not be trained later.
     with torch.inference_mode(False), torch.no_grad():
         for unit in units(model):
             unit.unshard()
+    kept = [(unit, unit._forward_pre_hooks, unit._forward_hooks) for unit in units(model)]
+    for unit, before, behind in kept:
+        state = unit._get_fsdp_state()
+        ids = state._pre_forward_hook_handle.id, state._post_forward_hook_handle.id
+        unit._forward_pre_hooks = type(before)((k, h) for k, h in before.items() if k not in ids)
+        unit._forward_hooks = type(behind)((k, h) for k, h in behind.items() if k not in ids)
     try:
         yield
     finally:
-        for unit, reshards in zip(layers, before, strict=True):
-            unit.set_reshard_after_forward(reshards, recurse=False)
+        for unit, before, behind in kept:
+            unit._forward_pre_hooks, unit._forward_hooks = before, behind
         reshard_all(model)
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
     """A tensor that is no part of one; all ranks must call."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return cast(Any, tensor).full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_state(state: Any, wanted: bool, done: dict[int, Tensor] | None = None) -> Any:

@@ -50,8 +50,8 @@ class FSDP2(ModelParallelStrategy):
 
     # The policy is cut in `configure_model`, so a checkpoint can be restored when it is under DDP:
     # before callbacks and module begin to fit, which read what it holds.
-    restore_checkpoint_after_setup = False  # type: ignore[assignment]
-    lightning_restore_optimizer = True  # type: ignore[assignment]
+    restore_checkpoint_after_setup = False
+    lightning_restore_optimizer = True
 
     def setup_environment(self) -> None:
         """Make one group of all ranks; Lightning's own choice would be a policy per node."""
