@@ -165,9 +165,10 @@ class Updater:
         wanted = step.choices.entropy_coef != 0 or step.num_updates <= self.num_minibatches
         passes: list[Pass] = []
         pieces = self.sizes.pieces(minibatch)
-        for rows in pieces:
+        for rows, counts in step.ranks.weights.even(pieces):
             last = len(passes) == len(pieces) - 1
-            micro, share = minibatch.select(rows), weights[rows.to(weights.device)]
+            micro, share = minibatch.select(rows), weights[rows.to(weights.device)] * counts
+            micro = micro if counts else replace(micro, mask=torch.zeros_like(micro.mask))
             with optimizer.toggle_model(sync_grad=last):
                 found = samples_logprobs(
                     self.policy.model, micro, self.sampler.temperature, with_entropy=wanted
@@ -186,7 +187,8 @@ class Updater:
             entropy = None if found.entropy is None else found.entropy.detach()
             found = LogProbs(found.logprobs.detach(), entropy)
             value = value and value._replace(loss=value.loss.detach())
-            passes.append(Pass(rows, found, loss.detach(), log_ratio, value))
+            if counts:
+                passes.append(Pass(rows, found, loss.detach(), log_ratio, value))
         return passes
 
     def _with_own_pass(self, minibatch: Rollout, step: Step) -> Rollout:
@@ -222,7 +224,7 @@ class Updater:
                 "rollout, which cannot be repeated; continue from the last checkpoint with a "
                 f"smaller model.init_args.{key}"
             ) from error
-        if step.synced and step.ranks.count > 1:
+        if step.ranks.weights.sharded or (step.synced and step.ranks.count > 1):
             # Other ranks may have the half of a gradient that this rank was sending.
             raise OutOfMemory(
                 f"out of memory in {self._place(step)} ({key} {size}), in a pass that other ranks "
@@ -238,14 +240,14 @@ class Updater:
     def _skip(self, minibatch: Rollout, weights: Tensor, step: Step) -> None:
         """Count a step at fault and write it down; the optimizer has found no gradient."""
         self._count_step(step, skipped=True, fault=True)
-        dump = None
+        dump, state = None, step.ranks.weights.state(self.policy, self.faults.own)
         if self.faults.own:
             rank, trainer = step.ranks.rank, self.shell.trainer
             name = f"rollout={step.index:06d}-step={step.num_updates:03d}-rank{rank}.pt"
             dump = write_dump(
                 Path(trainer.default_root_dir, FOLDER, name),
                 self._with_own_pass(minibatch, step),
-                self.policy,
+                state,
                 weights=weights,
                 found=self.faults.found,
                 prompts=prompt_texts(minibatch, self.policy.tokenizer),

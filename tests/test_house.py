@@ -38,7 +38,7 @@ LOOP = (
 ORDER = [
     ("maths",),
     ("engine", "checkpoint"),
-    ("policy", "guards"),
+    ("policy", "guards", "sharding"),
     ("frozen", "critic", "rewards", "data", "supervised", "callbacks"),
     ("loop",),
     ("run",),

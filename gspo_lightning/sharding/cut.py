@@ -56,9 +56,17 @@ def cut(
     if base is not model:
         # The wrapper of adapters calls the model's forward past the hooks that gather weights.
         model.base_model.forward = base.__call__
+    if computed is not None:
+        # Autocast leaves embeddings, and so what layers add to, in float32. Rounded at each layer,
+        # that sum would double the noise of a ratio.
+        base.get_input_embeddings().register_forward_hook(_widened)
     with torch.no_grad():  # a first pass, in which FSDP2 settles which unit is the root
         one_token(model)
     reshard_all(model)
+
+
+def _widened(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+    return output.float() if torch.is_autocast_enabled(output.device.type) else None
 
 
 def decoder_layers(base: Any) -> list[nn.Module]:
@@ -145,7 +153,7 @@ def whole_state(state: Any, wanted: bool, done: dict[int, Tensor] | None = None)
     done = {} if done is None else done
     if isinstance(state, DTensor):
         if id(state) not in done:
-            full = state.detach().full_tensor()
+            full = whole_tensor(state.detach())
             done[id(state)] = full.cpu() if wanted else full.new_empty(0, device="cpu")
         return done[id(state)]
     if isinstance(state, dict):

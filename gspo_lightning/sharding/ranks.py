@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from gspo_lightning.sharding.cut import gathered, whole_state
 
@@ -23,9 +23,13 @@ class Whole:
         """Within, ranks call the policy different numbers of times, without gradients."""
         return nullcontext()
 
-    def passes(self, count: int) -> int:
-        """The number of backward passes that a rank makes which needs ``count`` of them."""
-        return count
+    def even(self, pieces: list[Tensor]) -> list[tuple[Tensor, bool]]:
+        """The micro-batches of a mini-batch, each with whether it counts.
+
+        Those that do not come first. They keep the rank with the most of them company, whose passes
+        would wait for ever.
+        """
+        return [(rows, True) for rows in pieces]
 
     def state(self, module: nn.Module, wanted: bool = True) -> dict[str, Any]:
         """The state dict of a module, to be read where ``wanted``; every rank must call."""
@@ -51,10 +55,11 @@ class Sharded(Whole):
     def apart(self) -> AbstractContextManager[Any]:
         return gathered(self.model)
 
-    def passes(self, count: int) -> int:
-        most = torch.tensor(count, device=self.device)
+    def even(self, pieces: list[Tensor]) -> list[tuple[Tensor, bool]]:
+        most = torch.tensor(len(pieces), device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        return int(most)
+        company = [(pieces[0][:1], False)] * (int(most) - len(pieces))
+        return company + super().even(pieces)
 
     def state(self, module: nn.Module, wanted: bool = True) -> dict[str, Any]:
         return whole_state(module.state_dict(keep_vars=True), wanted)
