@@ -170,9 +170,9 @@ class LoRAPolicy(Policy):
         """Write a merged model, or the adapters for ``PeftModel.from_pretrained``."""
         if self.lora.export == "adapter":
             # the embedding has no adapters; without the argument peft would ask the hub about it
-            self.model.save_pretrained(path, save_embedding_layers=False)
+            self.model.save_pretrained(path, save_embedding_layers=False, state_dict=state)
         else:
-            base, weights = unwrapped(self.model), merged_weights(self.model)
+            base, weights = unwrapped(self.model), merged_weights(self.model, state)
             if any(map(four_bits.is_rounded, base.parameters())):
                 base = four_bits.plain_model(base, base.get_input_embeddings().weight.dtype)
             base.save_pretrained(path, state_dict=weights)
