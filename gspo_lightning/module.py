@@ -469,6 +469,7 @@ class GSPOModule(LightningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, stage: str) -> None:
+        weights_of(self.trainer).meet()  # the last batch is over here, maybe not on other ranks
         figures = {f"{stage}/{name}": value for name, value in self.evaluator.compute().items()}
         fitting = self.trainer.state.fn == "fit"
         self.log_dict(figures, logger=False if fitting else None, sync_dist=True)

@@ -38,7 +38,8 @@ LOOP = (
 ORDER = [
     ("maths",),
     ("engine", "checkpoint"),
-    ("policy", "guards", "sharding"),
+    ("policy", "guards"),
+    ("sharding",),
     ("frozen", "critic", "rewards", "data", "supervised", "callbacks"),
     ("loop",),
     ("run",),

@@ -37,9 +37,11 @@ class Sizes:
     Attributes:
         now: Size by setting. ``None`` stands for all rows, or for no limit on tokens.
         start: The sizes that the settings asked for.
+        shared: Settings of passes that all ranks make together, so that none is made again.
     """
 
     now: dict[str, int | None]
+    shared: tuple[str, ...] = ()
     start: dict[str, int | None] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +73,11 @@ class Sizes:
             except Exception as error:
                 if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
                     raise
+                if key in self.shared:
+                    raise OutOfMemory(
+                        f"out of memory in {what} ({key} {self.now.get(key) or rows}), in a pass "
+                        f"that other ranks share; continue with a smaller {key}"
+                    ) from error
             # Halve outside the handler: the error keeps the tensors of the failed pass alive.
             self.halve(key, rows, what, cut)
 

@@ -166,9 +166,9 @@ def whole_state(state: Any, wanted: bool, done: dict[int, Tensor] | None = None)
 def try_ways(model: Any) -> None:
     """Find out, on all ranks at once, how the model is run best: a plan asks for it on rank 0."""
     device, base = compute_device(model), unwrapped(model)
-    with gathered(model):
-        plainer_ways(model, device, sampled=True)
-        find_head(base, some_ids(base, 1, 7).to(device))
+    plainer_ways(model, device, sampled=True)
+    find_head(base, some_ids(base, 1, 7).to(device))
+    reshard_all(model)
 
 
 def part_of(full: Tensor, like: Any) -> Tensor:

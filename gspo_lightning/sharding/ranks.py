@@ -1,17 +1,19 @@
 """How ranks stay together that train one policy.
 
-Decides what a rank may do with the policy alone. A sharded policy may only be called by all ranks
-at once, and ranks have different work: completions of other lengths, other micro-batches.
+Decides what a rank may do with the policy alone. A sharded model may only be called by all ranks at
+once, and ranks have different work: completions of other lengths, other micro-batches.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gspo_lightning.sharding.cut import gathered, whole_state
+from gspo_lightning.engine.padded import unwrapped
+from gspo_lightning.sharding.cut import gathered, one_token, reshard_all, whole_state
 
 
 class Whole:
@@ -22,6 +24,12 @@ class Whole:
     def apart(self) -> AbstractContextManager[Any]:
         """Within, ranks call the policy different numbers of times, without gradients."""
         return nullcontext()
+
+    def meet(self) -> None:
+        """Wait, within :meth:`apart`, until all ranks are here; then they may do a thing together.
+
+        The strategy's own ways to do so, such as ``reduce``, have waited already.
+        """
 
     def even(self, pieces: list[Tensor]) -> list[tuple[Tensor, bool]]:
         """The micro-batches of a mini-batch, each with whether it counts.
@@ -35,12 +43,13 @@ class Whole:
         """The state dict of a module, to be read where ``wanted``; every rank must call."""
         return module.state_dict()
 
-    def meet(self) -> None:
-        """Wait until no rank calls the policy any more, before ranks do something else together."""
-
 
 class Sharded(Whole):
     """Every rank has a part of the policy.
+
+    A policy that is gathered is whole while ranks are apart. Others are called in step: a rank that
+    wants to call one says so, all ranks call that one, and who does not want to calls it on a token
+    that nobody reads.
 
     Args:
         device: Where this rank computes.
@@ -50,10 +59,37 @@ class Sharded(Whole):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.model: Any = None
+        self.gathered: list[Any] = []
+        self.in_step: list[Any] = []
+        self.is_apart = False
 
-    def apart(self) -> AbstractContextManager[Any]:
-        return gathered(self.model)
+    def add(self, model: Any, gather: bool) -> None:
+        """Keep a model that was cut whole while ranks are apart, or have it called in step."""
+        if gather:
+            self.gathered.append(model)
+            return
+        number = len(self.in_step)
+        self.in_step.append(model)
+        # before FSDP2's own hook, which waits for the other ranks' parts
+        unwrapped(model).register_forward_pre_hook(lambda *_: self._take_turn(number), prepend=True)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for model in self.gathered:
+                stack.enter_context(gathered(model))
+            self.is_apart = bool(self.in_step)
+            try:
+                yield
+                self.meet()  # not after an error: that one ends the run
+            finally:
+                self.is_apart = False
+                for model in self.in_step:
+                    reshard_all(model)
+
+    def meet(self) -> None:
+        while self.is_apart and (called := self._ask(None)) is not None:
+            self._keep_company(called)
 
     def even(self, pieces: list[Tensor]) -> list[tuple[Tensor, bool]]:
         most = torch.tensor(len(pieces), device=self.device)
@@ -63,6 +99,25 @@ class Sharded(Whole):
 
     def state(self, module: nn.Module, wanted: bool = True) -> dict[str, Any]:
         return whole_state(module.state_dict(keep_vars=True), wanted)
+
+    def _take_turn(self, number: int) -> None:
+        """Let a call of a model begin as soon as all ranks call that one."""
+        while self.is_apart and (called := self._ask(number)) != number:
+            assert called is not None
+            self._keep_company(called)
+
+    def _ask(self, number: int | None) -> int | None:
+        """The first of the models that any rank wants to call now; this one wants ``number``."""
+        wanted = [float(each == number) for each in range(len(self.in_step))]
+        votes = torch.tensor(wanted, device=self.device)
+        dist.all_reduce(votes)
+        return next((each for each, count in enumerate(votes.tolist()) if count), None)
+
+    def _keep_company(self, number: int) -> None:
+        self.is_apart = False  # this call asks nobody
+        with torch.no_grad():
+            one_token(self.in_step[number])
+        self.is_apart = True
 
 
 def weights_of(trainer: Any) -> Whole:

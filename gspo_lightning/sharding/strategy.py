@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
 from torch.optim import Optimizer
 
+from gspo_lightning.guards.out_of_memory import MICRO, SAMPLED
 from gspo_lightning.sharding.cut import cut, part_of, try_ways, whole_state
 from gspo_lightning.sharding.ranks import Sharded
 
@@ -21,7 +22,9 @@ class FSDP2(ModelParallelStrategy):
 
     Args:
         rollout: ``gathered`` keeps the whole policy on each card while completions are drawn and
-            scored, in the type that it computes in: quick, but it must fit there once.
+            scored, in the type that it computes in: quick, but it must fit there once. ``in_step``
+            gathers one layer after the other for every token, on all ranks at once: slow, for
+            policies that do not fit.
         reshard_after_forward: Whether a layer's weights are let go between forward and backward;
             False saves sending them again, for memory.
         cpu_offload: Keep weights, gradients and moments in host memory, and update there.
@@ -31,12 +34,16 @@ class FSDP2(ModelParallelStrategy):
 
     def __init__(
         self,
-        rollout: Literal["gathered"] = "gathered",
+        rollout: Literal["gathered", "in_step"] = "gathered",
         reshard_after_forward: bool = True,
         cpu_offload: bool = False,
         timeout_minutes: float = 30.0,
         process_group_backend: str | None = None,
     ) -> None:
+        if rollout not in ("gathered", "in_step"):
+            raise ValueError(f"FSDP2.rollout must be gathered or in_step, got {rollout!r}")
+        if not timeout_minutes > 0:
+            raise ValueError(f"FSDP2.timeout_minutes must be > 0, got {timeout_minutes}")
         super().__init__(
             save_distributed_checkpoint=False,
             process_group_backend=process_group_backend,
@@ -61,14 +68,17 @@ class FSDP2(ModelParallelStrategy):
 
     def share_out(self, policy: Any) -> None:
         """Leave this rank its part of a policy."""
-        assert self.lightning_module is not None
-        mixed = str(self.lightning_module.trainer.precision) == "bf16-mixed"
+        module: Any = self.lightning_module
+        mixed = str(module.trainer.precision) == "bf16-mixed"
         self.weights = Sharded(self.root_device)
-        self.weights.model = policy.model
         computed = torch.bfloat16 if mixed else None
         mesh = self.device_mesh["data_parallel"]
         cut(policy.model, mesh, computed, self.reshard_after_forward, self.cpu_offload)
         try_ways(policy.model)
+        gathers = self.rollout == "gathered"
+        self.weights.add(policy.model, gathers)
+        # A pass that ranks share cannot be done again by one of them.
+        module.sizes.shared = () if gathers else (SAMPLED, MICRO)
 
     # --- evaluation ----------------------------------------------------------------------------
 
@@ -83,6 +93,32 @@ class FSDP2(ModelParallelStrategy):
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
+
+    # --- what ranks do together ----------------------------------------------------------------
+
+    def _meet(self) -> None:
+        if self.weights is not None:
+            self.weights.meet()
+
+    def reduce(self, *arguments: Any, **options: Any) -> Any:
+        """Reduce over all ranks, once none of them calls the policy any more."""
+        self._meet()
+        return super().reduce(*arguments, **options)
+
+    def all_gather(self, *arguments: Any, **options: Any) -> Any:
+        """Gather from all ranks, once none of them calls the policy any more."""
+        self._meet()
+        return super().all_gather(*arguments, **options)
+
+    def broadcast(self, *arguments: Any, **options: Any) -> Any:
+        """Send from one rank, once none of them calls the policy any more."""
+        self._meet()
+        return super().broadcast(*arguments, **options)
+
+    def barrier(self, *arguments: Any, **options: Any) -> None:
+        """Wait for all ranks, and for their calls of the policy."""
+        self._meet()
+        super().barrier(*arguments, **options)
 
     # --- checkpoints ---------------------------------------------------------------------------
 
