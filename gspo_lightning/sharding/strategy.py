@@ -62,9 +62,40 @@ class FSDP2(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Make one group of all ranks; Lightning's own choice would be a policy per node."""
+        self._check()
+        if self.cpu_offload:
+            self._process_group_backend = self._process_group_backend or "cpu:gloo,cuda:nccl"
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
+
+    def _check(self) -> None:
+        """Refuse what cannot be cut, before anything is loaded."""
+        module: Any = self.lightning_module
+        if not hasattr(module, "critic_config"):  # each rank would train all of it by itself
+            raise ValueError(
+                f"trainer.strategy fsdp2 shares out the policy of GSPOModule alone, not what "
+                f"{type(module).__name__} trains; set trainer.strategy to auto or ddp"
+            )
+        if module.critic_config is not None:
+            raise ValueError(
+                "model.critic: fsdp2 shares out no critic; set trainer.strategy to ddp, or train "
+                "without one (model.init_args.advantages: normalized)"
+            )
+        if module.policy_config.load_in_4bit:
+            raise ValueError(
+                "policy.load_in_4bit: weights of four bits cannot be cut into parts; leave it out, "
+                "or set trainer.strategy to ddp"
+            )
+        if self.cpu_offload and self.root_device.type == "cpu":
+            raise ValueError("FSDP2.cpu_offload: the policy is on the CPU already; leave it out")
+
+    def model_to_device(self) -> None:
+        """Move what has not been cut: parts stay where they were put."""
+        assert self.lightning_module is not None
+        for name, part in self.lightning_module.named_children():
+            if name != "policy":
+                part.to(self.root_device)
 
     def share_out(self, policy: Any) -> None:
         """Leave this rank its part of a policy."""
