@@ -156,11 +156,17 @@ class FrozenModels:
         reward_models: Reward models by the setting that holds them.
         device: Device word for all of them, whatever they say themselves; ``None`` leaves it to
             each.
+
+    Attributes:
+        cuts_reference: Whether ranks share out a reference on the policy's device among them.
+        model_to_cut: Such a reference, whole in host memory until that is done.
     """
 
     reference: ReferencePolicy | None
     reward_models: dict[str, RewardModel]
     device: str | None = None
+    cuts_reference: bool = False
+    model_to_cut: Any = field(default=None, init=False, repr=False)
     awaits_policy: bool = False  # the reference is to be the policy with its adapters off
     devices: dict[str, torch.device] = field(default_factory=dict)  # of loaded models, by setting
     policy_device: torch.device = field(default=torch.device("cpu"))
@@ -205,7 +211,9 @@ class FrozenModels:
             place = devices["model.reference"]
             self.awaits_policy = place == device and reference.can_share(policy)
             if not self.awaits_policy:
-                reference.load(policy, place)
+                cuts = self.cuts_reference and place == device
+                reference.load(policy, torch.device("cpu") if cuts else place)
+                self.model_to_cut = reference.model if cuts else None
 
     def share(self, policy: Policy) -> None:
         """Let the reference use a policy's weights, if :meth:`load` has left that to it."""
@@ -216,6 +224,7 @@ class FrozenModels:
         for model in (*self.reward_models.values(), self.reference):
             if model is not None:
                 model.release()
+        self.model_to_cut = None
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of the models that are loaded, by setting."""

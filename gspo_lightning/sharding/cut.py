@@ -163,10 +163,10 @@ def whole_state(state: Any, wanted: bool, done: dict[int, Tensor] | None = None)
     return state.detach() if isinstance(state, Tensor) else state
 
 
-def try_ways(model: Any) -> None:
+def try_ways(model: Any, sampled: bool) -> None:
     """Find out, on all ranks at once, how the model is run best: a plan asks for it on rank 0."""
     device, base = compute_device(model), unwrapped(model)
-    plainer_ways(model, device, sampled=True)
+    plainer_ways(model, device, sampled=sampled)
     find_head(base, some_ids(base, 1, 7).to(device))
     reshard_all(model)
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
 from torch.optim import Optimizer
 
-from gspo_lightning.guards.out_of_memory import MICRO, SAMPLED
+from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED
 from gspo_lightning.sharding.cut import cut, part_of, try_ways, whole_state
 from gspo_lightning.sharding.ranks import Sharded
 
@@ -63,6 +63,8 @@ class FSDP2(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Make one group of all ranks; Lightning's own choice would be a policy per node."""
         self._check()
+        module: Any = self.lightning_module
+        module.frozen.cuts_reference = True
         if self.cpu_offload:
             self._process_group_backend = self._process_group_backend or "cpu:gloo,cuda:nccl"
         self._data_parallel_size = self.num_nodes * self.num_processes
@@ -98,18 +100,24 @@ class FSDP2(ModelParallelStrategy):
                 part.to(self.root_device)
 
     def share_out(self, policy: Any) -> None:
-        """Leave this rank its part of a policy."""
+        """Leave this rank its part of a policy, and of a reference on the same device."""
         module: Any = self.lightning_module
-        mixed = str(module.trainer.precision) == "bf16-mixed"
         self.weights = Sharded(self.root_device)
+        self._cut(policy.model, gather=self.rollout == "gathered", cpu_offload=self.cpu_offload)
+        # A pass that ranks share cannot be done again by one of them.
+        module.sizes.shared = () if self.rollout == "gathered" else (SAMPLED, MICRO)
+        if (model := module.frozen.model_to_cut) is not None:
+            self._cut(model, gather=False)
+            module.sizes.shared += (REFERRED,)
+
+    def _cut(self, model: Any, gather: bool, cpu_offload: bool = False) -> None:
+        assert self.lightning_module is not None and self.weights is not None
+        mixed = str(self.lightning_module.trainer.precision) == "bf16-mixed"
         computed = torch.bfloat16 if mixed else None
         mesh = self.device_mesh["data_parallel"]
-        cut(policy.model, mesh, computed, self.reshard_after_forward, self.cpu_offload)
-        try_ways(policy.model)
-        gathers = self.rollout == "gathered"
-        self.weights.add(policy.model, gathers)
-        # A pass that ranks share cannot be done again by one of them.
-        module.sizes.shared = () if gathers else (SAMPLED, MICRO)
+        cut(model, mesh, computed, self.reshard_after_forward, cpu_offload)
+        try_ways(model, sampled=any(p.requires_grad for p in model.parameters()))
+        self.weights.add(model, gather)
 
     # --- evaluation ----------------------------------------------------------------------------
 
