@@ -4,7 +4,7 @@ Decides what is a unit that is gathered at once: each layer, and one more of all
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -57,6 +57,7 @@ def cut(
         # The wrapper of adapters calls the model's forward past the hooks that gather weights.
         model.base_model.forward = base.__call__
     if computed is not None:
+        base.__dict__["_gspo_computed"] = computed  # how exact its numbers are, for the probe
         # Autocast leaves embeddings, and so what layers add to, in float32. Rounded at each layer,
         # that sum would double the noise of a ratio.
         base.get_input_embeddings().register_forward_hook(_widened)
@@ -163,12 +164,13 @@ def whole_state(state: Any, wanted: bool, done: dict[int, Tensor] | None = None)
     return state.detach() if isinstance(state, Tensor) else state
 
 
-def try_ways(model: Any, sampled: bool) -> None:
+def try_ways(model: Any, sampled: bool, gather: bool) -> None:
     """Find out, on all ranks at once, how the model is run best: a plan asks for it on rank 0."""
     device, base = compute_device(model), unwrapped(model)
-    plainer_ways(model, device, sampled=sampled)
-    find_head(base, some_ids(base, 1, 7).to(device))
-    reshard_all(model)
+    with gathered(model) if gather else nullcontext():
+        plainer_ways(model, device, sampled=sampled)
+        find_head(base, some_ids(base, 1, 7).to(device))
+    base.reset_iter_state()  # a way that fails may have stopped in the middle of a pass
 
 
 def part_of(full: Tensor, like: Any) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED
@@ -116,8 +117,20 @@ class FSDP2(ModelParallelStrategy):
         computed = torch.bfloat16 if mixed else None
         mesh = self.device_mesh["data_parallel"]
         cut(model, mesh, computed, self.reshard_after_forward, cpu_offload)
-        try_ways(model, sampled=any(p.requires_grad for p in model.parameters()))
+        trained = any(p.requires_grad for p in model.parameters())
+        try_ways(model, sampled=trained, gather=gather)
         self.weights.add(model, gather)
+
+    def optimizer_step(self, optimizer: Optimizer, *arguments: Any, **options: Any) -> Any:
+        """Take a step, unless a backward pass has left whole gradients, which no rank has shared.
+
+        Raises:
+            RuntimeError: If it has, as after a pass of an earlier step that ended half done.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if any(not isinstance(p, DTensor) for p in parameters):
+            raise RuntimeError("fsdp2: weights are still gathered as the optimizer takes its step")
+        return super().optimizer_step(optimizer, *arguments, **options)
 
     # --- evaluation ----------------------------------------------------------------------------
 
