@@ -4,6 +4,7 @@ import os
 import socket
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def fork_ranks(
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
                 os.environ |= {"LOCAL_RANK": str(rank), "PL_GLOBAL_SEED": "0"}
                 torch.set_num_threads(1)
+                warnings.simplefilter("ignore")  # pytest makes errors of what a run leaves out
                 torch.save(work(rank), folder / f"rank{rank}.pt")
                 code = 0
             except BaseException:
