@@ -18,6 +18,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from gspo_lightning.checkpoint.parts import Parted
 from gspo_lightning.engine.head import find_head
 from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.engine.probe import plainer_ways, some_ids
@@ -173,8 +174,17 @@ def try_ways(model: Any, sampled: bool, gather: bool) -> None:
     base.reset_iter_state()  # a way that fails may have stopped in the middle of a pass
 
 
-def part_of(full: Tensor, like: Any) -> Tensor:
-    """This rank's part of a whole tensor, cut as ``like`` is; whole if that is whole."""
+def part_of(full: Any, like: Any) -> Any:
+    """This rank's part of a tensor, cut as ``like`` is; whole if that is whole."""
+    if isinstance(full, Parted):
+        if not isinstance(like, DTensor) or full.shape != like.shape:
+            return full.rows(0, full.shape[0])
+        ranks, rank = like.device_mesh.size(), like.device_mesh.get_local_rank()
+        size = -(-full.shape[0] // ranks)  # as FSDP2 cuts: equal parts, the last ones may lack rows
+        first = min(rank * size, full.shape[0])
+        part = full.rows(first, min(size, full.shape[0] - first))
+        mesh, shape = like.device_mesh, {"shape": full.shape, "stride": like.stride()}
+        return DTensor.from_local(part, mesh, like.placements, run_check=False, **shape)  # type: ignore[arg-type]
     if not isinstance(like, DTensor) or isinstance(full, DTensor) or full.shape != like.shape:
         return full
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)

@@ -6,6 +6,7 @@ holds, so that either continues the other, on any number of ranks.
 
 from contextlib import ExitStack
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,9 +14,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from gspo_lightning.checkpoint.io import AtomicCheckpointIO, CheckpointError, seal_of
+from gspo_lightning.checkpoint.parts import KEY, free_folder, tensors_of
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED
 from gspo_lightning.sharding.cut import cut, part_of, try_ways, whole_state
 from gspo_lightning.sharding.ranks import Sharded
+
+LARGEST_FILE = 32 * 2**30  # bytes of weights and moments that rank 0 writes alone
 
 
 class FSDP2(ModelParallelStrategy):
@@ -28,6 +33,8 @@ class FSDP2(ModelParallelStrategy):
             policies that do not fit.
         reshard_after_forward: Whether a layer's weights are let go between forward and backward;
             False saves sending them again, for memory.
+        checkpoints: ``file`` writes one file, gathered on rank 0; ``parts`` a file of each rank, in
+            a folder beside the checkpoint; ``auto`` is parts above 32 GiB of weights and moments.
         cpu_offload: Keep weights, gradients and moments in host memory, and update there.
         timeout_minutes: How long a rank waits for the others before it gives up.
         process_group_backend: ``nccl`` on GPUs and ``gloo`` on CPUs, unless said otherwise.
@@ -37,12 +44,15 @@ class FSDP2(ModelParallelStrategy):
         self,
         rollout: Literal["gathered", "in_step"] = "gathered",
         reshard_after_forward: bool = True,
+        checkpoints: Literal["auto", "file", "parts"] = "auto",
         cpu_offload: bool = False,
         timeout_minutes: float = 30.0,
         process_group_backend: str | None = None,
     ) -> None:
         if rollout not in ("gathered", "in_step"):
             raise ValueError(f"FSDP2.rollout must be gathered or in_step, got {rollout!r}")
+        if checkpoints not in ("auto", "file", "parts"):
+            raise ValueError(f"FSDP2.checkpoints must be auto, file or parts, got {checkpoints!r}")
         if not timeout_minutes > 0:
             raise ValueError(f"FSDP2.timeout_minutes must be > 0, got {timeout_minutes}")
         super().__init__(
@@ -52,6 +62,7 @@ class FSDP2(ModelParallelStrategy):
         )
         self.rollout = rollout
         self.reshard_after_forward = reshard_after_forward
+        self.checkpoints = checkpoints
         self.cpu_offload = cpu_offload
         self.weights: Sharded | None = None
         self._apart = ExitStack()  # entered while an evaluation calls the policy
@@ -179,15 +190,67 @@ class FSDP2(ModelParallelStrategy):
         self._apart.close()  # callbacks save at the end of a validation, before its last hook here
         assert self.lightning_module is not None
         state = self.lightning_module.state_dict(keep_vars=True)
-        return whole_state(state, wanted=self.global_rank == 0)
+        return state if self._in_parts() else whole_state(state, wanted=self.global_rank == 0)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """What DDP would save: Lightning's own way numbers parameters in the model's order."""
         state = getattr(optimizer, "_optimizer", optimizer).state_dict()
-        return whole_state(state, wanted=self.global_rank == 0)
+        # the entries are the optimizer's own
+        state["state"] = {number: dict(entry) for number, entry in state["state"].items()}
+        return state if self._in_parts() else whole_state(state, wanted=self.global_rank == 0)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Write one file on rank 0, or before it a part of each rank.
+
+        Raises:
+            CheckpointError: On every rank, if any could not write its part.
+        """
+        path = Path(filepath)
+        if self._in_parts():
+            folder = Path(self.broadcast(free_folder(path)))
+            checkpoint[KEY] = self._write_part(checkpoint, folder)
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
+
+    def _write_part(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """Move this rank's tensors out of a checkpoint into a file; say what all have written."""
+        parts: dict[str, Any] = {}
+        here: dict[int, torch.Tensor] = {}  # tied weights are one tensor, and written once
+        for name, (holder, key) in tensors_of(checkpoint).items():
+            tensor: Any = holder[key]
+            if isinstance(tensor, DTensor):
+                parts[name] = here.setdefault(id(tensor), tensor.to_local().detach().cpu())
+                # of no device, so that nobody takes it for the values
+                holder[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            elif isinstance(tensor, torch.Tensor):
+                holder[key] = tensor.detach()
+        file = folder / f"rank{self.global_rank:05d}.pt"
+        reason = None
+        try:
+            AtomicCheckpointIO().save_checkpoint(parts, file)
+        except CheckpointError as error:
+            reason = error
+        if not self.reduce_boolean_decision(reason is None, all=True):
+            raise reason or CheckpointError(f"checkpoint {folder} was not written: by another rank")
+        seals = {}
+        if self.is_global_zero:
+            seals = {part.name: seal_of(part) for part in sorted(folder.glob("rank*.pt"))}
+        return {"folder": folder.name, "files": seals, "tensors": list(parts)}
+
+    def _in_parts(self) -> bool:
+        if self.checkpoints != "auto":
+            return self.checkpoints == "parts"
+        assert self.lightning_module is not None
+        parameters = list(self.lightning_module.parameters())
+        trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+        return 3 * trained > LARGEST_FILE  # weights and two moments
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         """Read a checkpoint that any number of ranks, or DDP, wrote."""
+        if isinstance(self.checkpoint_io, AtomicCheckpointIO):
+            return self.checkpoint_io.load_checkpoint(checkpoint_path, whole=False)
         return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:

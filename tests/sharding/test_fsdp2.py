@@ -1,5 +1,6 @@
 """Two ranks that each hold a part of the policy, against two that each hold all of it."""
 
+import shutil
 from functools import partial
 
 import pytest
@@ -7,11 +8,15 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
+from gspo_lightning.checkpoint.files import find_checkpoint
+from gspo_lightning.checkpoint.io import damage
+from gspo_lightning.checkpoint.parts import remove, remove_unnamed
 from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint
 from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.engine.probe import reading
 from gspo_lightning.evaluation import Evaluation
 from gspo_lightning.frozen.models import ReferencePolicy
+from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.lora import LoRAConfig
 from gspo_lightning.policy.policy import PolicyConfig
 from gspo_lightning.sampling import GroupSampler
@@ -25,6 +30,7 @@ from support.tiny_run import make_module, make_trainer, write_prompts
 pytestmark = pytest.mark.slow
 DDP = partial(DDPStrategy, process_group_backend="gloo")
 IN_STEP = partial(FSDP2, rollout="in_step")
+PARTS = partial(FSDP2, checkpoints="parts")
 LORA = LoRAConfig(rank=3)
 
 
@@ -109,7 +115,7 @@ def work(root, rank):
         go = partial(fit, root, model_dir=root / ("untied" if lora else kind), lora=lora)
         found[kind] = {
             "ddp": go(f"{kind}-ddp", strategy=DDP),
-            "fsdp2": go(f"{kind}-fsdp2", strategy=FSDP2),
+            "fsdp2": go(f"{kind}-fsdp2", strategy=FSDP2 if lora else PARTS),
         }
     del asked[:]
     go = partial(fit, root, model_dir=root / "tied")
@@ -216,3 +222,37 @@ def test_another_number_of_ranks_goes_on_with_the_same_weights_and_moments(ranks
         for kind in ("weights", "moments"):
             expected = ranks[0]["tied"]["fsdp2"][kind]
             assert all(map(torch.equal, rank[kind], expected))
+
+
+def test_a_checkpoint_in_parts_is_whole_or_the_one_before_it_is_used(ranks, root, tmp_path):
+    broken = {
+        "does not give": lambda file: file.write_bytes(b"x" + file.read_bytes()[1:]),
+        "is not a file": lambda file: file.unlink(),
+        "of another checkpoint": lambda file: shutil.copy(
+            file.parents[1] / "rollout=000001.parts0" / file.name, file
+        ),
+    }
+    for reason, harm in broken.items():
+        copy = tmp_path / reason
+        shutil.copytree(root / "tied-fsdp2", copy)
+        newest = copy / "checkpoints" / "rollout=000002.ckpt"
+        assert damage(newest) is None
+        harm(newest.with_name("rollout=000002.parts0") / "rank00001.pt")
+        with pytest.warns(UserWarning, match="the one before it is used"):
+            assert find_checkpoint(copy, "last").name == "rollout=000001.ckpt"
+        assert "rank00001.pt" in damage(newest)
+    # what a kill before the last step of a save leaves, and nothing else, is removed
+    left = newest.with_name("rollout=000009.parts0")
+    left.mkdir()
+    remove_unnamed(left.parent)
+    remove(newest)
+    assert sorted(path.name for path in left.parent.iterdir()) == [
+        "rollout=000001.ckpt",
+        "rollout=000001.parts0",
+    ]
+
+
+def test_weights_in_parts_are_never_taken_for_values(ranks, root):
+    path = root / "tied-fsdp2" / "checkpoints" / "rollout=000002.ckpt"
+    with pytest.raises(ValueError, match="tensors lie in parts"):
+        GSPOModule.load_from_checkpoint(path)
