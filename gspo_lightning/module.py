@@ -54,7 +54,7 @@ from gspo_lightning.rewards import (
 )
 from gspo_lightning.rollout import PromptBatch, Rollout, stream_seed
 from gspo_lightning.sampling import GroupSampler, Sampler
-from gspo_lightning.sharding import share_out, weights_of
+from gspo_lightning.sharding import cuts, share_out, weights_of
 from gspo_lightning.step import Clock, Ranks, Step
 from gspo_lightning.tally import RolloutTally
 from gspo_lightning.update import Updater
@@ -312,7 +312,8 @@ class GSPOModule(LightningModule):
     def configure_model(self) -> None:
         """Load the policy, once, where Lightning wants it."""
         if self.policy is None:
-            self.policy = load_policy(self.policy_config, self.tokenizer)
+            as_stored = cuts(self._trainer)  # widened part by part, as each rank gets its own
+            self.policy = load_policy(self.policy_config, self.tokenizer, as_stored)
             self.policy.train()  # computes as in eval mode, but recomputes activations where set
             share_out(self.policy, self._trainer)
         if self.critic_config is not None and self.needs_critic and self.critic is None:

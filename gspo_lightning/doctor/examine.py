@@ -239,9 +239,9 @@ def set_up_and_examine(
         raise ValueError(f"doctor examines GSPOModule, and the model is {type(model).__name__}")
     if isinstance(trainer.strategy, FSDP2):
         raise ValueError(
-            "doctor computes with the whole policy, of which fsdp2 leaves each rank a part; examine "
-            "the config with --trainer.strategy auto --trainer.devices 1, on a smaller model of its "
-            "kind if the policy fits no device"
+            "doctor computes with the whole policy, and fsdp2 leaves each rank a part; examine the "
+            "config with --trainer.strategy auto --trainer.devices 1, on a smaller model of the "
+            "same kind if the policy fits no device"
         )
     if not (hasattr(datamodule, "draw") and hasattr(datamodule, "examples")):
         raise ValueError(f"doctor needs PromptData, and the data is {type(datamodule).__name__}")

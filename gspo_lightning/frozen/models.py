@@ -89,12 +89,13 @@ class ReferencePolicy:
         """Take the policy's own weights, without a copy."""
         self.shared, self.model, self.fingerprint = True, policy.model, policy.start
 
-    def load(self, policy: PolicyConfig, device: torch.device) -> None:
+    def load(self, policy: PolicyConfig, device: torch.device, as_stored: bool = False) -> None:
         """Load the weights.
 
         Args:
             policy: What ``path: null`` and ``dtype: null`` stand for.
             device: From :func:`resolve_device`.
+            as_stored: See :meth:`PolicyConfig.load`.
 
         Raises:
             ValueError: If the policy starts from random weights, which no folder holds.
@@ -103,7 +104,7 @@ class ReferencePolicy:
             raise ValueError("reference.path: a policy with random weights is in no folder")
         policy.check_device("reference.device", device)
         key = "policy.path" if self.path is None else "reference.path"
-        model = policy.load(key, AutoModelForCausalLM, self.path, self.dtype)
+        model = policy.load(key, AutoModelForCausalLM, self.path, self.dtype, as_stored)
         self.model = freeze(model, device)
         self.fingerprint = fingerprint(self.model)
 
@@ -212,7 +213,7 @@ class FrozenModels:
             self.awaits_policy = place == device and reference.can_share(policy)
             if not self.awaits_policy:
                 cuts = self.cuts_reference and place == device
-                reference.load(policy, torch.device("cpu") if cuts else place)
+                reference.load(policy, torch.device("cpu") if cuts else place, as_stored=cuts)
                 self.model_to_cut = reference.model if cuts else None
 
     def share(self, policy: Policy) -> None:

@@ -87,7 +87,14 @@ class PolicyConfig:
         if self.load_in_4bit:
             four_bits.check_device(key, device)
 
-    def load(self, key: str, auto: Any, path: str | None = None, dtype: str | None = None) -> Any:
+    def load(
+        self,
+        key: str,
+        auto: Any,
+        path: str | None = None,
+        dtype: str | None = None,
+        as_stored: bool = False,
+    ) -> Any:
         """Load a model with this policy's options, its attention open to ours.
 
         Args:
@@ -95,11 +102,15 @@ class PolicyConfig:
             auto: An auto class of transformers.
             path: Folder or hub name; ``None`` is the policy's own, in its revision.
             dtype: Type of the weights; ``None`` is the policy's own.
+            as_stored: Leave weights in the type of a file of half its width: they stay in the file,
+                which all processes of a machine map, until they are made wider.
 
         Raises:
             ValueError: If the model cannot be loaded, naming key and path.
         """
         options = self.options(dtype) | ({"revision": self.revision} if path is None else {})
+        if as_stored and self.lora is None and options["dtype"] is torch.float32:
+            options["dtype"] = folder.half_precision_of(Path(path or self.path)) or torch.float32
         model = folder.load_weights(key, auto, path or self.path, **options)
         open_attention(model)
         return model
@@ -249,10 +260,11 @@ def load_tokenizer(config: PolicyConfig) -> Any:
     return tokenizer
 
 
-def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
+def load_policy(config: PolicyConfig, tokenizer: Any = None, as_stored: bool = False) -> Policy:
     """Load a policy in the dtype and with the attention that ``config`` asks for.
 
-    Without a tokenizer, :func:`load_tokenizer` loads the policy's own.
+    Without a tokenizer, :func:`load_tokenizer` loads the policy's own. ``as_stored`` leaves it to
+    the caller to make weights as wide as the config asks; see :meth:`PolicyConfig.load`.
 
     Raises:
         ValueError: If weights or tokenizer cannot be read, no end-of-sequence id is known or the
@@ -263,7 +275,7 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
     if config.weights == "random":
         model = _random_model(config)
     else:
-        model = config.load("policy.path", AutoModelForCausalLM)
+        model = config.load("policy.path", AutoModelForCausalLM, as_stored=as_stored)
     # Recurrent models (Mamba, RWKV) have no cache to sample with; some also read the padding on the
     # left as text, so every log-prob would be wrong. Sampling sees what no signature shows.
     if "past_key_values" not in inspect.signature(model.forward).parameters:

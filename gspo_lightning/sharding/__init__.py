@@ -2,5 +2,5 @@
 
 from gspo_lightning.sharding.cut import whole_state, whole_tensor
 from gspo_lightning.sharding.memory import per_rank
-from gspo_lightning.sharding.ranks import Sharded, Whole, share_out, weights_of
+from gspo_lightning.sharding.ranks import Sharded, Whole, cuts, share_out, weights_of
 from gspo_lightning.sharding.strategy import FSDP2

@@ -25,7 +25,12 @@ from gspo_lightning.engine.probe import plainer_ways, some_ids
 
 
 def cut(
-    model: Any, mesh: Any, computed: torch.dtype | None, reshard: bool, cpu_offload: bool
+    model: Any,
+    mesh: Any,
+    computed: torch.dtype | None,
+    reshard: bool,
+    cpu_offload: bool,
+    held: torch.dtype | None = None,
 ) -> None:
     """Leave this rank its part of every weight of a causal language model.
 
@@ -38,6 +43,7 @@ def cut(
         computed: Type that weights are gathered in; ``None`` is their own.
         reshard: Whether a layer's weights are let go between forward and backward.
         cpu_offload: Whether the parts, and so gradients and moments, are kept in host memory.
+        held: Type that the parts are made; ``None`` leaves them as they are.
     """
     base = unwrapped(model)
     options: dict[str, Any] = {
@@ -54,6 +60,8 @@ def cut(
     for layer in decoder_layers(base):
         fully_shard(layer, reshard_after_forward=reshard, **options)
     fully_shard(base, reshard_after_forward=False, **options)
+    if held is not None:
+        base.to(held)
     if base is not model:
         # The wrapper of adapters calls the model's forward past the hooks that gather weights.
         model.base_model.forward = base.__call__

@@ -125,7 +125,12 @@ def weights_of(trainer: Any) -> Whole:
     return getattr(trainer and trainer.strategy, "weights", None) or Whole()
 
 
+def cuts(trainer: Any) -> bool:
+    """Whether a trainer's strategy leaves each rank a part of the policy."""
+    return hasattr(trainer and trainer.strategy, "share_out")
+
+
 def share_out(policy: Any, trainer: Any) -> None:
     """Leave this rank its part of a policy, where the trainer's strategy cuts it."""
-    if hasattr(trainer and trainer.strategy, "share_out"):
+    if cuts(trainer):
         trainer.strategy.share_out(policy)

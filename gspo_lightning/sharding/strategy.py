@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, CheckpointError, seal_of
 from gspo_lightning.checkpoint.parts import KEY, free_folder, tensors_of
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED
+from gspo_lightning.policy.policy import DTYPES
 from gspo_lightning.sharding.cut import cut, part_of, try_ways, whole_state
 from gspo_lightning.sharding.ranks import Sharded
 
@@ -115,19 +116,23 @@ class FSDP2(ModelParallelStrategy):
         """Leave this rank its part of a policy, and of a reference on the same device."""
         module: Any = self.lightning_module
         self.weights = Sharded(self.root_device)
-        self._cut(policy.model, gather=self.rollout == "gathered", cpu_offload=self.cpu_offload)
+        config, gathers = module.policy_config, self.rollout == "gathered"
+        own = DTYPES[config.dtype] if config.lora is None else torch.bfloat16  # the narrowest
+        self._cut(policy.model, own, gather=gathers, cpu_offload=self.cpu_offload)
         # A pass that ranks share cannot be done again by one of them.
-        module.sizes.shared = () if self.rollout == "gathered" else (SAMPLED, MICRO)
+        module.sizes.shared = () if gathers else (SAMPLED, MICRO)
         if (model := module.frozen.model_to_cut) is not None:
-            self._cut(model, gather=False)
+            self._cut(model, DTYPES[module.reference.dtype or config.dtype], gather=False)
             module.sizes.shared += (REFERRED,)
 
-    def _cut(self, model: Any, gather: bool, cpu_offload: bool = False) -> None:
+    def _cut(self, model: Any, held: torch.dtype, gather: bool, cpu_offload: bool = False) -> None:
         assert self.lightning_module is not None and self.weights is not None
         mixed = str(self.lightning_module.trainer.precision) == "bf16-mixed"
         computed = torch.bfloat16 if mixed else None
         mesh = self.device_mesh["data_parallel"]
-        cut(model, mesh, computed, self.reshard_after_forward, cpu_offload)
+        # Only weights that were left as narrow as their file are made wider, never narrower.
+        wide = held if next(model.parameters()).dtype.itemsize < held.itemsize else None
+        cut(model, mesh, computed, self.reshard_after_forward, cpu_offload, wide)
         trained = any(p.requires_grad for p in model.parameters())
         try_ways(model, sampled=trained, gather=gather)
         self.weights.add(model, gather)

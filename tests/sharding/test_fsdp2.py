@@ -134,8 +134,10 @@ def work(root, rank):
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("fsdp2")
-    for kind in ("tied", "untied"):
-        build_model("qwen3", tie_word_embeddings=kind == "tied").save_pretrained(root / kind)
+    # one in half precision, as models are published: ranks widen their parts of it
+    for kind, dtype in {"tied": torch.bfloat16, "untied": torch.float32}.items():
+        model = build_model("qwen3", tie_word_embeddings=kind == "tied").to(dtype)
+        model.save_pretrained(root / kind)
         build_tokenizer().save_pretrained(root / kind)
     write_prompts(root / "prompts.jsonl")
     write_prompts(root / "held_out.jsonl", 5)
