@@ -10,7 +10,7 @@ COMPILE := $(PY) -m compileall -qq -j 0 $(VENV)/lib
 # The demo's model is so small that a second thread costs more than it computes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-core test-fast models lightning kills lint format clean
+.PHONY: demo test test-core test-fast models lightning curves screenshots kills lint format clean
 
 demo: $(VENV)/demo.stamp  ## train the embedded default to a rising reward
 	$(PY) train.py fit --config configs/arithmetic.yaml --trainer.default_root_dir $(RUN)
@@ -29,6 +29,12 @@ models: $(VENV)/dev.stamp  ## try every type of model anew and write docs/models
 
 lightning: $(VENV)/dev.stamp  ## write docs/lightning.md anew from its table
 	cd tests && PYTHONPATH=.. $(abspath $(PY)) -m support.lightning_table --write
+
+curves: $(VENV)/dev.stamp  ## write the table of docs/curves.md anew from the package's
+	cd tests && PYTHONPATH=.. $(abspath $(PY)) -m support.curves_page --write
+
+screenshots: $(VENV)/demo.stamp  ## make the pictures of docs/images anew; needs chromium
+	$(PY) benchmarks/screenshots.py
 
 kills: $(VENV)/dev.stamp  ## kill runs of twelve configurations again and again, and continue them
 	$(PY) -m pytest -q -n 2 --dist worksteal -m kills

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what type checkers and readers see
     from gspo_lightning.optim import OptimizerConfig
     from gspo_lightning.policy import LoRAConfig, PolicyConfig
     from gspo_lightning.rewards import RewardTerm
+    from gspo_lightning.run.from_python import train
     from gspo_lightning.run.progress import RolloutProgress, RunSummary
     from gspo_lightning.run.tracing import RolloutProfile
     from gspo_lightning.sampling import GroupSampler
@@ -60,6 +61,7 @@ HOMES = {  # of each name: where it is imported from
     "SFTData": "data",
     "SFTModule": "supervised",
     "SampleTable": "callbacks",
+    "train": "run.from_python",
 }
 __all__ = list(HOMES)
 

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule
 from gspo_lightning.bounds import check_at_least, check_positive
 from gspo_lightning.collect import Collector
 from gspo_lightning.critic import Critic, CriticConfig, check_critic, fit_critic, load_critic
+from gspo_lightning.curves import FigureLog
 from gspo_lightning.engine.mode import raise_flags
 from gspo_lightning.engine.rotary import fix_rotary
 from gspo_lightning.evaluation import Evaluation, Evaluator, describe
@@ -23,7 +24,7 @@ from gspo_lightning.guards.faults import Faults
 from gspo_lightning.guards.health import Health
 from gspo_lightning.guards.ignored import check_trainer
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED, TOKENS, Sizes
-from gspo_lightning.guards.trainer import check_batch, check_data, leave_out_noise
+from gspo_lightning.guards.trainer import check_batch, check_data, leave_out_noise, whole
 from gspo_lightning.kl import check_loss_kind
 from gspo_lightning.loss import LossChoices
 from gspo_lightning.objectives import Objective
@@ -34,12 +35,14 @@ from gspo_lightning.optim import (
     learning_rate_factor,
     set_learning_rate,
 )
-from gspo_lightning.policy import Policy, PolicyConfig, check_lengths, load_policy, load_tokenizer
+from gspo_lightning.policy import Policy, check_lengths, load_policy
 from gspo_lightning.policy.complete import complete, logits
-from gspo_lightning.policy.settings import log_settings, remake, settings_of
+from gspo_lightning.policy.given import GivenPolicy, GivenTokenizer, as_policy, given_tokenizer
+from gspo_lightning.policy.settings import log_settings, remake, restoring, settings_of
 from gspo_lightning.rewards import (
-    RewardTerm,
+    GivenRewards,
     TimeLimit,
+    as_terms,
     check_present,
     check_signatures,
     check_terms,
@@ -66,8 +69,8 @@ class GSPOModule(LightningModule):
     """Trains a causal language model with Group Sequence Policy Optimization.
 
     Args:
-        policy: The model to train.
-        rewards: Reward terms by name; their weighted sum is the reward of a completion.
+        policy: The model to train; from Python also a path, a hub name or a loaded model.
+        rewards: Terms by name (from Python also functions); their weighted sum is the reward.
         sampler: Draws the completions; ``None`` is ``GroupSampler()``.
         objective: Ratio, surrogate, aggregation, clip range. The defaults are GSPO as published.
         reference: Frozen policy of the KL penalty, or ``None`` for no KL at all.
@@ -103,9 +106,10 @@ class GSPOModule(LightningModule):
         max_draws: Times that further prompts are drawn per rollout.
         max_faults: Optimizer steps in a row with NaN or infinities that end the run. Such a step is
             skipped, counted as ``optim/faults``, and its mini-batch kept in ``faults/`` of the run
-            for ``python train.py replay``.
+            for ``gspo replay``.
         stop_when: Names of the rules of run health that end the run when they speak, at the next
             rollout boundary, with a checkpoint; see ``guards.health.RULES``.
+        tokenizer: Its folder or hub name (from Python also a loaded one); ``None``: the policy's.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
@@ -119,8 +123,8 @@ class GSPOModule(LightningModule):
 
     def __init__(
         self,
-        policy: PolicyConfig,
-        rewards: dict[str, RewardTerm],
+        policy: GivenPolicy,
+        rewards: GivenRewards,
         sampler: Sampler | None = None,
         objective: Objective = Objective(),  # noqa: B008 - frozen
         reference: ReferencePolicy | None = None,
@@ -146,8 +150,10 @@ class GSPOModule(LightningModule):
         max_draws: int = 4,
         max_faults: int = 3,
         stop_when: list[str] | None = None,
+        tokenizer: GivenTokenizer = None,
     ) -> None:
         super().__init__()
+        policy, rewards = as_policy(policy), as_terms(rewards)
         sampler = sampler or GroupSampler()
         self.save_hyperparameters(settings_of(GSPOModule, locals()), logger=False)
         check_signatures(rewards)
@@ -172,7 +178,7 @@ class GSPOModule(LightningModule):
         check_critic(critic, advantages, sampler.group_size, drop_flat_groups)
         self.automatic_optimization = False
         self.policy_config = policy
-        self.tokenizer = load_tokenizer(policy)
+        self.tokenizer = given_tokenizer(policy, tokenizer)
         self.policy: Policy | None = None
         self.rewards = rewards
         self.columns_needed, self.row_checks = columns_needed(rewards), row_checks(rewards)
@@ -180,10 +186,8 @@ class GSPOModule(LightningModule):
         self.objective = objective
         self.reference = reference
         self.optimizer_config = optimizer
-        self.num_epochs = num_epochs
-        self.num_minibatches = num_minibatches
-        self.micro_batch_size = micro_batch_size
-        self.micro_batch_tokens = micro_batch_tokens
+        self.num_epochs, self.num_minibatches = num_epochs, num_minibatches
+        self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
         self.old_logprobs = old_logprobs
         self.advantages = advantages
         self.critic_config = critic
@@ -191,12 +195,10 @@ class GSPOModule(LightningModule):
         self.needs_critic = False  # only training does
         self.truncated = truncated
         self.overlong_ramp = ramp_tokens(overlong_ramp, sampler.max_new_tokens)
-        self.kl_coef = kl_coef
-        self.kl_estimator = kl_estimator
+        self.kl_coef, self.kl_estimator = kl_coef, kl_estimator
         self.entropy_coef = entropy_coef
         self.max_grad_norm = max_grad_norm
-        self.drop_flat_groups = drop_flat_groups
-        self.max_draws = max_draws
+        self.drop_flat_groups, self.max_draws = drop_flat_groups, max_draws
         self.seed = 0
         self.collector: Collector = None  # type: ignore[assignment]  # made as fitting starts
         self.updater: Updater = None  # type: ignore[assignment]
@@ -211,6 +213,7 @@ class GSPOModule(LightningModule):
         self.sizes = Sizes(sizes | {TOKENS: micro_batch_tokens} | self._reward_sizes())
         self.faults = Faults(max_faults)
         self.tally = RolloutTally(rewards, count_names(rewards))
+        self.figure_log = FigureLog()
         self.evaluator = Evaluator(evaluation, rewards)
         self.eval_samplers = evaluation.samplers(sampler.max_new_tokens, sizes.get(SAMPLED))
         self.health = Health(
@@ -228,6 +231,7 @@ class GSPOModule(LightningModule):
 
     # --- one rollout ---------------------------------------------------------------------------
 
+    @whole
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Collect a rollout and update on it: the whole algorithm, once."""
         step = self.begin_step()
@@ -271,8 +275,8 @@ class GSPOModule(LightningModule):
         figures["time/tokens_per_second"] = figures["rollout/tokens"] / seconds
         figures["policy/clip_range"] = self.health.width
         figures["optim/learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        for logger in self.loggers:  # at once, so that a stop right after the step loses no point
-            logger.log_metrics(figures, step=step.index)
+        # At once, so that a stop right after the step loses no point.
+        self.figure_log.log(self.trainer, figures, step.index + 1)
         self.log_dict(figures, logger=False)  # for callbacks that monitor
         if self.health.check(figures):  # the figures are those of all ranks, so all of them stop
             self.trainer.should_stop = True
@@ -378,6 +382,7 @@ class GSPOModule(LightningModule):
         # Health begins behind the checkpoint: what it has said before a stop is not said again.
         self.health.begin(self.trainer.callbacks)  # type: ignore[attr-defined]
         log_settings(self)
+        self.figure_log.begin(self.trainer)
 
     def on_train_start(self) -> None:
         """Have all models compute as in eval mode, and recompute activations where that is set."""
@@ -452,6 +457,7 @@ class GSPOModule(LightningModule):
         """Start counting."""
         self.evaluator.reset()
 
+    @whole
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Complete and score held-out prompts, with the same draws at every validation."""
         check_batch(batch, PromptBatch)
@@ -475,9 +481,9 @@ class GSPOModule(LightningModule):
         fitting = self.trainer.state.fn == "fit"
         self.log_dict(figures, logger=False if fitting else None, sync_dist=True)
         if fitting:  # Lightning drops the evaluation before training and counts from 0 after it
-            for logger in self.loggers:
-                logger.log_metrics(figures, step=self.trainer.fit_loop.total_batch_idx + 1)
+            self.figure_log.log(self.trainer, figures, self.trainer.fit_loop.total_batch_idx + 1)
 
+    @whole
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Complete each prompt ``group_size`` times and score the completions."""
         check_batch(batch, PromptBatch)
@@ -496,8 +502,9 @@ class GSPOModule(LightningModule):
 
         Reward functions are not imported from it: they are left out unless they are given.
         """
-        given = remake(GSPOModule, checkpoint_path, given, rewards=terms_left_out)
-        return super().load_from_checkpoint(checkpoint_path, map_location, **given)
+        with restoring(GSPOModule, checkpoint_path):
+            given = remake(GSPOModule, checkpoint_path, given, rewards=terms_left_out)
+            return super().load_from_checkpoint(checkpoint_path, map_location, **given)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
         """Logits of the policy; see ``policy.complete.logits``."""

@@ -125,7 +125,7 @@ class Step:
     @property
     def name(self) -> str:
         """The step in words, for messages."""
-        return f"rollout {self.index}"
+        return f"rollout {self.index + 1}"
 
     def seed(self, purpose: str) -> int:
         """Name a random stream of this step and rank; see ``rollout.stream_seed``."""

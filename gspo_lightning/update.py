@@ -14,13 +14,7 @@ from torch import Tensor, nn
 from gspo_lightning.critic.critic import Critic
 from gspo_lightning.critic.gae import ValueLoss
 from gspo_lightning.guards.faults import FOLDER, Faults, prompt_texts, write_dump
-from gspo_lightning.guards.out_of_memory import (
-    MICRO,
-    TOKENS,
-    OutOfMemory,
-    Sizes,
-    is_out_of_memory,
-)
+from gspo_lightning.guards.out_of_memory import MICRO, TOKENS, Sizes
 from gspo_lightning.logprobs import LogProbs, samples_logprobs
 from gspo_lightning.loss import MicroLoss, micro_loss
 from gspo_lightning.objectives import importance_log_ratio, token_weights
@@ -127,7 +121,9 @@ class Updater:
                 passes = self._accumulate(minibatch, weights, step)
                 break
             except Exception as error:
-                self._check_repeatable(error, step)
+                # Other ranks may have the half of a gradient that this rank was sending.
+                shared = step.ranks.weights.sharded or (step.synced and step.ranks.count > 1)
+                self.sizes.check_repeatable(error, self._place(step), step.moved, shared)
             optimizer.zero_grad()
             self.shell.untoggle_optimizer(optimizer)  # the error has left it toggled
             what = f"{self._place(step)}, an update"
@@ -212,25 +208,6 @@ class Updater:
     def _place(self, step: Step) -> str:
         return f"{step.name}, optimizer step {step.num_updates}"
 
-    def _check_repeatable(self, error: Exception, step: Step) -> None:
-        """Raise an error again unless memory was short and the step can be done from its start."""
-        if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
-            raise error
-        key = MICRO if self.sizes.now[TOKENS] is None else TOKENS
-        size = self.sizes.now[key]
-        if step.moved:
-            raise OutOfMemory(
-                f"out of memory in {self._place(step)} ({key} {size}), after the first step of the "
-                "rollout, which cannot be repeated; continue from the last checkpoint with a "
-                f"smaller model.init_args.{key}"
-            ) from error
-        if step.ranks.weights.sharded or (step.synced and step.ranks.count > 1):
-            # Other ranks may have the half of a gradient that this rank was sending.
-            raise OutOfMemory(
-                f"out of memory in {self._place(step)} ({key} {size}), in a pass that other ranks "
-                f"share; continue with a smaller model.init_args.{key}"
-            ) from error
-
     def _count_step(self, step: Step, skipped: bool, fault: bool) -> None:
         # Rank 0 counts for all: totals are summed over ranks, which take or skip a step together.
         first = step.ranks.rank == 0
@@ -243,7 +220,7 @@ class Updater:
         dump, state = None, step.ranks.weights.state(self.policy, self.faults.own)
         if self.faults.own:
             rank, trainer = step.ranks.rank, self.shell.trainer
-            name = f"rollout={step.index:06d}-step={step.num_updates:03d}-rank{rank}.pt"
+            name = f"rollout={step.index + 1:06d}-step={step.num_updates:03d}-rank{rank}.pt"
             dump = write_dump(
                 Path(trainer.default_root_dir, FOLDER, name),
                 self._with_own_pass(minibatch, step),

@@ -24,6 +24,7 @@ from gspo_lightning import (
     LoRAConfig,
     OptimizerConfig,
     PolicyConfig,
+    PreferenceData,
     PromptData,
     ReferencePolicy,
     RewardModelModule,
@@ -201,6 +202,7 @@ def test_arguments_win_over_what_a_checkpoint_holds(whole, model_dir, tmp_path):
         ({"policy": {"path": "gone/away"}}, "no folder gone/away.*load_from_checkpoint.*policy="),
         ({"policy": {"lora": {"rank": 0}}}, "policy.lora.rank must be >= 1, got 0"),
         ({"critic": {"speed": 1}}, "unexpected keyword argument 'speed'"),
+        ({"policy": {"lora": None}}, r"\.ckpt does not hold .* GSPOModule .*Missing key.*\.\.\.;"),
         ({"policy": None, "path": "nowhere.ckpt"}, "there is no file nowhere.ckpt"),
     ],
 )
@@ -209,7 +211,7 @@ def test_what_a_checkpoint_lacks_is_said_in_one_line(whole, tmp_path, monkeypatc
     os.mkdir("gone")
     with pytest.raises(ValueError, match=line) as caught:
         GSPOModule.load_from_checkpoint(given.pop("path", whole.path), **given)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
 def changed(whole, tmp_path, **entries):
@@ -251,6 +253,8 @@ def test_a_warm_start_comes_back_from_its_checkpoint(tmp_path, model_dir):
     assert again.optimizer_config.learning_rate == 1e-2
     pairs = zip(module.parameters(), again.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+    with pytest.raises(ValueError, match=r"not hold the weights of the RewardModelModule .*class"):
+        RewardModelModule.load_from_checkpoint(find_checkpoint(tmp_path, "last"))
     with pytest.raises(ValueError, match=r"optimizer: expected OptimizerConfig \(learning_rate"):
         RewardModelModule(PolicyConfig(str(model_dir)), torch.optim.AdamW)
 
@@ -272,13 +276,16 @@ def test_a_module_that_is_called_gives_logits_whatever_the_padding(model_dir):
     torch.testing.assert_close(found[:1], module.policy.model(ids[:1]).logits)
     with pytest.raises(ValueError, match=r"list of at least one, such as .*, got '1"):
         module.generate("1+2=")
+    with pytest.raises(ValueError, match="prompt 2 must be a text or a list of messages"):
+        module.generate(["1+2=", 3])
+    with pytest.raises(ValueError, match="prompt 1 is a list of messages, and the tokenizer has"):
+        module.generate([[{"role": "user", "content": "1+2="}]])
 
 
 @pytest.mark.parametrize(
     ("name", "value", "line"),
     [
-        ("policy", "a/path", r"model.policy: expected PolicyConfig \(path, .*, got str"),
-        ("rewards", {"a": digits}, r"model.rewards.a: expected RewardTerm \(fn, .*got function"),
+        ("policy", {"path": "a"}, r"model.policy: expected PolicyConfig \(path, .*, got dict"),
         ("optimizer", torch.optim.AdamW, r"expected OptimizerConfig \(learning_rate, .*AdamW"),
     ],
 )
@@ -293,6 +300,8 @@ def test_a_plain_trainer_goes_on_without_a_warning(tmp_path, model_dir, prompts)
         data = PromptData(str(prompts), prompts_per_rollout=4, num_rollouts=length)
         trainer.fit(make_module(model_dir), data, ckpt_path=path)
     assert trainer.logger.log_dir.endswith("version_1") and trainer.global_step == 4
+    trainer.test(datamodule=PromptData(prompts, prompts), ckpt_path="best", verbose=False)
+    assert trainer.ckpt_path == str(tmp_path / "checkpoints/rollout=000002.ckpt")
 
 
 def test_a_plain_trainer_is_silent_and_stops_at_num_rollouts(
@@ -328,6 +337,22 @@ def test_a_run_is_not_begun_in_the_folder_of_another(whole, model_dir):
         trainer.fit(make_module(model_dir), whole.data)
 
 
+def test_a_fit_that_is_refused_leaves_no_file_and_none_of_its_own_of_an_earlier_one(
+    tmp_path, model_dir, prompts
+):
+    data = PromptData(prompts, prompts_per_rollout=4, num_rollouts=1)
+    loggers = [TensorBoardLogger(tmp_path), CSVLogger(tmp_path, "csv")]
+    trainer = bare(tmp_path / "run", callbacks=[RolloutCheckpoint()], logger=loggers)
+    with pytest.raises(ValueError, match="num_minibatches must divide"):
+        trainer.fit(make_module(model_dir, num_minibatches=5), data)
+    assert not [*tmp_path.rglob("version_*"), *tmp_path.rglob("events*")]
+    trainer.fit(make_module(model_dir), data)
+    before = {*tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match="num_minibatches must divide"):
+        trainer.fit(make_module(model_dir, num_minibatches=5), data)
+    assert {*tmp_path.rglob("*")} >= before
+
+
 def test_what_is_no_data_of_prompts_is_refused_in_one_line(tmp_path, model_dir):
     trainer = make_trainer(tmp_path)
     module = make_module(model_dir)
@@ -336,6 +361,16 @@ def test_what_is_no_data_of_prompts_is_refused_in_one_line(tmp_path, model_dir):
     for stage in (trainer.validate, trainer.predict):
         with pytest.raises(ValueError, match=r"must be a PromptBatch, got list; give a PromptData"):
             stage(module, DataLoader(PROMPTS))
+
+
+def test_data_without_a_trainer_says_what_it_belongs_to(tmp_path, prompts):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "1", "chosen": "2", "rejected": "3"}\n')
+    for data in (PromptData(prompts, prompts), PreferenceData(tmp_path / "pairs.jsonl")):
+        for use in (lambda: data.setup("fit"), data.train_dataloader, data.val_dataloader):  # noqa: B023
+            with pytest.raises(
+                ValueError, match=r"Data takes .* from a Trainer.*fit\(module, data"
+            ):
+                use()
 
 
 def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):

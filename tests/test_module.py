@@ -404,6 +404,15 @@ def test_dropout_is_off_in_train_mode(tmp_path, make_model, tokenizer):
     )
 
 
+def test_no_rollout_stays_half_trained_by_a_stop_iteration(tmp_path, model_dir):
+    class Breaks(Callback):
+        def on_before_optimizer_step(self, *_):
+            raise StopIteration
+
+    with pytest.raises(RuntimeError, match=r"^a StopIteration left GSPOModule.training_step"):
+        run(tmp_path, model_dir, callbacks=[Breaks()])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -417,6 +426,12 @@ def test_dropout_is_off_in_train_mode(tmp_path, make_model, tokenizer):
             "temperature must be above 0, got 0.0",
         ),
         ({"rewards": {}}, "model.rewards is empty"),
+        ({"rewards": {"missing": RewardTerm(digits)}}, "reward/missing would be logged twice"),
+        ({"rewards": {"group_std": RewardTerm(digits)}}, "reward/group_std would be logged twice"),
+        (
+            {"rewards": dict.fromkeys(("a", "a_errors"), RewardTerm(digits, on_error="skip"))},
+            "reward/a_errors would be logged twice",
+        ),
         ({"kl_coef": 0.1}, "there is no reference"),
         ({"kl_coef": -0.1}, "model.kl_coef must be >= 0, got -0.1"),
         ({"kl_estimator": "k1"}, "k1"),

@@ -18,7 +18,6 @@ from gspo_lightning.bench.cases import heading, output_of, positive, resident
 from gspo_lightning.bench.parts import DEMO
 from gspo_lightning.bench.report import table
 
-ROOT = DEMO.parents[1]
 LOOKS = "looks.jsonl"
 STRETCHES = 10  # lines of the table
 # Often, so that many of each are made; the demo's own periods are longer.
@@ -88,8 +87,8 @@ def memory(options: argparse.Namespace) -> int:
         root = Path(folder, "run")
         own = Path(folder, "overlay.yaml")
         own.write_text(yaml.safe_dump(overlay(options, root)))
-        configs = ["--config", str(ROOT / "configs" / "arithmetic.yaml"), "--config", str(own)]
-        output_of([str(ROOT / "train.py"), "fit", *configs], options.threads)
+        configs = ["--config", "arithmetic", "--config", str(own)]
+        output_of(["-m", "gspo_lightning", "fit", *configs], options.threads)
         looks = [json.loads(line) for line in (root / LOOKS).read_text().splitlines()]
     print(heading(options, []))
     print(table(rows(looks)))

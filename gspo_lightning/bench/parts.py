@@ -26,9 +26,10 @@ from gspo_lightning.guards.memory import peaks, reset_peaks
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.run.one_line import quiet
 from gspo_lightning.run.terminal_log import say
+from gspo_lightning.start.shipped import DATA
 from gspo_lightning.step import CPU
 
-DEMO = Path(__file__).parents[2] / "data" / "arithmetic"
+DEMO = DATA / "arithmetic"
 Clocks = tuple[float, float]  # wall and CPU seconds
 
 

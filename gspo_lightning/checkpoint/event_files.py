@@ -7,11 +7,12 @@ their beginning. What others put beside them is left alone.
 import warnings
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from gspo_lightning.checkpoint.io import replacing
 from gspo_lightning.checkpoint.places import EVENTS
@@ -28,11 +29,37 @@ def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
 def mark_event_files(trainer: Trainer) -> None:
     """Write into each file that this process has opened that it is a run's."""
     for logger in tensorboards(trainer) if trainer.is_global_zero else []:
-        logger.experiment.flush()
-        writer = logger.experiment.file_writer
+        writer = _writer(logger)
+        writer.flush()
         if not _is_marked(_current(writer)):
             writer.add_event(_mark())
-            logger.experiment.flush()
+            writer.flush()
+
+
+def drop_unused(trainer: Trainer) -> None:
+    """Remove what loggers have opened and nothing was logged in, of a fit that was refused.
+
+    Lightning opens loggers before anything is checked.
+    """
+    for logger in trainer.loggers if trainer.is_global_zero else []:
+        experiment = getattr(logger, "_experiment", None)  # the public name would open it
+        if experiment is None or not isinstance(logger, TensorBoardLogger | CSVLogger):
+            continue
+        folder, top = Path(logger.log_dir), Path(logger.save_dir)
+        with suppress(OSError):  # the disk may be what ended the run
+            # Without a writer, an earlier fit has closed the file and this one has not opened one.
+            if isinstance(logger, TensorBoardLogger) and experiment.file_writer is not None:
+                experiment.flush()
+                path = _current(experiment.file_writer)
+                with path.open("rb") as file:
+                    if any(event.HasField("summary") for *_, event in _records(file.read(HEAD))):
+                        continue
+                logger.finalize("failed")  # an open writer would write the file anew
+                path.unlink()
+            for place in (folder, folder.parent):
+                if top in place.parents and not any(place.iterdir()):
+                    place.rmdir()
+                    logger._experiment = None  # the next fit opens it anew
 
 
 def own_event_files(folder: str | Path) -> list[Path]:
@@ -65,7 +92,7 @@ def cut_event_files(trainer: Trainer, files: dict[str, Any], rollouts: int) -> N
     numbered = any(isinstance(logger.version, int) for logger in tensorboards(trainer))
     missing = set(files) if goes_on_in_place(trainer) and not numbered else set()
     for logger in tensorboards(trainer):
-        writer = logger.experiment.file_writer
+        writer = _writer(logger)
         current = _current(writer).name
         for path in Path(logger.log_dir).glob(EVENTS):
             if path.name in files and path.is_file():
@@ -111,6 +138,11 @@ def _warn(what: str, rollouts: int) -> None:
         "those of its own from the checkpoint",
         stacklevel=3,
     )
+
+
+def _writer(logger: TensorBoardLogger) -> Any:
+    """What writes the curves; anew where an earlier fit of the same Trainer has closed it."""
+    return logger.experiment._get_file_writer()
 
 
 def _current(writer: Any) -> Path:

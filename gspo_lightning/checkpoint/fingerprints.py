@@ -18,7 +18,7 @@ from typing import Any
 # Limits that end a run early: they change nothing before that.
 _FREE = re.compile(
     r"(?:data\.init_args\.(?:num_rollouts|num_steps|path|val_path|test_path|predict_path"
-    r"|val_batch_size)"
+    r"|val_batch_size|split|val_split|name)"
     r"|model\.init_args\.(?:optimizer|evaluation)\..*"
     r"|model\.init_args\.(?:learning_rate|frozen_device|policy\.path|policy\.revision"
     r"|micro_batch_size|micro_batch_tokens|sampler\.init_args\.batch_size|max_faults|stop_when"

@@ -9,32 +9,11 @@ and a picture's labels, ``markdown`` for TensorBoard and reports, ``json_line`` 
 import json
 import re
 import string
-import unicodedata
 from typing import Any
 
+from gspo_lightning.start.layout import is_shown, printable
+
 _MARKUP = re.compile(f"[{re.escape(string.punctuation)}\n\r\t]")
-
-
-def _is_shown(char: str) -> bool:
-    """Whether a character is seen where it stands, or is a space.
-
-    Others are control characters (C0, C1), line ends, marks of direction, of zero width or of a
-    language, halves of a character, and what no font has.
-    """
-    return char.isprintable() or unicodedata.category(char) == "Zs"
-
-
-def printable(text: str, keep: str = "") -> str:
-    r"""Text for a terminal: what is not seen becomes an escape of Python, but for ``keep``.
-
-    >>> printable("reward 'a' failed: \x1b]0;title\x07\n\u202e\u200b")
-    "reward 'a' failed: \\x1b]0;title\\x07\\n\\u202e\\u200b"
-    >>> printable("é 日本\u3000語 \n", keep="\n")
-    'é 日本\u3000語 \n'
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if _is_shown(c) or c in keep else repr(c)[1:-1] for c in text)
 
 
 def markdown(text: str) -> str:
@@ -48,6 +27,15 @@ def markdown(text: str) -> str:
     return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", printable(text, keep="\n\r\t"))
 
 
+def kind_of_value(value: Any) -> str:
+    """The kind of a value that others wrote, as they know it.
+
+    >>> kind_of_value(None), kind_of_value(1.5)
+    ('null', 'a float')
+    """
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
 def json_line(value: Any) -> str:
     r"""A line of JSON that gives ``value`` back, and is harmless on a terminal.
 
@@ -57,4 +45,4 @@ def json_line(value: Any) -> str:
     ('{"text": "é\\u009b1m\\u2028"}\n', '\x9b\ud800')
     """
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return "".join(c if _is_shown(c) else json.dumps(c)[1:-1] for c in text) + "\n"
+    return "".join(c if is_shown(c) else json.dumps(c)[1:-1] for c in text) + "\n"

@@ -23,6 +23,7 @@ from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint import early_stops
 from gspo_lightning.checkpoint.event_files import (
     cut_event_files,
+    drop_unused,
     event_file_sizes,
     mark_event_files,
 )
@@ -65,6 +66,8 @@ class RolloutCheckpoint(Checkpoint):
 
     Attributes:
         accept_changes: Continue although settings, data or models are not those of the checkpoint.
+        best_model_path: The best file of this run, the newest one without a `monitor`: what
+            `trainer.test(ckpt_path="best")` and `trainer.test()` load after `fit`.
 
     Raises:
         ValueError: If `every_n_rollouts`, `keep_last` or `keep_best` is below 1, `mode` is no
@@ -89,6 +92,7 @@ class RolloutCheckpoint(Checkpoint):
         self.keep_last, self.keep_best = keep_last, keep_best
         self.monitor, self.mode = monitor, mode
         self.accept_changes = False
+        self.best_model_path = ""
         self._best: list[tuple[float, int]] = []  # figure, rollouts; the best one first
         self._marks: dict[str, Any] = {}
         self._validates = False  # whether a run that is not stopped validates now
@@ -115,6 +119,10 @@ class RolloutCheckpoint(Checkpoint):
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             check_shared(trainer, root)
             mark_event_files(trainer)
+
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
+        """Leave no trace of a fit that was refused."""
+        drop_unused(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Save now, or leave it to the validation that is about to run."""
@@ -157,7 +165,9 @@ class RolloutCheckpoint(Checkpoint):
         """Save what no hook before has: the stop came from a later one, or in another way."""
         agree_to_stop(trainer)
         refused = trainer.fit_loop.total_batch_idx >= _done(trainer)  # a hook took no batch more
-        if trainer.should_stop or refused or not (trainer.is_last_batch or _at_limit(trainer)):
+        ends = trainer.is_last_batch or _at_limit(trainer)
+        # At the end it is saved already, unless the validation before has broken off.
+        if trainer.should_stop or refused or self.save_at_end or not ends:
             self._ended = True
             self._save_once(trainer)
             self._ended = False
@@ -258,6 +268,8 @@ class RolloutCheckpoint(Checkpoint):
         finally:
             self._saving = False
         self._saved = number, trainer.should_stop
+        best_number = self._best[0][1] if self._best else number
+        self.best_model_path = str(path.with_name(_file_name(best_number)))
         if trainer.is_global_zero:
             self._write_best(path.parent)
             # Keep later files: a run that goes on from before a damaged file has some.
@@ -305,7 +317,6 @@ class RolloutCheckpoint(Checkpoint):
         """
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             _check_start(trainer)
-        """Remove what a kill in the middle of a save left behind."""
         # Lift limits until training begins: Lightning would leave out the end of training, too,
         # with what callbacks do there, and the run may have been killed just before it.
         if self._over:

@@ -73,9 +73,12 @@ def _cut_rows(file: Path, rollouts: int) -> None:
     writer = csv.DictWriter(text, names)
     writer.writeheader()
     for row in rows:
-        figures = {name for name, value in row.items() if value} - {"step", "epoch"}
-        validated = all(name.startswith("val/") for name in figures)
-        if int(row["step"]) < rollouts + validated:
+        figures = {name for name, value in row.items() if value} - {"step"}
+        validated = all(name.startswith("val/") for name in figures - {"epoch"})
+        # A rollout stands at its number, as a validation does at that of the rollout before it.
+        # Counted from 0 is what goes through self.log, which adds the epoch, and supervised steps.
+        from_0 = not validated and bool(figures & {"epoch", "train/learning_rate"})
+        if int(row["step"]) + from_0 <= rollouts:
             writer.writerow(row)
     with replacing(file) as new:
         new.write(text.getvalue().encode())

@@ -2,7 +2,7 @@
 
 python -m gspo_lightning.compare configs/compare/arithmetic.yaml
 
-Reads a plan (which overlays, how many updates a rollout, which seeds), runs `train.py fit` for each
+Reads a plan (which overlays, how many updates a rollout, which seeds), runs `gspo fit` for each
 of them, several at a time, and writes one CSV, one figure a section and one report. A complete run
 is not run again, one that was stopped goes on from its checkpoint: the same command ends the work.
 Decides what a run of a comparison is.
@@ -52,7 +52,7 @@ def command(plan: Plan, arm: Arm, folder: Path) -> list[str]:
     text = f"# What the comparison adds to the overlay {arm.algorithm}.\n"
     own.write_text(text + yaml.safe_dump(settings(plan, arm), sort_keys=False))
     return [
-        *(sys.executable, "train.py", "fit"),
+        *(sys.executable, "-m", "gspo_lightning", "fit"),
         *(part for file in [*plan.files(arm), str(own)] for part in ("--config", file)),
         *("--seed_everything", str(arm.seed)),
         *("--trainer.default_root_dir", str(folder)),
@@ -153,8 +153,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.jobs < 1:
             raise ValueError(f"--jobs must be >= 1, got {options.jobs}")
-        if not Path("train.py").is_file():
-            raise ValueError(f"there is no train.py in {Path.cwd()}; run this where it lies")
         plan = read_plan(options.plan)
         records = run_all(plan, Path(options.runs), options.jobs)
     except (ValueError, RuntimeError) as error:

@@ -134,7 +134,7 @@ class ExpertShift(Callback):
                 "moe/expert_change_rollout": share_changed(self.first, now),
             }
             for logger in trainer.loggers:
-                logger.log_metrics(figures, step=outputs["index"])
+                logger.log_metrics(figures, step=outputs["index"] + 1)
             outputs["metrics"].update(figures)  # for callbacks behind this one
         rollout = outputs["rollout"]
         rollout = rollout.select(torch.arange(min(self.completions, len(rollout))))

@@ -69,7 +69,7 @@ def prepare(kind: str, folder: Path) -> Any:
 
 
 def training(kind: str, folder: Path) -> list[str]:
-    """The words of ``train.py`` that train the model prepared in ``folder``."""
+    """The words of ``gspo`` that train the model prepared in ``folder``."""
     epochs, batch_size = EPOCHS[kind]
     return [
         *("fit", "--config", "configs/sft_arithmetic.yaml"),

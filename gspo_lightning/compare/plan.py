@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from gspo_lightning.start.shipped import config_list, find_config
+
 RECORD = "record.json"  # written into a run's folder at its end, so that it marks a complete run
 
 
@@ -85,8 +87,9 @@ def read_plan(path: str) -> Plan:
     Raises:
         ValueError: For a missing file, an unknown key or a value out of range, naming it.
     """
+    path, _ = find_config(path)
     if not Path(path).is_file():
-        raise ValueError(f"there is no plan {path}; configs/compare/arithmetic.yaml is one")
+        raise ValueError(f"there is no plan {path}; compare/arithmetic is one of the package")
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not isinstance(content.get("sections"), dict):
         raise ValueError(f"{path}: a plan needs `sections`, by name")
@@ -100,10 +103,10 @@ def read_plan(path: str) -> Plan:
             raise ValueError(f"{path}: sections.{name} needs algorithms, updates and seeds")
         for file in map(overlay, section.algorithms):
             if not file.is_file():
-                known = sorted(other.stem for other in file.parent.glob("*.yaml"))
+                known = [c.removeprefix("algorithm/") for c in config_list() if "algorithm/" in c]
                 raise ValueError(f"{path}: sections.{name}: there is no {file}; there are {known}")
     for config in [*plan.configs, *(c for s in sections.values() for c in s.configs)]:
-        if not Path(config).is_file():
+        if not Path(find_config(config)[0]).is_file():
             raise ValueError(f"{path}: there is no config {config} (looked in {Path.cwd()})")
     return plan
 
@@ -122,7 +125,7 @@ def build(kind: Any, where: str, entry: Any) -> Any:
 
 def overlay(algorithm: str) -> Path:
     """The overlay of an algorithm."""
-    return Path("configs", "algorithm", f"{algorithm}.yaml")
+    return Path(find_config(f"configs/algorithm/{algorithm}.yaml")[0])
 
 
 def arms(section: Section) -> Iterator[Arm]:
@@ -168,5 +171,6 @@ def merged(files: list[str]) -> dict[str, Any]:
 
     tree: dict[str, Any] = {}
     for file in files:
-        tree = merge(tree, yaml.safe_load(Path(file).read_text(encoding="utf-8")))
+        text = Path(find_config(file)[0]).read_text(encoding="utf-8")
+        tree = merge(tree, yaml.safe_load(text))
     return tree

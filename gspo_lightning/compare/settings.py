@@ -2,7 +2,7 @@
 
 python -m gspo_lightning.compare.settings
 
-Each line is one run of `train.py fit` with base.yaml, task/arithmetic.yaml, hardware/cpu.yaml and
+Each line is one run of `gspo fit` with base.yaml, task/arithmetic.yaml, hardware/cpu.yaml and
 what the line says, one seed, on one thread. Decides which settings are tried. The lines "chat" and
 "base" train two models that are made first. A run that is complete is not made again.
 """
@@ -84,7 +84,7 @@ MADE_COLUMNS = {
 
 
 def command(name: str, folder: Path, rollouts: int) -> list[str]:
-    """The words of ``train.py`` for a run."""
+    """The words of ``gspo`` for a run."""
     record = {
         "class_path": "gspo_lightning.compare.experiment.RunRecord",
         "init_args": {"completions": GROUP * PROMPTS * rollouts},
@@ -105,14 +105,14 @@ def command(name: str, folder: Path, rollouts: int) -> list[str]:
 
 
 def train(what: str, words: list[str], log: Path) -> None:
-    """Run ``train.py`` on one thread, its output in ``log``.
+    """Run ``gspo`` on one thread, its output in ``log``.
 
     Raises:
         RuntimeError: If it fails, naming what and the log.
     """
     with log.open("w") as out:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "train.py", *words]
+        command = [sys.executable, "-m", "gspo_lightning", *words]
         code = subprocess.call(command, stdout=out, stderr=out, env=environment)
     if code:
         raise RuntimeError(f"{what} failed, see {log}")

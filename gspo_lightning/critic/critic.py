@@ -20,6 +20,7 @@ from gspo_lightning.engine.states import predicting_states
 from gspo_lightning.policy.folder import check_model_folder, check_model_path
 from gspo_lightning.policy.policy import PolicyConfig, checkpoint_activations, make_ready
 from gspo_lightning.rollout import Rollout, Samples
+from gspo_lightning.start.shipped import find_data
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class CriticConfig:
                     f"critic.path {self.path} is not read with critic.backbone policy; use own, or "
                     "leave the path out"
                 )
+            object.__setattr__(self, "path", find_data(self.path))
             check_model_path("critic.path", self.path)
 
 
@@ -261,7 +263,9 @@ def load_critic(config: CriticConfig, policy_config: PolicyConfig, policy: Any) 
         )
     path = config.path or policy_config.path
     check_model_folder("critic.path", path, policy_config.trust_remote_code)
-    whole = replace(policy_config, load_in_4bit=False)  # all of a critic's weights are trained
+    whole = policy_config
+    if whole.load_in_4bit:  # all of a critic's weights are trained
+        whole = replace(whole, load_in_4bit=False)
     backbone = whole.load("critic.path", AutoModel, config.path)
     rows = backbone.get_input_embeddings().weight.shape[0]
     needed = policy.get_input_embeddings().weight.shape[0]

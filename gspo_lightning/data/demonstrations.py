@@ -31,13 +31,24 @@ def check_files(files: Mapping[str, str | None]) -> None:
             check_file(f"data.{key}", file)
 
 
-def check_kind_of_data(data: Any, module: Any) -> None:
-    """Raise ValueError for a module that learns from another kind of data."""
+def check_kind_of_data(data: Any) -> None:
+    """Raise ValueError for data that no Trainer has, or whose module learns from another kind."""
+    check_attached(data)
+    module = data.trainer.lightning_module
     wanted = getattr(module, "learns_from", None)
     if wanted not in (None, *(kind.__name__ for kind in type(data).__mro__)):
         raise ValueError(
             f"data: {type(module).__name__} learns from {wanted}, not from {type(data).__name__}; "
             f"set data.class_path to gspo_lightning.{wanted}"
+        )
+
+
+def check_attached(data: Any) -> None:
+    """Raise ValueError for data that is used by itself: tokenizer and ranks are of a Trainer."""
+    if data.trainer is None:
+        raise ValueError(
+            f"{type(data).__name__} takes tokenizer and ranks from a Trainer; hand over the data "
+            "itself, not a loader of it: trainer.fit(module, data), trainer.validate(module, data)"
         )
 
 
@@ -123,6 +134,7 @@ class TokenizedData(LightningDataModule):
         )
 
     def _loader(self, examples: list, collate: Callable, batch_size: int) -> DataLoader | list:
+        check_attached(self)
         if not examples:
             return []
         dataset: Any = examples  # a list is a map-style dataset
@@ -135,6 +147,7 @@ class TokenizedData(LightningDataModule):
         return {"data.path": digest(map(repr, self.stream.examples))}
 
     def train_dataloader(self) -> ResumableStream:
+        check_attached(self)
         assert self.stream is not None
         return self.stream
 
@@ -166,7 +179,7 @@ class SupervisedData(TokenizedData):
         self.val_examples: list[tuple[list[int], list[int]]] = []
 
     def setup(self, stage: str) -> None:
-        check_kind_of_data(self, self.trainer.lightning_module)
+        check_kind_of_data(self)
         if self.stream is None and stage == "fit":
             examples = self._read("data.path", self.path)
             self.stream = self._stream(
@@ -247,8 +260,9 @@ class SFTData(SupervisedData):
 
     def _read(self, key: str, path: str) -> list[tuple[list[int], list[int]]]:
         rows = read_rows(key, path)
-        prompts = text_column(key, path, rows, self.prompt_column)
-        completions = text_column(key, path, rows, self.completion_column)
+        keys = "data.prompt_column", "data.completion_column"
+        prompts = text_column(key, path, rows, self.prompt_column, keys[0])
+        completions = text_column(key, path, rows, self.completion_column, keys[1])
         tokenizer = self.tokenizer
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no eos_token, so no demonstration could end")

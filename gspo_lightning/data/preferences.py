@@ -83,8 +83,8 @@ class PreferenceData(SupervisedData):
 
     def _read(self, key: str, path: str) -> list[tuple[list[int], list[int]]]:
         rows = read_rows(key, path)
-        for name in self.columns:
-            text_column(key, path, rows, name)
+        for kind, name in zip(("prompt", "chosen", "rejected"), self.columns, strict=True):
+            text_column(key, path, rows, name, f"data.{kind}_column")
         return [
             self._encode(f"{key}: {path}: row {number}", row) for number, row in enumerate(rows, 1)
         ]

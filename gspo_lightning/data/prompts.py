@@ -13,9 +13,12 @@ from torch.utils.data import DataLoader
 
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint.fingerprints import digest
-from gspo_lightning.data.demonstrations import TokenizedData, check_files, check_kind_of_data
+from gspo_lightning.checkpoint.quoted import kind_of_value
+from gspo_lightning.data.demonstrations import TokenizedData, check_kind_of_data
+from gspo_lightning.data.sources import Given, check_source, in_words, read_source
 from gspo_lightning.data.stream import pad
-from gspo_lightning.data.tables import check_patterns, column, extract, read_rows
+from gspo_lightning.data.tables import check_patterns, column, extract
+from gspo_lightning.data.template import check_template, with_prompts
 from gspo_lightning.policy.chat import LONGEST_TOKEN, Chat, TooLong, checked
 from gspo_lightning.policy.settings import settings_of
 from gspo_lightning.rollout import PromptBatch
@@ -25,8 +28,10 @@ class PromptData(TokenizedData):
     """Prompts for rollouts, with every other column of their rows for the reward terms.
 
     Args:
-        path: Training prompts: JSON lines, Parquet, or a ``datasets`` folder. A column ``id``, if
-            there is one, must be different in each row that has it.
+        path: Training prompts: JSON lines, Parquet, a ``datasets`` folder, or a dataset's name on
+            the hub, such as ``openai/gsm8k``; from Python also a list (of texts, of chats or of
+            rows) or a ``datasets.Dataset``. A column ``id``, if there is one, must be different in
+            each row that has it.
         val_path: Held-out prompts for ``fit`` and ``validate``.
         test_path: Prompts for ``test``; ``None`` takes ``val_path``.
         predict_path: Prompts for ``predict``; ``None`` takes ``val_path``, else ``path``.
@@ -46,6 +51,11 @@ class PromptData(TokenizedData):
         val_batch_size: Prompts per validation batch.
         chat_template_arguments: What the template is given besides the messages, such as
             ``enable_thinking: false``; ``chat_template`` names one of several templates.
+        split: Split of ``path``, where that is a dataset with several, such as ``train``.
+        val_split: Split of the held-out prompts; without ``val_path`` of the dataset of ``path``.
+        name: Configuration of a dataset that has several, such as ``main``.
+        prompt_template: A text with columns in braces, such as ``"Question: {question}"``,
+            that becomes the prompt (``prompt_column``) of each row; a brace is written twice.
 
     Raises:
         ValueError: For a missing or broken file, row, column or value, naming it.
@@ -53,10 +63,10 @@ class PromptData(TokenizedData):
 
     def __init__(
         self,
-        path: str,
-        val_path: str | None = None,
-        test_path: str | None = None,
-        predict_path: str | None = None,
+        path: Given,
+        val_path: Given | None = None,
+        test_path: Given | None = None,
+        predict_path: Given | None = None,
         prompts_per_rollout: int = 8,
         num_rollouts: int | None = None,
         prompt_column: str = "prompt",
@@ -67,15 +77,35 @@ class PromptData(TokenizedData):
         overlong_prompts: Literal["error", "drop"] = "error",
         val_batch_size: int = 64,
         chat_template_arguments: dict[str, Any] | None = None,
+        split: str | None = None,
+        val_split: str | None = None,
+        name: str | None = None,
+        prompt_template: str | None = None,
     ) -> None:
+        arguments = dict(locals())
         super().__init__()
-        self.save_hyperparameters(settings_of(PromptData, locals()), logger=False)
+        given = {key: arguments[key] for key in ("path", "val_path", "test_path", "predict_path")}
+        for key, source in given.items():
+            if source is not None:
+                own = split if key == "path" else val_split
+                check_source(f"data.{key}", source, own, name)
+        words = {key: in_words(source) for key, source in given.items()}
+        self.save_hyperparameters(settings_of(PromptData, arguments | words), logger=False)
         if system_prompt is not None and not chat_template:
             raise ValueError("data.system_prompt needs data.chat_template: true")
         if chat_template_arguments and not chat_template:
             raise ValueError("data.chat_template_arguments needs data.chat_template: true")
-        self.paths = {"path": path, "val_path": val_path, "test_path": test_path or val_path}
-        self.paths["predict_path"] = predict_path or val_path or path
+        if val_split is not None and val_path is None:
+            val_path = path
+            check_source("data.val_path", val_path, val_split, name)
+        held_out = (val_path, val_split) if val_path is not None else (path, split)
+        self.paths = given | {"val_path": val_path}
+        self.splits = dict.fromkeys(given, val_split) | {"path": split}
+        if test_path is None:
+            self.paths["test_path"] = val_path
+        if predict_path is None:
+            self.paths["predict_path"], self.splits["predict_path"] = held_out
+        self.name = name
         check_at_least(
             1,
             "data.",
@@ -84,8 +114,10 @@ class PromptData(TokenizedData):
             max_prompt_tokens=max_prompt_tokens,
             val_batch_size=val_batch_size,
         )
-        check_files(self.paths)
         check_patterns(extract or {})
+        if prompt_template is not None:
+            check_template(prompt_template)
+        self.prompt_template = prompt_template
         self.extract = extract or {}
         self.prompts_per_rollout, self.num_rollouts = prompts_per_rollout, num_rollouts
         self.prompt_column = prompt_column
@@ -100,7 +132,7 @@ class PromptData(TokenizedData):
 
     def setup(self, stage: str) -> None:
         """Read and tokenise what ``stage`` needs."""
-        check_kind_of_data(self, self.trainer.lightning_module)
+        check_kind_of_data(self)
         wanted = {
             "fit": ["path", "val_path"],
             "validate": ["val_path"],
@@ -113,7 +145,7 @@ class PromptData(TokenizedData):
             self._make_chat()
         for key in wanted:
             if key not in self.examples and self.paths[key] is not None:
-                self.examples[key] = self._read(f"data.{key}", str(self.paths[key]))
+                self.examples[key] = self._read(key)
         if stage in ("validate", "test") and wanted[0] not in self.examples:
             raise ValueError(
                 f"{getattr(stage, 'value', stage)} needs held-out prompts; set data.val_path "
@@ -161,9 +193,7 @@ class PromptData(TokenizedData):
         if self.chat is None:
             return
         self._make_chat()
-        self.examples = {
-            key: self._read(f"data.{key}", str(self.paths[key])) for key in self.examples
-        }
+        self.examples = {key: self._read(key) for key in self.examples}
         if self.stream is not None:
             self.stream.examples = self.examples["path"]
 
@@ -177,8 +207,13 @@ class PromptData(TokenizedData):
             self.tokenizer, self.chat_template_arguments, self.started, self.longest_text
         )
 
-    def _read(self, key: str, path: str) -> list[tuple[list[int], dict]]:
-        rows = extract(key, path, read_rows(key, path), self.extract)
+    def _read(self, which: str) -> list[tuple[list[int], dict]]:
+        key, source, prompt = f"data.{which}", self.paths[which], self.prompt_column
+        path = str(in_words(source))
+        rows = read_source(key, source, self.splits[which], self.name, prompt)
+        rows = extract(key, path, rows, self.extract)
+        if self.prompt_template is not None:
+            rows = with_prompts(key, path, rows, self.prompt_template, prompt)
         # a reward must not find out in the middle of the run that a row lacks its column
         module: Any = self.trainer.lightning_module
         for term, name in getattr(module, "columns_needed", {}).items():
@@ -187,7 +222,9 @@ class PromptData(TokenizedData):
             if refused := check(rows):
                 raise ValueError(f"{key}: {path}: row {refused[0]}: {refused[1]}")
         examples = []
-        for number, prompt in enumerate(column(key, path, rows, self.prompt_column), start=1):
+        way_out = "data.prompt_template, or data.prompt_column"
+        prompts = column(key, path, rows, self.prompt_column, setting=way_out)
+        for number, prompt in enumerate(prompts, start=1):
             where = f"{key}: {path}: row {number}"
             try:
                 examples.append((self._encode(where, prompt), rows[number - 1]))
@@ -203,7 +240,7 @@ class PromptData(TokenizedData):
                 f"{self.max_prompt_tokens}"
             )
         overlong = len(rows) - len(examples)
-        self.dropped[key.removeprefix("data.")] = overlong
+        self.dropped[which] = overlong
         if overlong:
             limit = f"{self.max_prompt_tokens} tokens"
             rank_zero_info(f"{key}: dropped {overlong} of {len(rows)} prompts longer than {limit}")
@@ -216,7 +253,7 @@ class PromptData(TokenizedData):
         else:
             if not isinstance(prompt, str):
                 raise ValueError(
-                    f"{where}: column {self.prompt_column!r} is a {type(prompt).__name__}, not a "
+                    f"{where}: column {self.prompt_column!r} is {kind_of_value(prompt)}, not a "
                     "text; a list of chat messages needs data.chat_template: true"
                 )
             if len(prompt) > self.longest_text:  # tokenising megabytes would take minutes

@@ -8,22 +8,35 @@ import codecs
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from gspo_lightning.checkpoint.quoted import kind_of_value
+from gspo_lightning.start.shipped import find_data
 
 READERS = (
     ".jsonl, .json (one object a line), .parquet, or a folder written by datasets.save_to_disk"
 )
+SUFFIXES = (".jsonl", ".json", ".parquet")
 LONGEST_LINE = 16 << 20  # bytes; a longer line is a file without line ends, not a prompt
 
 
-def read_rows(key: str, path: str) -> list[dict]:
+def split_key(key: str) -> str:
+    """The setting that names the split of a source, by the setting that names the source."""
+    return "data.split" if key == "data.path" else "data.val_split"
+
+
+def read_rows(key: str, path: str, split: str | None = None, name: str | None = None) -> list[dict]:
     """Read a table as a list of rows.
 
     Args:
         key: The setting that names the file, for messages.
-        path: JSON lines, Parquet, or a folder written by ``datasets.Dataset.save_to_disk``.
+        path: JSON lines, Parquet, or a folder: written by ``save_to_disk`` of the datasets library,
+            or a copy of a dataset on the hub.
+        split: Which part of a folder that has several.
+        name: Which configuration of a copied dataset that has several.
 
     Returns:
         One dict per row, never empty.
@@ -32,10 +45,14 @@ def read_rows(key: str, path: str) -> list[dict]:
         ValueError: If the file is missing, empty, of another kind, or has a broken row; the message
             names key, file and line.
     """
-    file = Path(path).expanduser()
+    file = Path(find_data(path)).expanduser()
     check_file(key, path)
+    if split is not None and file.is_file():
+        raise ValueError(f"{split_key(key)}: {path} is a file, it has no splits; leave it out")
+    if name is not None and file.is_file() and key == "data.path":
+        raise ValueError(f"data.name: {path} is a file, it has no configurations; leave it out")
     if file.is_dir() or file.suffix == ".parquet":
-        rows = read_with_datasets(key, file)
+        rows = rows_of_table(key, str(file), _opened, split, name)
     elif file.suffix in (".jsonl", ".json") and file.is_file():
         rows = read_json_lines(key, file)
     else:
@@ -48,7 +65,7 @@ def read_rows(key: str, path: str) -> list[dict]:
 
 def check_file(key: str, path: str) -> None:
     """Raise ValueError, naming the setting ``key``, if there is nothing at ``path``."""
-    file = Path(path).expanduser()
+    file = Path(find_data(path)).expanduser()
     if not file.exists():
         if file.is_symlink():
             raise ValueError(f"{key}: {path} is a link that leads nowhere; mend or replace it")
@@ -105,7 +122,7 @@ def read_object(where: str, line: bytes) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {why_unreadable(error)}") from error
     if not isinstance(row, dict):
-        wrong = f'expected an object like {{"prompt": ...}}, got {type(row).__name__}'
+        wrong = f'expected an object like {{"prompt": ...}}, got {kind_of_value(row)}'
         raise ValueError(f"{where}: {wrong}; write one object a line")
     return row
 
@@ -149,41 +166,112 @@ def finite(number: str) -> float:
     return value
 
 
-def read_with_datasets(key: str, file: Path) -> list[dict]:
+def rows_of_table(
+    key: str,
+    path: str,
+    read: Callable[[Any, str, str | None, str | None], Any],
+    split: str | None,
+    name: str | None,
+) -> list[dict]:
+    """Rows that the datasets library reads.
+
+    Args:
+        key: The setting that names the source, for messages.
+        path: The source.
+        read: Gives a table, or several by their split; called with the library, ``path``, ``name``
+            and ``split``.
+        split: Which table of several; one alone needs no name.
+        name: Which configuration.
+    """
     try:
         import datasets
     except ImportError as error:
         raise ValueError(
-            f"{key}: reading {file} needs the datasets package: pip install gspo_lightning[data]"
+            f"{key}: reading {path} needs the datasets package: pip install gspo_lightning[data]"
         ) from error
-    level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are logged and raised
-    try:
-        if file.is_dir():
-            table = datasets.load_from_disk(str(file))
-        else:
-            table = datasets.Dataset.from_parquet(str(file), keep_in_memory=True)
-    except Exception as error:  # pyarrow and datasets raise a dozen kinds; all mean the same here
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(f"{key}: cannot read {file}: {reason}; expected {READERS}") from error
-    finally:
-        datasets.logging.set_verbosity(level)
+    with _silence(datasets):
+        try:
+            table = read(datasets, path, name, split)
+        except Exception as error:  # pyarrow and datasets raise a dozen kinds; all mean the same
+            raise ValueError(_why_not_read(key, path, name, split, error)) from error
     if isinstance(table, datasets.DatasetDict):
-        splits = list(table)
-        raise ValueError(f"{key}: {file} holds several splits {splits}; give one split's folder")
+        which = split_key(key)
+        if split is not None and split not in table:
+            raise ValueError(f"{which}: {path} has no split {split!r}; it has {list(table)}")
+        if split is None and len(table) > 1:
+            raise ValueError(f"{key}: {path} holds several splits {list(table)}; set {which}")
+        table = table[split] if split is not None else next(iter(table.values()))
     return list(table)
 
 
-def column(key: str, path: str, rows: list[dict], name: str, why: str = "") -> list[Any]:
-    """One column of all rows; a row without it is an error that names the row and what it has."""
+def _opened(datasets: Any, path: str, name: str | None, split: str | None) -> Any:
+    """A Parquet file, or a folder: one that the library has saved, or a copy from the hub."""
+    if not Path(path).is_dir():
+        return datasets.Dataset.from_parquet(path, keep_in_memory=True)
+    saved = ("dataset_dict.json", "dataset_info.json", "state.json")
+    if any(Path(path, file).exists() for file in saved):
+        return datasets.load_from_disk(path)
+    return datasets.load_dataset(path, name, split=split)
+
+
+@contextmanager
+def _silence(datasets: Any) -> Iterator[None]:
+    """Hide what the datasets library shows: an error of its would be logged and raised."""
+    level, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _why_not_read(
+    key: str, path: str, name: str | None, split: str | None, error: Exception
+) -> str:
+    """One line for what the datasets library raises, with the setting to change."""
+    text = str(error)
+    lines = text.splitlines() or [type(error).__name__]
+    listed = re.search(r"(?:Should be one of|Available:|available configs:) (\[.*?\])", text)
+    there = f"; it has {listed[1]}" if listed else ""
+    if text.startswith(("Unknown split", "Unrecognized instruction")):
+        return f"{split_key(key)}: {path} has no split {split!r}{there}"
+    if text.startswith("BuilderConfig"):
+        return f"data.name: {path} has no configuration {name!r}{there}"
+    if text.startswith("Config name is missing"):
+        return f"{key}: {path} has several configurations; set data.name{there}"
+    if Path(path).exists():
+        return f"{key}: cannot read {path}: {lines[0].rstrip('.')}; expected {READERS}"
+    return (
+        f"{key}: {path} is no file and no folder, and as a dataset of the hub it cannot be read: "
+        f"{lines[0].rstrip('.')}; mend the name, go online, or name a file"
+    )
+
+
+def column(
+    key: str, path: str, rows: list[dict], name: str, why: str = "", setting: str = ""
+) -> list[Any]:
+    """One column of all rows; a row without it is an error that names the row and what it has.
+
+    Args:
+        why: Who needs the column, for the message.
+        setting: The setting that names the column, if one does, for the message.
+    """
     for number, row in enumerate(rows, start=1):
         if row.get(name) is None:
             null = f", where {name!r} is null" if name in row else ""
+            there = str(sorted(row))[:300]
             raise ValueError(
-                f"{key}: {path}: row {number} has no column {name!r}{why}; it has {sorted(row)}"
-                f"{null}; mend the row, or name another column"
+                f"{key}: {path}: row {number} has no column {name!r}{why}; it has {there}{null}"
+                f"; mend the row, or {_other(setting)}"
             )
     return [row[name] for row in rows]
+
+
+def _other(setting: str) -> str:
+    return f"set {setting}" if setting else "name another column"
 
 
 def extract(key: str, path: str, rows: list[dict], patterns: Mapping[str, str]) -> list[dict]:
@@ -230,15 +318,14 @@ def check_patterns(patterns: Mapping[str, str]) -> None:
             ) from error
 
 
-def text_column(key: str, path: str, rows: list[dict], name: str) -> list[str]:
+def text_column(key: str, path: str, rows: list[dict], name: str, setting: str = "") -> list[str]:
     """A column of texts; anything else in it, or an empty one, is an error that names the row."""
-    values = column(key, path, rows, name)
+    values = column(key, path, rows, name, setting=setting)
     for number, value in enumerate(values, start=1):
         where = f"{key}: {path}: row {number}: column {name!r}"
         if not isinstance(value, str):
             raise ValueError(
-                f"{where} is a {type(value).__name__}, not a text; write a text, or name another "
-                "column"
+                f"{where} is {kind_of_value(value)}, not a text; write a text, or {_other(setting)}"
             )
         if not value:
             raise ValueError(f"{where} is empty; write a text, or take the row out")

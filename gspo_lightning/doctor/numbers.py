@@ -109,7 +109,7 @@ def as_rollout(
         old_logprobs=old,
         old_known=torch.zeros_like(samples.finished),  # no step yet: the first pass replaces them
         ref_logprobs=ref,
-        rewards=torch.zeros(len(samples)),
+        rewards=torch.zeros(len(samples), device=old.device),
         reward_parts={},
         advantages=advantages[:, None].expand_as(samples.mask),
         values=values,

@@ -1,6 +1,6 @@
 """Compute a mini-batch of ``faults/`` again and name the first tensor that is not finite.
 
-``python train.py replay DUMP`` loads the weights and the tensors of the dump, runs the code of the
+``gspo replay DUMP`` loads the weights and the tensors of the dump, runs the code of the
 update, and looks at everything in the order in which it is computed: weights, what the loss is
 computed from, the output of each part of the model, log-probs, ratio, losses, gradients. The
 optimizer is left out, since a fault does not reach it, and so is a critic: no dump has its weights.
@@ -26,6 +26,7 @@ from gspo_lightning.objectives import importance_log_ratio
 from gspo_lightning.policy.policy import Policy, load_policy, load_tokenizer
 from gspo_lightning.rollout import Samples
 from gspo_lightning.run.terminal_log import say
+from gspo_lightning.start.typed import program
 
 
 class Look(NamedTuple):
@@ -203,7 +204,7 @@ class Arguments(argparse.ArgumentParser):
     """Reports a mistake as the commands of Lightning's parser do."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"replay: {message}; python train.py replay DUMP")
+        raise ValueError(f"replay: {message}; {program()} replay DUMP")
 
 
 def device_of(name: str) -> torch.device:
@@ -222,7 +223,7 @@ def main(argv: list[str]) -> int:
     Raises:
         ValueError: If the dump cannot be read or the device is not there.
     """
-    parser = Arguments("train.py replay", description=__doc__.split("\n\n")[0])
+    parser = Arguments(f"{program()} replay", description=__doc__.split("\n\n")[0])
     parser.add_argument("dump", type=Path, help="a file in faults/ of a run folder")
     parser.add_argument("--device", help="default: where the run was, if that is here, else cpu")
     parser.add_argument(

@@ -251,7 +251,7 @@ class GroupAttention:
         output = output.view(1, num_rows, -1, output.shape[2])
         return nn.functional.pad(output, (0, 0, 0, 0, 0, more)) if more else output
 
-    def move_rows(self, sources: list[int], targets: list[int], length: int) -> None:
+    def move_rows(self, sources: Tensor, targets: Tensor, length: int) -> None:
         """Copy the first ``length`` tokens of rows to other slots, whose content is lost."""
         for layer in self.layers.values():
             for buffer in (layer.keys, layer.values):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gspo_lightning.engine.attention import open_attention
-from gspo_lightning.engine.drawing import NotDecodable, draw
+from gspo_lightning.engine.drawing import NotDecodable, draw, listed
 from gspo_lightning.engine.group_attention import GroupAttention, Layout
 from gspo_lightning.engine.padded import forward_arguments, text_config, unwrapped
 from gspo_lightning.engine.step_graphs import Play, StepGraphs, rounded
@@ -124,12 +124,15 @@ class GroupDecoder:
         """
         # inference mode costs less a call, but FSDP2's tensors made in it cannot be trained later
         sharded = any(hasattr(parameter, "device_mesh") for parameter in self.model.parameters())
-        with torch.no_grad() if sharded else torch.inference_mode():
-            while self.waiting or self.num:
-                if self.waiting and self.num <= REFILL_BELOW * self.slots:
-                    self._admit()
-                else:
-                    self._drop(self._draw(0, self._forward()))
+        try:
+            with torch.no_grad() if sharded else torch.inference_mode():
+                while self.waiting or self.num:
+                    if self.waiting and self.num <= REFILL_BELOW * self.slots:
+                        self._admit()
+                    else:
+                        self._drop(self._draw(0, self._forward()))
+        finally:
+            self.graphs = None  # at once: a recording that is freed during the next one breaks it
         return self.ids, self.logprobs
 
     def _admit(self) -> None:
@@ -233,7 +236,7 @@ class GroupDecoder:
         stopped = self.wanted.stopped
         return [
             slot
-            for slot, newest in enumerate(token.tolist(), start)
+            for slot, newest in enumerate(listed(token), start)
             if newest in self.wanted.eos_ids
             or self.admitted[slot] == full
             or (stopped is not None and stopped(self.running[slot], newest))
@@ -248,9 +251,10 @@ class GroupDecoder:
         targets = [slot for slot in ended if slot < keep]
         sources = [slot for slot in range(keep, self.num) if slot not in gone]
         if sources:
-            self.cache.move_rows(sources, targets, length=self.step - min(self.admitted))
+            old, new = self.ids.new_tensor([sources, targets])  # on the device once, not per layer
+            self.cache.move_rows(old, new, length=self.step - min(self.admitted))
             for tensor in (self.places, self.tokens, self.lengths):
-                tensor[targets] = tensor[sources]
+                tensor[new] = tensor[old]
             for values in (self.running, self.admitted):
                 for source, target in zip(sources, targets, strict=True):
                     values[target] = values[source]
@@ -277,7 +281,7 @@ class GroupDecoder:
         longest = max(len(prompts[group]) for group in self.groups)
         places = max(map(len, members))
         if self.graphs is not None:
-            places = rounded(places, size)
+            places = size
             longest = rounded(longest, self.cache.prompt_length)
             more = rounded(len(members), self.cache.num_prompts) - len(members)
             members += [[] for _ in range(more)]

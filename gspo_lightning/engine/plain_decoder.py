@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gspo_lightning.engine.drawing import NotDecodable, draw
+from gspo_lightning.engine.drawing import NotDecodable, draw, listed
 from gspo_lightning.engine.padded import forward_arguments
 
 COMPACT_BELOW = 7 / 8  # share of running rows under which finished rows leave the batch
@@ -78,12 +78,13 @@ def decode_plainly(
     running = torch.ones_like(rows, dtype=torch.bool)
     for t in range(limit):
         token, logprob = draw(logits, uniform[rows, t], temperature)
+        newest = listed(token)
         ids[rows[running], t] = token[running]
         logprobs[rows[running], t] = logprob[running]
         running = running & ~torch.isin(token, eos)
         if stopped is not None:
-            news = zip(running.tolist(), rows.tolist(), token.tolist(), strict=True)
-            goes_on = [on and not stopped(row, newest) for on, row, newest in news]
+            news = zip(running.tolist(), rows.tolist(), newest, strict=True)
+            goes_on = [on and not stopped(row, token_id) for on, row, token_id in news]
             running = torch.tensor(goes_on, device=running.device)
         num_running = int(running.sum())
         if num_running == 0 or t + 1 == limit:

@@ -5,6 +5,7 @@ recording reads lies in tensors that stay where they are. On a GPU a recording i
 launch instead of hundreds. Rows that rounding adds compute something that nobody reads.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -17,13 +18,12 @@ Play = Callable[[], Tensor]
 
 
 def rounded(size: int, most: int) -> int:
-    """Round a size up to one of few, by a quarter at most above 32.
+    """Round a size up to a power of two, 8 at least: a recording costs as much as three steps.
 
     >>> [rounded(size, most=100) for size in (1, 9, 33, 64, 65, 99)]
-    [8, 16, 40, 64, 80, 100]
+    [8, 16, 64, 64, 100, 100]
     """
-    unit = max(8, (1 << size.bit_length()) // 8)
-    return min(-(-size // unit) * unit, most)
+    return min(max(8, 1 << (size - 1).bit_length()), most)
 
 
 def cuda_graph_recorder() -> Callable[[Play], Play]:
@@ -41,8 +41,14 @@ def cuda_graph_recorder() -> Callable[[Play], Play]:
             step()
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            output = step()
+        collected = gc.isenabled()
+        gc.disable()  # garbage may hold recordings, which must not be freed while one is made
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                output = step()
+        finally:
+            if collected:
+                gc.enable()
 
         def play() -> Tensor:
             graph.replay()

@@ -18,6 +18,7 @@ from gspo_lightning.logprobs import samples_logprobs
 from gspo_lightning.policy.folder import check_model_folder, check_model_path, reason
 from gspo_lightning.policy.policy import LoRAPolicy, Policy, PolicyConfig, fingerprint
 from gspo_lightning.rollout import Samples
+from gspo_lightning.start.shipped import find_data
 
 
 def resolve_device(key: str, word: str, policy_device: torch.device) -> torch.device:
@@ -79,6 +80,7 @@ class ReferencePolicy:
     def __post_init__(self) -> None:
         check_at_least(1, "reference.", batch_size=self.batch_size)
         if self.path is not None:
+            self.path = find_data(self.path)
             check_model_path("reference.path", self.path)
 
     def can_share(self, policy: PolicyConfig) -> bool:

@@ -20,6 +20,7 @@ from gspo_lightning.policy.chat import Chat, checked
 from gspo_lightning.policy.folder import check_values, read_tokenizer, silence, unloadable
 from gspo_lightning.policy.policy import fingerprint, make_ready
 from gspo_lightning.policy.reads import positions
+from gspo_lightning.start.shipped import find_data
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class RewardModel:
 
     def __post_init__(self) -> None:
         owner = "a reward model's "
+        self.path = find_data(self.path)
         check_at_least(1, owner, batch_size=self.batch_size, max_tokens=self.max_tokens)
 
     @property

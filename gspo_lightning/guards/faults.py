@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, CheckpointError
 from gspo_lightning.rollout import Rollout
+from gspo_lightning.start.typed import program
 
 INPUTS = ("advantages", "old_logprobs", "ref_logprobs")
 LOOKED_AT = (*INPUTS, "logprobs", "ratio", "loss", "gradient")  # in the order of computation
@@ -92,7 +93,7 @@ class Faults:
             FloatingPointError: If this was the last of ``max_faults`` in a row.
         """
         what = f"{step}: {', '.join(self.found)} not finite"
-        see = "" if dump is None else f"; what is it? python train.py replay {dump}"
+        see = "" if dump is None else f"; what is it? {program()} replay {dump}"
         if self.in_a_row >= self.max_faults:
             raise FloatingPointError(
                 f"{what}, the last of {self.in_a_row} such steps in a row (max_faults); none of "

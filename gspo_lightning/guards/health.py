@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch.utilities import rank_zero_warn
 
 from gspo_lightning.objectives import Objective
+from gspo_lightning.start.typed import program
 
 PATIENCE = 20  # rollouts without one clipped sequence before that is called suspicious
 MOST = 0.6  # of groups flat, of ratios clipped: what is left to learn from is the smaller part
@@ -91,7 +92,7 @@ def spread_text(figures: Figures, run: History) -> str:
     spread = figures.get("policy/sequence_log_ratio_std", 0.0)
     if not spread or run.objective.ratio not in ("sequence", "sequence_token"):
         return ""  # the figure is of means over tokens
-    return f" (log s spreads by {spread:.1e}; `python train.py doctor` proposes a range)"
+    return f" (log s spreads by {spread:.1e}; `{program()} doctor` proposes a range)"
 
 
 def unclipped(figures: Figures, run: History) -> str | None:
@@ -127,7 +128,7 @@ def truncated(figures: Figures, run: History) -> str | None:
             f"{share:.0%} of the completions hit the limit of {run.limit} tokens: it is too short, "
             "or the policy never ends a text; raise sampler.max_new_tokens, set "
             "policy.stop_strings or policy.stop_token_ids (a base model may need them), or see "
-            "what `python train.py doctor` says of eos"
+            f"what `{program()} doctor` says of eos"
         )
     return None
 

@@ -6,18 +6,26 @@ Decides what of its output is noise here, and what it cannot train.
 import logging
 import re
 import warnings
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
 # Messages of Lightning that are advertising, or repeat what the plan and our own lines say.
 _CHATTER = re.compile(
     r"💡 Tip|(GPU|TPU|HPU) available: |`Trainer\.fit` stopped|Restor(ing|ed) |Loaded model weights"
-    r"|`Trainer\(limit_|\s*Detected KeyboardInterrupt"
+    r"|`Trainer\((limit_|val_check_interval=)|\s*Detected KeyboardInterrupt"
     r"|(\[rank: \d+\] )?(Seed set to |Child process with PID )"
     r"|`weights_only` was not set|Time limit reached|Found current_model_state"
+    # TF32 would round float32's log-ratios by more than the clip range
+    r"|You are using a CUDA device \(.*\) that has Tensor Cores|LOCAL_RANK: \d+ - CUDA_VISIBLE_DEV"
 )
 _TALKERS = (
+    "pytorch.accelerators.cuda",
     "pytorch.utilities.rank_zero",
     "fabric.utilities.rank_zero",
     "fabric.utilities.seed",
@@ -34,6 +42,8 @@ _HARMLESS = {  # the beginning of a warning: the module that gives it
     r"Unable to serialize instance (cpu|l1_unstructured|random_unstructured)$": "",
     # the policy is whole on each device, so its average is, too
     r"You're using the WeightAveraging callback with a model that overrides": "",
+    # what a checkpoint calls the policy is the average, which is what is evaluated
+    r"You're using the WeightAveraging callback, but loading a checkpoint outside the": "",
     # a run that goes on, beside RolloutCheckpoint's files
     r"Checkpoint directory .* exists and is not empty": "",
     # callbacks may come and go when a run is continued; what must not change has a fingerprint
@@ -100,3 +110,20 @@ def check_batch(batch: Any, kind: type) -> None:
             f"a batch must be a {kind.__name__}, got {type(batch).__name__}; give a PromptData as "
             "datamodule, or a loader with collate_fn=gspo_lightning.data.collate_prompts"
         )
+
+
+def whole(step: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Make an error of a StopIteration within a step of a module.
+
+    Lightning takes one for the end of the data: a rollout would stay half-trained, an evaluation
+    would be that of its first batches, and nothing would say so.
+    """
+
+    @wraps(step)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        try:
+            return step(*args, **kwargs)
+        except StopIteration as error:
+            raise RuntimeError(f"a StopIteration left {step.__qualname__}") from error
+
+    return run

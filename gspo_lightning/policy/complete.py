@@ -49,11 +49,21 @@ def complete(
         raise ValueError(
             f"prompts must be a list of at least one, such as ['7+9='], got {prompts!r}"
         )
-    tokenizer = policy.tokenizer
-    chat = None if all(isinstance(prompt, str) for prompt in prompts) else Chat(tokenizer)
-    ids = []
+    tokenizer, chat, ids = policy.tokenizer, None, []
     for number, prompt in enumerate(prompts, start=1):
-        text = prompt if isinstance(prompt, str) else chat.prompt(checked(prompt))  # type: ignore[union-attr]
+        text = prompt
+        if not isinstance(prompt, str):
+            try:
+                messages = checked(prompt)
+            except ValueError as error:
+                raise ValueError(f"prompt {number} {error}") from error
+            if not tokenizer.chat_template:
+                raise ValueError(
+                    f"prompt {number} is a list of messages, and the tokenizer has no chat "
+                    "template; give a text, or save chat_template.jinja beside the tokenizer"
+                )
+            chat = chat or Chat(tokenizer)
+            text = chat.prompt(messages)
         found = tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
         if not found:
             raise ValueError(f"prompt {number} is empty")

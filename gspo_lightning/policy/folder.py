@@ -26,6 +26,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from gspo_lightning.checkpoint.quoted import kind_of_value
+
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 AGAIN = "fetch or save the model again"
@@ -207,7 +209,7 @@ def read_json(key: str, file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{key}: {file} is not JSON: {reason(error)}; {AGAIN}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{key}: {file} holds a {type(found).__name__}, not an object; {AGAIN}")
+        raise ValueError(f"{key}: {file} holds {kind_of_value(found)}, not an object; {AGAIN}")
     return found
 
 
@@ -345,22 +347,29 @@ def silence() -> Iterator[None]:
 def check_hub(path: str) -> None:
     """Raise ValueError for a name on the hub whose host is not found: its library tries a minute.
 
-    A name in the cache is left to the library, and so is a host that a proxy has to find.
+    A name in the cache is left to the library.
     """
-    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
-        return
     if Path(path).expanduser().is_dir() or not HUB_NAME.fullmatch(path):
         return
     if isinstance(try_to_load_from_cache(path, "config.json"), str):
         return
+    if trouble := hub_trouble():
+        raise ValueError(
+            f"{path} is no folder, and of the hub not even the address is found ({trouble}); go "
+            "online, or give a folder that holds the model"
+        )
+
+
+def hub_trouble() -> str | None:
+    """Why the hub's address is not found; None if it is, or if a proxy has to find it."""
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return None
     host = urlsplit(constants.ENDPOINT).hostname
     try:
         socket.getaddrinfo(host, 443)
     except OSError as error:
-        raise ValueError(
-            f"{path} is no folder, and of the hub not even the address is found ({host}: {error}); "
-            "go online, or give a folder that holds the model"
-        ) from error
+        return f"{host}: {error}"
+    return None
 
 
 def read_tokenizer(path: str, **options: Any) -> Any:

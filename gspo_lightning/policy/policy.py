@@ -16,11 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.mode import leave_routers_out, stay_in_eval_mode
+from gspo_lightning.engine.norms import fuse_norms
 from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.engine.products import speed_up, uses_onednn
 from gspo_lightning.engine.texts import ends_of
 from gspo_lightning.policy import folder, four_bits
 from gspo_lightning.policy.lora import LoRAConfig, add_adapters, merged_weights
+from gspo_lightning.start.shipped import find_data
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "spiece*")
@@ -63,6 +65,7 @@ class PolicyConfig:
     load_in_4bit: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", find_data(self.path))
         folder.check_model_path("policy.path", self.path)
         if self.load_in_4bit:
             four_bits.check_four_bits(self.lora)
@@ -81,6 +84,17 @@ class PolicyConfig:
         if self.load_in_4bit:
             options["quantization_config"] = four_bits.rounding(options["dtype"])
         return options
+
+    def own(self, as_stored: bool = False) -> Any:
+        """The model that is trained."""
+        if self.weights == "random":
+            return _random_model(self)
+        return self.load("policy.path", AutoModelForCausalLM, as_stored=as_stored)
+
+    def model_config(self) -> Any:
+        """The config of the model, without its weights."""
+        trust = self.trust_remote_code
+        return folder.read_config("policy.path", self.path, trust, self.revision)
 
     def check_device(self, key: str, device: torch.device) -> None:
         """Refuse a device that cannot hold such a policy, naming the setting that chose it."""
@@ -113,6 +127,7 @@ class PolicyConfig:
             options["dtype"] = folder.half_precision_of(Path(path or self.path)) or torch.float32
         model = folder.load_weights(key, auto, path or self.path, **options)
         open_attention(model)
+        fuse_norms(model)
         return model
 
 
@@ -272,10 +287,7 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None, as_stored: bool = F
     """
     if tokenizer is None:
         tokenizer = load_tokenizer(config)
-    if config.weights == "random":
-        model = _random_model(config)
-    else:
-        model = config.load("policy.path", AutoModelForCausalLM, as_stored=as_stored)
+    model = config.own(as_stored)
     # Recurrent models (Mamba, RWKV) have no cache to sample with; some also read the padding on the
     # left as text, so every log-prob would be wrong. Sampling sees what no signature shows.
     if "past_key_values" not in inspect.signature(model.forward).parameters:
@@ -304,6 +316,7 @@ def _random_model(config: PolicyConfig) -> Any:
     except Exception as error:  # whatever a model's code raises for sizes that do not fit
         raise folder.unloadable("policy.path", config.path, error) from error
     open_attention(model)
+    fuse_norms(model)
     return model
 
 

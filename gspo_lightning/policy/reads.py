@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gspo_lightning.policy.folder import read_config
 from gspo_lightning.policy.policy import PolicyConfig
 
 POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
@@ -88,5 +87,4 @@ def check_lengths(config: PolicyConfig, prompts: Prompts, new_tokens: int, held_
 
 
 def _text_config(config: PolicyConfig) -> Any:
-    trust = config.trust_remote_code
-    return read_config("policy.path", config.path, trust, config.revision).get_text_config()
+    return config.model_config().get_text_config()

@@ -10,15 +10,16 @@ import json
 import numbers
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, get_args, get_origin, get_type_hints
 
 from gspo_lightning.checkpoint.io import read_without_tensors
 from gspo_lightning.checkpoint.parts import KEY
 from gspo_lightning.kl import KLRule
-from gspo_lightning.sampling import GroupSampler
 
 OWN = "gspo_lightning."
 LONGEST_TEXT = 200  # characters of a value in a logger's table
@@ -31,7 +32,7 @@ SHOWN_FIRST = (
     "model.sampler.group_size",
 )
 FIGURES = ("val/accuracy_greedy", "val/accuracy_sampled", "val/reward", "train/reward")
-SAMPLER = f"{GroupSampler.__module__}.{GroupSampler.__qualname__}"
+SAMPLER = "gspo_lightning.sampling.GroupSampler"  # by its name: it stands high above this file
 
 
 def plain(value: Any) -> Any:
@@ -56,6 +57,8 @@ def plain(value: Any) -> Any:
         return f"{value.__module__}.{value.__qualname__}"
     if is_dataclass(value) and not callable(value):  # a callable one is a reward, which has a class
         return {f.name: plain(getattr(value, f.name)) for f in fields(value) if f.init}
+    if hasattr(value, "get_vocab"):  # a tokenizer, by the place that it is from
+        return str(value.name_or_path) or None
     kind = type(value)
     path = f"{kind.__module__}.{kind.__qualname__}"
     names = inspect.signature(kind).parameters if path.startswith(OWN) else ()
@@ -146,6 +149,28 @@ def remake(
     return made
 
 
+@contextmanager
+def restoring(owner: Any, path: Any) -> Iterator[None]:
+    """Say in one line that a checkpoint's weights do not fit, instead of a list of all names.
+
+    Raises:
+        ValueError: If they do not, with the first of the names.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        head, *lines = str(error).splitlines() or [""]
+        if not head.startswith("Error(s) in loading state_dict"):
+            raise
+        first = " ".join("".join(lines[:1]).split())
+        first = first if len(first) <= LONGEST_TEXT else f"{first[:LONGEST_TEXT]} ..."
+        raise ValueError(
+            f"{path} does not hold the weights of the {owner.__name__} that its settings and those "
+            f"given make: {first}; leave the policy's settings, such as policy.lora, as they were, "
+            "and load it with the class that was trained"
+        ) from error
+
+
 def _hints(owner: Any) -> dict[str, Any]:
     """Types of a constructor's arguments, by name."""
     return {k: hint for k, hint in get_type_hints(owner.__init__).items() if k != "return"}
@@ -156,7 +181,7 @@ def _made(hint: Any, value: Any) -> Any:
     if isinstance(value, dict) and "class_path" in value:
         if value["class_path"] != SAMPLER:
             raise ValueError(f"{value['class_path']} is not made from a checkpoint")
-        return GroupSampler(**value["init_args"])
+        return resolve_name(SAMPLER)(**value["init_args"])
     for kind in (hint, *get_args(hint)):
         if is_dataclass(kind) and isinstance(value, dict):
             hints = _hints(kind)
@@ -201,6 +226,22 @@ def table(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def run_settings(module: Any) -> dict[str, Any]:
+    """All settings of a run as one flat table, without what objects of other people's hold.
+
+    Args:
+        module: A LightningModule, attached to its Trainer.
+    """
+    trainer = module.trainer
+    seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything set
+    known: dict[str, Any] = {"seed_everything": seed, "trainer": {"precision": trainer.precision}}
+    known |= {"model": module.hparams_initial, "data": getattr(trainer.datamodule, "hparams", {})}
+    for callback in trainer.callbacks:
+        if isinstance(getattr(callback, "rule", None), KLRule):  # it decides what is trained
+            known[type(callback).__name__] = plain(callback)["init_args"]
+    return table(known)
+
+
 def log_settings(module: Any, figures: Sequence[str] = FIGURES) -> None:
     """Give every logger the settings of a run that begins, as one flat table.
 
@@ -214,13 +255,7 @@ def log_settings(module: Any, figures: Sequence[str] = FIGURES) -> None:
     trainer = module.trainer
     if not trainer.enable_autolog_hparams:
         return
-    seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything set
-    known: dict[str, Any] = {"seed_everything": seed, "trainer": {"precision": trainer.precision}}
-    known |= {"model": module.hparams_initial, "data": getattr(trainer.datamodule, "hparams", {})}
-    for callback in trainer.callbacks:
-        if isinstance(getattr(callback, "rule", None), KLRule):  # it decides what is trained
-            known[type(callback).__name__] = plain(callback)["init_args"]
-    values = table(known)
+    values = run_settings(module)
     for logger in trainer.loggers:
         if type(logger.experiment).__name__ != "SummaryWriter":  # on ranks other than 0, too
             logger.log_hyperparams(values)

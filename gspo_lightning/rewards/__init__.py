@@ -3,6 +3,7 @@
 from gspo_lightning.rewards.calls import RewardError
 from gspo_lightning.rewards.code_tests import CodeTests
 from gspo_lightning.rewards.failed import score_or_keep
+from gspo_lightning.rewards.given import GivenRewards, as_terms
 from gspo_lightning.rewards.left_out import check_present, terms_left_out
 from gspo_lightning.rewards.terms import (
     MarkedAnswer,
@@ -28,6 +29,7 @@ from gspo_lightning.rewards.text_rewards import (
     variety,
 )
 from gspo_lightning.rewards.time_limit import TimeLimit
+from gspo_lightning.rewards.trl import TRLReward
 from gspo_lightning.rewards.verifiers import (
     ExactMatch,
     LastNumber,

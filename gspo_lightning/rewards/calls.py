@@ -9,7 +9,9 @@ what becomes of the run and of the completion.
 import math
 import re
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import suppress
 from inspect import isawaitable
 from itertools import islice
 from typing import Any, NamedTuple
@@ -160,7 +162,7 @@ def _listed(given: Any, size: int, guest: Guest) -> list[Any]:
     """What a function gave as a list, of ``size`` + 1 values at most where it could be endless."""
     single = not hasattr(given, "__iter__") and not hasattr(given, "__getitem__")
     if single or isinstance(given, str | bytes | Mapping | Set):
-        raise TypeError(f"gave {type(given).__name__} instead of a list of numbers")
+        raise TypeError(f"gave {kind_of(given)} instead of a list of numbers")
     if hasattr(given, "tolist") and hasattr(given, "shape"):  # a tensor, an array: one copy
         given = given.reshape(-1).tolist() if tuple(given.shape) == (size, 1) else given.tolist()
     values = list(given if hasattr(given, "__len__") else islice(given, size + 1))
@@ -195,7 +197,9 @@ def _cause(error: BaseException) -> Exception:
     """The error, or one in its place that can be shown and does not mean to end the process."""
     text = error_text(error)
     if isinstance(error, Exception) and text != UNSPEAKABLE and len(str(error)) < LONG:
-        return error
+        with suppress(BaseException):  # of a class that raises where its name is asked for
+            traceback.format_exception(error)
+            return error
     return RuntimeError(f"{kind_of(error)}: {text}").with_traceback(error.__traceback__)
 
 

@@ -39,6 +39,8 @@ COPIES = "it has copies, nothing else sees the change"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
            signal.SIGPIPE, signal.SIGCHLD)  # fmt: skip
 LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
+DEVICES = ("cpu", "cuda")
+_inference: list[Any] = []  # modes that have to last
 
 
 def _folder() -> str | None:
@@ -74,6 +76,35 @@ def _cuda_device() -> int | None:
     return torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
 
+def _autocast() -> tuple[Any, ...]:
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    found = ((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in DEVICES)
+    return depth, torch.is_autocast_cache_enabled(), *found
+
+
+def _set_autocast(state: tuple[Any, ...]) -> None:
+    depth, cached, *found = state
+    for device, (on, dtype) in zip(DEVICES, found, strict=True):
+        torch.set_autocast_enabled(device, on)
+        torch.set_autocast_dtype(device, dtype)
+    torch.set_autocast_cache_enabled(cached)
+    # At one level too many no cache is emptied: weights cast before a step would serve after it.
+    for _ in range(_autocast()[0] - depth):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+
+
+def _set_inference_mode(on: bool) -> None:
+    mode = torch.inference_mode(on)
+    mode.__enter__()
+    _inference.append(mode)  # its end would bring the function's mode back
+
+
+def _anomaly() -> tuple[bool, bool]:
+    return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+
+
 def _cudnn() -> tuple[bool, bool]:
     return torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
 
@@ -88,6 +119,8 @@ STATE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "torch's default device": (torch.get_default_device, _set_device),
     "torch's CUDA device": (_cuda_device, torch.cuda.set_device),
+    # before the grad mode, which it changes
+    "torch's inference mode": (torch.is_inference_mode_enabled, _set_inference_mode),
     "torch's grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
     "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
     "torch's precision of products": (
@@ -97,6 +130,11 @@ STATE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "torch's choice of deterministic algorithms": (
         torch.get_deterministic_debug_mode,
         torch.set_deterministic_debug_mode,
+    ),
+    "torch's autocast": (_autocast, _set_autocast),
+    "torch's search for anomalies": (
+        _anomaly,
+        lambda found: torch.autograd.set_detect_anomaly(*found),
     ),
     "cuDNN's flags": (_cudnn, _set_cudnn),
     "the locale": (

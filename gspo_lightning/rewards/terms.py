@@ -7,6 +7,7 @@ up.
 import inspect
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,6 +23,7 @@ from gspo_lightning.rewards.time_limit import TimeLimit, error_text, told
 from gspo_lightning.rewards.verifiers import comparable
 
 RowCheck = Callable[[list[dict]], tuple[int, str] | None]
+LOGGED = ("missing", "overlong", "group_std")  # as reward/<name>, whatever the terms are
 EPSILON = 1e-6  # added to the standard deviation: equal rewards whiten to 0
 
 
@@ -350,7 +352,7 @@ class MarkedAnswer:
         if self.column not in row:
             raise ValueError(
                 f"the row with prompt {str(row.get('prompt'))[:60]!r} has no column "
-                f"{self.column!r} to compare with; it has {sorted(row)}"
+                f"{self.column!r} to compare with; it has {str(sorted(row))[:300]}"
             )
         if self.marker not in text:
             return 0.0
@@ -416,6 +418,12 @@ def check_terms(terms: Mapping[str, RewardTerm], truncated: str) -> None:
             f"truncated: zero_reward gives 0, which is an average reward where {whitened[0]!r} "
             "is whitened; use keep or mask"
         )
+    logged = Counter([*terms, *LOGGED, *count_names(terms)])
+    for name in (name for name, times in logged.items() if times > 1):
+        raise ValueError(
+            f"model.rewards: reward/{name} would be logged twice, for the term or count of that "
+            "name and for what is counted anyway; give the term another name"
+        )
 
 
 def check_signatures(terms: Mapping[str, RewardTerm]) -> None:
@@ -429,6 +437,12 @@ def check_signatures(terms: Mapping[str, RewardTerm]) -> None:
             signature = inspect.signature(term.fn)
         except (TypeError, ValueError):
             continue  # written in C: seen when it is called
+        names = list(signature.parameters)
+        if names[:1] == ["completions"] or names[:2] == ["prompts", "completions"]:
+            raise ValueError(
+                f"model.rewards.{name}.fn takes {signature}, as TRL's reward functions do; wrap it "
+                "in gspo_lightning.rewards.TRLReward (here they take rows and completions)"
+            )
         try:
             signature.bind([], [])
         except TypeError as error:

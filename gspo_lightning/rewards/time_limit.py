@@ -288,7 +288,7 @@ def as_number(value: Any) -> float | None:
     if isinstance(value, BaseException):
         raise value
     if isinstance(value, str | bytes):
-        raise TypeError(f"the {type(value).__name__} {value[:40]!r}")
+        raise TypeError(f"the {kind_of(value)} {value[:40]!r}")
     if hasattr(value, "detach"):  # torch warns of tensors that have a gradient
         value = value.detach()
     return None if value is None else float(value)
@@ -318,9 +318,10 @@ def told(error: BaseException, kind: str | None = None) -> str:
     return f"{what} ({os.path.basename(frame.filename)}:{frame.lineno})"
 
 
-def kind_of(error: BaseException) -> str:
-    """The name of an error's class, which a function may have made up."""
-    return type(error).__name__[:80]
+def kind_of(value: Any) -> str:
+    """The name of a value's class, which a function may have made up."""
+    # Of a class whose own class has a `__name__`, that one would answer, or raise.
+    return type.__dict__["__name__"].__get__(type(value))[:80]
 
 
 def error_text(error: BaseException, limit: int = 160) -> str:

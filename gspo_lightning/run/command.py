@@ -5,10 +5,13 @@ callbacks, plugins and loggers a run has that its config does not name.
 """
 
 import itertools
+import json
 import os
+import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -41,9 +44,10 @@ from gspo_lightning.run import (
     progress,
     start_checks,
 )
-from gspo_lightning.run.plan import resume_command, this_python, total_batches
-from gspo_lightning.run.terminal_log import TerminalLog, begin_here, say
+from gspo_lightning.run.plan import longer_run, resume_command, total_batches
+from gspo_lightning.run.terminal_log import TerminalLog, begin_here, say, working_folder
 from gspo_lightning.run.tracing import RolloutProfile
+from gspo_lightning.start import shipped, short
 
 config_files.keep_texts()
 config_files.keep_choices()
@@ -145,6 +149,8 @@ class CommandTrainer(Trainer):
 class GSPOCLI(LightningCLI):
     """Lightning's commands and `doctor`, with this project's run folder and checkpoints."""
 
+    kind_of_parser = one_line.OneLineParser
+
     def __init__(self, argv: list[str], watch: Watch) -> None:
         self.code = 0  # exit code of a command that ran to its end
         self.watch = watch
@@ -161,7 +167,7 @@ class GSPOCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             trainer_class=CommandTrainer,
-            parser_class=one_line.OneLineParser,
+            parser_class=self.kind_of_parser,
             save_config_callback=folder.RunConfig,
             seed_everything_default=0,  # True would draw another seed on continuing
             trainer_defaults={
@@ -174,11 +180,14 @@ class GSPOCLI(LightningCLI):
             args=argv,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's four, without options that would do nothing here, and the doctor."""
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Lightning's four, without options that would do nothing here, and the doctor.
+
+        Of them the one that is asked for: the parsers of the others would take most of the time.
+        """
         four = {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
-        return four | {"doctor": {"model", "datamodule", "json", "thorough"}}
+        known = four | {"doctor": {"model", "datamodule", "json", "thorough"}}
+        return {name: skip for name, skip in known.items() if [name] == self.argv[:1]} or known
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.add_argument(
@@ -192,6 +201,7 @@ class GSPOCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> Any:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.epilog = short.help_text()
         if subcommand == "fit":
             parser.add_argument(
                 "--accept_changes",
@@ -208,7 +218,10 @@ class GSPOCLI(LightningCLI):
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse; Lightning's version warns when a program passes arguments, as tests do."""
-        for path in config_files.config_paths(args):
+        args, notes = shipped.with_paths(short.written_out(args))
+        for note in notes:
+            say(note)
+        for path in shipped.config_names(args):
             config_files.check_config_file(path)
         try:
             self.config = parser.parse_args(config_files.nested_nulls(args))
@@ -231,6 +244,8 @@ class GSPOCLI(LightningCLI):
             raise ValueError("trainer.default_root_dir is null; give a folder, such as runs/mine")
         self.root = local_folder(config.trainer.default_root_dir)
         self.rehearsal = bool(config.trainer.fast_dev_run)
+        if ours := shipped.data_in(json.dumps(config.as_dict(), default=str)):
+            say(f"{', '.join(ours)}: not here, so taken from the package ({shipped.DATA})")
         trains = self.subcommand == "fit" and not self.rehearsal
         if trains:
             lock.check_lock(self.root)
@@ -255,7 +270,7 @@ class GSPOCLI(LightningCLI):
             "checkpoint": self.checkpoint,
             "terminal": self.watch.terminal,
             "leftovers": [] if self.checkpoint else folder.find_leftovers(self.root),
-            "command": ["train.py", *self.argv],
+            "command": ["gspo", *self.argv],
         }
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -284,7 +299,7 @@ class GSPOCLI(LightningCLI):
         for own, name in itertools.product(as_list(logger), ("_root_dir", "_save_dir")):
             path = getattr(own, name, None)  # a relative one keeps its meaning, as the run's does
             if isinstance(path, str) and "://" not in path:
-                setattr(own, name, os.path.abspath(os.path.expanduser(path)))
+                setattr(own, name, str(local_folder(path or ".", "trainer.logger")))
         kwargs |= {"callbacks": callbacks, "plugins": plugins, "logger": logger}
         kwargs |= {"default_root_dir": str(self.root)}
         try:
@@ -347,8 +362,11 @@ class GSPOCLI(LightningCLI):
         if getattr(health, "stopped", None) is not None or in_pieces(self.trainer):
             self.code = 1
         if self.checkpoint is not None and self.watch.rollouts == 0:
-            end = "is the end of the run; raise its length to go on"
+            longer = shlex.join(str(x) for pair in longer_run(self.trainer).items() for x in pair)
+            end = f"is the end of the run; {longer} makes it longer, another run wants a "
+            end += "folder of its own, --trainer.default_root_dir NEW"
             say(f"nothing to do: {self.checkpoint} {end if why is None else f'was ended {why}'}")
+            self.watch.refuse()  # the curves that Lightning has opened stay empty
         elif why is not None:
             done = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
             total = total_batches(self.trainer)
@@ -392,7 +410,7 @@ def where_to_go_on(argv: list[str], root: Path | None, read: bool = True) -> str
         return f"the checkpoints of {root} cannot be read: {error.strerror}"
     if newest is None:
         return "there is no checkpoint yet; the same command starts again"
-    go_on = resume_command(["train.py", *argv], {}, this_python())
+    go_on = resume_command(argv, {})
     return f"last checkpoint {newest}; continue with: {go_on}"
 
 
@@ -408,6 +426,24 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     watch = Watch()
+    with taken_over(watch, argv):
+        try:
+            launch.check_variables()
+            with one_line.quiet():
+                if argv[:1] == ["replay"]:
+                    return resolve_name(TOOLS["replay"])(argv[1:])
+                code = GSPOCLI(argv, watch).code
+            if watch.signals.number is not None:
+                name = signal.Signals(watch.signals.number).name
+                say(f"{name}: stopped; {where_to_go_on(argv, watch.root)}")
+            return watch.signals.exit_code or code
+        except BaseException as error:
+            return ending.report(error, watch, partial(where_to_go_on, argv, watch.root))
+
+
+@contextmanager
+def taken_over(watch: Watch, argv: list[str]) -> Iterator[None]:
+    """Have the process's streams, signals and umask as a run needs them, for a while."""
     begin_here()
     umask = os.umask(0o022)  # no group and no stranger may change the files of a run
     os.umask(umask | 0o022)
@@ -416,19 +452,13 @@ def main(argv: list[str] | None = None) -> int:
     watch.signals.on_lost_rank = lambda text: ending.report_lost_rank(
         text, watch, partial(where_to_go_on, argv, watch.root)
     )
+    # Rewards of the user's lie in the working folder, and Python looks where its script lies.
+    paths = [folder for folder in working_folder() if not {"", folder} & {*sys.path}]
+    sys.path += paths
     try:
-        launch.check_variables()
-        with one_line.quiet():
-            if argv[:1] == ["replay"]:
-                return resolve_name(TOOLS["replay"])(argv[1:])
-            code = GSPOCLI(argv, watch).code
-        if watch.signals.number is not None:
-            name = signal.Signals(watch.signals.number).name
-            say(f"{name}: stopped; {where_to_go_on(argv, watch.root)}")
-        return watch.signals.exit_code or code
-    except BaseException as error:
-        return ending.report(error, watch, partial(where_to_go_on, argv, watch.root))
+        yield
     finally:
+        sys.path[:] = [path for path in sys.path if path not in paths]
         watch.signals.restore()
         watch.terminal.close()
         watch.lock.release()

@@ -4,9 +4,8 @@ Decides what a config file must be: UTF-8 text, one YAML mapping, plain values, 
 that a text which begins with ``#`` is a text.
 """
 
-import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,13 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_dumper, set_loader
 
-WAY_OUT = "a config looks like configs/arithmetic.yaml"
+from gspo_lightning.start import shipped
+from gspo_lightning.start.typed import program
+
+WAY_OUT = f"`{program()} configs arithmetic` shows one"
 LARGEST = 2**20  # bytes of a file
 DEEPEST = 50  # levels of YAML, one in the other: readers call themselves for each of them
 MOST = 20_000  # values of YAML, what aliases stand for counted each time
-
-
-def config_paths(args: Sequence[str]) -> Iterator[str]:
-    """The files that follow `--config` in a command line without the program, in their order.
-
-    >>> list(config_paths(["fit", "--config", "a.yaml", "--config=b.yaml", "-c", "c.yaml"]))
-    ['a.yaml', 'b.yaml', 'c.yaml']
-    """
-    for word, following in itertools.zip_longest(args, args[1:]):
-        flag, equals, path = word.partition("=")
-        if flag in ("--config", "-c") and (equals or following is not None):
-            yield path if equals else following
 
 
 def nested_nulls(args: Sequence[str]) -> list[str]:
@@ -58,7 +48,10 @@ def check_config_file(path: str) -> None:
     """Raise ValueError, with line and way out, unless it is one YAML mapping of plain values."""
     file = Path(path).expanduser()
     if not file.exists():
-        raise ValueError(f"config: there is no file {path} (looked in {Path.cwd()}); {WAY_OUT}")
+        said = f"there is no file {path} (looked in {Path.cwd()})"
+        if not path.endswith(".yaml"):
+            said += f" and no config {path} in the package"
+        raise ValueError(f"config: {said}; {shipped.near(path)}")
     if not file.is_file():
         raise ValueError(f"config: {path} is no file; give the path of a YAML file")
     if file.stat().st_size > LARGEST:
@@ -99,6 +92,8 @@ def check_size(text: str) -> None:
     An alias costs its writer three characters and a reader all that it stands for, so that a few
     lines of aliases of aliases are millions of values, and one inside of its own anchor is endless.
     """
+    if len(text) <= DEEPEST and "*" not in text:  # nearly every setting of a command line
+        return
     sizes: dict[Any, int] = {}  # values that each anchor stands for
     opened: list[tuple[Any, int]] = []  # anchor of each level, and values before it
     total = 0

@@ -6,10 +6,9 @@ Decides which errors a user can mend and how they are worded.
 import os
 import re
 import sys
-import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -22,6 +21,7 @@ from gspo_lightning.guards.out_of_memory import OutOfMemory, is_out_of_memory
 from gspo_lightning.rewards.terms import RewardError
 from gspo_lightning.run.one_line import LONGEST, condense
 from gspo_lightning.run.terminal_log import say, shown
+from gspo_lightning.start import layout
 
 # What a user's mistake raises: bad values, missing files, devices, packages.
 MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException)
@@ -57,8 +57,8 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
     of_run = isinstance(error, FloatingPointError) or is_out_of_memory(error)
     of_user = isinstance(error, RewardError) or UNREACHED in str(error) or is_unlogged(error)
     known = of_run or of_user or not watch.begun
-    # What is refused before training has a line of its own, whatever the system said before it.
-    refused = isinstance(error, ValueError) and not watch.begun
+    # What is refused has a line of its own, whatever the system said before it, or to a reward.
+    refused = isinstance(error, RewardError) or (isinstance(error, ValueError) and not watch.begun)
     full = watch.lock.lost() or (None if refused else disk_fault(error, watch.root))
     text = full or (mistake(error) if known else None)
     gone = text is None and is_of_another_rank(error)
@@ -67,7 +67,9 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
     if text is None or os.environ.get("GSPO_TRACEBACK") == "1":
         sys.stderr.write(printable("".join(traceback.format_exception(error)), keep="\n"))
     if text is not None:
-        sys.stderr.write(f"error: {printable(shown(text))}\n")
+        sys.stderr.write(
+            f"{layout.styled('error:', layout.RED, sys.stderr)} {printable(shown(text))}\n"
+        )
         if not watch.begun:
             watch.refuse()
     if not watch.lock.lost() and (advice := go_on(True)):
@@ -114,19 +116,6 @@ def report_lost_rank(text: str, watch: Any, go_on: Callable[[bool], str]) -> Non
     sys.stderr.write(f"error: {text}\n")
     say(go_on(False))
     watch.terminal.close()
-
-
-def leave(code: int) -> NoReturn:
-    """End the process.
-
-    After a signal, without the threads that are still at work: Python would wait for a reward.
-    """
-    others = set(threading.enumerate()) - {threading.main_thread()}
-    if code > 128 and not all(thread.daemon for thread in others):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def from_a_checkpoint(error: BaseException) -> bool:

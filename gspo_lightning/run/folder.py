@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,13 @@ class RunConfig(SaveConfigCallback):
         super().__init__(*args, **kwargs)
         self.checkpoint, self.terminal = checkpoint, terminal
         self.leftovers, self.command = leftovers, command
+        self.mark = ""  # in the names of the files of a continuation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write nothing yet: a run that cannot start should leave no trace."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the files; on continuing say in which settings they differ from the first ones."""
+        """Write the files of a run that begins, and its log."""
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
@@ -69,34 +71,49 @@ class RunConfig(SaveConfigCallback):
             move_leftovers(folder, self.leftovers)
         if self.terminal is not None:
             self.terminal.open(folder / LOG, self.command)
-        first = path = folder / CONFIG
-        mark = ""
-        if self.checkpoint is not None and first.exists():
+        if self.checkpoint is not None and (folder / CONFIG).exists():
             number = checkpoint_number(self.checkpoint)
-            mark = f"resume-{self.checkpoint.stem if number is None else f'{number:06d}'}"
-            path = folder / f"config.{mark}.yaml"
+            self.mark = f"resume-{self.checkpoint.stem if number is None else f'{number:06d}'}"
         mark_event_files(trainer)
-        config = self.config.clone()
-        config.pop("accept_changes", None)  # given once: in the file it would hold for ever
-        text = self.parser.dump(config, skip_unset=False)
-        with replacing(path) as file:  # first of all: it is what tells a run's folder from others
-            file.write(text.encode())
-        if write_provenance(folder, mark) and mark:
-            say(f"the code or a version changed since {first}: see {folder}/versions.{mark}.yaml")
-        if path != first:
-            new, old = flat(yaml.safe_load(text)), settings_in(first)
-            if old is None:
-                say(f"{first} is damaged: what has changed since cannot be said; see {path}")
-                return
-            for key in sorted(old.keys() | new.keys()):
-                if old.get(key) != new.get(key) and key != "ckpt_path":
-                    change = f"{key} {old.get(key)} -> {new.get(key)}"
-                    shown = change if len(change) <= LONGEST_CHANGE else f"{key}, see {path}"
-                    say(f"changed since {first}: {shown}")
+        if not self.mark:
+            self._write(folder / CONFIG)
+            write_provenance(folder, "")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write those of a continuation, unless nothing is left to do; say what is new in them."""
+        if not (trainer.is_global_zero and self.mark):
+            return
+        folder = Path(trainer.default_root_dir)
+        first, path = folder / CONFIG, folder / f"config.{self.mark}.yaml"
+        self._write(path)
+        if write_provenance(folder, self.mark):
+            file = folder / f"versions.{self.mark}.yaml"
+            say(f"the code or a version changed since {first}: see {file}")
+        new, old = flat(yaml.safe_load(self.text)), settings_in(first)
+        if old is None:
+            say(f"{first} is damaged: what has changed since cannot be said; see {path}")
+            return
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key) and key != "ckpt_path":
+                change = f"{key} {old.get(key)} -> {new.get(key)}"
+                shown = change if len(change) <= LONGEST_CHANGE else f"{key}, see {path}"
+                say(f"changed since {first}: {shown}")
+
+    def _write(self, path: Path) -> None:
+        """Write the config, first of all: it is what tells a run's folder from others."""
+        with replacing(path) as file:
+            file.write(self.text.encode())
 
     def fingerprints(self) -> dict[str, Any]:
         """The settings that make this run the one it is."""
-        return settings(flat(yaml.safe_load(self.parser.dump(self.config, skip_unset=False))))
+        return settings(flat(yaml.safe_load(self.text)))
+
+    @cached_property
+    def text(self) -> str:
+        """All settings, as YAML."""
+        config = self.config.clone()
+        config.pop("accept_changes", None)  # given once: in the file it would hold for ever
+        return self.parser.dump(config, skip_unset=False)
 
 
 def check_folder(root: Path, checkpoint: Path | None) -> None:
@@ -104,10 +121,12 @@ def check_folder(root: Path, checkpoint: Path | None) -> None:
     check_kinds(root)
     started = numbered_files(root)  # a damaged one, too, is of a run
     if checkpoint is None and started:
-        raise ValueError(
-            f"{root} already holds a run (up to {started[-1].name}); continue it with --ckpt_path "
-            f"last, or {ELSEWHERE}"
-        )
+        held = f"{root} already holds a run (up to {started[-1].name})"
+        done, length = checkpoint_number(started[-1]) or 0, planned_length(root)
+        if length is not None and done >= length:  # continued as it is, it would end at once
+            longer = f"--ckpt_path last --data.num_rollouts {2 * done}"
+            raise ValueError(f"{held}, which has its length; go on with {longer}, or {ELSEWHERE}")
+        raise ValueError(f"{held}; continue it with --ckpt_path last, or {ELSEWHERE}")
     if (root / FINISHED).exists():
         raise ValueError(
             f"{root} holds a finished run without checkpoints; {ELSEWHERE}, or remove "
@@ -133,6 +152,18 @@ def check_folder(root: Path, checkpoint: Path | None) -> None:
         raise ValueError(f"{foreign[0]} was not written by a run and would be lost; {ELSEWHERE}")
 
 
+def newest_config(root: Path) -> Path:
+    """The config with which the run in a folder was last continued, or started."""
+    return max(root.glob("config.resume-*.yaml"), default=root / CONFIG)
+
+
+def planned_length(root: Path) -> int | None:
+    """Rollouts of the run in a folder, as it was last continued; None if its config tells none."""
+    found = settings_in(newest_config(root)) or {}
+    length = found.get("data.init_args.num_rollouts")
+    return length if type(length) is int and found.get("trainer.max_epochs") == 1 else None
+
+
 @rank_zero_only
 def check_writable(root: Path) -> None:
     """Raise ValueError if no file can be made in the run folder; leaves nothing behind."""
@@ -142,9 +173,7 @@ def check_writable(root: Path) -> None:
         with tempfile.TemporaryFile(dir=root):
             pass
     except OSError as error:
-        raise ValueError(
-            f"{KEY}: cannot write in {root}: {error.strerror}; name another folder with --{KEY} NEW"
-        ) from error
+        raise ValueError(f"{KEY}: cannot write in {root}: {error.strerror}; {ELSEWHERE}") from error
     finally:
         for folder in missing:  # the innermost first
             if folder.is_dir():

@@ -7,6 +7,8 @@ is a leftover. Imports the standard library alone: torchmetrics reads LOCAL_RANK
 import os
 import sys
 
+from gspo_lightning.start.typed import program
+
 # In the order in which Lightning looks for the rank of a process.
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 NUMBERS = (
@@ -44,6 +46,11 @@ def check_variables() -> None:
             )
 
 
+def is_first() -> bool:
+    """Whether this process is the first of its run, as far as its launcher has told."""
+    return int(next((os.environ[name] for name in RANKS if name in os.environ), "0")) == 0
+
+
 def check_rank(world_size: int) -> None:
     """Raise ValueError where the only process of a run is told that it is not the first.
 
@@ -59,7 +66,7 @@ def check_rank(world_size: int) -> None:
 
 def unset(name: str) -> str:
     """How to be rid of a variable."""
-    return f"unset it: env -u {name} python train.py ..."
+    return f"unset it: env -u {name} {program()} ..."
 
 
 def refuse() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_only
 
 from gspo_lightning.checkpoint.places import ELSEWHERE, KEY
+from gspo_lightning.run.launch import RANKS
 from gspo_lightning.run.terminal_log import say
 
 FILE = ".lock"
@@ -102,9 +103,7 @@ def open_lock(file: Path, *flags: int) -> int:
     except OSError as error:
         if file.is_symlink() or error.errno == errno.ENXIO:
             raise not_a_lock(file) from error
-        raise ValueError(
-            f"{KEY}: cannot write {file}: {error.strerror}; name another folder with --{KEY} NEW"
-        ) from error
+        raise ValueError(f"{KEY}: cannot write {file}: {error.strerror}; {ELSEWHERE}") from error
     facts = os.fstat(number)
     own = stat.S_ISREG(facts.st_mode) and facts.st_nlink < 2
     if not own or not _CONTENT.fullmatch(os.pread(number, 1000, 0)):
@@ -125,7 +124,7 @@ def check_lock(root: Path) -> None:
     Not for the ranks that rank 0 has the folder for: there is no trainer yet, so the environment
     that they were started with tells.
     """
-    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    ranks = (*RANKS, "NODE_RANK", "GROUP_RANK")
     if any(os.environ.get(name, "0") != "0" for name in ranks) or not os.path.lexists(root / FILE):
         return
     number = open_lock(root / FILE)

@@ -25,6 +25,8 @@ from gspo_lightning.checkpoint.io import disk_fault
 from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.guards.trainer import leave_out_noise
 from gspo_lightning.run.terminal_log import shown
+from gspo_lightning.start import layout
+from gspo_lightning.start.short import SHORT
 
 LONGEST = 400  # characters of an error line; beyond come dumps of whole configs
 
@@ -64,7 +66,11 @@ class OneLineParser(LightningArgumentParser):
         message = self._name_the_unknown(message, getattr(ex, "subcommand_parser", None) or self)
         if not self.exit_on_error:
             super().error(message, ex)
-        sys.stderr.write(f"error: {printable(shown(condense(message)))}\n")
+        self.refuse(printable(shown(condense(message))))
+
+    def refuse(self, line: str) -> NoReturn:
+        """Say what is wrong, and end the process."""
+        sys.stderr.write(f"{layout.styled('error:', layout.RED, sys.stderr)} {line}\n")
         sys.exit(2)
 
     def validate(self, namespace: Any, *args: Any, **kwargs: Any) -> None:
@@ -86,6 +92,10 @@ class OneLineParser(LightningArgumentParser):
                 said = f"expected settings, such as {', '.join(known[:3])}; got {written(value)}"
                 raise TypeError(f'Parser key "{key}":\n  {said}')
 
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """Write settings down; they were checked when they were parsed, which takes long."""
+        return super().dump(*args, **{"skip_validation": True} | kwargs)
+
     def parse_object(self, cfg_obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Refuse settings that are no mapping; the error of jsonargparse names an attribute."""
         if not isinstance(cfg_obj, dict | Namespace):
@@ -95,7 +105,11 @@ class OneLineParser(LightningArgumentParser):
     def _name_the_unknown(self, message: str, parser: Any) -> str:
         dests = [action.dest for action in parser._actions]
         if match := re.fullmatch(r"unrecognized arguments: (--)?([^ =]+).*", message, re.DOTALL):
-            return unknown(match[2], dests) if match[1] else f"unexpected argument `{match[2]}`"
+            return (
+                unknown(match[2], [*dests, *SHORT])
+                if match[1]
+                else f"unexpected argument `{match[2]}`"
+            )
         if match := re.fullmatch(r"Group '(.+)' does not accept option '(.+)'", message):
             group = f"{match[1]}."
             inside = [dest.removeprefix(group) for dest in dests if dest.startswith(group)]
@@ -103,13 +117,12 @@ class OneLineParser(LightningArgumentParser):
         refused = r"Option '(.+)' is not accepted|Subcommand '.+' does not accept option '(.+)'"
         if match := re.fullmatch(refused, message):
             return unknown(match[1] or match[2], dests)
-        if match := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
-            return f"unknown command `{match[1]}`; there are {match[2]}".replace("'", "")
-        if 'expected "subcommand"' in message:
-            return "no command; try python train.py fit --config configs/arithmetic.yaml"
         if match := re.fullmatch(r"the following arguments are required: (.*)", message):
-            whole = "give a config, such as --config configs/arithmetic.yaml"
-            way_out = whole if self.exit_on_error else "set it in the config"
+            whole = "give a config, such as --config arithmetic"
+            in_config = "set it in the config"
+            if match[1] == "rewards":
+                in_config += ", or give --reward my_rewards.polite (the import path of a function)"
+            way_out = whole if self.exit_on_error else in_config
             return f"{match[1]} missing; {way_out}"
         return message
 
@@ -285,7 +298,8 @@ def quiet() -> Iterator[None]:
     """Keep known noise out of the output, and show what warnings remain as one line each."""
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        sys.stderr.write(f"warning: {printable(shown(' '.join(str(message).split())))}\n")
+        text = printable(shown(" ".join(str(message).split())))
+        sys.stderr.write(f"{layout.styled('warning:', layout.YELLOW, sys.stderr)} {text}\n")
 
     def end(arguments: threading.ExceptHookArgs) -> None:
         # TensorBoard writes in a thread; its error is raised again where the thread is waited for.

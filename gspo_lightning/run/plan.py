@@ -4,18 +4,17 @@ Decides how the estimate is made. Modules and trainers are read by attribute, so
 module of one's own, gets the lines that apply.
 """
 
+import contextlib
 import math
-import os
-import shlex
-import shutil
-import sys
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Timer
 
+from gspo_lightning.checkpoint.files import checkpoint_number, list_checkpoints
 from gspo_lightning.critic.critic import decoder
 from gspo_lightning.engine.head import tokens_of_chunk
 from gspo_lightning.engine.padded import checkpoints
@@ -25,6 +24,8 @@ from gspo_lightning.policy.folder import sizes
 from gspo_lightning.policy.policy import multiplies_by_onednn
 from gspo_lightning.sampling import GroupSampler
 from gspo_lightning.sharding import Sharded, per_rank, weights_of
+from gspo_lightning.start.short import SHORT
+from gspo_lightning.start.typed import again
 
 IN_TURN = ("KV cache", "micro-batch", "optimizer step")  # of memory, never held together
 # Nats by which half precision rounds the log-prob of a token: 7e-3 (the demo's policy) to 3e-2 (270
@@ -92,7 +93,8 @@ def _batches_to_max_steps(trainer: Any) -> float:
 
 def reached(trainer: Any) -> bool:
     """Whether a run has its planned length."""
-    done, total = trainer.fit_loop.total_batch_idx + 1, total_batches(trainer)
+    # not total_batch_idx: that counts a batch that a hook has refused, too
+    done, total = trainer.fit_loop.epoch_loop.batch_progress.total.started, total_batches(trainer)
     if total is not None and done >= total:
         return True
     return 0 <= max_steps(trainer) <= trainer.global_step
@@ -504,8 +506,37 @@ def size_text(size: float) -> str:
     return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
 
 
-def longer_run(trainer: Any, done: int) -> dict[str, int]:
+def weights_in_use(trainer: Any, module: Any) -> str:
+    """Which weights an evaluation or a prediction is of: their file, and how far they were trained.
+
+    With WeightAveraging a checkpoint holds two sets; all but training takes the average.
+    """
+    done = trainer.fit_loop.total_batch_idx + 1
+    if trainer.ckpt_path is not None:
+        number = checkpoint_number(trainer.ckpt_path)
+        parts = [] if number is None else [f"after {number:,} {unit(module)}"]
+        # one in pieces is a folder, and what others saved may be no file that can be mapped
+        with contextlib.suppress(OSError, RuntimeError, UnpicklingError):
+            found = torch.load(trainer.ckpt_path, map_location="cpu", mmap=True, weights_only=True)
+            parts.append("averaged" if "averaging_state" in found else "not averaged")
+        return f"{trainer.ckpt_path} ({', '.join(parts)})" if parts else str(trainer.ckpt_path)
+    if done:
+        return f"those in memory, after {done:,} {unit(module)}"
+    path = getattr(getattr(module, "policy_config", None), "path", None)
+    text = f"{'those of the config' if path is None else path}, untrained by this run"
+    if list_checkpoints(trainer.default_root_dir):
+        text += f"; --ckpt_path last takes the newest of {trainer.default_root_dir}"
+    return text
+
+
+def unit(module: Any) -> str:
+    """What a run of a module is counted in."""
+    return "rollouts" if hasattr(module, "sampler") else "steps"
+
+
+def longer_run(trainer: Any) -> dict[str, int]:
     """The options that make a finished run twice as long."""
+    done = trainer.fit_loop.total_batch_idx + 1
     longer = {}
     if 0 <= trainer.max_steps <= trainer.global_step:
         longer["--trainer.max_steps"] = 2 * trainer.max_steps
@@ -517,38 +548,21 @@ def longer_run(trainer: Any, done: int) -> dict[str, int]:
     return longer | {f"--data.{unit}": 2 * done}
 
 
-def this_python() -> str:
-    """How to call the Python that runs, from here, with what it takes to compute the same bits."""
-    found = shutil.which("python")
-    path = os.path.abspath(sys.executable)
-    if found is not None and os.path.abspath(found) == path:
-        path = "python"
-    elif path.startswith(os.getcwd() + os.sep):
-        path = os.path.relpath(path)
-    threads = os.environ.get("OMP_NUM_THREADS")  # another number adds in another order
-    return ("" if threads is None else f"OMP_NUM_THREADS={threads} ") + shlex.quote(path)
-
-
-def resume_command(argv: list[str], longer: Mapping[str, int], python: str = "python") -> str:
+def resume_command(words: list[str], longer: Mapping[str, int]) -> str:
     """The command that continues a run, from the one that started it.
 
     Args:
-        argv: ``sys.argv``.
+        words: Those behind the program's name.
         longer: An option to raise, for a run that has reached its end.
-        python: The interpreter, as typed; see ``this_python``.
-
-    >>> resume_command(["train.py", "fit", "--config", "a b.yaml", "--ckpt_path=auto"], {})
-    "python train.py fit --config 'a b.yaml' --ckpt_path last"
-    >>> resume_command(["train.py", "fit", "--accept_changes", "true", "--config", "a.yaml"], {})
-    'python train.py fit --config a.yaml --ckpt_path last'
     """
     nested = [name.replace("--data.", "--data.init_args.") for name in longer]
-    replaced = ["--ckpt_path", "--accept_changes", *longer, *nested]  # accepted once is enough
+    short = [f"--{flag}" for flag, (key, _) in SHORT.items() if f"--{key}" in longer]
+    # accepted once is enough
+    replaced = ["--ckpt_path", "--accept_changes", *longer, *nested, *short]
     arguments, skip = [], False
-    for argument in argv[1:]:
+    for argument in words:
         if not skip and argument.partition("=")[0] not in replaced:
             arguments.append(argument)
         skip = not skip and argument in replaced  # its value is the next argument
     arguments += [text for name, value in longer.items() for text in (name, str(value))]
-    command = shlex.join([argv[0], *arguments, "--ckpt_path", "last"])
-    return f"{python} {command}" if argv[0].endswith(".py") else command
+    return again([*arguments, "--ckpt_path", "last"])

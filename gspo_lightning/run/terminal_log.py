@@ -10,14 +10,16 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
+from tqdm.contrib import DummyTqdmFile
 
-from gspo_lightning.checkpoint.quoted import printable
+from gspo_lightning.start import layout
+from gspo_lightning.start.layout import printable
 
 _SEQUENCES = re.compile(
     r"\x1b\[[0-9;?]*[A-Za-z]"  # colours and cursor movements
@@ -35,9 +37,14 @@ def begin_here() -> None:
         _start.append(os.getcwd().rstrip("/"))
 
 
+def working_folder() -> list[str]:
+    """What ``begin_here`` has noted: one folder, or none."""
+    return list(filter(None, _start))
+
+
 def shown(text: str) -> str:
     """Text in which paths below the folder of the command begin there."""
-    for folder in filter(None, _start):
+    for folder in working_folder():
         text = re.sub(rf"(?<![^\s'\"`=(,:]){re.escape(folder)}/(?=[^\s/])", "", text)
     return text
 
@@ -51,6 +58,36 @@ def say(text: str, stream: TextIO | None = None) -> None:
     stream = stream or sys.stderr
     tqdm.write(printable(shown(text), keep="\n"), file=stream)
     stream.flush()  # who reads a pipe wants the line now
+
+
+@rank_zero_only
+def say_beside(label: str, parts: Iterable[str], gap: str = " ", end: str = "") -> None:
+    """Print a label and parts beside it on standard output, as ``layout.beside`` lays them out.
+
+    What is no terminal gets one line, for whoever searches it.
+    """
+    stream = sys.stdout
+    parts = [printable(shown(part)) for part in parts]
+    lines = [label + gap.join(parts)]
+    if layout.on_terminal(stream):
+        lines = layout.beside(label, parts, layout.columns(stream), gap, end)
+        lines[0] = layout.styled(label, layout.BOLD, stream) + lines[0][len(label) :]
+    tqdm.write("\n".join(lines), file=stream)
+    stream.flush()
+
+
+def lines_above_bars() -> contextlib.ExitStack:
+    """Have what anybody prints stand above the bars, which it would otherwise tear; until closed.
+
+    Bars are drawn on what standard output was before.
+    """
+    stack = contextlib.ExitStack()
+    below = sys.stdout
+    shares = layout.on_terminal(sys.stderr)  # else its lines go elsewhere, past the bars
+    stack.enter_context(contextlib.redirect_stdout(DummyTqdmFile(below)))
+    if shares:
+        stack.enter_context(contextlib.redirect_stderr(DummyTqdmFile(below)))
+    return stack
 
 
 class TerminalLog:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from gspo_lightning.engine.mode import raise_flags
 from gspo_lightning.engine.rotary import check_rotary
+from gspo_lightning.guards.trainer import whole
 from gspo_lightning.optim import (
     OptimizerConfig,
     build_optimizer,
@@ -33,7 +34,7 @@ from gspo_lightning.policy.policy import (
     make_ready,
 )
 from gspo_lightning.policy.reads import positions
-from gspo_lightning.policy.settings import log_settings, remake, settings_of
+from gspo_lightning.policy.settings import log_settings, remake, restoring, settings_of
 from gspo_lightning.supervised.step_log import num_optimizer_steps, set_rate_and_log
 
 
@@ -171,6 +172,7 @@ class RewardModelModule(LightningModule):
         chosen, rejected = self.scores(batch.ids, batch.mask).chunk(2)
         return bradley_terry(chosen, rejected, self.centring)
 
+    @whole
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One batch; Lightning runs backward, clips and steps."""
         found = self.loss(batch)
@@ -178,6 +180,7 @@ class RewardModelModule(LightningModule):
         set_rate_and_log(self, metrics, batch_size=len(batch.ids) // 2)
         return found.loss
 
+    @whole
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log loss, accuracy and margin; batches are weighted by their pairs."""
         for name, value in self.loss(batch)._asdict().items():
@@ -186,8 +189,9 @@ class RewardModelModule(LightningModule):
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **given: Any):  # type: ignore[override]
         """A module with the weights of a checkpoint; ``given`` arguments win over its own."""
-        given = remake(RewardModelModule, checkpoint_path, given)
-        return super().load_from_checkpoint(checkpoint_path, map_location, **given)
+        with restoring(RewardModelModule, checkpoint_path):
+            given = remake(RewardModelModule, checkpoint_path, given)
+            return super().load_from_checkpoint(checkpoint_path, map_location, **given)
 
     def export(self, path: str | Path) -> None:
         """Write the model as a folder that ``RewardModel(path=...)`` loads."""

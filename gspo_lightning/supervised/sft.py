@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from gspo_lightning.engine.mode import raise_flags
 from gspo_lightning.engine.rotary import fix_rotary
+from gspo_lightning.guards.trainer import whole
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.masked import masked_mean
 from gspo_lightning.optim import (
@@ -22,7 +23,7 @@ from gspo_lightning.optim import (
     learning_rate_factor,
 )
 from gspo_lightning.policy.policy import PolicyConfig, load_policy, load_tokenizer
-from gspo_lightning.policy.settings import log_settings, remake, settings_of
+from gspo_lightning.policy.settings import log_settings, remake, restoring, settings_of
 from gspo_lightning.supervised.step_log import num_optimizer_steps, set_rate_and_log
 
 
@@ -95,12 +96,14 @@ class SFTModule(LightningModule):
         ).logprobs
         return -masked_mean(logprobs, batch.mask)
 
+    @whole
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One batch; Lightning runs backward, clips and steps."""
         loss = self.loss(batch)
         set_rate_and_log(self, {"loss": loss.detach()}, batch_size=len(batch.mask))
         return loss
 
+    @whole
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the loss; batches are weighted by their tokens, so the mean is over all tokens."""
         tokens = int(batch.mask.sum())
@@ -109,8 +112,9 @@ class SFTModule(LightningModule):
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **given: Any):  # type: ignore[override]
         """A module with the weights of a checkpoint; ``given`` arguments win over its own."""
-        given = remake(SFTModule, checkpoint_path, given)
-        return super().load_from_checkpoint(checkpoint_path, map_location, **given)
+        with restoring(SFTModule, checkpoint_path):
+            given = remake(SFTModule, checkpoint_path, given)
+            return super().load_from_checkpoint(checkpoint_path, map_location, **given)
 
     def export(self, path: str | Path) -> None:
         """Write the policy as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""

@@ -20,14 +20,14 @@ from gspo_lightning.callbacks import (
     SampleTable,
 )
 from gspo_lightning.callbacks.report import (
-    PANELS,
+    chosen_rows,
     draw_curves,
     markdown_table,
     running_mean,
 )
 from gspo_lightning.checkpoint.io import CheckpointError
+from gspo_lightning.curves import PICTURE
 from gspo_lightning.kl import MultiplicativeKL, ProportionalKL
-from gspo_lightning.metrics import CURVES
 from support.rollout_dummies import (
     RolloutData,
     RolloutDummy,
@@ -168,27 +168,19 @@ def test_a_rule_parses_from_yaml(rule, expected):
     assert callback.coef == 0.1
 
 
-def test_every_curve_has_a_title_and_a_unit():
-    assert tuple(PANELS) == CURVES
-    assert all(title and unit for title, unit in PANELS.values())
-
-
 def test_the_figure_shows_points_target_and_the_reason_for_an_empty_panel():
-    points = {name: [] for name in CURVES}
-    points["kl_divergence"] = [[0, 0.0], [1, 0.02], [2, 0.01]]
+    names = "train/reward", "train/kl_divergence", "train/kl_loss"
+    points = {name: [] for name in names}
+    points["train/kl_divergence"] = [[0, 0.0], [1, 0.02], [2, 0.01]]
     figure = draw_curves(points, kl_target=0.015, has_reference=True)
-    panels = dict(zip(CURVES, figure.axes, strict=True))
-    drawn = [line.get_xydata().tolist() for line in panels["kl_divergence"].lines]
+    panels = dict(zip(names, figure.axes, strict=False))  # the fourth is empty
+    drawn = [line.get_xydata().tolist() for line in panels["train/kl_divergence"].lines]
     assert [[1, 0.0], [2, 0.02], [3, 0.01]] in drawn
     assert {y for _, y in drawn[-1]} == {0.015}
-    assert panels["kl_loss"].texts[0].get_text() == "nothing measured"
-    figure = draw_curves({name: [] for name in CURVES}, None, has_reference=False)
-    texts = {name: ax.texts[0].get_text() for name, ax in zip(CURVES, figure.axes, strict=True)}
-    assert [name for name in CURVES if texts[name] == "no reference policy"] == [
-        "kl_loss",
-        "kl_divergence",
-        "kl_coef",
-    ]
+    assert panels["train/kl_loss"].texts[0].get_text() == "nothing measured"
+    figure = draw_curves({name: [] for name in names}, None, has_reference=False)
+    texts = [axes.texts[0].get_text() for axes in figure.axes[:3]]
+    assert texts == ["nothing measured", *["no reference policy"] * 2]
 
 
 def test_a_running_mean_keeps_a_straight_line_and_its_length():
@@ -201,10 +193,10 @@ def test_a_running_mean_keeps_a_straight_line_and_its_length():
 def test_the_picture_is_drawn_on_time_and_at_the_end(tmp_path):
     fit(tmp_path, [CurvePlot(every_n_rollouts=2, path="plots/c.png"), AdaptiveKL()], num_rollouts=5)
     with Image.open(tmp_path / "plots/c.png") as picture:
-        assert picture.size == (1000, 1200)
-    images = events(tmp_path, "images")["curves"]
-    assert [image.step for image in images] == [1, 3, 4]
-    assert (images[0].width, images[0].height) == (1000, 1200)
+        assert picture.size == (1000, 990)
+    images = events(tmp_path, "images")["c"]
+    assert [image.step for image in images] == [2, 4, 5]
+    assert (images[0].width, images[0].height) == (1000, 990)
     assert not list((tmp_path / "plots").glob("*.partial"))
 
 
@@ -216,7 +208,7 @@ def test_the_end_of_the_run_is_drawn_once_and_nothing_of_it_stays(tmp_path):
         kinds = Counter(type(thing).__name__ for thing in gc.get_objects())
     finally:
         gc.enable()
-    assert [image.step for image in events(tmp_path, "images")["curves"]] == [1, 3]
+    assert [image.step for image in events(tmp_path, "images")["curves"]] == [2, 4]
     assert [kinds[name] for name in ("Figure", "RendererAgg", "Axes")] == [0, 0, 0]
     assert gc.get_freeze_count() == 0
 
@@ -225,16 +217,64 @@ def test_a_resumed_run_draws_the_whole_run(tmp_path):
     fit(tmp_path, [CurvePlot()], num_rollouts=3)
     plot = CurvePlot()
     fit(tmp_path, [plot], num_rollouts=5, ckpt="last")
-    assert [index for index, _ in plot.points["reward"]] == [0, 1, 2, 3, 4]
-    assert plot.points["kl_divergence"][2] == pytest.approx([2, 0.012])
+    assert [index for index, _ in plot.points["train/reward"]] == [0, 1, 2, 3, 4]
+    assert plot.points["train/kl_divergence"][2] == pytest.approx([2, 0.012])
+
+
+def test_two_pictures_of_a_run_keep_apart_and_go_on(tmp_path):
+    def plots():
+        return [CurvePlot(99), CurvePlot(99, "other/losses.png", ["train/policy_loss"])]
+
+    fit(tmp_path, plots(), num_rollouts=3)
+    resumed = plots()
+    fit(tmp_path, resumed, num_rollouts=4, ckpt="last")
+    assert resumed[1].points == {"train/policy_loss": [[i, -0.001] for i in range(4)]}
+    assert len(resumed[0].points["train/reward"]) == 4
+    images = events(tmp_path, "images")
+    assert {name: [i.step for i in found][-1] for name, found in images.items()} == {
+        "curves": 4,
+        "losses": 4,
+    }
+    with Image.open(tmp_path / "other/losses.png") as picture:
+        assert picture.size == (1000, 330)
+
+
+def test_the_picture_has_held_out_figures_from_before_training_to_the_last(tmp_path):
+    plot = CurvePlot()
+    settings = {"num_sanity_val_steps": -1, "val_check_interval": 2}
+    fit(tmp_path, [plot], num_rollouts=4, **settings)
+    held_out = plot.points["val/accuracy_greedy"]
+    assert held_out == [[-1, 0.0], [1, pytest.approx(0.2)], [3, pytest.approx(0.4)]]
+    axes = draw_curves(plot.panels(), None, has_reference=True).axes[1]
+    assert axes.get_title(loc="left") == "Held-out accuracy"
+    assert axes.lines[0].get_xdata().tolist() == [0, 2, 4]
+
+
+def test_a_held_out_reward_stands_in_for_an_accuracy_that_nobody_measures():
+    plot = CurvePlot()
+    plot.points["val/reward"] = [[1, 0.5]]
+    assert [*plot.panels()][:3] == ["train/reward", "val/reward", "train/kl_divergence"]
+    plot.points["val/accuracy_greedy"] = [[1, 0.5]]
+    assert tuple(plot.panels()) == PICTURE
+
+
+def test_points_of_an_earlier_version_are_drawn_on():
+    plot = CurvePlot()
+    plot.load_state_dict({"points": {"reward": [[0, 0.5]], "kl_coef": [[0, 0.2]]}})
+    assert plot.points["train/reward"] == [[0, 0.5]] and plot.points["val/reward"] == []
+
+
+def test_a_curve_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="there is no figure 'train/rewards'; docs/curves"):
+        CurvePlot(curves=["train/reward", "train/rewards"])
 
 
 def test_a_curve_skips_what_is_not_finite():
     plot = CurvePlot()
     outputs = make_outputs(0, train__reward=math.nan)
     plot.on_train_batch_end(None, None, outputs, None, 0)
-    assert plot.points["reward"] == []
-    assert plot.points["avg_response_length"] == [[0, 18.25]]
+    assert plot.points["train/reward"] == []
+    assert plot.points["train/avg_response_length"] == [[0, 18.25]]
 
 
 def read_lines(folder):
@@ -244,9 +284,12 @@ def read_lines(folder):
 def test_a_sample_line_holds_the_values_of_its_row(tmp_path):
     fit(tmp_path, [SampleTable(num_samples=3)], num_rollouts=3)
     lines = read_lines(tmp_path)
-    assert [line["rollout"] for line in lines] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert lines[5] == {
-        "rollout": 1,
+    assert [line["rollout"] for line in lines] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    # of rewards 0, 1.1 and 1.2 and of 1.3, 1.4 and 1.5: the group that differs most, best first
+    assert [line["completion"] for line in lines[3:6]] == ["text 1.2", "text 1.1", "text 1.0"]
+    assert lines[3] == {
+        "rollout": 2,
+        "group": 1,
         "prompt": "abc",
         "completion": "text 1.2",
         "reward": 1.2,
@@ -258,11 +301,38 @@ def test_a_sample_line_holds_the_values_of_its_row(tmp_path):
     }
 
 
+def test_the_table_takes_pairs_of_the_groups_that_differ_most():
+    rewards = torch.tensor([[1, 1, 1, 1], [0, 3, 1, 2], [math.nan, 0, 1, 0.5]]).flatten()
+
+    def rows(num_samples, num_prompts):
+        return chosen_rows(rewards, 4, num_samples, num_prompts)
+
+    assert rows(4, 2) == [5, 4, 10, 8]  # what could not be scored is the worst of its group
+    assert rows(6, 3) == [5, 4, 10, 8, 0, 3]  # a group without spread comes last
+    assert rows(4, 1) == [5, 7, 6, 4]  # from best to worst
+    assert rows(3, 9) == [5, 6, 4]  # no single ones: there would be nothing to compare
+    assert rows(99, 2) == [5, 7, 6, 4, 10, 11, 9, 8, 0, 1, 2, 3]
+    assert chosen_rows(torch.full((4,), math.nan), 2, 4, 2) == [0, 1, 2, 3]
+    assert chosen_rows(torch.tensor([1.0, 0, 2]), 1, 2, 2) == [0, 1]
+
+
+def test_samples_of_a_version_that_counted_from_0_are_counted_from_1(tmp_path):
+    fit(tmp_path, [SampleTable(num_samples=1)], num_rollouts=3)
+    file = tmp_path / "samples.jsonl"
+    now = file.read_text()
+    rows = [json.loads(line) for line in now.splitlines()]
+    old = [json.dumps(row | {"rollout": row["rollout"] - 1}) + "\n" for row in rows]
+    file.write_text("".join([*old, '{"rollout": 3}\n']))  # one that runs again
+    fit(tmp_path, [SampleTable(num_samples=1)], num_rollouts=4, ckpt="last")
+    assert [row["rollout"] for row in read_lines(tmp_path)] == [1, 2, 3, 4]
+    assert file.read_text().startswith(now)
+
+
 def test_a_missing_reward_is_null(tmp_path):
     table = SampleTable(num_samples=1)
     trainer = SimpleNamespace(default_root_dir=tmp_path, is_global_zero=True, loggers=[])
     outputs = make_outputs(0)
-    outputs["rollout"].rewards[0] = math.nan
+    outputs["rollout"].rewards[:] = math.nan
     table.on_train_batch_end(trainer, RolloutDummy(), outputs, None, 0)
     assert read_lines(tmp_path)[0]["reward"] is None
 
@@ -280,13 +350,19 @@ def test_samples_after_kill_and_resume_equal_those_of_one_run(tmp_path):
     for number in (4, 5, 6):  # as if killed while rollout 8 was written, checkpoint 3 the newest
         (cut / f"checkpoints/rollout={number:06d}.ckpt").unlink()
     with (cut / "samples.jsonl").open("a") as file:
-        file.write('{"rollout": 7, "prompt": "ab')
+        file.write('{"rollout": 8, "prompt": "ab')
     fit(cut, [SampleTable(every_n_rollouts=2, num_samples=4)], num_rollouts=8, ckpt="last")
     assert (cut / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
 
 
 def test_of_a_long_text_the_table_has_head_and_tail():
-    sample = {"prompt": "p", "completion": "y" * 998 + "z", "reward": 0.5, "parts": {"a": None}}
+    sample = {
+        "group": 1,
+        "prompt": "p",
+        "completion": "y" * 998 + "z",
+        "reward": 0.5,
+        "parts": {"a": None},
+    }
     sample |= {"advantage": -1.5, "length": 3, "truncated": True, "ratio": 1.0001}
     assert "| " + "y" * 198 + " … " + "y" * 197 + "z |" in markdown_table([sample])
 
@@ -294,7 +370,7 @@ def test_of_a_long_text_the_table_has_head_and_tail():
 def test_the_text_table_reaches_tensorboard(tmp_path):
     fit(tmp_path, [SampleTable(text_every_n_rollouts=2)], num_rollouts=5)
     texts = events(tmp_path, "tensors")["samples/text_summary"]
-    assert [text.step for text in texts] == [1, 3]
+    assert [text.step for text in texts] == [2, 4]
     assert b"text 3&#46;5" in texts[1].tensor_proto.string_val[0]
 
 
@@ -320,7 +396,7 @@ def test_an_export_replaces_a_link_and_not_what_it_leads_to(tmp_path):
     fit(tmp_path, [HFExport()], num_rollouts=3)
     assert (tmp_path / "blob").read_text() == "weights of others"
     assert not (tmp_path / "export/weight.txt").is_symlink()
-    assert sorted(os.listdir(tmp_path / "export")) == ["notes.md", "weight.txt"]
+    assert sorted(os.listdir(tmp_path / "export")) == ["README.md", "notes.md", "weight.txt"]
     assert not list(tmp_path.glob(".*"))
 
 
@@ -432,4 +508,4 @@ def test_callback_state_loads_as_plain_values(tmp_path):
     fit(tmp_path, [AdaptiveKL(), CurvePlot(), SampleTable(), HFExport()], num_rollouts=3)
     copy = shutil.copy(tmp_path / "checkpoints/rollout=000003.ckpt", tmp_path / "copy.ckpt")
     state = torch.load(copy, weights_only=True)["callbacks"]
-    assert state["CurvePlot"]["points"]["kl_coef"][0] == [0, 0.2]
+    assert state["CurvePlot"]["points"]["train/reward"][0] == [0, 0.5]

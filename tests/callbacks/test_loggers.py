@@ -94,8 +94,9 @@ def logged(tmp_path_factory):
     }
     callbacks = [
         SampleTable(num_samples=2, text_every_n_rollouts=1),
-        CurvePlot(99),
-    ]  # drawn at the end
+        CurvePlot(99),  # drawn at the end
+        RunSummary(),
+    ]
     trainer, _ = fit(folder, callbacks, num_rollouts=3, logger=[*loggers.values()])
     return folder, trainer, loggers | {"mlflow": mlflow_client, "comet": comet_client}
 
@@ -103,37 +104,43 @@ def logged(tmp_path_factory):
 def test_a_logger_like_that_of_wandb_gets_samples_as_a_table_and_curves_as_an_image(logged):
     _, _, loggers = logged
     key, columns, rows, step = loggers["wandb"].tables[0]
-    assert (key, step, len(loggers["wandb"].tables)) == ("samples", 0, 3)
-    assert columns[:4] == ["prompt", "completion", "reward", "parts"]
-    assert [row[:2] for row in rows] == [["abc", "text 0.0"], ["abc", "text 0.1"]]
+    assert (key, step, len(loggers["wandb"].tables)) == ("samples", 1, 3)
+    assert columns[:5] == ["group", "prompt", "completion", "reward", "parts"]
+    assert [row[:3] for row in rows] == [[1, "abc", "text 0.2"], [1, "abc", "text 0.0"]]
     assert all(len(row) == len(columns) for row in rows)
-    assert [(key, step) for key, _, step in loggers["wandb"].images] == [("curves", 2)]
+    assert [(key, step) for key, _, step in loggers["wandb"].images] == [("curves", 3)]
     (pixels,) = loggers["wandb"].images[0][1]
-    assert pixels.dtype == numpy.uint8 and pixels.shape == (1200, 1000, 3)
+    assert pixels.dtype == numpy.uint8 and pixels.shape == (990, 1000, 3)
 
 
 def test_a_logger_of_texts_gets_the_same_rows(logged):
     _, _, loggers = logged
-    assert loggers["texts"].texts == loggers["wandb"].tables
+    *tables, (name, columns, ((page,),), step) = sorted(loggers["texts"].texts)[::-1]
+    assert tables == loggers["wandb"].tables[::-1]
+    assert (name, columns, step) == ("run", ["page"], 0)
+    assert "### Plan\n\n    plan " in page and "### Versions\n\n    python: " in page
 
 
 def test_mlflow_and_comet_get_samples_as_text_and_curves_as_a_picture(logged):
     _, _, loggers = logged
-    texts = [args for args, _ in loggers["mlflow"].of("log_text")]
+    page, *texts = [args for args, _ in loggers["mlflow"].of("log_text")]
+    assert page[0] == "r1" and page[2] == "run.md" and "### Plan" in page[1]
     assert [(run_id, file) for run_id, _, file in texts] == [
         ("r1", f"samples/rollout=00000{number}.md") for number in (1, 2, 3)
     ]
-    assert "text 0&#46;0" in texts[0][1] and "text 1&#46;0" in texts[1][1]
+    assert "text 0&#46;2" in texts[0][1] and "text 1&#46;0" in texts[1][1]
     (run_id, pixels, name), _ = loggers["mlflow"].of("log_image")[0]
     assert (run_id, pixels.ndim, name) == ("r1", 3, "curves.png")
-    assert [kwargs["step"] for _, kwargs in loggers["comet"].of("log_text")] == [0, 1, 2]
-    assert [kwargs["step"] for _, kwargs in loggers["comet"].of("log_image")] == [2]
+    assert [kwargs["step"] for _, kwargs in loggers["comet"].of("log_text")] == [0, 1, 2, 3]
+    assert [kwargs["step"] for _, kwargs in loggers["comet"].of("log_image")] == [3]
 
 
 def test_tensorboard_has_both_beside_other_loggers(logged):
     folder, _, _ = logged
-    assert [e.step for e in events(folder, "images")["curves"]] == [2]
-    assert len(events(folder, "tensors")["samples/text_summary"]) == 3
+    assert [e.step for e in events(folder, "images")["curves"]] == [3]
+    tensors = events(folder, "tensors")
+    assert len(tensors["samples/text_summary"]) == 3
+    assert [e.step for e in tensors["run/text_summary"]] == [0]
 
 
 def test_each_logger_says_where_its_curves_are(logged):
@@ -150,7 +157,7 @@ def test_each_logger_says_where_its_curves_are(logged):
 
 def test_the_summary_names_no_tensorboard_where_there_is_none(tmp_path, capsys):
     fit(tmp_path / "none", [RunSummary()], num_rollouts=3, logger=False)
-    assert "curves    none" in capsys.readouterr().out
+    assert "curves " not in capsys.readouterr().out
     fit(tmp_path, [RunSummary()], num_rollouts=3, logger=CSVLogger(tmp_path / "rows", "", ""))
     assert f"curves    {tmp_path}/rows/metrics.csv\n" in capsys.readouterr().out
 
@@ -175,7 +182,7 @@ def test_rows_of_a_csv_logger_survive_a_kill_and_a_resume(tmp_path, capsys, monk
     assert code == 0, err
     monkeypatch.setattr(Refused, "at", "on_train_batch_end")  # of the third rollout
     monkeypatch.setattr(Refused, "error", RuntimeError("the module broke"))
-    steps = {"failed": ["0", "1", "2"], "killed": ["0", "1"]}  # a kill leaves no time to write
+    steps = {"failed": ["1", "2", "3"], "killed": ["1", "2"]}  # a kill leaves no time to write
     for folder, written in steps.items():
         with monkeypatch.context() as killed:
             if folder == "killed":

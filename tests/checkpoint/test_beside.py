@@ -8,8 +8,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Timer
+from safetensors.torch import load_file
 
-from gspo_lightning import PromptData, RolloutCheckpoint
+from gspo_lightning import HFExport, PromptData, RolloutCheckpoint
 from gspo_lightning.checkpoint.files import find_checkpoint
 from support.run_folder import names
 from support.tiny_run import make_module, make_trainer, write_prompts
@@ -102,9 +103,22 @@ def test_ours_know_what_theirs_have_saved_at_the_same_rollout(both):
     ]
 
 
-def test_an_average_of_the_weights_is_evaluated_kept_and_continued(model_dir, tmp_path):
-    def callbacks():
-        return [EMAWeightAveraging(decay=0.5), Timer("00:01:00:00"), RolloutCheckpoint(1, 9)]
+def exported(module, folder):
+    """The weights of an export, in the order of ``flat``."""
+    found = load_file(folder / "model.safetensors")
+    names = dict(module.policy.model.named_parameters())
+    return torch.cat([found[name].flatten() for name in names])
+
+
+def test_an_average_of_the_weights_is_evaluated_kept_exported_and_continued(model_dir, tmp_path):
+    def callbacks():  # HFExport stands before what it exports
+        export = HFExport(monitor="val/reward")
+        return [
+            export,
+            EMAWeightAveraging(decay=0.5),
+            Timer("00:01:00:00"),
+            RolloutCheckpoint(1, 9),
+        ]
 
     module, seen = train(tmp_path / "run", model_dir, callbacks())
     average = seen.trained[0]  # the first one is taken as it is
@@ -112,6 +126,9 @@ def test_an_average_of_the_weights_is_evaluated_kept_and_continued(model_dir, tm
         average = average + 0.5 * (trained - average)
         torch.testing.assert_close(validated, average)
     assert torch.equal(flat(module), seen.validated[-1])
+    assert torch.equal(exported(module, tmp_path / "run/export"), seen.validated[-1])
+    best = exported(module, tmp_path / "run/export_best")
+    assert any(torch.equal(best, validated) for validated in seen.validated)
     file = shutil.copy(tmp_path / "run/checkpoints/rollout=000002.ckpt", tmp_path)
     again, more = train(tmp_path / "again", model_dir, callbacks(), file)
     assert torch.equal(flat(again), flat(module))

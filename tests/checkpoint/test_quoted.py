@@ -221,6 +221,14 @@ def test_samples_and_predictions_come_back_as_they_were(tmp_path):
     assert harmless(lines)
 
 
+def test_samples_are_not_written_through_a_link(tmp_path):
+    (tmp_path / "theirs").write_text("precious")
+    (tmp_path / "samples.jsonl").symlink_to("theirs")
+    with pytest.raises(OSError, match="symbolic links"):
+        write_json_lines(tmp_path / "samples.jsonl", [{}])
+    assert (tmp_path / "theirs").read_text() == "precious"
+
+
 def test_completions_that_could_not_be_scored_come_back_as_they_were(tmp_path, capsys):
     def broken(rows, completions):
         raise KeyError(completions[0])

@@ -36,7 +36,7 @@ data: {class_path: support.dummies.DummyData, init_args: {num_rollouts: 6}}
 @pytest.fixture(autouse=True)
 def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gspo_lightning.run.command.this_python", lambda: "python")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     Path("run.yaml").write_text(CONFIG)
 
 
@@ -123,7 +123,7 @@ def test_a_signal_finishes_the_rollout_saves_and_loses_nothing(
     assert first == f"{name}: finishing this rollout, then saving; once more stops at once"
     assert last.startswith(
         f"{name}: stopped; last checkpoint run/checkpoints/rollout={rollout:06d}.ckpt; continue "
-        "with: python train.py fit --config run.yaml"
+        "with: gspo fit --config run.yaml"
     )
     assert fit("run", "--ckpt_path=last") == 0
     assert_same(state("run", 6), state(straight, 6))
@@ -150,7 +150,7 @@ def test_a_second_signal_stops_at_once_and_saves_nothing_half_done(
     callbacks += ["--trainer.callbacks+=support.dummies.Coefficient"]
     assert fit("run", *callbacks, *send(hook, number, rollout, times=2)) == 128 + number
     assert names("run") == [f"rollout={n:06d}.ckpt" for n in left]
-    assert "rollout=000002.ckpt; continue with: python" in capfd.readouterr().err.splitlines()[-1]
+    assert "rollout=000002.ckpt; continue with: gspo" in capfd.readouterr().err.splitlines()[-1]
     assert fit("run", *callbacks, "--ckpt_path=last") == 0
     assert_same(state("run", 6), state(straight, 6))
     assert scalars("run") == scalars(straight)
@@ -284,7 +284,7 @@ def test_an_exception_in_a_rollout_saves_nothing_and_names_the_last_good_checkpo
     assert fit("run", *options) == 1
     assert names("run") == ["rollout=000002.ckpt"]
     last = capfd.readouterr().err.splitlines()[-1]
-    assert last.startswith("last checkpoint run/checkpoints/rollout=000002.ckpt; continue with: py")
+    assert last.startswith("last checkpoint run/checkpoints/rollout=000002.ckpt; continue with: gs")
     assert last.endswith("--ckpt_path last")
 
 
@@ -363,7 +363,7 @@ def test_a_run_whose_terminal_is_gone_ends_as_if_it_were_there(straight):
     log = Path("run/log.txt").read_text()
     assert "Traceback" not in log and "Logging error" not in log
     assert "standard output is gone (broken pipe): the run goes on, its lines are in run/l" in log
-    for line in ("plan ", "validation after 3 steps", "files ", "SIGHUP: stopped; last checkpoint"):
+    for line in ("plan ", "validation after 3 steps", "saved ", "SIGHUP: stopped; last checkpoint"):
         assert f"\n{line}" in log
     assert fit("run", "--ckpt_path=auto") == 0
     assert_same(state("run", 6), state(straight, 6))

@@ -232,7 +232,7 @@ def test_old_values_are_made_within_a_budget_of_tokens(tmp_path, model_dir, monk
     assert len(passes) > 5 and max(passes[1:]) <= 20 + 3 * 7
 
 
-@pytest.mark.filterwarnings("ignore:out of memory in rollout 0, old values")
+@pytest.mark.filterwarnings("ignore:out of memory in rollout 1, old values")
 def test_old_values_without_memory_halve_the_budget_of_tokens(tmp_path, model_dir, monkeypatch):
     forward = Critic.forward
 
@@ -538,7 +538,7 @@ def test_the_critics_gradient_is_measured_and_scaled_down_apart_from_the_policys
     assert critic.head.weight.grad.norm().item() == pytest.approx(1)
 
 
-@pytest.mark.filterwarnings("ignore:rollout 0, optimizer step")
+@pytest.mark.filterwarnings("ignore:rollout 1, optimizer step")
 def test_a_broken_value_is_a_fault_and_moves_no_weight(tmp_path, model_dir):
     class Break(Callback):
         def on_train_start(self, trainer, module):

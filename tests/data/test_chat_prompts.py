@@ -15,7 +15,6 @@ from gspo_lightning.checkpoint.fingerprints import differences
 from gspo_lightning.data import PromptData
 from gspo_lightning.rewards import ExactMatch, MarkedAnswer, TimeLimit
 from gspo_lightning.rewards.terms import RewardTerm, row_checks
-from gspo_lightning.run.command import GSPOCLI
 from support.chat_templates import STYLES, chat_tokenizer
 from support.command import instantiated
 from support.repository import ROOT
@@ -197,9 +196,6 @@ def folder(tmp_path, monkeypatch, dated):
     """A policy whose template writes the day, and ten prompts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    commands = {name: GSPOCLI.subcommands()[name] for name in ("fit", "predict")}
-    # the parsers of the others take most of the time
-    monkeypatch.setattr(GSPOCLI, "subcommands", staticmethod(lambda: commands))
     build_model("qwen3").save_pretrained("policy")
     dated.save_pretrained("policy")
     write_prompts(Path("prompts.jsonl"))

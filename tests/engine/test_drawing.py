@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gspo_lightning.engine.drawing import draw
+from gspo_lightning.engine.drawing import draw, listed
 
 
 def random_logits(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -76,4 +76,4 @@ def test_temperature_zero_takes_the_most_likely():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_broken_logits_are_an_error(temperature, value):
     with pytest.raises(FloatingPointError, match="not finite"):
-        draw(torch.tensor([[0.0, value]]), torch.tensor([0.5]), temperature)
+        listed(draw(torch.tensor([[0.0, value]]), torch.tensor([0.5]), temperature)[0])

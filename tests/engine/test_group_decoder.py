@@ -1,7 +1,9 @@
 """Decoding groups with one cache: what reaches the model, what is kept, and what comes out."""
 
 import copy
+import gc
 import logging
+import weakref
 from contextlib import nullcontext
 
 import peft
@@ -372,6 +374,28 @@ def test_recorded_steps_draw_what_steps_one_by_one_draw(
     assert len(counts) < steps  # Python ran for new shapes only, twice each
 
 
+def test_recordings_are_freed_with_their_rollout_and_not_by_chance(policy, monkeypatch):
+    """On a card one that is freed while the next is made breaks that one."""
+    alive = []
+
+    def kept(step):
+        play = record(step)
+        alive.append(weakref.ref(play))
+        return play
+
+    record_with(kept, monkeypatch)
+    gc.disable()
+    try:
+        GroupSampler(3, 30, batch_size=7).sample(policy, batch_of(PROMPTS), seed=7)
+        assert alive and not any(play() for play in alive)
+        policy.model.lm_head.weight.data.fill_(torch.nan)
+        with pytest.raises(FloatingPointError):
+            GroupSampler(3, 30, batch_size=7).sample(policy, batch_of(PROMPTS), seed=7)
+        assert not any(play() for play in alive)
+    finally:
+        gc.enable()
+
+
 def test_recorded_steps_end_at_stop_strings_as_others_do(policy, monkeypatch):
     batch, sampler = batch_of(PROMPTS), GroupSampler(3, 30, batch_size=7)
     free = sampler.sample(policy, batch, seed=7)
@@ -434,7 +458,8 @@ def test_all_graphs_of_a_rollout_share_one_pool_of_memory(monkeypatch):
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     record, played, steps = cuda_graph_recorder(), [], []
-    plays = [record(lambda: steps.append(0) or torch.ones(1)) for _ in range(3)]
+    plays = [record(lambda: steps.append(gc.isenabled()) or torch.ones(1)) for _ in range(3)]
+    assert steps == [True, False] * 3 and gc.isenabled()  # no garbage is freed while it records
     assert pools == [7, 7, 7] and len(steps) == 6  # each is tried once before it is recorded
     assert plays[1]() == 1 and len(played) == 1 and len(steps) == 6
 

@@ -67,7 +67,7 @@ def test_a_step_that_two_ranks_skip_is_counted_once(ranks):
 
 def test_only_the_rank_at_fault_writes_and_says_so(root, ranks):
     assert [path.name for path in (root / "faults").iterdir()] == [
-        "rollout=000001-step=001-rank1.pt"
+        "rollout=000002-step=001-rank1.pt"
     ]
     assert not any("not finite" in line for line in ranks[0]["lines"])
     assert sum("loss, gradient not finite" in line for line in ranks[1]["lines"]) == 1

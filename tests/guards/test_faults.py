@@ -134,16 +134,16 @@ def test_the_warning_names_step_tensors_count_and_dump(tmp_path, model_dir):
     with pytest.warns(UserWarning, match="not finite") as said:
         final_state(tmp_path, model_dir, every([(1, 2)], "gradient"))
     (line,) = messages(said)
-    dump = tmp_path / "faults" / "rollout=000001-step=002-rank0.pt"
+    dump = tmp_path / "faults" / "rollout=000002-step=002-rank0.pt"
     assert line == (
-        "rollout 1, optimizer step 2: gradient not finite, so it is skipped (1 in a row; the run "
-        f"stops at 3); what is it? python train.py replay {dump}"
+        "rollout 2, optimizer step 2: gradient not finite, so it is skipped (1 in a row; the run "
+        f"stops at 3); what is it? gspo replay {dump}"
     )
     assert dump.is_file()
 
 
 @pytest.mark.filterwarnings(FAULT)
-@pytest.mark.parametrize(("max_faults", "last"), [(1, (0, 2)), (3, (1, 2))])
+@pytest.mark.parametrize(("max_faults", "last"), [(1, (1, 2)), (3, (2, 2))])
 def test_faults_in_a_row_end_the_run_with_the_reason(tmp_path, model_dir, max_faults, last):
     inject = every([(0, 2), (1, 1), (1, 2)], "loss")
     with pytest.raises(FloatingPointError) as caught:
@@ -172,7 +172,7 @@ def test_the_newest_dumps_are_kept(tmp_path, model_dir):
     inject = every([(i, 1) for i in range(5)], "loss")
     final_state(tmp_path, model_dir, inject, rollouts=5)
     names = sorted(path.name for path in (tmp_path / "faults").iterdir())
-    assert names == [f"rollout=00000{i}-step=001-rank0.pt" for i in (2, 3, 4)]
+    assert names == [f"rollout=00000{i}-step=001-rank0.pt" for i in (3, 4, 5)]
 
 
 def full_disk(tmp_path, monkeypatch):

@@ -169,7 +169,7 @@ def test_a_clip_range_that_does_not_fit_comes_with_the_spread_of_the_ratio():
     for clipped in (0.0, 0.9):
         rollout = figures(clip_fraction_sequences=clipped) | spread
         ((_, text),) = said(watch(), [rollout] * PATIENCE)
-        assert "(log s spreads by 4.4e-03; `python train.py doctor` proposes a range)" in text
+        assert "(log s spreads by 4.4e-03; `gspo doctor` proposes a range)" in text
 
 
 def test_an_entropy_that_is_nothing_from_the_start_is_collapse():
@@ -237,7 +237,7 @@ def test_stop_when_ends_the_run_with_a_checkpoint_and_continuing_goes_on(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    monkeypatch.setattr("gspo_lightning.run.command.this_python", lambda: "python")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     Path("prompts.jsonl").write_text('{"prompt": "1+2=", "answer": "3"}\n' * 4)
     Path("real.yaml").write_text(REAL.replace("path: policy", f"path: {model_dir}"))
     command = "fit --config real.yaml --data.num_rollouts 12 --data.prompts_per_rollout 4"
@@ -248,7 +248,7 @@ def test_stop_when_ends_the_run_with_a_checkpoint_and_continuing_goes_on(
     assert truncated.startswith("warning: 1") and "hit the limit of 4 tokens" in truncated
     assert why.startswith("warning: the rewards do not differ within groups")
     assert why.endswith("; the run ends here (model.stop_when: variance)")
-    assert f"rollout={STEADY:06d}.ckpt; continue with: python train.py fit" in go_on
+    assert f"rollout={STEADY:06d}.ckpt; continue with: gspo fit" in go_on
     assert checkpoints() == [f"rollout={STEADY:06d}.ckpt"]
     code, _, err = run(capsys, f"{command} --model.stop_when ['variance'] --ckpt_path last")
     assert code == 0, err

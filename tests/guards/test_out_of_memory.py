@@ -35,7 +35,7 @@ from support.tiny_run import make_module, make_trainer, run, write_prompts
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to")
-SHORT = "ignore:out of memory in rollout 0"
+SHORT = "ignore:out of memory in rollout 1"
 
 
 class State(Callback):
@@ -121,7 +121,7 @@ def test_halving_is_one_line_that_names_place_setting_and_sizes(tmp_path, model_
         ended(tmp_path, model_dir)
     lines = [str(w.message) for w in said if "LeafSpec" not in str(w.message)]
     assert lines == [
-        "out of memory in rollout 0, old log-probs: micro_batch_size 8 -> 4 for the rest of the run"
+        "out of memory in rollout 1, old log-probs: micro_batch_size 8 -> 4 for the rest of the run"
     ]
 
 
@@ -219,7 +219,7 @@ def test_a_budget_that_changes_nothing_at_half_is_halved_until_it_does():
 @pytest.mark.filterwarnings(SHORT)
 def test_one_row_at_once_is_the_end(tmp_path, model_dir, memory):
     memory(0)
-    with pytest.raises(OutOfMemory, match=r"rollout 0, old log-probs, with one row at once"):
+    with pytest.raises(OutOfMemory, match=r"rollout 1, old log-probs, with one row at once"):
         ended(tmp_path, model_dir)
 
 
@@ -229,14 +229,14 @@ def test_behind_the_first_step_of_a_rollout_the_run_stops(tmp_path, model_dir, m
     def make(forward):
         def third_fails(*args, **options):
             calls.append(torch.is_grad_enabled())
-            if sum(calls) == 4:  # two steps of rollout 0, the first of rollout 1, this one
+            if sum(calls) == 4:  # two steps of rollout 1, the first of rollout 2, this one
                 raise CUDA
             return forward(*args, **options)
 
         return third_fails
 
     replace_policy_passes(monkeypatch, make)
-    with pytest.raises(OutOfMemory, match=r"rollout 1, optimizer step 2 .*after the first step"):
+    with pytest.raises(OutOfMemory, match=r"rollout 2, optimizer step 2 .*after the first step"):
         ended(tmp_path, model_dir)
 
 
@@ -397,7 +397,7 @@ def test_a_pass_that_ranks_share_is_not_repeated(synced, make_rollout):
     parts = (None, None, GroupSampler(2, 5), old, sizes, Faults(1), {})
     updater = Breaks(shell, *parts, num_epochs=1, num_minibatches=1, max_grad_norm=None)
     if synced:
-        with pytest.raises(OutOfMemory, match=r"rollout 3, optimizer step 1.* other ranks share"):
+        with pytest.raises(OutOfMemory, match=r"rollout 4, optimizer step 1.* other ranks share"):
             updater.learn(rollout, step)
         assert tries == [1] and sizes.now[MICRO] == 4
     else:

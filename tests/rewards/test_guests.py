@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from itertools import count
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from support.tiny_run import make_module, make_trainer, outputs_of, write_prompt
 
 ROWS = [{"prompt": "a", "tags": ["x"]}, {"prompt": "b", "tags": []}, {"prompt": "c", "tags": []}]
 TEXTS = ["one", "two", "six"]
+LASTING: list = []  # what a function enters and never leaves
 MOST_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
 
@@ -84,6 +86,21 @@ CHANGES = {
         lambda: torch.use_deterministic_algorithms(True),
         "deterministic algorithms",
         torch.are_deterministic_algorithms_enabled,
+    ),
+    "autocast": (
+        lambda: torch.autocast("cpu", torch.bfloat16).__enter__(),
+        "torch's autocast",
+        guest._autocast,
+    ),
+    "inference": (
+        lambda: LASTING.append(torch.inference_mode()) or LASTING[-1].__enter__(),
+        "torch's inference mode",
+        lambda: (torch.is_inference_mode_enabled(), torch.is_grad_enabled()),
+    ),
+    "anomalies": (
+        lambda: torch.autograd.set_detect_anomaly(True),
+        "torch's search for anomalies",
+        torch.is_anomaly_enabled,
     ),
     "cudnn": (
         lambda: setattr(torch.backends.cudnn, "deterministic", True),
@@ -312,7 +329,22 @@ class MuteRuntime(RuntimeError):
     __str__ = Mute.__str__
 
 
+class Nameless(type):
+    def __getattribute__(cls, name):
+        if name in ("__name__", "__qualname__"):
+            raise RuntimeError("no name")
+        return super().__getattribute__(name)
+
+
 class Own(BaseException):
+    pass
+
+
+class Hidden(Exception, metaclass=Nameless):
+    pass
+
+
+class Answer(metaclass=Nameless):
     pass
 
 
@@ -337,6 +369,10 @@ def endless(rows, texts):
     return (1.0 for _ in count()) if "two" in texts else [1.0] * len(texts)
 
 
+def answers_alone(rows, texts):
+    return Answer() if "two" in texts else [1.0] * len(texts)
+
+
 def instead(value):
     return lambda rows, texts: [value if text == "two" else 1.0 for text in texts]
 
@@ -350,6 +386,10 @@ FAULTS = {
     "of its own": (throws(Own), r"failed: Own \("),
     "no text": (throws(Mute), "failed: Mute: its text cannot be made"),
     "no text, runtime": (throws(MuteRuntime), "failed: MuteRuntime: its text cannot be made"),
+    "no name": (throws(Hidden), r"failed: Hidden \(test_guests"),
+    "no name given": (answers_alone, "failed: TypeError: gave Answer instead"),
+    "no name in place": (instead(Answer()), "no number: .*Answer"),
+    "no name in a row": (instead(Hidden("me")), "failed: me; for the completion 'two'"),
     "50 MB": (throws(lambda: ValueError("x\n" * 25_000_000)), "failed: x x x"),
     "a long name": (throws(type("E" * 5000, (Exception,), {})), "failed: EEEE"),
     "no end": (endless, "failed: gave more than 1 values for 1 completions"),
@@ -369,6 +409,7 @@ def test_whatever_it_raises_is_the_terms_error(name):
     line = str(caught.value)
     assert line.startswith("reward 'x' ") and "\n" not in line and len(line) < 400
     assert len(str(caught.value.__cause__)) < 1000
+    assert traceback.format_exception(caught.value)  # as GSPO_TRACEBACK=1 shows it
     with pytest.warns(UserWarning, match="1 of 3 completions get no reward: reward 'x'"):
         assert np.isnan(scored(fn, on_error="skip")).tolist() == [False, True, False]
 
@@ -629,6 +670,17 @@ def test_a_check_of_rows_is_a_guest_too(tmp_path, model_dir, error, line):
         make_trainer(tmp_path).fit(module, data)
     rows = [{"prompt": "1"}]
     assert row_checks({"x": RewardTerm(Checks(error))})["x"](rows) and rows == [{"prompt": "1"}]
+
+
+def test_a_file_that_a_reward_misses_is_no_fault_of_the_run_folder(tmp_path, capsys):
+    def fn(rows, texts):
+        return os.listdir(tmp_path / "cache")
+
+    with pytest.raises(RewardError) as caught:
+        scored(fn)
+    lock = SimpleNamespace(lost=lambda: None)
+    assert report(caught.value, SimpleNamespace(begun=True, root=tmp_path, lock=lock), str) == 2
+    assert capsys.readouterr().err.startswith("error: reward 'x' failed: FileNotFoundError: ")
 
 
 @pytest.mark.parametrize("code", ["import sys; sys.exit(0)", "exit()", "raise SystemExit('bye')"])

@@ -21,7 +21,7 @@ from support.run_folder import assert_same, names, scalars, state
 @pytest.fixture(autouse=True)
 def _folder(tmp_path, monkeypatch):
     enter(tmp_path, monkeypatch)
-    monkeypatch.setattr("gspo_lightning.run.command.this_python", lambda: "python")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 
 SAVER = "[{class_path: gspo_lightning.RolloutCheckpoint, init_args: {every_n_rollouts: 99}}]"
@@ -109,7 +109,7 @@ def test_a_stop_in_any_hook_leaves_a_checkpoint_and_a_line_and_loses_nothing(
     name = {"callback": "StopsAt", "module": "LateStops"}[who]
     assert capfd.readouterr().err.startswith(
         f"stopped after {rollout} of 6 batches by {name}._stop, which set trainer.should_stop; "
-        f"last checkpoint run/checkpoints/{path}; continue with: python train.py fit"
+        f"last checkpoint run/checkpoints/{path}; continue with: gspo fit"
     )
     assert fit("run", "--ckpt_path=auto", "--accept_changes=true") == 0
     now, before = state("run", 6), state(straight, 6)
@@ -163,6 +163,25 @@ def test_what_ends_a_batch_in_its_middle_saves_nothing_of_it(capfd, error, code,
     assert err.startswith(line) and "there is no checkpoint yet; the same command starts ag" in err
 
 
+class Loses(Callback):
+    """Raises what Lightning takes for the end of the data, in a hook of the last batch."""
+
+    def __init__(self, hook: str):
+        setattr(self, hook, self._lose)
+
+    def _lose(self, trainer, *_, **__):
+        if trainer.fit_loop.total_batch_idx == 5:
+            raise StopIteration
+
+
+@pytest.mark.parametrize(("hook", "left"), [("validation", 6), ("train_batch", 5)])
+def test_a_stop_iteration_of_a_hook_costs_no_checkpoint(capfd, hook, left):
+    assert fit("run", *adding("test_ends.Loses", hook=f"on_{hook}_start")) == 0
+    assert names("run") == [f"rollout={left:06d}.ckpt"]
+    said = capfd.readouterr().err
+    assert said.startswith(f"stopped after {left} of 6 batches by a ") == (left < 6)
+
+
 def test_only_what_reached_its_length_is_marked_finished(capfd):
     """Without checkpoints the mark alone keeps a command from starting over."""
     none = ["--trainer.callbacks=[]", "--trainer.enable_checkpointing=false"]
@@ -196,9 +215,11 @@ def test_early_stopping_stands_for_as_long_as_its_settings_do(capfd):
     assert line.startswith(
         "stopped after 4 of 20 batches by EarlyStopping: Monitored metric val/size did not improve "
         "in the last 1 records. Best score: -8.000; change its settings to go on; last checkpoint "
-        "run/checkpoints/rollout=000004.ckpt, and then continue with: python train.py fit"
+        "run/checkpoints/rollout=000004.ckpt, and then continue with: gspo fit"
     )
+    files = set(os.listdir("run"))
     assert fit("run", *STOPPING, f"{patience}=1", "--ckpt_path=last", length=20) == 0
+    assert set(os.listdir("run")) == files
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.startswith(
         "nothing to do: run/checkpoints/rollout=000004.ckpt was ended by EarlyStopping: Monitored "
@@ -241,7 +262,9 @@ def test_a_run_that_max_steps_ended_has_its_length(capfd):
     """The dummy makes four steps a rollout, and none is begun once there are as many."""
     steps = "--trainer.max_steps"
     assert fit("run", f"{steps}=6") == 0
+    files = set(os.listdir("run"))
     assert fit("run", f"{steps}=6", "--ckpt_path=auto") == 0
+    assert set(os.listdir("run")) == files
     first, *_, line = capfd.readouterr().err.splitlines()
     assert first == "ended by trainer.max_steps 6: 8 optimizer steps"
     assert line.startswith("nothing to do: run/checkpoints/rollout=000002.ckpt is the end of the")

@@ -126,6 +126,7 @@ def test_nothing_grows_on_a_card_over_fifty_rollouts(tmp_path, model_dir):
 def test_the_estimate_on_a_card_is_within_a_quarter(tmp_path, make_model, tokenizer, dtype):
     sizes = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
     sizes |= {"num_key_value_heads": 4, "head_dim": 64, "intermediate_size": 1536}
+    sizes |= {"max_position_embeddings": 256}
     make_model("qwen3", vocab_size=8192, **sizes).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     look = fit_on_a_card(
@@ -141,3 +142,14 @@ def test_the_estimate_on_a_card_is_within_a_quarter(tmp_path, make_model, tokeni
     size, unit = re.search(r"about ([\d.]+) (MiB|GiB) for the policy", text).groups()
     estimate = float(size) / (1024 if unit == "MiB" else 1)
     assert estimate == pytest.approx(max(look.peaks), rel=0.25), text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, there is none")
+def test_doctor_examines_on_a_card_and_nothing_else_is_said(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    configs = ["configs/arithmetic.yaml", "configs/hardware/one_gpu.yaml"]
+    assert train.main(["doctor", *(f"--config={config}" for config in configs)]) == 0
+    output = capsys.readouterr()
+    assert "0 error" in output.out
+    assert "CUDA_VISIBLE_DEVICES" not in output.err and "Tensor Cores" not in output.err

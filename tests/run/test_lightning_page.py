@@ -25,6 +25,7 @@ from gspo_lightning import (
 from gspo_lightning.checkpoint.files import list_checkpoints
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO
 from gspo_lightning.guards.ignored import check_callback, check_monitors, check_strategy, figures_of
+from gspo_lightning.policy.settings import log_settings
 from support.command import enter, instantiated
 from support.dummies import DummyData, DummyModule, Stopper
 from support.lightning_table import PAGE, TABLES, written
@@ -392,7 +393,7 @@ TRIED = {
     "strategy": lambda p, **_: looked(p, strategy="auto").rollouts == 2,  # ddp: tests/test_ddp.py
     "devices": lambda p, **_: looked(p, devices=1).trainer.world_size == 1,
     "num_nodes": lambda p, **_: looked(p, num_nodes=1).trainer.num_nodes == 1,
-    "precision": lambda p, **_: looked(p, precision="bf16-mixed").rollouts == 2,
+    "precision": lambda p, **_: precise(p),
     "logger": lambda p, **_: looked(p).trainer.loggers == [] and "train/loss" in logged(p / "b"),
     "callbacks": lambda p, **_: looked(p).rollouts == 2,
     "fast_dev_run": lambda p, **_: looked(p, fast_dev_run=1).rollouts == 1 and not [*p.iterdir()],
@@ -431,9 +432,7 @@ TRIED = {
     ],
     "detect_anomaly": lambda p, **_: looked(p, detect_anomaly=True).detect_anomaly,
     "barebones": lambda p, **_: barebones(p),
-    "plugins": lambda p, **_: (
-        looked(p).trainer.strategy.checkpoint_io.__class__ is AtomicCheckpointIO
-    ),
+    "plugins": lambda p, **_: own_files(p),
     "sync_batchnorm": lambda p, **_: untouched(p, sync_batchnorm=True),
     "reload_dataloaders_every_n_epochs": lambda p, **_: untouched(
         p, reload_dataloaders_every_n_epochs=1
@@ -441,7 +440,7 @@ TRIED = {
     "default_root_dir": lambda p, **_: (
         looked(p).trainer.default_root_dir == str(p) and list_checkpoints(p)
     ),
-    "enable_autolog_hparams": lambda p, **_: looked(p, enable_autolog_hparams=False).rollouts == 2,
+    "enable_autolog_hparams": lambda p, **_: asks_for_settings(),
     "model_registry": lambda p, **_: untouched(p, model_registry="mine"),
 }
 EVERY = {"val_check_interval": 1, "check_val_every_n_epoch": None}
@@ -461,6 +460,41 @@ def bars(commands):
 def summary(tmp_path, capsys):
     looked(tmp_path, enable_model_summary=True)
     return "Trainable params" in capsys.readouterr().out
+
+
+def precise(tmp_path):
+    """What the line names is trained with, or refused with its reason."""
+    named = re.findall("`([\\w-]+)`", OPTIONS["precision"].note)
+    reasons = {"16-mixed": "loss scaling", "bf16-true": "policy.dtype", "16-true": "policy.dtype"}
+    for precision in {*named} - {"32-true", "64-true", "bf16-mixed"}:
+        with pytest.raises(ValueError, match=reasons[precision]):
+            check_strategy(SimpleNamespace(strategy="auto", precision=precision))
+    return looked(tmp_path, precision="bf16-mixed").trainer.precision == "bf16-mixed"
+
+
+class Own(AtomicCheckpointIO):
+    """A plugin of the user's."""
+
+
+def own_files(tmp_path):
+    """The plugin that is given writes the files; ours does where none is."""
+    made = [
+        looked(tmp_path / name, plugins=plugins).trainer.strategy.checkpoint_io
+        for name, plugins in (("none", None), ("own", [Own()]))
+    ]
+    return [type(one) for one in made] == [AtomicCheckpointIO, Own]
+
+
+def asks_for_settings():
+    """Without the option no logger is told the settings; tests/test_from_python.py has it set."""
+    told = []
+    logger = SimpleNamespace(experiment=None, log_hyperparams=told.append)
+    for wanted in (False, True):
+        options = {"enable_autolog_hparams": wanted, "callbacks": [], "loggers": [logger]}
+        trainer = SimpleNamespace(precision="32-true", datamodule=None, **options)
+        log_settings(SimpleNamespace(trainer=trainer, hparams_initial={"a": 1}))
+        assert len(told) == int(wanted)
+    return told[0]["model.a"] == 1
 
 
 def deterministic(tmp_path):

@@ -1,6 +1,7 @@
 """A run folder, whatever stands in it and whatever happens to it."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 import train
 from gspo_lightning.checkpoint import places
 from gspo_lightning.checkpoint.places import check_shared, local_folder
-from gspo_lightning.run.command import GSPOCLI
-from support.command import enter, refused, run
+from support.command import enter, instantiated, refused, run
+from support.repository import ROOT
 from support.run_folder import assert_same, names, scalars, state
 
 RUN = """
@@ -34,8 +35,6 @@ HAPPENS = "--trainer.callbacks+=support.folder_events.Happens --trainer.callback
 def _folder(tmp_path, monkeypatch):
     enter(tmp_path, monkeypatch)
     Path("run.yaml").write_text(RUN)
-    commands = {"fit": GSPOCLI.subcommands()["fit"]}  # other parsers take most of the time
-    monkeypatch.setattr(GSPOCLI, "subcommands", staticmethod(lambda: commands))
 
 
 def contents():
@@ -127,6 +126,22 @@ def test_a_run_folder_is_one_place_on_a_disk(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=r"^trainer.default_root_dir(: | is empty)"):
             local_folder(path)
+
+
+def test_the_page_names_the_runs_own_files():
+    page = (ROOT / "docs" / "safety.md").read_text()
+    named = re.findall(
+        "`(.*?)/?`", page.partition("**What stands in it.**")[2].partition("A call")[0]
+    )
+    assert {*named} == {*places.FILES, *places.FOLDERS, places.EVENTS, ".lock"}
+
+
+def test_a_folder_of_a_logger_is_read_as_the_runs_own(tmp_path, monkeypatch):
+    """A relative one with a variable, once joined to the working folder, would lead elsewhere."""
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    words = "--config run.yaml --trainer.logger TensorBoardLogger --trainer.logger.save_dir"
+    made = instantiated(*words.split(), "$SCRATCH/curves", "--trainer.logger.name=a")
+    assert made.trainer.logger.root_dir == str(tmp_path / "scratch/curves/a")
 
 
 def test_an_address_is_no_run_folder(capsys):

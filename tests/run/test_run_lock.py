@@ -10,6 +10,7 @@ import pytest
 
 import train
 from gspo_lightning.run.folder import find_leftovers
+from gspo_lightning.run.launch import RANKS
 from gspo_lightning.run.lock import FILE, RunLock, check_lock
 from support.run_folder import names
 
@@ -130,7 +131,7 @@ def test_where_there_are_no_locks_this_is_said_and_the_run_goes_on(capsys, monke
     assert capsys.readouterr().err.startswith("run: the file system has no locks (No locks ava")
 
 
-@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
+@pytest.mark.parametrize("name", [*RANKS, "NODE_RANK", "GROUP_RANK"])
 def test_the_other_ranks_do_not_ask_for_the_folder_that_rank_0_has(holder, monkeypatch, name):
     """Refused, they would be gone, and rank 0 would wait for them."""
     monkeypatch.setenv(name, "0")

@@ -9,7 +9,6 @@ import pytest
 
 import train
 from gspo_lightning.run import launch
-from gspo_lightning.run.command import GSPOCLI
 from gspo_lightning.run.config_files import DEEPEST, check_config_file
 from support.bad_input_cases import callback, model
 from support.command import enter, refused
@@ -24,8 +23,6 @@ ALIASES = "a: &a [1,1,1,1,1,1,1,1]\n" + "".join(
 @pytest.fixture
 def at_work(tmp_path, monkeypatch):
     enter(tmp_path, monkeypatch)
-    commands = GSPOCLI.subcommands()
-    monkeypatch.setattr(GSPOCLI, "subcommands", staticmethod(lambda: {"fit": commands["fit"]}))
 
 
 @pytest.mark.parametrize(
@@ -83,6 +80,12 @@ def test_a_value_of_a_wrong_kind_in_a_config(at_work, capsys, tmp_path, overlay,
 @pytest.mark.parametrize(
     ("option", "line"),
     [
+        ("--trainer.barebones=true", "trainer.barebones leaves out curves, checkpoints and"),
+        (
+            "--model.optimizer.lr=1e-3",
+            "model: unknown key `optimizer.lr`, did you mean `optimizer.lea",
+        ),
+        ("--model.optimizer=torch.optim.AdamW", "model.optimizer: expected OptimizerConfig (lea"),
         ("--model.evaluation=null", "model.evaluation: expected settings, such as correct"),
         ("--model.num_epochs=", "model.num_epochs: expected int, got nothing"),
         ("--model.policy.stop_strings=','", "model.policy.stop_strings: expected list, got ','"),
@@ -167,10 +170,11 @@ def test_tasks_that_srun_did_not_begin(monkeypatch):
         launch.check_variables()
 
 
-def test_a_variable_is_looked_at_before_a_library_reads_it():
+@pytest.mark.parametrize("way_in", ["train.py", "-m gspo_lightning"])
+def test_a_variable_is_looked_at_before_a_library_reads_it(way_in):
     """Torchmetrics does as it is imported, with a traceback."""
     environment = os.environ | {"LOCAL_RANK": "x", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "train.py", "fit"]
+    command = [sys.executable, *way_in.split(), "fit"]
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert found.returncode == 2 and found.stdout == ""
     assert found.stderr.startswith("error: LOCAL_RANK='x' in") and found.stderr.count("\n") == 1

@@ -179,13 +179,13 @@ CONFIG = [
     ),
     Case(
         "config not there",
-        ("config", "gone.yaml", "configs/arithmetic.yaml"),
+        ("config", "gone.yaml", "lists the package's"),
         options="--config gone.yaml",
     ),
     Case("config is a folder", ("config", "policy", "YAML file"), options="--config policy"),
     Case(
         "config is empty",
-        ("config", "empty.yaml", "empty", "configs/arithmetic.yaml"),
+        ("config", "empty.yaml", "empty", "configs arithmetic` shows one"),
         options="--config empty.yaml",
         files={"empty.yaml": b""},
     ),
@@ -203,7 +203,7 @@ CONFIG = [
     ),
     Case(
         "config is a loop",
-        ("config", "b.yaml", "configs/arithmetic.yaml"),
+        ("config", "b.yaml", "configs` lists the package's"),
         options="--config b.yaml",
         files={"b.yaml": loop},
     ),

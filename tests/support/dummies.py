@@ -115,7 +115,7 @@ class DummyModule(LightningModule):
         metrics = {"train/loss": loss.item(), "train/served": batch[1].item()}
         metrics["optim/learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         for logger in self.trainer.loggers:
-            logger.log_metrics(metrics, step=index)
+            logger.log_metrics(metrics, step=index + 1)
         self.log("train/late", loss.detach())  # reaches the loggers behind on_train_batch_end
         return {"loss": loss, "index": index}
 
@@ -132,7 +132,7 @@ class DummyModule(LightningModule):
 
     def on_validation_epoch_end(self):
         if not self.trainer.sanity_checking:
-            for logger in self.trainer.loggers:  # at the place of the rollout that comes next
+            for logger in self.trainer.loggers:  # at the place of the rollout before it
                 step = self.trainer.fit_loop.total_batch_idx + 1
                 logger.log_metrics({"val/coefficient": self.kl_coef}, step=step)
 

@@ -24,7 +24,7 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 
 import train
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO
-from gspo_lightning.run.command import GSPOCLI, CommandTrainer
+from gspo_lightning.run.command import CommandTrainer
 
 CORPUS = Path(__file__).with_name("fuzz_corpus.jsonl")
 SECONDS = 20  # that a case may take, on a machine with other things to do
@@ -325,8 +325,6 @@ def short_of_training(monkeypatch: Any) -> Any:
         REACHED.append(True)
         raise SystemExit(0)
 
-    commands = GSPOCLI.subcommands()  # the parsers of the others take most of the time
-    monkeypatch.setattr(GSPOCLI, "subcommands", staticmethod(lambda: {"fit": commands["fit"]}))
     monkeypatch.setattr(CommandTrainer, "_run_stage", stop)
     monkeypatch.setattr(subprocess_script._SubprocessScriptLauncher, "launch", stop)
     yield

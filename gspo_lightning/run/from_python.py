@@ -1,0 +1,247 @@
+"""A whole run by one call: what `gspo fit` does, with what a program has in its hands.
+
+Decides which of the settings have keywords, and how a command's messages read in a program. The
+call is a command line of short flags on the same config, in which functions, rows and loaded models
+are put in place of words for them: so checks, callbacks, run folder and continuing are those of
+`gspo fit`, and config.yaml tells what was run.
+"""
+
+import inspect
+import json
+import re
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch import Trainer
+
+from gspo_lightning.callbacks import HFExport
+from gspo_lightning.checkpoint.files import list_checkpoints
+from gspo_lightning.data import PromptData
+from gspo_lightning.data.sources import Given, check_source, in_words
+from gspo_lightning.module import GSPOModule
+from gspo_lightning.policy.given import GivenPolicy, GivenTokenizer, as_policy
+from gspo_lightning.policy.settings import plain
+from gspo_lightning.rewards import GivenRewards, as_terms
+from gspo_lightning.rewards.left_out import in_config
+from gspo_lightning.run import ending, launch
+from gspo_lightning.run.command import GSPOCLI, Watch, taken_over
+from gspo_lightning.run.one_line import OneLineParser, quiet, unknown
+from gspo_lightning.start import short, typed
+
+_WORDS = {  # of a command's messages, and what stands for them in a call
+    r"--ckpt_path (\w+) --data\.num_rollouts (\d+)": r'ckpt_path="\1", rollouts=\2',
+    r"--ckpt_path (\w+)": r'ckpt_path="\1"',
+    r"--trainer\.default_root_dir NEW": 'run_folder="NEW"',
+    r"--accept_changes true": 'settings={"accept_changes": True}',
+}
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a run consists of, and what it has written.
+
+    Attributes:
+        module: Has the trained policy: ``module.generate(["..."])``.
+        data: The prompts.
+        trainer: Has ended.
+        folder: The run folder, with curves, samples and config.
+        checkpoint: The newest one, if there is one.
+        export: The folder that ``AutoModelForCausalLM.from_pretrained`` loads, if there is one.
+    """
+
+    module: GSPOModule
+    data: PromptData
+    trainer: Trainer
+    folder: Path
+    checkpoint: Path | None
+    export: Path | None
+
+
+def train(
+    policy: GivenPolicy | str,
+    prompts: Given,
+    reward: "GivenRewards | str",
+    *,
+    val: Given | None = None,
+    tokenizer: GivenTokenizer = None,
+    rollouts: int | None = None,
+    prompts_per_rollout: int | None = None,
+    group_size: int | None = None,
+    max_new_tokens: int | None = None,
+    learning_rate: float | None = None,
+    devices: int | None = None,
+    run_folder: str | Path | None = None,
+    seed: int | None = None,
+    ckpt_path: str | Path | None = None,
+    config: str | Path | Sequence[str | Path] = "base",
+    settings: Mapping[str, Any] | None = None,
+    **others: Any,
+) -> TrainedRun:
+    """Train a policy as `gspo fit` does, and give back what it trained.
+
+    Args:
+        policy: A folder, a name on the hub, a loaded model (which is trained in place), or a
+            ``PolicyConfig``.
+        prompts: A file, a folder, a dataset's name on the hub, a list (of texts, of chats or of
+            rows), or a ``datasets.Dataset``.
+        reward: A function of rows and completions, a ``RewardTerm``, a list or a dict of them, or
+            the import path of a function.
+        val: Held-out prompts, of the same kinds.
+        tokenizer: Of a loaded model that comes from no folder; a path, or a loaded one.
+        rollouts: Length of the run. What is not given, here and below, is the config's.
+        prompts_per_rollout: Prompts, per rank.
+        group_size: Completions of a prompt.
+        max_new_tokens: Longest completion, in tokens.
+        learning_rate: Of AdamW.
+        devices: Number of devices.
+        run_folder: Where the run writes.
+        seed: Of everything that is drawn.
+        ckpt_path: ``last``, ``auto``, ``best`` or a file, to go on from.
+        config: Names of the package's configs, or files; later ones win.
+        settings: Any key of the command line with its value: ``{"model.kl_coef": 0.1}``. They win.
+        others: No further keyword is taken; one is told which was meant.
+
+    Returns:
+        Module, data, Trainer and what was written, once the run has ended.
+
+    Raises:
+        ValueError: For a setting that cannot be, in one line, before anything is written.
+        TypeError: For a keyword that does not exist.
+        KeyboardInterrupt: After Ctrl-C, when the rollout is done and saved.
+    """
+    known = inspect.signature(train).parameters
+    for name in others:
+        names = [name for name in known if name != "others"]
+        raise TypeError(f"train: {unknown(name, names)}; other settings go into settings={{...}}")
+    given = {name: value for name, value in locals().items() if name in known}
+    flags = ("rollouts", "prompts_per_rollout", "group_size", "max_new_tokens", "learning_rate")
+    words = ["fit"]
+    for each in [config] if isinstance(config, str | Path) else config:
+        words += ["--config", str(each)]
+    for name in (*flags, "devices", "run_folder", "seed"):
+        if given[name] is not None:
+            words += [f"--{name}", str(given[name])]
+    made = _Made()
+    words += made.policy(policy, tokenizer) + made.prompts(prompts, val) + made.rewards(reward)
+    if ckpt_path is not None:
+        words += ["--ckpt_path", str(ckpt_path)]
+    taken = {word.partition("=")[0] for word in short.written_out(words)}
+    for key, value in (settings or {}).items():
+        if f"--{key}" in taken or key.startswith(made.whole()):
+            raise ValueError(f"settings: {key} is set by a keyword already; leave one out")
+        words.append(f"--{key}={value if isinstance(value, str) else json.dumps(plain(value))}")
+    cli = _run(words, made)
+    callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
+    export = next((c.path for c in callbacks if isinstance(c, HFExport)), None)
+    folder = Path(cli.trainer.default_root_dir)
+    return TrainedRun(
+        cli.model,
+        cli.datamodule,
+        cli.trainer,
+        folder,
+        next(reversed(list_checkpoints(folder)), None),
+        folder / export if export is not None and (folder / export).is_dir() else None,
+    )
+
+
+class _Made:
+    """What a program gives that has no place in a config, by the class that takes it."""
+
+    def __init__(self) -> None:
+        self.module: dict[str, Any] = {}
+        self.data: dict[str, Any] = {}
+
+    def whole(self) -> tuple[str, ...]:
+        """Keys of which no part can be set beside the object that is given."""
+        return tuple(f"model.{name}." for name in self.module)
+
+    def policy(self, policy: Any, tokenizer: Any) -> list[str]:
+        """Words for the policy and its tokenizer."""
+        words = []
+        if tokenizer is not None:
+            self.module["tokenizer"] = tokenizer
+            words = [f"--model.tokenizer={plain(tokenizer)}"]
+        if isinstance(policy, str | Path):
+            return [*words, "--policy", str(policy)]
+        config = as_policy(policy)
+        if config is policy:
+            return [*words, f"--model.policy={json.dumps(plain(policy))}"]
+        self.module["policy"] = config
+        same = {"dtype": config.dtype, "gradient_checkpointing": False}
+        return [*words, f"--model.policy={json.dumps({'path': config.path} | same)}"]
+
+    def prompts(self, prompts: Any, val: Any) -> list[str]:
+        """Words for the data."""
+        words = []
+        for flag, key, source in (("data", "path", prompts), ("val", "val_path", val)):
+            if source is None and flag == "val":
+                continue
+            if not isinstance(source, str | Path):
+                check_source(f"data.{key}", source)
+                self.data[key] = source
+            words += [f"--data.{key}", str(in_words(source))]
+        return words
+
+    def rewards(self, reward: Any) -> list[str]:
+        """Words for the rewards."""
+        if isinstance(reward, str):
+            return ["--reward", reward]
+        terms = self.module["rewards"] = as_terms(reward)
+        told = {name: plain(term) | {"fn": in_config(term.fn)} for name, term in terms.items()}
+        return [f"--model.rewards={json.dumps(told)}"]
+
+
+class _Parser(OneLineParser):
+    """Raises where a command would end."""
+
+    def refuse(self, line: str) -> NoReturn:
+        raise ValueError(line)
+
+
+class _CLI(GSPOCLI):
+    """The command, with objects in the places of words."""
+
+    kind_of_parser = _Parser
+
+    def __init__(self, words: list[str], watch: Watch, made: _Made) -> None:
+        self.made = made
+        super().__init__(words, watch)
+
+    def instantiate_classes(self) -> None:
+        """Make module and data of the config's settings and of what the program has given."""
+        for kind, given in ((GSPOModule, self.made.module), (PromptData, self.made.data)):
+            make = partial(_make, given)
+            self.parser.add_instantiator(make, kind, subclasses=True, prepend=True)
+        super().instantiate_classes()
+
+
+def _make(given: dict[str, Any], kind: type, *args: Any, **settings: Any) -> Any:
+    return kind(*args, **settings | given)
+
+
+def _run(words: list[str], made: _Made) -> GSPOCLI:
+    """Run the command in this process, which stays as it is."""
+    watch = Watch()
+    with typed.called("train"), taken_over(watch, words):
+        try:
+            launch.check_variables()
+            with quiet():
+                cli = _CLI(words, watch, made)
+        except BaseException as error:
+            if not watch.begun:
+                watch.refuse()
+            line = None if watch.begun else ending.mistake(error)
+            if line is None:
+                raise
+            for pattern, instead in _WORDS.items():
+                line = re.sub(pattern, instead, line)
+            raise ValueError(line) from error
+        if watch.signals.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if watch.signals.number is not None:
+            raise SystemExit(watch.signals.exit_code)
+    return cli

@@ -1,0 +1,84 @@
+"""How this process was started, in the words that start it again.
+
+Decides what advice such as "continue with" begins with: a command that a reader can copy and run
+from the folder at hand. Imports the standard library alone.
+"""
+
+import itertools
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# The function of the package that a program has called in place of a command, if it is at work.
+_called: list[str] = []
+_KEYWORDS = {"--data.num_rollouts": "rollouts", "--ckpt_path": "ckpt_path"}  # of that function
+
+
+def program(alone: bool = False) -> str:
+    """The words in front of a sub-command: `gspo`, `python -m gspo_lightning`, `python train.py`.
+
+    Under torchrun they begin with it and its number of processes, unless the sub-command runs
+    ``alone``, as those do that only look at a run. From a program that is none of
+    these three, such as a notebook, it is `gspo`, which comes with the package.
+    """
+    script, starter = Path(sys.argv[0]), None if alone else launcher()
+    if script.name == "train.py":
+        return f"{starter or this_python()} {shlex.quote(sys.argv[0])}"
+    if script.name == "__main__.py" and script.parent.name == "gspo_lightning":
+        return f"{starter or this_python()} -m gspo_lightning"
+    found = shutil.which("gspo")
+    named = script.name != "gspo" or (found is not None and Path(found) == script.absolute())
+    words = "gspo" if named else _from_here(sys.argv[0])
+    return words if starter is None else f"{starter} --no-python {words}"
+
+
+@contextmanager
+def called(name: str) -> Iterator[None]:
+    """Have advice name a function, which a program has called, instead of a command."""
+    _called.append(name)
+    try:
+        yield
+    finally:
+        _called.pop()
+
+
+def is_call() -> bool:
+    """Whether a program has called such a function, which is at work."""
+    return bool(_called)
+
+
+def launcher() -> str | None:
+    """The torchrun that started this process, or None; where several machines meet is left out."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+    words = "torchrun" if nodes == "1" else f"torchrun --nnodes={nodes}"
+    return f"{words} --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', '1')}"
+
+
+def again(arguments: list[str]) -> str:
+    """The command with these arguments that computes the same bits, to be run from here."""
+    if _called:
+        pairs = itertools.pairwise(arguments)
+        given = {_KEYWORDS[key]: value for key, value in pairs if key in _KEYWORDS}
+        written = [f"{k}={v if v.isdigit() else repr(v)}" for k, v in given.items()]
+        return f"{_called[-1]}({', '.join(['...', *written])})"
+    threads = os.environ.get("OMP_NUM_THREADS")  # another number adds in another order
+    first = "" if threads is None else f"OMP_NUM_THREADS={threads} "
+    return f"{first}{program()} {shlex.join(arguments)}"
+
+
+def this_python() -> str:
+    """How to call the Python that runs, from here."""
+    found = shutil.which("python")
+    path = os.path.abspath(sys.executable)
+    return "python" if found is not None and os.path.abspath(found) == path else _from_here(path)
+
+
+def _from_here(path: str) -> str:
+    path = os.path.abspath(path)
+    return shlex.quote(os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path)
