@@ -16,7 +16,7 @@ from torch.profiler import record_function
 from gspo_lightning.guards.memory import peaks, reset_peaks
 from gspo_lightning.loss import LossChoices
 from gspo_lightning.rollout import Samples, stream_seed
-from gspo_lightning.sharding.ranks import Whole
+from gspo_lightning.sharding.whole import Whole
 from gspo_lightning.tally import RolloutTally
 
 CPU = torch.device("cpu")

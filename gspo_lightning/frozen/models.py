@@ -214,9 +214,11 @@ class FrozenModels:
             place = devices["model.reference"]
             self.awaits_policy = place == device and reference.can_share(policy)
             if not self.awaits_policy:
-                cuts = self.cuts_reference and place == device
-                reference.load(policy, torch.device("cpu") if cuts else place, as_stored=cuts)
-                self.model_to_cut = reference.model if cuts else None
+                if self.cuts_reference and place == device:
+                    reference.load(policy, torch.device("cpu"), as_stored=True)
+                    self.model_to_cut = reference.model
+                else:
+                    reference.load(policy, place)
 
     def share(self, policy: Policy) -> None:
         """Let the reference use a policy's weights, if :meth:`load` has left that to it."""

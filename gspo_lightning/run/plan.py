@@ -23,7 +23,8 @@ from gspo_lightning.optim import OptimizerConfig, learning_rate_factor
 from gspo_lightning.policy.folder import sizes
 from gspo_lightning.policy.policy import multiplies_by_onednn
 from gspo_lightning.sampling import GroupSampler
-from gspo_lightning.sharding import Sharded, per_rank, weights_of
+from gspo_lightning.sharding.memory import per_rank
+from gspo_lightning.sharding.ranks import Sharded, weights_of
 from gspo_lightning.start.short import SHORT
 from gspo_lightning.start.typed import again
 

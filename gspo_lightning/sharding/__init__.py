@@ -2,5 +2,6 @@
 
 from gspo_lightning.sharding.cut import whole_state, whole_tensor
 from gspo_lightning.sharding.memory import per_rank
-from gspo_lightning.sharding.ranks import Sharded, Whole, cuts, share_out, weights_of
+from gspo_lightning.sharding.ranks import Sharded, cuts, share_out, weights_of
 from gspo_lightning.sharding.strategy import FSDP2
+from gspo_lightning.sharding.whole import Whole

@@ -5,7 +5,7 @@ once, and ranks have different work: completions of other lengths, other micro-b
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,34 +14,7 @@ from torch import Tensor, nn
 
 from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.sharding.cut import gathered, one_token, reshard_all, whole_state
-
-
-class Whole:
-    """Every rank has the whole policy and calls it as it likes."""
-
-    sharded = False
-
-    def apart(self) -> AbstractContextManager[Any]:
-        """Within, ranks call the policy different numbers of times, without gradients."""
-        return nullcontext()
-
-    def meet(self) -> None:
-        """Wait, within :meth:`apart`, until all ranks are here; then they may do a thing together.
-
-        The strategy's own ways to do so, such as ``reduce``, have waited already.
-        """
-
-    def even(self, pieces: list[Tensor]) -> list[tuple[Tensor, bool]]:
-        """The micro-batches of a mini-batch, each with whether it counts.
-
-        Those that do not come first. They keep the rank with the most of them company, whose passes
-        would wait for ever.
-        """
-        return [(rows, True) for rows in pieces]
-
-    def state(self, module: nn.Module, wanted: bool = True) -> dict[str, Any]:
-        """The state dict of a module, to be read where ``wanted``; every rank must call."""
-        return module.state_dict()
+from gspo_lightning.sharding.whole import Whole
 
 
 class Sharded(Whole):
