@@ -86,10 +86,11 @@ def decoder_layers(base: Any) -> list[nn.Module]:
         ValueError: If the model names none.
     """
     names = set(getattr(base, "_no_split_modules", None) or ())
-    layers = [module for module in base.modules() if type(module).__name__ in names]
+    kind = lambda module: type(module).__name__.removeprefix("FSDP")  # noqa: E731 - cut ones, too
+    layers = [module for module in base.modules() if kind(module) in names]
     if not layers:
         raise ValueError(
-            f"policy.path: {type(base).__name__} does not say which of its modules are layers, so "
+            f"policy.path: {kind(base)} does not say which of its modules are layers, so "
             "it cannot be sharded; set trainer.strategy to ddp"
         )
     return layers

@@ -19,6 +19,7 @@ from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.lora import LoRAConfig
 from gspo_lightning.policy.policy import PolicyConfig
+from gspo_lightning.run.plan import policy_memory
 from gspo_lightning.sampling import GroupSampler
 from gspo_lightning.sharding import FSDP2, whole_state
 from gspo_lightning.sharding.ranks import Sharded
@@ -102,6 +103,7 @@ def fit(root, name, model_dir, strategy, ckpt=None, precision="32-true", callbac
         "moments": [s[k] for s in state.values() for k in ("exp_avg", "exp_avg_sq", "step")],
         "figures": {k: float(v) for k, v in trainer.callback_metrics.items() if "val/" in k},
         "way": reading(module.policy.model, module.device),
+        "planned": policy_memory(trainer, module)["weights"],
     }
 
 
@@ -169,6 +171,7 @@ def test_a_part_on_each_rank_trains_what_the_whole_does(ranks, root, kind):
         assert same(ddp, fsdp2)
         assert all(map(torch.equal, ddp["gradients"], fsdp2["gradients"]))
         # a forgotten reshard would pass all else
+        assert ddp["planned"] == 2 * fsdp2["planned"]
         assert ddp["shares"] == [1, 1] and max(fsdp2["shares"]) < 0.52
     one, other = (root / f"{kind}-{name}/export" for name in ("ddp", "fsdp2"))
     files = sorted(path.name for path in one.iterdir())
