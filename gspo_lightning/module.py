@@ -24,6 +24,7 @@ from gspo_lightning.guards.faults import Faults
 from gspo_lightning.guards.health import Health
 from gspo_lightning.guards.ignored import check_trainer
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED, TOKENS, Sizes
+from gspo_lightning.guards.rank_watch import tell_phase, together, watch_for
 from gspo_lightning.guards.trainer import check_batch, check_data, leave_out_noise, whole
 from gspo_lightning.kl import check_loss_kind
 from gspo_lightning.loss import LossChoices
@@ -248,17 +249,13 @@ class GSPOModule(LightningModule):
         optimizer: Any = self.optimizers()
         set_learning_rate(optimizer, self.optimizer_config, index, self._num_rollouts, ratio)
         self.tally.reset()
-        on_phase = getattr(trainer.progress_bar_callback, "on_phase", lambda name, index: None)
         devices = self.frozen.devices.values()
-        clock = Clock(self.device, devices, lambda name: on_phase(name, index))
-        ranks = Ranks(
-            self.global_rank,
-            trainer.world_size,
-            # A tensor made on the CPU goes to the device first: that device's backend adds up.
-            sum=lambda x: trainer.strategy.reduce(x.to(self.device), reduce_op="sum"),
-            gather=lambda x: self.all_gather(x.to(self.device)),  # type: ignore[arg-type, return-value]
-            weights=weights_of(trainer),
-        )
+        clock = Clock(self.device, devices, lambda name: tell_phase(trainer, name, index))
+        # A tensor made on the CPU goes to the device first: that device's backend adds up.
+        reduce = trainer.strategy.reduce
+        add = together(trainer, clock, lambda x: reduce(x.to(self.device), reduce_op="sum"))
+        gather = together(trainer, clock, lambda x: self.all_gather(x.to(self.device)))
+        ranks = Ranks(self.global_rank, trainer.world_size, add, gather, weights_of(trainer))
         known = self.tally, self.choices, self.kl_coef
         self.step = Step(index, self.seed, ranks, clock, *known)
         return self.step
@@ -298,7 +295,7 @@ class GSPOModule(LightningModule):
     def configure_callbacks(self) -> list[Any]:
         """Refuse, in the first hook there is, what Lightning would leave out or do wrongly here."""
         check_trainer(self.trainer, self)
-        return []
+        return watch_for(self.trainer)
 
     def setup(self, stage: str) -> None:
         """Check what can be checked before anything is loaded, then load the frozen models."""

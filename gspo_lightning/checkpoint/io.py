@@ -191,6 +191,23 @@ def damage(path: str | Path) -> str | None:
     return None
 
 
+def mark_of(path: str | Path) -> str:
+    """The checksum of a checkpoint's bytes, in words; of a folder that of its names and sizes."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        names = (f"{file.relative_to(path)} {file.stat().st_size}" for file in files)
+        return f"crc32 {zlib.crc32(chr(10).join(names).encode()):08x}"
+    with path.open("rb") as file:
+        if is_sealed(path):
+            file.seek(-_SEAL_BYTES, os.SEEK_END)
+            return file.read().decode().removeprefix("gspo_lightning ")
+        crc = 0
+        while chunk := file.read(_CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    return f"crc32 {crc:08x}"
+
+
 @functools.lru_cache(maxsize=64)  # the file that was chosen is looked at again when it is loaded
 def _damage(path: Path, size: int, changed: int, inode: int) -> str | None:
     crc, rest = 0, size - _SEAL_BYTES

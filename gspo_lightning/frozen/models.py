@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from gspo_lightning.bounds import check_at_least
+from gspo_lightning.checkpoint.ranks import check_alike
 from gspo_lightning.frozen.reward_model import RewardModel, freeze
 from gspo_lightning.logprobs import samples_logprobs
 from gspo_lightning.policy.folder import check_model_folder, check_model_path, reason
@@ -219,6 +220,7 @@ class FrozenModels:
                     self.model_to_cut = reference.model
                 else:
                     reference.load(policy, place)
+        check_alike({f"content of {key}": mark for key, mark in self.fingerprints().items()})
 
     def share(self, policy: Policy) -> None:
         """Let the reference use a policy's weights, if :meth:`load` has left that to it."""

@@ -6,6 +6,7 @@ itself is left alone by much of Lightning without a word.
 """
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -67,6 +68,15 @@ def check_trainer(trainer: Any, module: Any) -> None:
     check_strategy(trainer)
     if trainer.state.fn != "fit":
         return
+    environment: Any = trainer._accelerator_connector.cluster_environment
+    if getattr(environment, "auto_requeue", False):  # of SLURM; a command has seen to it before
+        environment.auto_requeue = False
+        warnings.warn(
+            "SLURM: Lightning's requeueing would save in the middle of a rollout and is off here; "
+            "with StopSignals() of gspo_lightning.checkpoint.signals as the first callback a run "
+            "saves after its rollout on SIGUSR1 and ends",
+            stacklevel=2,
+        )
     try:
         check_training(trainer, trainer.callbacks, module, trainer.datamodule)
     except ValueError:

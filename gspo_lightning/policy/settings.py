@@ -17,6 +17,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, get_args, get_origin, get_type_hints
 
+from gspo_lightning.checkpoint.fingerprints import flat
 from gspo_lightning.checkpoint.io import read_without_tensors
 from gspo_lightning.checkpoint.parts import KEY
 from gspo_lightning.kl import KLRule
@@ -191,18 +192,6 @@ def _made(hint: Any, value: Any) -> Any:
         if get_origin(kind) is dict and isinstance(value, dict):
             return {k: _made(get_args(kind)[1], item) for k, item in value.items()}
     return value
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, keys joined by dots.
-
-    >>> flat({"data": {"path": "a", "rows": [1, 2]}})
-    {'data.path': 'a', 'data.rows': [1, 2]}
-    """
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    parts = (flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in tree.items())
-    return {key: value for part in parts for key, value in part.items()}
 
 
 def table(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Two ranks that each hold a part of the policy, against two that each hold all of it."""
 
 import shutil
+import warnings
 from functools import partial
 
 import pytest
@@ -24,7 +25,7 @@ from gspo_lightning.sampling import GroupSampler
 from gspo_lightning.sharding import FSDP2, whole_state
 from gspo_lightning.sharding.ranks import Sharded
 from support.fault_injection import NAN, every
-from support.forked import fork_ranks
+from support.forked import on_ranks
 from support.tiny_models import build_model, build_tokenizer
 from support.tiny_run import make_module, make_trainer, write_prompts
 
@@ -60,6 +61,21 @@ class Keep(Callback):
         here = [getattr(p, "to_local", lambda p=p: p)() for p in module.policy.parameters()]
         total = sum(p.numel() for p in module.policy.parameters())
         self.seen["shares"].append(sum(p.numel() for p in here) / total)
+
+
+def fork_ranks(folder, count, work):
+    """What each of several ranks comes to; tensors are handed over in files."""
+    folder.mkdir()
+
+    def save(rank):
+        torch.set_num_threads(1)
+        warnings.simplefilter(
+            "ignore"
+        )  # a fault is told as a warning, of which pytest makes errors
+        torch.save(work(rank), folder / f"{rank}.pt")
+
+    assert on_ranks(save, count=count, seconds=150) == [None] * count
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
 
 
 def whole(tensor):

@@ -1,58 +1,48 @@
-"""Ranks as forks of the test's own process, which pay for no import of their own."""
+"""Real ranks on gloo, forked from the test's process, so that none of them imports anything."""
 
+import multiprocessing
 import os
 import socket
-import time
 import traceback
-import warnings
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-import torch
+from gspo_lightning.guards.trainer import leave_out_noise
 
 
-def fork_ranks(
-    folder: Path, count: int, work: Callable[[int], Any], timeout: float = 120
-) -> list[Any]:
-    """Run ``work(rank)`` in ``count`` processes that Lightning takes for ranks of one training.
-
-    Returns:
-        What each rank has returned, plain values and tensors.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = {}
-    for rank in range(count):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                os.environ |= {"LOCAL_RANK": str(rank), "PL_GLOBAL_SEED": "0"}
-                torch.set_num_threads(1)
-                warnings.simplefilter("ignore")  # pytest makes errors of what a run leaves out
-                torch.save(work(rank), folder / f"rank{rank}.pt")
-                code = 0
-            except BaseException:
-                (folder / f"rank{rank}.txt").write_text(traceback.format_exc())
-            finally:
-                os._exit(code)
-        children[pid] = rank
-    codes: dict[int, int | None] = {}
-    end = time.monotonic() + timeout
-    while children and time.monotonic() < end and not any(codes.values()):
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid in children:
-            codes[children.pop(pid)] = os.waitstatus_to_exitcode(status)
-        else:
-            time.sleep(0.01)
-    for pid, rank in children.items():  # others wait for a rank that has failed
-        os.kill(pid, 9)
-        os.waitpid(pid, 0)
-        codes[rank] = None
-    texts = "".join(path.read_text() for path in sorted(folder.glob("rank*.txt")))
-    assert codes == dict.fromkeys(range(count), 0), f"{codes}\n{texts}"
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(count)]
+        return free.getsockname()[1]
+
+
+def _one(number, count, port, answers, function, arguments):
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
+        "PL_GLOBAL_SEED": "0",
+    }
+    leave_out_noise()  # pytest takes filters away that were set as the package was imported
+    try:
+        answers.put((number, function(number, *arguments)))
+    except BaseException as error:  # the test sees what a rank has raised
+        traceback.print_exc()
+        answers.put((number, f"{type(error).__name__}: {error}"))
+
+
+def on_ranks(function, *arguments, count=2, seconds=30):
+    """What ``function(rank, *arguments)`` returns on each rank: plain values; an error as text."""
+    fork = multiprocessing.get_context("fork")
+    answers, port = fork.Queue(), free_port()
+    common = (count, port, answers, function, arguments)
+    ranks = [fork.Process(target=_one, args=(number, *common)) for number in range(count)]
+    for rank in ranks:
+        rank.start()
+    try:
+        found = dict(answers.get(timeout=seconds) for _ in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    return [found[number] for number in range(count)]
