@@ -58,6 +58,7 @@ from gspo_lightning.rewards import (
 )
 from gspo_lightning.rollout import PromptBatch, Rollout, stream_seed
 from gspo_lightning.sampling import GroupSampler, Sampler
+from gspo_lightning.sharding import cuts, share_out, weights_of
 from gspo_lightning.step import Clock, Ranks, Step
 from gspo_lightning.tally import RolloutTally
 from gspo_lightning.update import Updater
@@ -235,7 +236,8 @@ class GSPOModule(LightningModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Collect a rollout and update on it: the whole algorithm, once."""
         step = self.begin_step()
-        rollout = self.collector.collect(batch, step)
+        with step.ranks.weights.apart():
+            rollout = self.collector.collect(batch, step)
         rollout, ratios = self.updater.learn(rollout, step)
         return self.report(rollout, ratios, step)
 
@@ -253,7 +255,7 @@ class GSPOModule(LightningModule):
         reduce = trainer.strategy.reduce
         add = together(trainer, clock, lambda x: reduce(x.to(self.device), reduce_op="sum"))
         gather = together(trainer, clock, lambda x: self.all_gather(x.to(self.device)))
-        ranks = Ranks(self.global_rank, trainer.world_size, add, gather)
+        ranks = Ranks(self.global_rank, trainer.world_size, add, gather, weights_of(trainer))
         known = self.tally, self.choices, self.kl_coef
         self.step = Step(index, self.seed, ranks, clock, *known)
         return self.step
@@ -311,8 +313,10 @@ class GSPOModule(LightningModule):
     def configure_model(self) -> None:
         """Load the policy, once, where Lightning wants it."""
         if self.policy is None:
-            self.policy = load_policy(self.policy_config, self.tokenizer)
+            as_stored = cuts(self._trainer)  # widened part by part, as each rank gets its own
+            self.policy = load_policy(self.policy_config, self.tokenizer, as_stored)
             self.policy.train()  # computes as in eval mode, but recomputes activations where set
+            share_out(self.policy, self._trainer)
         if self.critic_config is not None and self.needs_critic and self.critic is None:
             self.critic = load_critic(self.critic_config, self.policy_config, self.policy.model)
         self.frozen.share(self.policy)
@@ -469,6 +473,7 @@ class GSPOModule(LightningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, stage: str) -> None:
+        weights_of(self.trainer).meet()  # the last batch is over here, maybe not on other ranks
         figures = {f"{stage}/{name}": value for name, value in self.evaluator.compute().items()}
         fitting = self.trainer.state.fn == "fit"
         self.log_dict(figures, logger=False if fitting else None, sync_dist=True)
@@ -509,5 +514,6 @@ class GSPOModule(LightningModule):
 
     def export(self, path: str | Path) -> None:
         """Write the policy as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
+        state = weights_of(self._trainer).state(self.policy.model, self.global_rank == 0)  # type: ignore[union-attr]
         if self.global_rank == 0:
-            self.policy.export(path)  # type: ignore[union-attr]
+            self.policy.export(path, state)  # type: ignore[union-attr]

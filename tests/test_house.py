@@ -40,6 +40,7 @@ ORDER = [
     ("maths", "start"),
     ("engine", "checkpoint", "curves"),
     ("policy", "guards"),
+    ("sharding",),
     ("frozen", "critic", "rewards", "data", "supervised", "callbacks"),
     ("loop",),
     ("run",),

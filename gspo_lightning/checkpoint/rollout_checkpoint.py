@@ -37,6 +37,7 @@ from gspo_lightning.checkpoint.files import (
 from gspo_lightning.checkpoint.fingerprints import collect, differences, refuse_changes
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, beyond_plain, replacing
 from gspo_lightning.checkpoint.monitor import monitored
+from gspo_lightning.checkpoint.parts import remove, remove_unnamed
 from gspo_lightning.checkpoint.places import check_shared, local_folder
 from gspo_lightning.checkpoint.ranks import check_alike, checkpoint_mark
 from gspo_lightning.checkpoint.signals import StopSignals
@@ -278,7 +279,7 @@ class RolloutCheckpoint(Checkpoint):
             best = {_file_name(number) for _, number in self._best}
             for old in found[: -self.keep_last]:
                 if old.name not in best:
-                    old.unlink(missing_ok=True)
+                    remove(old)
 
     def _write_best(self, folder: Path) -> None:
         if self.monitor is None or not self._best:
@@ -329,6 +330,7 @@ class RolloutCheckpoint(Checkpoint):
             for path in folder.iterdir():
                 if _TEMPORARY.fullmatch(path.name):
                     path.unlink(missing_ok=True)
+            remove_unnamed(folder)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle what depends on the new configuration, which is known only now."""

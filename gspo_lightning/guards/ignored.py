@@ -42,10 +42,13 @@ def check_strategy(settings: Any) -> None:
     given = settings.strategy
     name = given if isinstance(given, str) else getattr(given, "class_path", type(given).__name__)
     name = name.rpartition(".")[2]
-    if name.startswith(("fsdp", "deepspeed", "FSDP", "DeepSpeed", "ModelParallel")):
-        # FSDP and DeepSpeed allow one backward pass per batch, and a rollout has many.
+    others = ("fsdp", "deepspeed", "FSDP", "DeepSpeed", "ModelParallel")
+    if name.startswith(others) and name not in ("fsdp2", "FSDP2"):
+        # FSDP1 and DeepSpeed allow one backward pass per batch, and a rollout has many; parts of a
+        # layer on each card are more than the policy's own code can be cut into.
         raise ValueError(
-            f"trainer.strategy {name}: the policy must fit on one device here; use auto or ddp"
+            f"trainer.strategy {name}: a policy that is too large for one device is shared out "
+            "by fsdp2 here (configs/hardware/fsdp2.yaml); one that is not trains with auto or ddp"
         )
     precision = str(settings.precision)
     if precision in ("16-mixed", "16"):

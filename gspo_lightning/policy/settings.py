@@ -19,6 +19,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from gspo_lightning.checkpoint.fingerprints import flat
 from gspo_lightning.checkpoint.io import read_without_tensors
+from gspo_lightning.checkpoint.parts import KEY
 from gspo_lightning.kl import KLRule
 
 OWN = "gspo_lightning."
@@ -115,7 +116,13 @@ def remake(
             one to give.
     """
     name = owner.__name__
-    saved = read_without_tensors(f"{name}.load_from_checkpoint", path).get("hyper_parameters", {})
+    found = read_without_tensors(f"{name}.load_from_checkpoint", path)
+    if KEY in found:
+        raise ValueError(
+            f"{path}: its tensors lie in parts, which only a run puts together; load the model "
+            "that HFExport wrote, by policy.path, or train on with FSDP2's checkpoints: file"
+        )
+    saved = found.get("hyper_parameters", {})
     if not saved and "policy" not in given:
         raise ValueError(
             f"{path} does not hold the settings of its policy (an earlier version wrote it); give "

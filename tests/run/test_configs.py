@@ -276,6 +276,7 @@ def test_grpos_penalty_can_be_switched_off(stack):
     ("hardware", "device", "accelerator", "devices"),
     [
         ("cpu", "cpu", "cpu", 1),
+        ("fsdp2", "policy", "gpu", "auto"),
         ("one_gpu", "policy", "gpu", 1),
         ("two_gpu", "cuda:1", "gpu", [0]),
     ],
@@ -302,7 +303,7 @@ def test_a_machine_places_policy_reference_and_reward_model(
 
 
 def test_hardware_has_an_overlay_for_every_test_above():
-    assert HARDWARE == ["cpu", "one_gpu", "two_gpu"]
+    assert HARDWARE == ["cpu", "fsdp2", "one_gpu", "two_gpu"]
     assert sorted(ROWS) == ALGORITHMS
 
 
