@@ -27,6 +27,7 @@ from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.guards.trainer import leave_out_noise
 from gspo_lightning.run.terminal_log import shown
 from gspo_lightning.start import layout
+from gspo_lightning.start.shipped import find_config
 from gspo_lightning.start.short import SHORT
 
 LONGEST = 400  # characters of an error line; beyond come dumps of whole configs
@@ -109,7 +110,7 @@ class OneLineParser(LightningArgumentParser):
             return (
                 unknown(match[2], [*dests, *(SHORT if self.exit_on_error else ())])
                 if match[1]
-                else f"unexpected argument `{match[2]}`"
+                else f"unexpected argument `{match[2]}`{_config_meant(match[2])}"
             )
         if match := re.fullmatch(r"Group '(.+)' does not accept option '(.+)'", message):
             group = f"{match[1]}."
@@ -126,6 +127,11 @@ class OneLineParser(LightningArgumentParser):
             way_out = whole if self.exit_on_error else in_config
             return f"{match[1]} missing; {way_out}"
         return message
+
+
+def _config_meant(word: str) -> str:
+    found = find_config(word)[0]
+    return f", did you mean `--config {word}`?" if os.path.isfile(found) else ""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -33,8 +33,17 @@ def config_names(args: Sequence[str]) -> Iterator[str]:
 
 
 def with_paths(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The command line with the path of each config in place of its name, and what to say of it."""
+    """The command line with the path of each config in place of its name, and what to say of it.
+
+    Raises:
+        ValueError: If all of them are overlays of the package, which have no model of their own.
+    """
     words, notes = list(args), []
+    names = list(config_names(args))
+    whole = {"--model", "--model.class_path"} & {word.partition("=")[0] for word in words}
+    if names and not whole and all(map(_is_overlay, names)):
+        flags = " ".join(f"--config {name}" for name in ("base", *names))
+        raise ValueError(f"config: {names[0]} goes on top of a whole config: {flags}")
     for place, name in _configs(args):
         path, note = find_config(name)
         flag, equals, _ = words[place].partition("=")
@@ -64,7 +73,7 @@ def find_config(name: str) -> tuple[str, str | None]:
     Returns:
         The path, which is ``name`` itself if there is no such config at all.
     """
-    ours, known = CONFIGS / f"{_short(name)}.yaml", _short(name) in config_list()
+    ours, known = _ours(name), _short(name) in config_list()
     for path in (name, f"{name}.yaml"):
         if Path(path).expanduser().is_file():
             both = known and not Path(path).expanduser().samefile(ours)
@@ -72,6 +81,15 @@ def find_config(name: str) -> tuple[str, str | None]:
             note = f"config {name}: the file {path} is taken, not the package's config of this name"
             return path, note if hidden else None
     return (str(ours) if known else name), None
+
+
+def _is_overlay(name: str) -> bool:
+    found = Path(find_config(name)[0])
+    return "/" in _short(name) and found.exists() and found.resolve() == _ours(name).resolve()
+
+
+def _ours(name: str) -> Path:
+    return CONFIGS / f"{_short(name)}.yaml"
 
 
 def near(name: str) -> str:
@@ -133,7 +151,7 @@ def main(argv: list[str]) -> int:
             text = textwrap.shorten(title(name), max(width - first, 40), placeholder=" ...")
             print(f"{name:<{first}}{text}")
         return 0
-    path = CONFIGS / f"{_short(name)}.yaml"
+    path = _ours(name)
     if _short(name) not in config_list():
         raise ValueError(f"the package has no config {name}; {near(name)}")
     sys.stdout.write(path.read_text(encoding="utf-8"))

@@ -9,8 +9,10 @@ from gspo_lightning.run import entry, launch
 
 
 def test_every_sub_command_is_a_function_and_is_listed(capsys):
+    assert train.main(["help"]) == 0
     assert train.main(["--help"]) == 0
     shown = capsys.readouterr().out.splitlines()
+    assert shown[: len(shown) // 2] == shown[len(shown) // 2 :]
     assert max(map(len, shown)) <= 100
     for name, (path, text) in entry.COMMANDS.items():
         assert callable(resolve_name(path)), name

@@ -71,6 +71,8 @@ def test_configs_lists_each_with_its_first_sentence_and_prints_one(capsys):
         ("configs ../pyproject", "the package has no config ../pyproject; `gspo configs` lists"),
         ("fitt", "unknown command `fitt`, did you mean `fit`?"),
         ("sing", "unknown command `sing`; there are fit, validate, test, predict, "),
+        ("fit arithmetic", "unexpected argument `arithmetic`, did you mean `--config arithmetic`?"),
+        ("fit --config kl/off", "kl/off goes on top of a whole config: --config base --config kl"),
         ("fit --config aritmetic", "no config aritmetic in the package; did you mean arithmetic, "),
     ],
 )
@@ -78,3 +80,10 @@ def test_a_name_that_is_nowhere_is_one_line_with_those_near(capsys, command, lin
     assert train.main(command.split()) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and line in err
+
+
+@pytest.mark.parametrize("name", ["task/gsm8k", "configs/kl/adaptive.yaml"])
+def test_an_overlay_alone_is_told_what_goes_below_it(name):
+    with pytest.raises(ValueError, match=f"{name} goes on top .*: --config base --config {name}$"):
+        shipped.with_paths(["fit", "--config", name])
+    shipped.with_paths(["fit", "--config", name, "--model", "gspo_lightning.GSPOModule"])
