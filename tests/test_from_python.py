@@ -157,7 +157,7 @@ def test_loggers_show_settings_and_newest_figures_and_a_continued_run_is_one_row
     bare(whole.folder, callbacks=callbacks, logger=logger).fit(module, data, ckpt_path=whole.path)
     _, (row,) = hparams_of(whole.folder)
     assert len(row.hparams) == before and len(row.sessions) == 1
-    assert [value.training_step for value in row.metric_values if "train" in value.name.tag] == [2]
+    assert [value.training_step for value in row.metric_values if "train" in value.name.tag] == [3]
 
 
 # ---- load_from_checkpoint ------------------------------------------------------------------------

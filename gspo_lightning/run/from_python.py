@@ -8,7 +8,6 @@ are put in place of words for them: so checks, callbacks, run folder and continu
 
 import inspect
 import json
-import re
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,14 +30,6 @@ from gspo_lightning.run import ending, launch
 from gspo_lightning.run.command import GSPOCLI, Watch, taken_over
 from gspo_lightning.run.one_line import OneLineParser, quiet, unknown
 from gspo_lightning.start import short, typed
-
-_WORDS = {  # of a command's messages, and what stands for them in a call
-    r"--ckpt_path (\w+) --data\.num_rollouts (\d+)": r'ckpt_path="\1", rollouts=\2',
-    r"--ckpt_path (\w+)": r'ckpt_path="\1"',
-    r"--trainer\.default_root_dir NEW": 'run_folder="NEW"',
-    r"--accept_changes true": 'settings={"accept_changes": True}',
-}
-
 
 @dataclass(frozen=True)
 class TrainedRun:
@@ -237,9 +228,7 @@ def _run(words: list[str], made: _Made) -> GSPOCLI:
             line = None if watch.begun else ending.mistake(error)
             if line is None:
                 raise
-            for pattern, instead in _WORDS.items():
-                line = re.sub(pattern, instead, line)
-            raise ValueError(line) from error
+            raise ValueError(typed.as_called(line)) from error
         if watch.signals.number == signal.SIGINT:
             raise KeyboardInterrupt
         if watch.signals.number is not None:

@@ -6,6 +6,7 @@ from the folder at hand. Imports the standard library alone.
 
 import itertools
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -16,6 +17,18 @@ from pathlib import Path
 # The function of the package that a program has called in place of a command, if it is at work.
 _called: list[str] = []
 _KEYWORDS = {"--data.num_rollouts": "rollouts", "--ckpt_path": "ckpt_path"}  # of that function
+_LENGTHS = ("--trainer.max_steps", "--trainer.max_epochs")  # which have none
+_CALLED = {  # what messages call the options of a command, and what they are in a call
+    r"--ckpt_path (last|auto|best)\b(?= --)": r'ckpt_path="\1",',
+    r"--ckpt_path (last|auto|best)\b": r'ckpt_path="\1"',
+    r"--ckpt_path\b": "ckpt_path",
+    r"--data\.num_rollouts (\d+)": r"rollouts=\1",
+    r"--trainer\.default_root_dir NEW": 'run_folder="NEW"',
+    r"--trainer\.default_root_dir\b": "run_folder",
+    r"--config (?:configs/)?([\w/]*\w)(?:\.yaml)?": r'config=[..., "\1"]',
+    r"--accept_changes true": 'settings={"accept_changes": True}',
+    r"--([\w.]+) (\d+)\b": r'settings={"\1": \2}',
+}
 
 
 def program(alone: bool = False) -> str:
@@ -51,6 +64,18 @@ def is_call() -> bool:
     return bool(_called)
 
 
+def as_called(text: str) -> str:
+    """A message in which a call's keywords stand for a command's options, if a call is at work.
+
+    >>> with called("train"):
+    ...     as_called("leave --ckpt_path out; go on with --ckpt_path last --data.num_rollouts 8")
+    'leave ckpt_path out; go on with ckpt_path="last", rollouts=8'
+    """
+    for pattern, instead in _CALLED.items() if _called else ():
+        text = re.sub(pattern, instead, text)
+    return text
+
+
 def launcher() -> str | None:
     """The torchrun that started this process, or None; where several machines meet is left out."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -66,6 +91,9 @@ def again(arguments: list[str]) -> str:
         pairs = itertools.pairwise(arguments)
         given = {_KEYWORDS[key]: value for key, value in pairs if key in _KEYWORDS}
         written = [f"{k}={v if v.isdigit() else repr(v)}" for k, v in given.items()]
+        pairs = itertools.pairwise(arguments)
+        raised = {key.removeprefix("--"): int(value) for key, value in pairs if key in _LENGTHS}
+        written += [f"settings={raised}"] if raised else []
         return f"{_called[-1]}({', '.join(['...', *written])})"
     threads = os.environ.get("OMP_NUM_THREADS")  # another number adds in another order
     first = "" if threads is None else f"OMP_NUM_THREADS={threads} "

@@ -79,7 +79,7 @@ def test_short_flags_train_to_the_bits_of_a_call(here):
 
 
 @pytest.mark.slow
-def test_what_a_program_has_in_its_hands_goes_on_exactly_or_is_refused(here, model_dir):
+def test_what_a_program_has_in_its_hands_goes_on_or_is_refused(here, model_dir, capsys):
     (here / "bare.yaml").write_text(BARE)
 
     def start(length, folder, reward=None, prompts=PROMPTS, **more):
@@ -99,6 +99,10 @@ def test_what_a_program_has_in_its_hands_goes_on_exactly_or_is_refused(here, mod
     with pytest.raises(ValueError, match=r"data.path has other content"):
         start(3, "cut", prompts=[*PROMPTS[:-1], "3="], **again)
     cut = start(3, "cut", **again)
+    capsys.readouterr()
+    start(3, "cut", **again)
+    done = capsys.readouterr().err
+    assert "run; rollouts=6 makes it longer" in done and 'its own, run_folder="NEW"' in done
     one, other = weights(whole.checkpoint), weights(cut.checkpoint)
     assert all(torch.equal(one[name], other[name]) for name in one | other)
     config = yaml.safe_load((cut.folder / "config.yaml").read_text())
@@ -121,7 +125,7 @@ def test_what_a_program_has_in_its_hands_goes_on_exactly_or_is_refused(here, mod
         ({"prompts": 3}, ValueError, "data.path: expected a file, .* got int"),
         ({"reward": 3}, ValueError, "model.rewards.int: expected RewardTerm"),
         ({"reward": "no.such"}, ValueError, "model.rewards.fn: there is no module no"),
-        ({"ckpt_path": "last"}, ValueError, "no checkpoint"),
+        ({"ckpt_path": "last"}, ValueError, "no checkpoint.*; leave ckpt_path out .* run_folder$"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_leaves_nothing(here, model_dir, given, error, line):
