@@ -184,7 +184,7 @@ def _is_chat(trainer: Any) -> bool:
 def _on_hub(config: Any) -> bool:
     """Whether a policy came from the hub by its name."""
     path = getattr(config, "path", None)
-    return path is not None and not Path(path).expanduser().exists()
+    return path is not None and not Path(os.path.expanduser(path)).exists()
 
 
 def _code(text: Any) -> str:

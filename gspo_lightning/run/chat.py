@@ -6,6 +6,7 @@ grows. Template, stop strings, temperature and length are those of the run's con
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -115,7 +116,7 @@ def find(run: Path, weights: str | None) -> tuple[Manner, Path]:
     Raises:
         ValueError: If there are no such weights, with the way out.
     """
-    run = run.expanduser()
+    run = Path(os.path.expanduser(run))
     if not run.is_dir():
         raise ValueError(f"{run} is no run folder: there is no such folder")
     if (run / "config.json").is_file() and weights is None:
@@ -139,7 +140,7 @@ def find(run: Path, weights: str | None) -> tuple[Manner, Path]:
                 f"gspo_lightning.HFExport among trainer.callbacks; {way_out}"
             )
         return how, path
-    for path in (run / weights, Path(weights).expanduser()):
+    for path in (run / weights, Path(os.path.expanduser(weights))):
         if path.is_dir():
             return how, path
     try:

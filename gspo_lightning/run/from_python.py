@@ -31,6 +31,7 @@ from gspo_lightning.run.command import GSPOCLI, Watch, taken_over
 from gspo_lightning.run.one_line import OneLineParser, quiet, unknown
 from gspo_lightning.start import short, typed
 
+
 @dataclass(frozen=True)
 class TrainedRun:
     """What a run consists of, and what it has written.

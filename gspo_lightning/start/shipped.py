@@ -66,8 +66,8 @@ def find_config(name: str) -> tuple[str, str | None]:
     """
     ours, known = CONFIGS / f"{_short(name)}.yaml", _short(name) in config_list()
     for path in (name, f"{name}.yaml"):
-        if Path(path).expanduser().is_file():
-            both = known and not Path(path).expanduser().samefile(ours)
+        if os.path.isfile(os.path.expanduser(path)):  # Path's own raises for some names
+            both = known and not os.path.samefile(os.path.expanduser(path), ours)
             hidden = both and not name.endswith(".yaml")
             note = f"config {name}: the file {path} is taken, not the package's config of this name"
             return path, note if hidden else None
@@ -76,8 +76,9 @@ def find_config(name: str) -> tuple[str, str | None]:
 
 def near(name: str) -> str:
     """Which configs of the package somebody who wrote ``name`` may have meant."""
-    close = difflib.get_close_matches(_short(name), config_list(), n=3)
-    close += [other for other in config_list() if other.rpartition("/")[2] == _short(name)]
+    name = _short(name).lower()
+    close = difflib.get_close_matches(name, config_list(), n=3)
+    close += [other for other in config_list() if other.rpartition("/")[2] == name]
     meant = ", ".join(dict.fromkeys(close))
     return f"did you mean {meant}?" if meant else f"`{program()} configs` lists the package's"
 

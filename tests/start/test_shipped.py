@@ -21,7 +21,10 @@ def test_a_config_is_found_by_its_name_in_any_folder(name):
     assert shipped.find_config(name) == (SHIPPED, None)
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "task/gsm8k.yaml", "task", "../configs/base", "", "/"])
+@pytest.mark.parametrize(
+    "name",
+    ["gsm8k", "task/gsm8k.yaml", "task", "../configs/base", "", "/", "~nobody/x", "long" * 99],
+)
 def test_what_is_no_name_of_a_config_stays_a_path(name):
     assert shipped.find_config(name) == (name, None)
 
@@ -71,6 +74,9 @@ def test_configs_lists_each_with_its_first_sentence_and_prints_one(capsys):
         ("configs ../pyproject", "the package has no config ../pyproject; `gspo configs` lists"),
         ("fitt", "unknown command `fitt`, did you mean `fit`?"),
         ("sing", "unknown command `sing`; there are fit, validate, test, predict, "),
+        ("fit --config ~nobody/x", "config: there is no file ~nobody/x (looked in "),
+        (f"fit --config {'long' * 99}", "config: there is no file longlong"),
+        ("fit --config TASK/GSM8K", "no config TASK/GSM8K in the package; did you mean task/gsm8k"),
         ("fit --config aritmetic", "no config aritmetic in the package; did you mean arithmetic, "),
     ],
 )
