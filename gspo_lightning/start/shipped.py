@@ -137,5 +137,6 @@ def main(argv: list[str]) -> int:
     path = CONFIGS / f"{_short(name)}.yaml"
     if _short(name) not in config_list():
         raise ValueError(f"the package has no config {name}; {near(name)}")
-    sys.stdout.write(path.read_text(encoding="utf-8"))
+    sys.stdout.flush()
+    sys.stdout.buffer.write(path.read_bytes())  # a copy, whatever a terminal can show
     return 0

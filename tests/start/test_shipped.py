@@ -1,5 +1,6 @@
 """Configs by name, and the data of the package."""
 
+import io
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,10 @@ def test_a_name_that_is_nowhere_is_one_line_with_those_near(capsys, command, lin
     assert train.main(command.split()) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and line in err
+
+
+def test_a_copy_of_a_config_has_its_bytes_on_a_terminal_of_ascii(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    assert train.main(["configs", "task/reasoning"]) == 0
+    assert out.buffer.getvalue() == (shipped.CONFIGS / "task/reasoning.yaml").read_bytes()
