@@ -167,6 +167,13 @@ def test_with_a_monitor_the_best_one_is_pushed(tmp_path, hub):
     assert hub.calls[-1][1]["folder_path"] == tmp_path / "export_best"
 
 
+def test_a_best_one_that_lies_in_another_folder_is_not_pushed(tmp_path, hub):
+    export = HFExport(push_to_hub="me/mine", monitor="val/reward")
+    export.load_state_dict({"monitor": "val/reward", "best": 99.0})  # never reached here
+    fit(tmp_path, [export], num_rollouts=3)
+    assert hub.calls[-1][1]["folder_path"] == tmp_path / "export"
+
+
 def test_a_push_that_fails_is_said_and_loses_nothing(tmp_path, hub, monkeypatch):
     monkeypatch.setattr(hub, "error", OSError("no space left on the hub\nmore"))
     advice = (
