@@ -10,7 +10,7 @@ COMPILE := $(PY) -m compileall -qq -j 0 $(VENV)/lib
 # The demo's model is so small that a second thread costs more than it computes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-core test-fast models lightning curves screenshots kills lint format clean
+.PHONY: demo test test-core test-fast models lightning curves screenshots docs kills lint format clean
 
 demo: $(VENV)/demo.stamp  ## train the embedded default to a rising reward
 	$(PY) train.py fit --config configs/arithmetic.yaml --trainer.default_root_dir $(RUN)
@@ -35,6 +35,9 @@ curves: $(VENV)/dev.stamp  ## write the table of docs/curves.md anew from the pa
 
 screenshots: $(VENV)/demo.stamp  ## make the pictures of docs/images anew; needs chromium
 	$(PY) benchmarks/screenshots.py
+
+docs: $(VENV)/docs.stamp  ## build the pages as a site, build/site/index.html; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 kills: $(VENV)/dev.stamp  ## kill runs of twelve configurations again and again, and continue them
 	$(PY) -m pytest -q -n 2 --dist worksteal -m kills
@@ -61,6 +64,11 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV) (a minute or two)"
 	$(PIP) -e .
 	@$(COMPILE) || true  # some packages ship files for other Pythons
+	@touch $@
+
+$(VENV)/docs.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV) (a minute or two)"
+	$(PIP) -e ".[docs]"
 	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # what type checkers and readers see
     from gspo_lightning.run.progress import RolloutProgress, RunSummary
     from gspo_lightning.run.tracing import RolloutProfile
     from gspo_lightning.sampling import GroupSampler
+    from gspo_lightning.sharding import FSDP2
     from gspo_lightning.supervised import RewardModelModule, SFTModule
 
 HOMES = {  # of each name: where it is imported from
@@ -38,6 +39,7 @@ HOMES = {  # of each name: where it is imported from
     "CriticConfig": "critic",
     "CurvePlot": "callbacks",
     "Evaluation": "evaluation",
+    "FSDP2": "sharding",
     "GSPOModule": "module",
     "GroupSampler": "sampling",
     "HFExport": "callbacks",

@@ -24,6 +24,7 @@ from gspo_lightning.guards.faults import Faults
 from gspo_lightning.guards.health import Health
 from gspo_lightning.guards.ignored import check_trainer
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED, TOKENS, Sizes
+from gspo_lightning.guards.rank_watch import tell_phase, together, watch_for
 from gspo_lightning.guards.trainer import check_batch, check_data, leave_out_noise, whole
 from gspo_lightning.kl import check_loss_kind
 from gspo_lightning.loss import LossChoices
@@ -57,6 +58,7 @@ from gspo_lightning.rewards import (
 )
 from gspo_lightning.rollout import PromptBatch, Rollout, stream_seed
 from gspo_lightning.sampling import GroupSampler, Sampler
+from gspo_lightning.sharding import cuts, share_out, weights_of
 from gspo_lightning.step import Clock, Ranks, Step
 from gspo_lightning.tally import RolloutTally
 from gspo_lightning.update import Updater
@@ -234,7 +236,8 @@ class GSPOModule(LightningModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Collect a rollout and update on it: the whole algorithm, once."""
         step = self.begin_step()
-        rollout = self.collector.collect(batch, step)
+        with step.ranks.weights.apart():
+            rollout = self.collector.collect(batch, step)
         rollout, ratios = self.updater.learn(rollout, step)
         return self.report(rollout, ratios, step)
 
@@ -246,16 +249,13 @@ class GSPOModule(LightningModule):
         optimizer: Any = self.optimizers()
         set_learning_rate(optimizer, self.optimizer_config, index, self._num_rollouts, ratio)
         self.tally.reset()
-        on_phase = getattr(trainer.progress_bar_callback, "on_phase", lambda name, index: None)
         devices = self.frozen.devices.values()
-        clock = Clock(self.device, devices, lambda name: on_phase(name, index))
-        ranks = Ranks(
-            self.global_rank,
-            trainer.world_size,
-            # A tensor made on the CPU goes to the device first: that device's backend adds up.
-            sum=lambda x: trainer.strategy.reduce(x.to(self.device), reduce_op="sum"),
-            gather=lambda x: self.all_gather(x.to(self.device)),  # type: ignore[arg-type, return-value]
-        )
+        clock = Clock(self.device, devices, lambda name: tell_phase(trainer, name, index))
+        # A tensor made on the CPU goes to the device first: that device's backend adds up.
+        reduce = trainer.strategy.reduce
+        add = together(trainer, clock, lambda x: reduce(x.to(self.device), reduce_op="sum"))
+        gather = together(trainer, clock, lambda x: self.all_gather(x.to(self.device)))
+        ranks = Ranks(self.global_rank, trainer.world_size, add, gather, weights_of(trainer))
         known = self.tally, self.choices, self.kl_coef
         self.step = Step(index, self.seed, ranks, clock, *known)
         return self.step
@@ -295,7 +295,7 @@ class GSPOModule(LightningModule):
     def configure_callbacks(self) -> list[Any]:
         """Refuse, in the first hook there is, what Lightning would leave out or do wrongly here."""
         check_trainer(self.trainer, self)
-        return []
+        return watch_for(self.trainer)
 
     def setup(self, stage: str) -> None:
         """Check what can be checked before anything is loaded, then load the frozen models."""
@@ -313,8 +313,10 @@ class GSPOModule(LightningModule):
     def configure_model(self) -> None:
         """Load the policy, once, where Lightning wants it."""
         if self.policy is None:
-            self.policy = load_policy(self.policy_config, self.tokenizer)
+            as_stored = cuts(self._trainer)  # widened part by part, as each rank gets its own
+            self.policy = load_policy(self.policy_config, self.tokenizer, as_stored)
             self.policy.train()  # computes as in eval mode, but recomputes activations where set
+            share_out(self.policy, self._trainer)
         if self.critic_config is not None and self.needs_critic and self.critic is None:
             self.critic = load_critic(self.critic_config, self.policy_config, self.policy.model)
         self.frozen.share(self.policy)
@@ -471,6 +473,7 @@ class GSPOModule(LightningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, stage: str) -> None:
+        weights_of(self.trainer).meet()  # the last batch is over here, maybe not on other ranks
         figures = {f"{stage}/{name}": value for name, value in self.evaluator.compute().items()}
         fitting = self.trainer.state.fn == "fit"
         self.log_dict(figures, logger=False if fitting else None, sync_dist=True)
@@ -511,5 +514,6 @@ class GSPOModule(LightningModule):
 
     def export(self, path: str | Path) -> None:
         """Write the policy as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
+        state = weights_of(self._trainer).state(self.policy.model, self.global_rank == 0)  # type: ignore[union-attr]
         if self.global_rank == 0:
-            self.policy.export(path)  # type: ignore[union-attr]
+            self.policy.export(path, state)  # type: ignore[union-attr]

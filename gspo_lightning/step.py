@@ -16,6 +16,7 @@ from torch.profiler import record_function
 from gspo_lightning.guards.memory import peaks, reset_peaks
 from gspo_lightning.loss import LossChoices
 from gspo_lightning.rollout import Samples, stream_seed
+from gspo_lightning.sharding.whole import Whole
 from gspo_lightning.tally import RolloutTally
 
 CPU = torch.device("cpu")
@@ -30,12 +31,14 @@ class Ranks:
         count: How many there are.
         sum: Sums a tensor over all of them; every rank must call.
         gather: Stacks the tensors of all of them; every rank must call.
+        weights: How they hold the policy.
     """
 
     rank: int
     count: int
     sum: Callable[[Tensor], Tensor]
     gather: Callable[[Tensor], Tensor]
+    weights: Whole = Whole()  # noqa: RUF009 - without state
 
 
 class Clock:

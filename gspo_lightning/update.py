@@ -14,19 +14,14 @@ from torch import Tensor, nn
 from gspo_lightning.critic.critic import Critic
 from gspo_lightning.critic.gae import ValueLoss
 from gspo_lightning.guards.faults import FOLDER, Faults, prompt_texts, write_dump
-from gspo_lightning.guards.out_of_memory import (
-    MICRO,
-    TOKENS,
-    OutOfMemory,
-    Sizes,
-    is_out_of_memory,
-)
+from gspo_lightning.guards.out_of_memory import MICRO, TOKENS, Sizes
 from gspo_lightning.logprobs import LogProbs, samples_logprobs
 from gspo_lightning.loss import MicroLoss, micro_loss
 from gspo_lightning.objectives import importance_log_ratio, token_weights
 from gspo_lightning.old_logprobs import OldLogProbs
 from gspo_lightning.rollout import Rollout
 from gspo_lightning.sampling import Sampler
+from gspo_lightning.sharding import whole_tensor
 from gspo_lightning.step import Step
 
 
@@ -126,7 +121,9 @@ class Updater:
                 passes = self._accumulate(minibatch, weights, step)
                 break
             except Exception as error:
-                self._check_repeatable(error, step)
+                # Other ranks may have the half of a gradient that this rank was sending.
+                shared = step.ranks.weights.sharded or (step.synced and step.ranks.count > 1)
+                self.sizes.check_repeatable(error, self._place(step), step.moved, shared)
             optimizer.zero_grad()
             self.shell.untoggle_optimizer(optimizer)  # the error has left it toggled
             what = f"{self._place(step)}, an update"
@@ -164,9 +161,10 @@ class Updater:
         wanted = step.choices.entropy_coef != 0 or step.num_updates <= self.num_minibatches
         passes: list[Pass] = []
         pieces = self.sizes.pieces(minibatch)
-        for rows in pieces:
+        for rows, counts in step.ranks.weights.even(pieces):
             last = len(passes) == len(pieces) - 1
-            micro, share = minibatch.select(rows), weights[rows.to(weights.device)]
+            micro, share = minibatch.select(rows), weights[rows.to(weights.device)] * counts
+            micro = micro if counts else replace(micro, mask=torch.zeros_like(micro.mask))
             with optimizer.toggle_model(sync_grad=last):
                 found = samples_logprobs(
                     self.policy.model, micro, self.sampler.temperature, with_entropy=wanted
@@ -185,7 +183,8 @@ class Updater:
             entropy = None if found.entropy is None else found.entropy.detach()
             found = LogProbs(found.logprobs.detach(), entropy)
             value = value and value._replace(loss=value.loss.detach())
-            passes.append(Pass(rows, found, loss.detach(), log_ratio, value))
+            if counts:
+                passes.append(Pass(rows, found, loss.detach(), log_ratio, value))
         return passes
 
     def _with_own_pass(self, minibatch: Rollout, step: Step) -> Rollout:
@@ -209,25 +208,6 @@ class Updater:
     def _place(self, step: Step) -> str:
         return f"{step.name}, optimizer step {step.num_updates}"
 
-    def _check_repeatable(self, error: Exception, step: Step) -> None:
-        """Raise an error again unless memory was short and the step can be done from its start."""
-        if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
-            raise error
-        key = MICRO if self.sizes.now[TOKENS] is None else TOKENS
-        size = self.sizes.now[key]
-        if step.moved:
-            raise OutOfMemory(
-                f"out of memory in {self._place(step)} ({key} {size}), after the first step of the "
-                "rollout, which cannot be repeated; continue from the last checkpoint with a "
-                f"smaller model.init_args.{key}"
-            ) from error
-        if step.synced and step.ranks.count > 1:
-            # Other ranks may have the half of a gradient that this rank was sending.
-            raise OutOfMemory(
-                f"out of memory in {self._place(step)} ({key} {size}), in a pass that other ranks "
-                f"share; continue with a smaller model.init_args.{key}"
-            ) from error
-
     def _count_step(self, step: Step, skipped: bool, fault: bool) -> None:
         # Rank 0 counts for all: totals are summed over ranks, which take or skip a step together.
         first = step.ranks.rank == 0
@@ -237,14 +217,14 @@ class Updater:
     def _skip(self, minibatch: Rollout, weights: Tensor, step: Step) -> None:
         """Count a step at fault and write it down; the optimizer has found no gradient."""
         self._count_step(step, skipped=True, fault=True)
-        dump = None
+        dump, state = None, step.ranks.weights.state(self.policy, self.faults.own)
         if self.faults.own:
             rank, trainer = step.ranks.rank, self.shell.trainer
             name = f"rollout={step.index + 1:06d}-step={step.num_updates:03d}-rank{rank}.pt"
             dump = write_dump(
                 Path(trainer.default_root_dir, FOLDER, name),
                 self._with_own_pass(minibatch, step),
-                self.policy,
+                state,
                 weights=weights,
                 found=self.faults.found,
                 prompts=prompt_texts(minibatch, self.policy.tokenizer),
@@ -264,7 +244,7 @@ class Updater:
     def settle_gradient(self, optimizer: Any, step: Step) -> None:
         """Measure the gradient, scale it down to ``max_grad_norm``, drop it if it is at fault."""
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), limit)
+        norm = whole_tensor(nn.utils.clip_grad_norm_(self.policy.parameters(), limit))
         norms = {"policy/grad_norm": norm}
         if self.critic is not None:
             norms["critic/grad_norm"] = self.critic.clip_gradient(self.max_grad_norm)

@@ -373,8 +373,8 @@ def test_data_without_a_trainer_says_what_it_belongs_to(tmp_path, prompts):
                 use()
 
 
-def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    text = (ROOT / "README.md").read_text().partition("## From Python")[2]
+def test_the_example_of_the_page_on_own_runs_runs(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "own_run.md").read_text().partition("## From Python")[2]
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     assert code.count("60") == 2
     (tmp_path / "data").symlink_to(ROOT / "data")

@@ -40,6 +40,7 @@ ORDER = [
     ("maths", "start"),
     ("engine", "checkpoint", "curves"),
     ("policy", "guards"),
+    ("sharding",),
     ("frozen", "critic", "rewards", "data", "supervised", "callbacks"),
     ("loop",),
     ("run",),
@@ -264,8 +265,8 @@ def test_every_name_of_the_package_is_imported_when_it_is_asked_for():
         gspo_lightning.nonsense  # noqa: B018
 
 
-def test_every_class_path_of_configs_and_readme_imports():
-    files = [*ROOT.glob("configs/**/*.yaml"), ROOT / "README.md"]
+def test_every_class_path_of_configs_and_pages_imports():
+    files = [*ROOT.glob("configs/**/*.yaml"), ROOT / "README.md", *ROOT.glob("docs/*.md")]
     text = "\n".join(path.read_text() for path in files)
     found = set(re.findall(r"(?:class_path|fn): (gspo_lightning[\w.]+)", text))
     assert len(found) > 10

@@ -7,6 +7,7 @@ python -m gspo_lightning.bench scaling                curves over group, prompt,
 python -m gspo_lightning.bench loss                   log-probs against full logits
 python -m gspo_lightning.bench checkpoint             seconds to write a checkpoint and to go on
 python -m gspo_lightning.bench memory                 memory, files and threads over 500 rollouts
+python -m gspo_lightning.bench ranks                  one rank and two: seconds, and what is waiting
 python -m gspo_lightning.bench start                  seconds to the first line and first rollout
 
 A case is MODEL/PROMPT/LENGTH/GROUP, `/kl` behind it for a reference policy: the model's size (S, M,
@@ -24,7 +25,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gspo_lightning.bench import cases, memory, parts, scaling, start, worker
+from gspo_lightning.bench import cases, memory, parts, ranks, scaling, start, worker
 from gspo_lightning.bench.report import Run, report
 from gspo_lightning.run.terminal_log import say
 
@@ -75,6 +76,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     memory.add_arguments(command("memory", memory.memory, text))
     text = "seconds from the command to its first line and to the demo's first rollout"
     start.add_arguments(command("start", start.start, text))
+    text = "seconds of a rollout with one rank and with several, and the share that is waiting"
+    ranks.add_arguments(command("ranks", ranks.ranks, text))
     worker.add_arguments(command("worker", worker.print_run, "one run, JSON on the last line"))
     known = {"-h", "--help", *commands.choices}
     return parser.parse_args(argv if argv and argv[0] in known else ["compare", *argv])

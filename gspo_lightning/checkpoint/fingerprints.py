@@ -53,6 +53,18 @@ MOVED = {
 }
 
 
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, keys joined by dots.
+
+    >>> flat({"data": {"path": "a", "rows": [1, 2]}})
+    {'data.path': 'a', 'data.rows': [1, 2]}
+    """
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    parts = (flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in tree.items())
+    return {key: value for part in parts for key, value in part.items()}
+
+
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a flat config that must not change.
 

@@ -23,6 +23,8 @@ from typing import Any, BinaryIO
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
+from gspo_lightning.checkpoint.parts import KEY, join, named_parts, remove
+
 _SEAL = re.compile(rb"gspo_lightning crc32 ([0-9a-f]{8})")
 _SEAL_BYTES = 29
 _CHUNK = 2**22  # bytes read at a time
@@ -74,9 +76,15 @@ class AtomicCheckpointIO(CheckpointIO):
             ) from error
 
     def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+        self,
+        path: str | Path,
+        map_location: Any = None,
+        weights_only: bool | None = None,
+        whole: bool = True,
     ) -> dict[str, Any]:
         """Read plain values and tensors onto the CPU; a file that holds code is refused.
+
+        Tensors that lie in parts are put together, or where not ``whole``, come as ``Parted``.
 
         Raises:
             ValueError: If the file is damaged.
@@ -84,10 +92,13 @@ class AtomicCheckpointIO(CheckpointIO):
         reason = damage(path)
         if reason is not None:
             raise ValueError(f"ckpt_path: {path} {reason}")
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        # mapped: a rank that wants its part of a tensor reads no other
+        options: dict[str, Any] = {"weights_only": True, "mmap": not whole}
+        found = torch.load(path, map_location=map_location or "cpu", **options)
+        return join(found, Path(path).parent, whole) if KEY in found else found
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        Path(path).unlink(missing_ok=True)
+        remove(Path(path))
 
 
 def beyond_plain(value: Any, place: str = "") -> str | None:
@@ -143,12 +154,18 @@ def read_without_tensors(key: str, path: str | Path, way_out: str = "give anothe
 
 def is_sealed(path: str | Path) -> bool:
     """Whether a file ends as a checkpoint does: the cheap half of :func:`damage`."""
+    return seal_of(path) is not None
+
+
+def seal_of(path: str | Path) -> str | None:
+    """The checksum at the end of a file, not compared with its bytes; None if there is none."""
     path = Path(path)
     if not path.is_file() or path.stat().st_size < _SEAL_BYTES:
-        return False
+        return None
     with path.open("rb") as file:
         file.seek(-_SEAL_BYTES, os.SEEK_END)
-        return _SEAL.fullmatch(file.read()) is not None
+        seal = _SEAL.fullmatch(file.read())
+    return None if seal is None else seal[1].decode()
 
 
 def damage(path: str | Path) -> str | None:
@@ -162,7 +179,33 @@ def damage(path: str | Path) -> str | None:
     if not is_sealed(path):
         return "is cut off or no checkpoint of this trainer: it has no checksum at its end"
     facts = path.stat()
-    return _damage(path, facts.st_size, facts.st_mtime_ns, facts.st_ino)
+    reason = _damage(path, facts.st_size, facts.st_mtime_ns, facts.st_ino)
+    if reason is not None or path.suffix != ".ckpt" or (named := named_parts(path)) is None:
+        return reason
+    for name, seal in named["files"].items():
+        part = path.parent / named["folder"] / name
+        if (reason := damage(part)) is not None:
+            return f"is damaged: its part {part} {reason}"
+        if seal_of(part) != seal:
+            return f"is damaged: {part} is of another checkpoint"
+    return None
+
+
+def mark_of(path: str | Path) -> str:
+    """The checksum of a checkpoint's bytes, in words; of a folder that of its names and sizes."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        names = (f"{file.relative_to(path)} {file.stat().st_size}" for file in files)
+        return f"crc32 {zlib.crc32(chr(10).join(names).encode()):08x}"
+    with path.open("rb") as file:
+        if is_sealed(path):
+            file.seek(-_SEAL_BYTES, os.SEEK_END)
+            return file.read().decode().removeprefix("gspo_lightning ")
+        crc = 0
+        while chunk := file.read(_CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    return f"crc32 {crc:08x}"
 
 
 @functools.lru_cache(maxsize=64)  # the file that was chosen is looked at again when it is loaded

@@ -12,6 +12,8 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePath
 from typing import Any
 
+from gspo_lightning.checkpoint.ranks import RanksDiffer
+
 KEY = "trainer.default_root_dir"
 ELSEWHERE = f"start in another folder with --{KEY} NEW"
 # Patterns of what a run writes directly in its folder, beside what its callbacks are told to.
@@ -30,7 +32,7 @@ FILES = (
     "finished",
 )
 FOLDERS = ("checkpoints", "faults", "profile", "source", "source.resume-*", "earlier-*")
-TOKEN_SECONDS = 10.0  # for a new file to be seen through a network file system
+TOKEN_SECONDS = 5.0  # for a new file to be seen through a network file system
 
 
 def local_folder(path: str | Path | None, key: str = KEY) -> Path:
@@ -111,8 +113,8 @@ def check_kinds(root: Path) -> None:
 def check_shared(trainer: Any, root: Path) -> None:
     """Raise ValueError on every rank unless all of them see the run folder of rank 0.
 
-    With folders of their own, machines would go on from different checkpoints, and train on as if
-    nothing were wrong.
+    With folders of their own, machines would go on from different checkpoints later, and train on
+    as if nothing were wrong.
     """
     if trainer.world_size == 1:
         return
@@ -123,7 +125,9 @@ def check_shared(trainer: Any, root: Path) -> None:
         token.touch()
     trainer.strategy.barrier("run folder")
     end = time.monotonic() + TOKEN_SECONDS
-    while not (seen := _holds(root, token.name)) and time.monotonic() < end:
+    # A new name is asked for at once: a network file system may list the folder from its memory.
+    seen = token.exists()
+    while not (seen := seen or _holds(root, token.name)) and time.monotonic() < end:
         time.sleep(0.2)
     shared = trainer.strategy.reduce_boolean_decision(seen, all=True)
     if trainer.is_global_zero:
@@ -131,7 +135,7 @@ def check_shared(trainer: Any, root: Path) -> None:
         if new and not shared:
             root.rmdir()
     if not shared:
-        raise ValueError(
+        raise RanksDiffer(
             f"{KEY}: {root} is not one folder for all {trainer.world_size} ranks: what rank 0 "
             f"writes there is {'' if seen else 'not '}seen by rank {trainer.global_rank}; name one "
             "on a file system that all machines share"

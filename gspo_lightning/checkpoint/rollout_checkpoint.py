@@ -37,7 +37,9 @@ from gspo_lightning.checkpoint.files import (
 from gspo_lightning.checkpoint.fingerprints import collect, differences, refuse_changes
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, beyond_plain, replacing
 from gspo_lightning.checkpoint.monitor import monitored
+from gspo_lightning.checkpoint.parts import remove, remove_unnamed
 from gspo_lightning.checkpoint.places import check_shared, local_folder
+from gspo_lightning.checkpoint.ranks import check_alike, checkpoint_mark
 from gspo_lightning.checkpoint.signals import StopSignals
 from gspo_lightning.checkpoint.tables import cut_tables, save_tables
 
@@ -277,7 +279,7 @@ class RolloutCheckpoint(Checkpoint):
             best = {_file_name(number) for _, number in self._best}
             for old in found[: -self.keep_last]:
                 if old.name not in best:
-                    old.unlink(missing_ok=True)
+                    remove(old)
 
     def _write_best(self, folder: Path) -> None:
         if self.monitor is None or not self._best:
@@ -314,6 +316,7 @@ class RolloutCheckpoint(Checkpoint):
         Raises:
             ValueError: If the run would begin anew in the folder of another one.
         """
+        check_alike(checkpoint_mark(trainer.ckpt_path))  # known by now to a program's ranks, too
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             _check_start(trainer)
         # Lift limits until training begins: Lightning would leave out the end of training, too,
@@ -327,6 +330,7 @@ class RolloutCheckpoint(Checkpoint):
             for path in folder.iterdir():
                 if _TEMPORARY.fullmatch(path.name):
                     path.unlink(missing_ok=True)
+            remove_unnamed(folder)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle what depends on the new configuration, which is known only now."""
@@ -415,6 +419,10 @@ def agree_to_stop(trainer: Trainer) -> None:
     """Stop all ranks when a callback has stopped one: the others would wait for it for ever."""
     if trainer.state.fn != "fit" or trainer.sanity_checking:
         return
+    progress = trainer.fit_loop.epoch_loop.batch_progress.total
+    if trainer.world_size > 1 and progress.processed < progress.ready:  # type: ignore[attr-defined]
+        # The other ranks are in the middle of the rollout: this question would meet their sums.
+        raise RuntimeError("a StopIteration in a hook has ended the training of this rank alone")
     if trainer.strategy.reduce_boolean_decision(trainer.should_stop, all=False):
         trainer.should_stop = True
 

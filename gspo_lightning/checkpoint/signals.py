@@ -22,8 +22,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from gspo_lightning.checkpoint.ranks import RanksDiffer
 
 _PEER_IS_GONE = re.compile(
     r"closed by peer|reset by peer|Broken pipe|was likely closed|ncclRemoteError"
@@ -195,7 +197,8 @@ class StopSignals(Callback):
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """End the ranks that this process has started: each would only say that it is gone."""
         self._training, self._failed = False, True
-        if not is_of_another_rank(exception):  # the other rank may not have said yet why it ended
+        # Another rank may not have said yet why it ended, or in what all of them differ.
+        if not (is_of_another_rank(exception) or isinstance(exception, RanksDiffer)):
             self._kill_other_ranks()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -251,6 +254,17 @@ def is_of_another_rank(error: BaseException) -> bool:
     return (ours or of_gloo) and _PEER_IS_GONE.search(text) is not None
 
 
+def is_late(error: BaseException) -> bool:
+    """Whether an error says that another rank has not answered within the time-out.
+
+    >>> is_late(RuntimeError("[gloo/unbound_buffer.cc:78] Timed out waiting 5ms for recv"))
+    True
+    """
+    text = str(error)
+    of_ranks = isinstance(error, torch.distributed.DistError) or "gloo" in text
+    return of_ranks and "timed out" in text.lower()
+
+
 def forbid_requeueing(plugins: list[Any]) -> None:
     """Take care that Lightning does not save in the middle of a rollout, in its signal handler.
 
@@ -261,8 +275,12 @@ def forbid_requeueing(plugins: list[Any]) -> None:
         ValueError: If one of them asks for it.
     """
     ours = [plugin for plugin in plugins if isinstance(plugin, SLURMEnvironment)]
-    if SLURMEnvironment.detect() and not ours:
-        plugins.append(SLURMEnvironment(auto_requeue=False))
+    # torchrun may run as a task of srun: its ranks are the ones that count then.
+    if SLURMEnvironment.detect() and not ours and not TorchElasticEnvironment.detect():
+        try:
+            plugins.append(SLURMEnvironment(auto_requeue=False))
+        except RuntimeError as error:  # variables that do not fit each other
+            raise ValueError(f"SLURM: {error}") from error
     if any(plugin.auto_requeue for plugin in ours):
         raise ValueError(
             "trainer.plugins: SLURMEnvironment with auto_requeue saves in the middle of a rollout; "

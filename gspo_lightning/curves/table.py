@@ -217,6 +217,12 @@ PATTERNS = {
         "Highest memory in the phase `{0}`; of another device than the "
         "policy's where the name ends with one.",
     ),
+    r"time/waiting_(\w+)": Curve(
+        "Waiting, {0}",
+        SECONDS,
+        "In sums and gathers over all ranks in the phase `{0}`, most of it for the slowest; "
+        "without the mean of the gradient. Where there are several ranks.",
+    ),
     r"reward/(.+)": Curve(
         "Reward {0}",
         "mean or count",

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint.fingerprints import digest
+from gspo_lightning.checkpoint.ranks import check_alike, check_start
 from gspo_lightning.data.stream import ResumableStream, pad
 from gspo_lightning.data.tables import check_file, read_rows, text_column
 from gspo_lightning.policy.chat import LONGEST_TOKEN
@@ -141,6 +142,12 @@ class TokenizedData(LightningDataModule):
         # Lightning makes a loader again for ``predict``, and cannot if batch_size has no keyword
         return DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
 
+    def _check_alike(self, **examples: list) -> None:
+        """Refuse ranks that have read other examples, before anything depends on their number."""
+        if self.trainer.world_size > 1:
+            items = examples.items()
+            check_alike({f"content of data.{name}": digest(map(repr, e)) for name, e in items})
+
     def fingerprints(self) -> dict[str, str]:
         """A mark of the training examples in their order, with all their columns."""
         assert self.stream is not None
@@ -180,6 +187,7 @@ class SupervisedData(TokenizedData):
 
     def setup(self, stage: str) -> None:
         check_kind_of_data(self)
+        check_start(self.trainer)
         if self.stream is None and stage == "fit":
             examples = self._read("data.path", self.path)
             self.stream = self._stream(
@@ -188,6 +196,8 @@ class SupervisedData(TokenizedData):
             self.num_steps = len(self.stream)
         if self.val_path is not None and not self.val_examples:
             self.val_examples = self._read("data.val_path", self.val_path)
+        examples = [] if self.stream is None else self.stream.examples
+        self._check_alike(path=examples, val_path=self.val_examples)
         self._skip_validation_unless(bool(self.val_examples))
 
     def _read(self, key: str, path: str) -> list[tuple[list[int], list[int]]]:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint.fingerprints import digest
 from gspo_lightning.checkpoint.quoted import kind_of_value
+from gspo_lightning.checkpoint.ranks import check_start
 from gspo_lightning.data.demonstrations import TokenizedData, check_kind_of_data
 from gspo_lightning.data.sources import Given, check_source, in_words, read_source
 from gspo_lightning.data.stream import pad
@@ -136,6 +137,7 @@ class PromptData(TokenizedData):
     def setup(self, stage: str) -> None:
         """Read and tokenise what ``stage`` needs."""
         check_kind_of_data(self)
+        check_start(self.trainer)
         wanted = {
             "fit": ["path", "val_path"],
             "validate": ["val_path"],
@@ -149,6 +151,7 @@ class PromptData(TokenizedData):
         for key in wanted:
             if key not in self.examples and self.paths[key] is not None:
                 self.examples[key] = self._read(key)
+        self._check_alike(**self.examples)
         if stage in ("validate", "test") and wanted[0] not in self.examples:
             raise ValueError(
                 f"{getattr(stage, 'value', stage)} needs held-out prompts; set data.val_path "

@@ -25,6 +25,7 @@ from gspo_lightning.rewards.terms import overlong_penalty
 from gspo_lightning.rollout import Samples, join_samples, stream_seed
 from gspo_lightning.run.plan import kl_speed, plan_lines, too_slow
 from gspo_lightning.run.terminal_log import say
+from gspo_lightning.sharding import FSDP2
 
 Checks = dict[str, Callable[[], Finding | list[Finding]]]
 DRAWS = ("sample/0", "doctor")  # groups per prompt; the first are drawn as in the first rollout
@@ -236,6 +237,12 @@ def set_up_and_examine(
     check_at_least(1, **asked)
     if not (hasattr(model, "sampler") and hasattr(model, "objective")):
         raise ValueError(f"doctor examines GSPOModule, and the model is {type(model).__name__}")
+    if isinstance(trainer.strategy, FSDP2):
+        raise ValueError(
+            "doctor computes with the whole policy, and fsdp2 leaves each rank a part; examine the "
+            "config with --trainer.strategy auto --trainer.devices 1, on a smaller model of the "
+            "same kind if the policy fits no device"
+        )
     if not (hasattr(datamodule, "draw") and hasattr(datamodule, "examples")):
         raise ValueError(f"doctor needs PromptData, and the data is {type(datamodule).__name__}")
     found: list[Finding] = []

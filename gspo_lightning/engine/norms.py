@@ -62,10 +62,12 @@ class Fused:
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states
-        if not x.is_cuda or x.dtype != self.weight.dtype or type(x) is not Tensor:
+        # Weights that ranks share out are gathered in bfloat16, and what is normed may be wider.
+        narrow = torch.promote_types(x.dtype, self.weight.dtype) == x.dtype
+        if not x.is_cuda or not narrow or type(x) is not Tensor:
             return super().forward(x)  # type: ignore[misc]
         eps = getattr(self, "variance_epsilon", None) or self.eps  # type: ignore[attr-defined]
-        return nn.functional.rms_norm(x, self.weight.shape, self.weight, eps)
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps)
 
 
 @cache

@@ -132,7 +132,7 @@ def say_once(base: Any, *lines: str) -> None:
     for line in lines:
         if line not in said:
             said.add(line)
-            log.warning("%s%s", type(base).__name__, line)
+            log.warning("%s%s", type(base).__name__.removeprefix("FSDP"), line)
 
 
 def some_ids(base: Any, *shape: int) -> Tensor:
@@ -195,6 +195,8 @@ def _try_reading(model: Any, base: Any, device: torch.device, packed: bool) -> F
             if way == "packed" and not packed:
                 continue
             reason = _not_packed(base) if way == "packed" else None
+            if way == "shared" and hasattr(base, "unshard"):
+                reason = "ranks hold parts of its layers, which leave before a prompt's backward"
             reason = reason or _why_not(base, way, lambda: gaps(run))  # noqa: B023
             if reason is None:
                 return Found(way, tuple(reasons))
@@ -320,7 +322,8 @@ def _failure(error: Exception, way: str) -> str:
 
 
 def _is_half(base: Any) -> bool:
-    return torch.finfo(base.get_input_embeddings().weight.dtype).bits < 32
+    own = base.get_input_embeddings().weight.dtype
+    return torch.finfo(base.__dict__.get("_gspo_computed", own)).bits < 32
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from gspo_lightning.bounds import check_at_least
+from gspo_lightning.checkpoint.ranks import check_alike
 from gspo_lightning.frozen.reward_model import RewardModel, freeze
 from gspo_lightning.logprobs import samples_logprobs
 from gspo_lightning.policy.folder import check_model_folder, check_model_path, reason
@@ -91,12 +92,13 @@ class ReferencePolicy:
         """Take the policy's own weights, without a copy."""
         self.shared, self.model, self.fingerprint = True, policy.model, policy.start
 
-    def load(self, policy: PolicyConfig, device: torch.device) -> None:
+    def load(self, policy: PolicyConfig, device: torch.device, as_stored: bool = False) -> None:
         """Load the weights.
 
         Args:
             policy: What ``path: null`` and ``dtype: null`` stand for.
             device: From :func:`resolve_device`.
+            as_stored: See :meth:`PolicyConfig.load`.
 
         Raises:
             ValueError: If the policy starts from random weights, which no folder holds.
@@ -105,7 +107,7 @@ class ReferencePolicy:
             raise ValueError("reference.path: a policy with random weights is in no folder")
         policy.check_device("reference.device", device)
         key = "policy.path" if self.path is None else "reference.path"
-        model = policy.load(key, AutoModelForCausalLM, self.path, self.dtype)
+        model = policy.load(key, AutoModelForCausalLM, self.path, self.dtype, as_stored)
         self.model = freeze(model, device)
         self.fingerprint = fingerprint(self.model)
 
@@ -158,11 +160,17 @@ class FrozenModels:
         reward_models: Reward models by the setting that holds them.
         device: Device word for all of them, whatever they say themselves; ``None`` leaves it to
             each.
+
+    Attributes:
+        cuts_reference: Whether ranks share out a reference on the policy's device among them.
+        model_to_cut: Such a reference, whole in host memory until that is done.
     """
 
     reference: ReferencePolicy | None
     reward_models: dict[str, RewardModel]
     device: str | None = None
+    cuts_reference: bool = False
+    model_to_cut: Any = field(default=None, init=False, repr=False)
     awaits_policy: bool = False  # the reference is to be the policy with its adapters off
     devices: dict[str, torch.device] = field(default_factory=dict)  # of loaded models, by setting
     policy_device: torch.device = field(default=torch.device("cpu"))
@@ -207,7 +215,12 @@ class FrozenModels:
             place = devices["model.reference"]
             self.awaits_policy = place == device and reference.can_share(policy)
             if not self.awaits_policy:
-                reference.load(policy, place)
+                if self.cuts_reference and place == device:
+                    reference.load(policy, torch.device("cpu"), as_stored=True)
+                    self.model_to_cut = reference.model
+                else:
+                    reference.load(policy, place)
+        check_alike({f"content of {key}": mark for key, mark in self.fingerprints().items()})
 
     def share(self, policy: Policy) -> None:
         """Let the reference use a policy's weights, if :meth:`load` has left that to it."""
@@ -218,6 +231,7 @@ class FrozenModels:
         for model in (*self.reward_models.values(), self.reference):
             if model is not None:
                 model.release()
+        self.model_to_cut = None
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of the models that are loaded, by setting."""

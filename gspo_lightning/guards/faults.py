@@ -113,13 +113,13 @@ def prompt_texts(minibatch: Rollout, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(ids[keep].tolist()) for ids, keep in pairs]
 
 
-def write_dump(path: Path, minibatch: Rollout, policy: Any, **rest: Any) -> Path | None:
+def write_dump(path: Path, minibatch: Rollout, state: dict[str, Any], **rest: Any) -> Path | None:
     """Write a mini-batch with the weights that met it, for ``replay``; the newest files stay.
 
     Args:
         path: Where; its folder is made.
         minibatch: B rows of a rollout.
-        policy: Its weights are as they were before the step.
+        state: The policy's state dict, as it was before the step.
         rest: Plain values and tensors.
 
     Returns:
@@ -128,7 +128,7 @@ def write_dump(path: Path, minibatch: Rollout, policy: Any, **rest: Any) -> Path
     """
     batch = {field.name: getattr(minibatch, field.name) for field in fields(Rollout)}
     batch["rows"] = None  # rows of the data may hold anything, and the loss reads none of them
-    content = {"version": VERSION, "minibatch": batch, "policy": policy.state_dict(), **rest}
+    content = {"version": VERSION, "minibatch": batch, "policy": state, **rest}
     try:
         AtomicCheckpointIO().save_checkpoint(on_cpu(content), path)
     except CheckpointError as error:

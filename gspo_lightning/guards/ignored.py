@@ -6,6 +6,7 @@ itself is left alone by much of Lightning without a word.
 """
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,10 +42,13 @@ def check_strategy(settings: Any) -> None:
     given = settings.strategy
     name = given if isinstance(given, str) else getattr(given, "class_path", type(given).__name__)
     name = name.rpartition(".")[2]
-    if name.startswith(("fsdp", "deepspeed", "FSDP", "DeepSpeed", "ModelParallel")):
-        # FSDP and DeepSpeed allow one backward pass per batch, and a rollout has many.
+    others = ("fsdp", "deepspeed", "FSDP", "DeepSpeed", "ModelParallel")
+    if name.startswith(others) and name not in ("fsdp2", "FSDP2"):
+        # FSDP1 and DeepSpeed allow one backward pass per batch, and a rollout has many; parts of a
+        # layer on each card are more than the policy's own code can be cut into.
         raise ValueError(
-            f"trainer.strategy {name}: the policy must fit on one device here; use auto or ddp"
+            f"trainer.strategy {name}: a policy that is too large for one device is shared out "
+            "by fsdp2 here (configs/hardware/fsdp2.yaml); one that is not trains with auto or ddp"
         )
     precision = str(settings.precision)
     if precision in ("16-mixed", "16"):
@@ -64,6 +68,15 @@ def check_trainer(trainer: Any, module: Any) -> None:
     check_strategy(trainer)
     if trainer.state.fn != "fit":
         return
+    environment: Any = trainer._accelerator_connector.cluster_environment
+    if getattr(environment, "auto_requeue", False):  # of SLURM; a command has seen to it before
+        environment.auto_requeue = False
+        warnings.warn(
+            "SLURM: Lightning's requeueing would save in the middle of a rollout and is off here; "
+            "with StopSignals() of gspo_lightning.checkpoint.signals as the first callback a run "
+            "saves after its rollout on SIGUSR1 and ends",
+            stacklevel=2,
+        )
     try:
         check_training(trainer, trainer.callbacks, module, trainer.datamodule)
     except ValueError:

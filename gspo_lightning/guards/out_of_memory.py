@@ -37,9 +37,11 @@ class Sizes:
     Attributes:
         now: Size by setting. ``None`` stands for all rows, or for no limit on tokens.
         start: The sizes that the settings asked for.
+        shared: Settings of passes that all ranks make together, so that none is made again.
     """
 
     now: dict[str, int | None]
+    shared: tuple[str, ...] = ()
     start: dict[str, int | None] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +73,11 @@ class Sizes:
             except Exception as error:
                 if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
                     raise
+                if key in self.shared:
+                    raise OutOfMemory(
+                        f"out of memory in {what} ({key} {self.now.get(key) or rows}), in a pass "
+                        f"that other ranks share; continue with a smaller {key}"
+                    ) from error
             # Halve outside the handler: the error keeps the tensors of the failed pass alive.
             self.halve(key, rows, what, cut)
 
@@ -100,6 +107,30 @@ class Sizes:
         if size <= 1:
             raise OutOfMemory(f"out of memory in {what}, with one row at once ({key} 1)")
         self._change(key, size, size // 2, what)
+
+    def check_repeatable(self, error: Exception, place: str, moved: bool, shared: bool) -> None:
+        """Raise an error again unless memory was short and an update can be done from its start.
+
+        Args:
+            error: What ended the update's passes.
+            place: The update in words.
+            moved: Whether weights have moved since the rollout was collected.
+            shared: Whether the pass was one that other ranks share.
+        """
+        if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
+            raise error
+        key = MICRO if self.now[TOKENS] is None else TOKENS
+        short = f"out of memory in {place} ({key} {self.now[key]})"
+        if moved:
+            raise OutOfMemory(
+                f"{short}, after the first step of the rollout, which cannot be repeated; continue "
+                f"from the last checkpoint with a smaller model.init_args.{key}"
+            ) from error
+        if shared:
+            raise OutOfMemory(
+                f"{short}, in a pass that other ranks share; continue with a smaller "
+                f"model.init_args.{key}"
+            ) from error
 
     def _change(self, key: str, old: int, new: int, what: str) -> None:
         self.now[key] = new

@@ -22,11 +22,13 @@ _CHATTER = re.compile(
     r"|(\[rank: \d+\] )?(Seed set to |Child process with PID )"
     r"|`weights_only` was not set|Time limit reached|Found current_model_state"
     # TF32 would round float32's log-ratios by more than the clip range
+    r"|Initializing distributed: |-+\ndistributed_backend="
     r"|You are using a CUDA device \(.*\) that has Tensor Cores|LOCAL_RANK: \d+ - CUDA_VISIBLE_DEV"
 )
 _TALKERS = (
     "pytorch.accelerators.cuda",
     "pytorch.utilities.rank_zero",
+    "fabric.utilities.distributed",
     "fabric.utilities.rank_zero",
     "fabric.utilities.seed",
     "fabric.strategies.launchers.subprocess_script",

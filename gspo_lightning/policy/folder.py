@@ -214,6 +214,19 @@ def read_json(key: str, file: Path) -> dict[str, Any]:
     return found
 
 
+def half_precision_of(path: Path) -> torch.dtype | None:
+    """The type of the weights in a folder, where all of them are stored in the same half precision.
+
+    Looks at the headers of safetensors files alone; None of other files and of a name on the hub.
+    """
+    found = set()
+    for file in sorted(path.expanduser().glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    half = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return half.get(found.pop()) if len(found) == 1 else None
+
+
 def weight_files(key: str, folder: Path) -> list[Path]:
     """The files that transformers would read, each of which is there."""
     for name in (SAFE, PICKLED):

@@ -32,15 +32,22 @@ class LoadedPolicy(PolicyConfig):
 
     model: Any
 
-    def own(self) -> Any:
+    def own(self, as_stored: bool = False) -> Any:
         """The model itself."""
         open_attention(self.model)
         return self.model
 
-    def load(self, key: str, auto: Any, path: str | None = None, dtype: str | None = None) -> Any:
+    def load(
+        self,
+        key: str,
+        auto: Any,
+        path: str | None = None,
+        dtype: str | None = None,
+        as_stored: bool = False,
+    ) -> Any:
         """A copy of the model, or of its body alone; a path leads to another model."""
         if path is not None:
-            return super().load(key, auto, path, dtype)
+            return super().load(key, auto, path, dtype, as_stored)
         model = deepcopy(self.model.base_model if auto is AutoModel else self.model)
         open_attention(model)
         return model.to(DTYPES[dtype or self.dtype])

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -257,10 +258,25 @@ def _named(model: Any, key: str, what: str, wanted: list[str], known: dict[str, 
     return chosen
 
 
-def merged_weights(model: Any) -> dict[str, Tensor]:
+class _Change(nn.Module):
+    """What a layer's adapters add to its weight, as a forward that can be given other tensors."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self) -> Tensor:
+        return sum(map(self.layer.get_delta_weight, self.layer.active_adapters))
+
+
+def merged_weights(model: Any, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The weights of a plain model that computes what this peft model computes.
 
     Adapters and weights stay as they are: merging in place and back again would round the weights.
+
+    Args:
+        model: A causal language model with adapters.
+        state: Its state dict, where its own tensors are but parts of weights.
 
     Returns:
         A state dict under the names that the model had before it got adapters; weights without
@@ -269,11 +285,15 @@ def merged_weights(model: Any) -> dict[str, Tensor]:
     from peft.tuners.lora import LoraLayer
 
     base = unwrapped(model)
-    weights = full_weights(base, dict(base.state_dict()))
+    state = base.state_dict() if state is None else state
+    named = {name.removeprefix("base_model.model."): weight for name, weight in state.items()}
+    weights = full_weights(base, named)
     for name in [name for name, layer in base.named_modules() if isinstance(layer, LoraLayer)]:
         layer = base.get_submodule(name)
         own = weights[f"{name}.base_layer.weight"]
-        delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+        inside = [n for n, _ in layer.named_parameters() if n.startswith("lora_")]
+        adapters = {f"layer.{n}": weights[f"{name}.{n}"] for n in inside}
+        delta = torch.func.functional_call(_Change(layer), adapters, ())
         weights[f"{name}.base_layer.weight"] = (own.to(delta.dtype) + delta.detach()).to(own.dtype)
     return {
         re.sub(r"\.base_layer\.|\.modules_to_save\.[^.]+\.", ".", name): weight

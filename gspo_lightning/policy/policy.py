@@ -86,11 +86,11 @@ class PolicyConfig:
             options["quantization_config"] = four_bits.rounding(options["dtype"])
         return options
 
-    def own(self) -> Any:
+    def own(self, as_stored: bool = False) -> Any:
         """The model that is trained."""
         if self.weights == "random":
             return _random_model(self)
-        return self.load("policy.path", AutoModelForCausalLM)
+        return self.load("policy.path", AutoModelForCausalLM, as_stored=as_stored)
 
     def model_config(self) -> Any:
         """The config of the model, without its weights."""
@@ -102,7 +102,14 @@ class PolicyConfig:
         if self.load_in_4bit:
             four_bits.check_device(key, device)
 
-    def load(self, key: str, auto: Any, path: str | None = None, dtype: str | None = None) -> Any:
+    def load(
+        self,
+        key: str,
+        auto: Any,
+        path: str | None = None,
+        dtype: str | None = None,
+        as_stored: bool = False,
+    ) -> Any:
         """Load a model with this policy's options, its attention open to ours.
 
         Args:
@@ -110,11 +117,15 @@ class PolicyConfig:
             auto: An auto class of transformers.
             path: Folder or hub name; ``None`` is the policy's own, in its revision.
             dtype: Type of the weights; ``None`` is the policy's own.
+            as_stored: Leave weights in the type of a file of half its width: they stay in the file,
+                which all processes of a machine map, until they are made wider.
 
         Raises:
             ValueError: If the model cannot be loaded, naming key and path.
         """
         options = self.options(dtype) | ({"revision": self.revision} if path is None else {})
+        if as_stored and self.lora is None and options["dtype"] is torch.float32:
+            options["dtype"] = folder.half_precision_of(Path(path or self.path)) or torch.float32
         model = folder.load_weights(key, auto, path or self.path, **options)
         open_attention(model)
         fuse_norms(model)
@@ -148,9 +159,14 @@ class Policy(nn.Module):
         check_special_ids(model, {"eos_token_id": self.eos_ids, "pad_token": [self.pad_id]})
         make_ready(model)
 
-    def export(self, path: str | Path) -> None:
-        """Write model and tokenizer as a folder that ``from_pretrained`` loads."""
-        self.model.save_pretrained(path)
+    def export(self, path: str | Path, state: dict[str, Any] | None = None) -> None:
+        """Write model and tokenizer as a folder that ``from_pretrained`` loads.
+
+        Args:
+            path: The folder.
+            state: The model's weights, where this rank has but a part of them.
+        """
+        self.model.save_pretrained(path, state_dict=state)
         self.tokenizer.save_pretrained(path)
 
 
@@ -177,13 +193,13 @@ class LoRAPolicy(Policy):
         self.register_state_dict_post_hook(_keep_adapters)
         self.register_load_state_dict_post_hook(_expect_adapters)
 
-    def export(self, path: str | Path) -> None:
+    def export(self, path: str | Path, state: dict[str, Any] | None = None) -> None:
         """Write a merged model, or the adapters for ``PeftModel.from_pretrained``."""
         if self.lora.export == "adapter":
             # the embedding has no adapters; without the argument peft would ask the hub about it
-            self.model.save_pretrained(path, save_embedding_layers=False)
+            self.model.save_pretrained(path, save_embedding_layers=False, state_dict=state)
         else:
-            base, weights = unwrapped(self.model), merged_weights(self.model)
+            base, weights = unwrapped(self.model), merged_weights(self.model, state)
             if any(map(four_bits.is_rounded, base.parameters())):
                 base = four_bits.plain_model(base, base.get_input_embeddings().weight.dtype)
             base.save_pretrained(path, state_dict=weights)
@@ -260,10 +276,11 @@ def load_tokenizer(config: PolicyConfig) -> Any:
     return tokenizer
 
 
-def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
+def load_policy(config: PolicyConfig, tokenizer: Any = None, as_stored: bool = False) -> Policy:
     """Load a policy in the dtype and with the attention that ``config`` asks for.
 
-    Without a tokenizer, :func:`load_tokenizer` loads the policy's own.
+    Without a tokenizer, :func:`load_tokenizer` loads the policy's own. ``as_stored`` leaves it to
+    the caller to make weights as wide as the config asks; see :meth:`PolicyConfig.load`.
 
     Raises:
         ValueError: If weights or tokenizer cannot be read, no end-of-sequence id is known or the
@@ -271,7 +288,7 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None) -> Policy:
     """
     if tokenizer is None:
         tokenizer = load_tokenizer(config)
-    model = config.own()
+    model = config.own(as_stored)
     # Recurrent models (Mamba, RWKV) have no cache to sample with; some also read the padding on the
     # left as text, so every log-prob would be wrong. Sampling sees what no signature shows.
     if "past_key_values" not in inspect.signature(model.forward).parameters:

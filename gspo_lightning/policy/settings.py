@@ -17,7 +17,9 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, get_args, get_origin, get_type_hints
 
+from gspo_lightning.checkpoint.fingerprints import flat
 from gspo_lightning.checkpoint.io import read_without_tensors
+from gspo_lightning.checkpoint.parts import KEY
 from gspo_lightning.kl import KLRule
 
 OWN = "gspo_lightning."
@@ -114,7 +116,13 @@ def remake(
             one to give.
     """
     name = owner.__name__
-    saved = read_without_tensors(f"{name}.load_from_checkpoint", path).get("hyper_parameters", {})
+    found = read_without_tensors(f"{name}.load_from_checkpoint", path)
+    if KEY in found:
+        raise ValueError(
+            f"{path}: its tensors lie in parts, which only a run puts together; load the model "
+            "that HFExport wrote, by policy.path, or train on with FSDP2's checkpoints: file"
+        )
+    saved = found.get("hyper_parameters", {})
     if not saved and "policy" not in given:
         raise ValueError(
             f"{path} does not hold the settings of its policy (an earlier version wrote it); give "
@@ -184,18 +192,6 @@ def _made(hint: Any, value: Any) -> Any:
         if get_origin(kind) is dict and isinstance(value, dict):
             return {k: _made(get_args(kind)[1], item) for k, item in value.items()}
     return value
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, keys joined by dots.
-
-    >>> flat({"data": {"path": "a", "rows": [1, 2]}})
-    {'data.path': 'a', 'data.rows': [1, 2]}
-    """
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    parts = (flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in tree.items())
-    return {key: value for part in parts for key, value in part.items()}
 
 
 def table(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -148,12 +148,12 @@ def find(run: Path, weights: str | None) -> tuple[Manner, Path]:
         if path.is_dir():
             return how, path
     try:
-        found = find_checkpoint(run, "last" if weights == "auto" else weights)
+        file = find_checkpoint(run, "last" if weights == "auto" else weights)
     except ValueError as error:  # its way out is that of a training
         said = str(error).partition("; ")[0].replace("ckpt_path", "--weights", 1)
         raise ValueError(f"{said}; last, best, a checkpoint or a folder can be named") from error
-    assert found is not None  # one was named
-    return how, found
+    assert file is not None  # one was named
+    return how, file
 
 
 def load(how: Manner, weights: Path) -> Policy:

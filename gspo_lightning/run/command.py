@@ -199,6 +199,13 @@ class GSPOCLI(LightningCLI):
             "the run folder (without a number: of the second)",
         )
 
+        parser.add_argument(
+            "--rank_timeout",
+            type=float | None,
+            help="seconds that a rank waits for the others, at the start and in training, before "
+            "the run ends; null leaves the strategy's own 30 minutes",
+        )
+
     def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> Any:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.epilog = short.help_text()
@@ -308,6 +315,7 @@ class GSPOCLI(LightningCLI):
             # Lightning's checks of its own options: whatever is raised there is about a setting.
             raise ValueError(f"trainer: {type(error).__name__}: {error}") from error
         launch.check_rank(trainer.world_size)
+        start_checks.set_timeout(trainer.strategy, self._get(self.config, "rank_timeout"))
         start_checks.say_whom_it_waits_for(trainer)
         return trainer
 

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from gspo_lightning.checkpoint.io import disk_fault
 from gspo_lightning.checkpoint.monitor import UnloggedFigure
 from gspo_lightning.checkpoint.quoted import printable
-from gspo_lightning.checkpoint.signals import is_of_another_rank
+from gspo_lightning.checkpoint.signals import is_late, is_of_another_rank
 from gspo_lightning.guards.out_of_memory import OutOfMemory, is_out_of_memory
 from gspo_lightning.rewards.terms import RewardError
 from gspo_lightning.run.one_line import LONGEST, condense
@@ -62,8 +62,11 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
     full = watch.lock.lost() or (None if refused else disk_fault(error, watch.root))
     text = full or (mistake(error) if known else None)
     gone = text is None and is_of_another_rank(error)
+    late = text is None and is_late(error)
     if gone:
         text = watch.signals.lost_ranks()
+    elif late:
+        text = "another rank has not answered within the time-out (rank_timeout)"
     if text is None or os.environ.get("GSPO_TRACEBACK") == "1":
         sys.stderr.write(printable("".join(traceback.format_exception(error)), keep="\n"))
     if text is not None:
@@ -74,7 +77,7 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
             watch.refuse()
     if not watch.lock.lost() and (advice := go_on(True)):
         say(advice)
-    return 1 if text is None or full or gone or of_run else 2
+    return 1 if text is None or full or gone or late or of_run else 2
 
 
 def is_unlogged(error: BaseException) -> bool:

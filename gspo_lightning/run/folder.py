@@ -19,10 +19,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from gspo_lightning.checkpoint.event_files import mark_event_files, own_event_files
 from gspo_lightning.checkpoint.files import checkpoint_number, list_checkpoints, numbered_files
-from gspo_lightning.checkpoint.fingerprints import settings
+from gspo_lightning.checkpoint.fingerprints import flat, settings
 from gspo_lightning.checkpoint.io import damage, replacing
 from gspo_lightning.checkpoint.places import ELSEWHERE, EVENTS, FILES, KEY, check_kinds
-from gspo_lightning.policy.settings import flat
 from gspo_lightning.run.provenance import write_provenance
 from gspo_lightning.run.terminal_log import TerminalLog, say
 
@@ -106,7 +105,11 @@ class RunConfig(SaveConfigCallback):
 
     def fingerprints(self) -> dict[str, Any]:
         """The settings that make this run the one it is."""
-        return settings(flat(yaml.safe_load(self.text)))
+        return settings(self.flat_config())
+
+    def flat_config(self) -> dict[str, Any]:
+        """All settings of the command, keys joined by dots."""
+        return flat(yaml.safe_load(self.text))
 
     @cached_property
     def text(self) -> str:

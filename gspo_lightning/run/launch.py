@@ -7,7 +7,7 @@ is a leftover. Imports the standard library alone: torchmetrics reads LOCAL_RANK
 import os
 import sys
 
-from gspo_lightning.start.typed import program
+from gspo_lightning.start.typed import NEW_STORE, program
 
 # In the order in which Lightning looks for the rank of a process.
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
@@ -36,6 +36,13 @@ def check_variables() -> None:
             raise ValueError(
                 f"{name}={value!r} in the environment is no whole number; {unset(name)}"
             )
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # The ranks of a second attempt would look for each other at the addresses of the first.
+        raise ValueError(
+            "torchrun --max-restarts cannot restart a run whose ranks meet in torchrun's own store;"
+            f" start it with {NEW_STORE} torchrun ... and --ckpt_path auto"
+        )
     of_slurm = os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
     if "SLURM_NTASKS" in os.environ and of_slurm:
         missing = [name for name in TASK if name not in os.environ]

@@ -23,6 +23,8 @@ from gspo_lightning.optim import OptimizerConfig, learning_rate_factor
 from gspo_lightning.policy.folder import sizes
 from gspo_lightning.policy.policy import multiplies_by_onednn
 from gspo_lightning.sampling import GroupSampler
+from gspo_lightning.sharding.memory import per_rank
+from gspo_lightning.sharding.ranks import Sharded, weights_of
 from gspo_lightning.start.short import SHORT
 from gspo_lightning.start.typed import again
 
@@ -268,6 +270,7 @@ def _policy(trainer: Any, module: Any) -> str:
     place = str(trainer.strategy.root_device)
     if trainer.world_size > 1:
         place += f" and {trainer.world_size - 1} more"
+    place += ", a part on each" if weights_of(trainer).sharded else ""
     text = f"{count:,} parameters, {share}, {types} on {place}, precision {trainer.precision}"
     text += _surplus(model)
     exact = trainer.precision == "32-true" and trainer.strategy.root_device.type == "cpu"
@@ -333,7 +336,8 @@ def policy_memory(trainer: Any, module: Any) -> dict[str, float] | None:
     sequences = data.prompts_per_rollout * sampler.group_size
     minibatch = sequences // module.num_minibatches
     rows = min(module.micro_batch_size or minibatch, minibatch)
-    return memory_parts(
+    ranks = weights_of(trainer)
+    parts = memory_parts(
         model,
         prompt_tokens=data.longest_prompt,
         new_tokens=sampler.max_new_tokens,
@@ -341,7 +345,13 @@ def policy_memory(trainer: Any, module: Any) -> dict[str, float] | None:
         tokens_at_once=_tokens_at_once(module, rows, data.longest_prompt),
         half_precision="16" in str(trainer.precision),
         checkpointing=checkpoints(model),
+        by_layer=ranks.sharded,
     )
+    if parts is None or not isinstance(ranks, Sharded):
+        return parts
+    wide = next(model.parameters()).element_size()
+    width = 2 if "16" in str(trainer.precision) else wide
+    return per_rank(parts, model, trainer.world_size, width, gathers=bool(ranks.gathered))
 
 
 def _memory(trainer: Any, module: Any) -> str | None:
@@ -350,10 +360,13 @@ def _memory(trainer: Any, module: Any) -> str | None:
         return None
     peak = sum(parts.values()) - sum(sorted(parts[name] for name in IN_TURN)[:-1])
     shares = ", ".join(f"{name} {size_text(value)}" for name, value in parts.items())
-    text = f"about {size_text(peak)} for the policy: {shares}"
+    ranks = trainer.world_size if weights_of(trainer).sharded else 1
+    each = "" if ranks == 1 else f" on each of {ranks} ranks"
+    text = f"about {size_text(peak)} for the policy{each}: {shares}"
     reference = getattr(module, "reference", None)
     if reference is not None and not getattr(reference, "shared", False):
-        text += f"; reference {size_text(parts['weights'])}"
+        cut = module.frozen.model_to_cut is not None
+        text += f"; reference {size_text(parts['weights'] * (1 if cut else ranks))}"
     critic = getattr(module, "critic", None)
     if critic is not None and critic.backbone is not None:
         size = 4 * _bytes(critic.parameters())  # weights, gradients and Adam's two moments
@@ -385,6 +398,7 @@ def memory_parts(
     tokens_at_once: int,
     half_precision: bool = False,
     checkpointing: bool = False,
+    by_layer: bool = False,
 ) -> dict[str, float] | None:
     """Estimate what training needs, part by part; the allocator's own losses come on top.
 
@@ -420,6 +434,7 @@ def memory_parts(
         tokens_at_once: Tokens of a micro-batch.
         half_precision: Whether activations take two bytes whatever the weights take.
         checkpointing: Whether activations are recomputed.
+        by_layer: Whether weights are cast and let go layer by layer, as sharded ones are.
 
     Returns:
         Bytes by part, or None if the config does not name its sizes.
@@ -445,7 +460,7 @@ def memory_parts(
     layer = 12 * hidden * wide + 4 * inner * width
     kept = layers * hidden * wide + layer if checkpointing else layers * layer
     activations = tokens_at_once * kept
-    if width < wide:
+    if width < wide and not by_layer:
         activations += width * _in_layers(model)
     step = max((p.numel() * p.element_size() for p in trained), default=0) * 2
     return {

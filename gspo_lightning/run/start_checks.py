@@ -1,7 +1,9 @@
 """What can be refused before a model is loaded, though Lightning would find it later or never."""
 
+import math
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,16 @@ def check_length(config: Any) -> None:
         if value == 0:
             what = f"trainer.{name} is {value}, which trains nothing"
             raise ValueError(f"{what}; leave it out, or run validate")
+
+
+def set_timeout(strategy: Any, seconds: float | None) -> None:
+    """Let ranks wait for each other no longer than this; None leaves the strategy's own time."""
+    if seconds is None:
+        return
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"rank_timeout must be above 0 seconds, got {seconds}")
+    if hasattr(strategy, "_timeout"):  # a single device waits for nobody
+        strategy._timeout = timedelta(seconds=seconds)
 
 
 def say_whom_it_waits_for(trainer: Any) -> None:

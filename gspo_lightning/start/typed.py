@@ -14,6 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"  # a store for each attempt of torchrun
+# Of this machine, before Lightning sets the same variables for ranks that it starts.
+ADDRESS = {
+    name: os.environ[name]
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
+    if name in os.environ
+}
 # The function of the package that a program has called in place of a command, if it is at work.
 _called: list[str] = []
 _KEYWORDS = {"--data.num_rollouts": "rollouts", "--ckpt_path": "ckpt_path"}  # of that function
@@ -77,12 +84,38 @@ def as_called(text: str) -> str:
 
 
 def launcher() -> str | None:
-    """The torchrun that started this process, or None; where several machines meet is left out."""
+    """The torchrun that started this process, as it was typed where that can be seen, or None."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
+    store = f"{NEW_STORE} " if os.environ.get(NEW_STORE[:-2]) == "1" else ""
+    words = _words_of(os.getppid())
+    ours = (sys.argv[0], "gspo", "gspo_lightning")
+    end = next((i for i, word in enumerate(words) if word in ours), 0)
+    if end and os.path.basename(words[1]) == "torchrun":  # a script: its Python stands before it
+        given = [word for word in words[2:end] if word not in ("-m", "--no-python")]
+        return store + shlex.join(["torchrun", *given])
     nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
-    words = "torchrun" if nodes == "1" else f"torchrun --nnodes={nodes}"
-    return f"{words} --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', '1')}"
+    first = "torchrun" if nodes == "1" else f"torchrun --nnodes={nodes}"
+    return f"{store}{first} --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', '1')}"
+
+
+def machines() -> str:
+    """What stands before all that where several machines run one training: srun, or an address."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ""  # torchrun has been told the address
+    if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        tasks = os.environ.get("SLURM_NTASKS_PER_NODE")
+        per_node = f"--ntasks-per-node={tasks} " if tasks else ""
+        return f"srun --nodes={os.environ.get('SLURM_NNODES', '1')} {per_node}"
+    return "".join(f"{k}={v} " for k, v in ADDRESS.items()) if "NODE_RANK" in ADDRESS else ""
+
+
+def _words_of(process: int) -> list[str]:
+    """The command line of a process; empty where the system does not tell."""
+    try:
+        return os.fsdecode(Path(f"/proc/{process}/cmdline").read_bytes()).rstrip("\0").split("\0")
+    except OSError:
+        return []
 
 
 def again(arguments: list[str]) -> str:
@@ -97,7 +130,7 @@ def again(arguments: list[str]) -> str:
         return f"{_called[-1]}({', '.join(['...', *written])})"
     threads = os.environ.get("OMP_NUM_THREADS")  # another number adds in another order
     first = "" if threads is None else f"OMP_NUM_THREADS={threads} "
-    return f"{first}{program()} {shlex.join(arguments)}"
+    return f"{first}{machines()}{program()} {shlex.join(arguments)}"
 
 
 def this_python() -> str:

@@ -11,9 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.trainer.states import TrainerFn
 
 import train
-from gspo_lightning.checkpoint.signals import StopSignals
+from gspo_lightning.checkpoint.signals import StopSignals, forbid_requeueing
+from gspo_lightning.guards.ignored import check_trainer
+from support.dummies import DummyModule
 from support.repository import PYTHONPATH, ROOT
 from support.run_folder import assert_same, names, scalars, state
 from support.tiny_run import write_prompts
@@ -276,6 +281,28 @@ def test_lightnings_requeueing_is_refused(capfd):
     plugin = "lightning.pytorch.plugins.environments.SLURMEnvironment"
     assert fit("run", f"--trainer.plugins+={plugin}") == 2
     assert "set its init_args.auto_requeue to false" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("scheduler")
+def test_ranks_of_torchrun_stay_its_ranks_under_slurm(monkeypatch):
+    plugins = []
+    monkeypatch.setattr(TorchElasticEnvironment, "detect", staticmethod(lambda: True))
+    forbid_requeueing(plugins)
+    assert plugins == []
+    monkeypatch.setattr(TorchElasticEnvironment, "detect", staticmethod(lambda: False))
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(ValueError, match=r"^SLURM: .*Use `--ntasks-per-node=2` instead"):
+        forbid_requeueing(plugins)
+
+
+@pytest.mark.usefixtures("scheduler")
+def test_a_program_is_told_that_lightning_does_not_requeue_in_a_rollout(tmp_path):
+    module = DummyModule()
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False)
+    trainer.state.fn = TrainerFn.FITTING
+    with pytest.warns(UserWarning, match="SLURM: Lightning's requeueing would save in the middle"):
+        check_trainer(trainer, module)
+    assert not trainer._accelerator_connector.cluster_environment.auto_requeue
 
 
 def test_an_exception_in_a_rollout_saves_nothing_and_names_the_last_good_checkpoint(capfd):

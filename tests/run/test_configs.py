@@ -1,4 +1,4 @@
-"""Every config, and the one in the README, is parsed and instantiated as train.py does it."""
+"""Every config, and the one of docs/own_run.md, is parsed and instantiated as train.py does it."""
 
 import itertools
 import re
@@ -276,6 +276,7 @@ def test_grpos_penalty_can_be_switched_off(stack):
     ("hardware", "device", "accelerator", "devices"),
     [
         ("cpu", "cpu", "cpu", 1),
+        ("fsdp2", "policy", "gpu", "auto"),
         ("one_gpu", "policy", "gpu", 1),
         ("two_gpu", "cuda:1", "gpu", [0]),
     ],
@@ -302,7 +303,7 @@ def test_a_machine_places_policy_reference_and_reward_model(
 
 
 def test_hardware_has_an_overlay_for_every_test_above():
-    assert HARDWARE == ["cpu", "one_gpu", "two_gpu"]
+    assert HARDWARE == ["cpu", "fsdp2", "one_gpu", "two_gpu"]
     assert sorted(ROWS) == ALGORITHMS
 
 
@@ -342,15 +343,10 @@ def test_few_shot_prompts_go_on_top_of_a_task(stack):
     assert not cli.datamodule.chat_template
 
 
-def readme_configs():
-    text = (ROOT / "README.md").read_text()
-    return [
-        block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "model:" in block
-    ]
-
-
-def test_the_configs_of_the_readme_are_instantiated(tmp_path, model_dir):
-    blocks = readme_configs()
+def test_the_whole_config_of_the_pages_is_instantiated(tmp_path, model_dir):
+    text = (ROOT / "docs" / "own_run.md").read_text()
+    found = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    blocks = [block for block in found if "\nmodel:" in block]
     assert blocks
     prompts = write_prompts(tmp_path / "prompts.jsonl")
     (tmp_path / "my_rewards.py").write_text(

@@ -6,10 +6,12 @@ import sys
 import time
 
 import pytest
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 import train
 from gspo_lightning.run import launch
 from gspo_lightning.run.config_files import DEEPEST, check_config_file
+from gspo_lightning.run.start_checks import set_timeout
 from support.bad_input_cases import callback, model
 from support.command import enter, refused
 from support.repository import ROOT
@@ -168,6 +170,27 @@ def test_tasks_that_srun_did_not_begin(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_NAME", "train")
     with pytest.raises(ValueError, match="no task of srun; start it with srun, or unset it"):
         launch.check_variables()
+
+
+def test_restarts_of_torchrun_need_a_store_for_each_attempt(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    way_out = "start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ... and --ckpt_path auto"
+    with pytest.raises(ValueError, match=f"{way_out}$"):
+        launch.check_variables()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    launch.check_variables()
+
+
+def test_ranks_wait_for_each_other_as_long_as_they_are_told():
+    strategy = DDPStrategy()
+    set_timeout(strategy, None)
+    assert strategy._timeout.total_seconds() == 1800
+    for own in (strategy, ModelParallelStrategy()):
+        set_timeout(own, 90)
+        assert own._timeout.total_seconds() == 90
+    with pytest.raises(ValueError, match="rank_timeout must be above 0 seconds, got 0"):
+        set_timeout(strategy, 0)
 
 
 @pytest.mark.parametrize("way_in", ["train.py", "-m gspo_lightning"])

@@ -40,6 +40,27 @@ def test_the_program_is_named_as_it_was_started(
     assert typed.program() == expected
 
 
+def test_torchrun_and_machines_are_named_as_they_were_typed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    for name in ("OMP_NUM_THREADS", *TORCHRUN):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(typed, "this_python", lambda: "python")
+    monkeypatch.setattr(typed, "ADDRESS", {"MASTER_ADDR": "a", "NODE_RANK": "0"})
+    assert typed.again(["fit"]) == "MASTER_ADDR=a NODE_RANK=0 python train.py fit"
+    slurm = {"PROCID": "0", "NTASKS": "16", "NTASKS_PER_NODE": "8", "NNODES": "2"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert typed.again(["fit"]) == "srun --nodes=2 --ntasks-per-node=8 python train.py fit"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # as a task of srun
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    options = ["--nnodes", "2", "--max-restarts", "1"]
+    words = ["/env/bin/python3", "/env/bin/torchrun", *options, "train.py", "fit"]
+    monkeypatch.setattr(typed, "_words_of", lambda process: words)
+    assert typed.again(["fit"]) == (
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 2 --max-restarts 1 train.py fit"
+    )
+
+
 def test_python_is_named_as_it_is_reached_from_here(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     inside = str(tmp_path / ".venv/bin/python")

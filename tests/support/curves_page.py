@@ -13,6 +13,7 @@ BEGIN, END = "<!-- made by tests/support/curves_page.py: begin -->", "<!-- end -
 MADE_UP = {"reward/(.+)": "reward/NAME", r"val/reward_(.+)": "val/reward_NAME"}
 MADE_UP |= {r"val/pass_at_(\d+)": "val/pass_at_K"}
 MADE_UP |= {r"memory/(\w+?)_gib(?:_(\w+))?": "memory/PHASE_gib"}
+MADE_UP |= {r"time/waiting_(\w+)": "time/waiting_PHASE"}
 
 
 def page() -> str:
@@ -21,7 +22,7 @@ def page() -> str:
     for pattern, made in PATTERNS.items():
         name = MADE_UP[pattern]
         word = name.partition("/")[2].replace("reward_", "").replace("pass_at_", "")
-        word = word.replace("_gib", "")
+        word = word.replace("_gib", "").replace("waiting_", "")
         rows[name] = type(made)(*(text.replace("{0}", word) for text in made))
     groups: dict[str, list[str]] = {}
     for name, (_, unit, meaning) in rows.items():

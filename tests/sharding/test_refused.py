@@ -1,0 +1,83 @@
+"""What FSDP2 refuses, and what it says that ranks need, without a rank."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gspo_lightning.guards.ignored import check_strategy
+from gspo_lightning.guards.out_of_memory import SAMPLED, OutOfMemory, Sizes
+from gspo_lightning.sharding import FSDP2, per_rank
+from gspo_lightning.sharding.cut import decoder_layers
+from support.tiny_models import build_model
+
+
+def checked(critic=None, four_bits=False, device="cuda", **options):
+    """What a strategy says of a module, before any process group is made."""
+    strategy = FSDP2(**options)
+    policy = SimpleNamespace(load_in_4bit=four_bits)
+    strategy._lightning_module = SimpleNamespace(critic_config=critic, policy_config=policy)
+    strategy.cluster_environment = SimpleNamespace(local_rank=lambda: 0)
+    strategy.parallel_devices = [torch.device(device)]
+    strategy._check()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"critic": object()}, "model.critic: fsdp2 shares out no critic"),
+        ({"four_bits": True}, "policy.load_in_4bit"),
+        ({"cpu_offload": True, "device": "cpu"}, "FSDP2.cpu_offload: the policy is on the CPU"),
+        ({"rollout": "alone"}, "FSDP2.rollout must be gathered or in_step, got 'alone'"),
+        ({"checkpoints": "zip"}, "FSDP2.checkpoints must be auto, file or parts"),
+        ({"timeout_minutes": 0}, "FSDP2.timeout_minutes must be > 0, got 0"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused_in_a_line(options, reason):
+    checked()
+    with pytest.raises(ValueError, match=reason):
+        checked(**options)
+
+
+def test_a_module_without_a_policy_of_ours_is_refused():
+    strategy = FSDP2()
+    strategy._lightning_module = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"not what Linear trains; set trainer\.strategy to auto"):
+        strategy._check()
+
+
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed_stage_3", "ModelParallelStrategy"])
+def test_other_ways_to_share_out_name_fsdp2(name):
+    with pytest.raises(ValueError, match=f"trainer.strategy {name}: .* by fsdp2 here"):
+        check_strategy(SimpleNamespace(strategy=name, precision="32-true"))
+    check_strategy(SimpleNamespace(strategy="fsdp2", precision="32-true"))
+    check_strategy(SimpleNamespace(strategy=FSDP2(), precision="32-true"))
+
+
+def test_a_pass_that_ranks_share_is_not_made_again():
+    calls = []
+
+    def work():
+        calls.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    sizes = Sizes({SAMPLED: 8}, shared=(SAMPLED,))
+    with pytest.raises(OutOfMemory, match=r"sampler.batch_size 8\), in a pass that other ranks"):
+        sizes.fit(SAMPLED, 16, "rollout 3, sampling", work)
+    assert calls == [1]
+
+
+def test_a_rank_needs_its_part_and_what_is_gathered():
+    model = build_model("qwen3", tie_word_embeddings=True)
+    sizes = dict.fromkeys(("weights", "gradients", "Adam", "optimizer step"), 40.0)
+    parts = sizes | {"KV cache": 5.0, "micro-batch": 7.0}
+    total = sum(p.numel() for p in model.parameters())
+    layers = decoder_layers(model)
+    layer = sum(p.numel() for p in layers[0].parameters())
+    rest = total - len(layers) * layer  # embeddings and the last norm
+    gathered = per_rank(parts, model, ranks=4, width=2, gathers=True)
+    in_step = per_rank(parts, model, ranks=4, width=2, gathers=False)
+    assert all(gathered[name] == in_step[name] == 10 for name in sizes)
+    assert gathered["KV cache"] == 5 + 2 * total
+    assert in_step["KV cache"] == 5 + 2 * (rest + 2 * layer)
+    assert gathered["micro-batch"] == in_step["micro-batch"] == 7 + 4 * (rest + 2 * layer)
