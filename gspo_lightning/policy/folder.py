@@ -220,7 +220,7 @@ def half_precision_of(path: Path) -> torch.dtype | None:
     Looks at the headers of safetensors files alone; None of other files and of a name on the hub.
     """
     found = set()
-    for file in sorted(path.expanduser().glob("*.safetensors")):
+    for file in sorted(Path(os.path.expanduser(path)).glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
     half = {"BF16": torch.bfloat16, "F16": torch.float16}
