@@ -528,7 +528,8 @@ class HFExport(Callback):
             self.best = state_dict.get("best")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
-        if due(trainer.fit_loop.total_batch_idx, self.every_n_rollouts):
+        ends = due(trainer.fit_loop.total_batch_idx, self.every_n_rollouts)
+        if ends and not is_rehearsal(trainer):
             self._export(trainer, pl_module, self.path)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
