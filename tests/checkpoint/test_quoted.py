@@ -118,7 +118,7 @@ def test_tensorboard_shows_a_table_and_nothing_else(hostile):
 
     sample = {"prompt": hostile, "completion": hostile, "reward": 0.5, "parts": {hostile: None}}
     sample |= {"advantage": -1.5, "length": 3, "truncated": True, "ratio": 1.0001}
-    source = markdown_table([sample, sample])
+    source = markdown_table([sample | {"group": 0}, sample | {"group": 1}])
     page = Elements(markdowns_to_safe_html([source], "".join))
     parts = ("table", "thead", "tbody", "tr", "th", "td")
     assert page.found == {(name,) for name in parts}
