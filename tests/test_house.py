@@ -182,6 +182,10 @@ def test_gradients_are_made_by_manual_backward_alone():
             assert not (called and node.func.attr == "backward"), f"{path.name}:{node.lineno}"
 
 
+def test_a_home_that_is_nobody_s_stays_a_path():  # which pathlib's own expanduser refuses
+    assert [file for file in FILES if ".expanduser()" in file.read_text()] == []
+
+
 def test_no_name_says_nothing_and_no_class_is_cut_by_inheritance():
     from gspo_lightning import GSPOModule
 

@@ -172,7 +172,7 @@ def tokenizer_files() -> dict[str, dict]:
 
 def write_lines(path: Path, rows: list[dict[str, str]]) -> None:
     """Write one JSON object per line."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def make(folder: Path) -> None:

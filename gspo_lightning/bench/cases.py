@@ -182,7 +182,7 @@ def keep(run: Run, runs: list[Run], place: str, out: Path) -> None:
     """Add a run and what follows from it to ``runs`` and to a file, and say how long it took."""
     runs.append(run | derived(run, runs))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a") as file:
+    with out.open("a", encoding="utf-8") as file:
         file.write(json.dumps(runs[-1]) + "\n")
     say(f"{place}: {run['wall_seconds']['total']:.2f} s per RL step")
 
@@ -201,7 +201,7 @@ def machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
@@ -221,5 +221,5 @@ def letters_a_to_m(rows: list[dict], completions: list[str]) -> list[float | Non
 
 def resident() -> float:
     """Resident memory of this process now, MiB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

@@ -41,7 +41,7 @@ class Looks(Callback):
             "files": len(os.listdir("/proc/self/fd")),
             "threads": len(os.listdir("/proc/self/task")),
         }
-        with Path(trainer.default_root_dir, LOOKS).open("a") as file:
+        with Path(trainer.default_root_dir, LOOKS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(look) + "\n")
 
 
@@ -86,7 +86,7 @@ def memory(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(dir=".") as folder:  # not /tmp, often memory
         root = Path(folder, "run")
         own = Path(folder, "overlay.yaml")
-        own.write_text(yaml.safe_dump(overlay(options, root)))
+        own.write_text(yaml.safe_dump(overlay(options, root)), encoding="utf-8")
         configs = ["--config", "arithmetic", "--config", str(own)]
         output_of(["-m", "gspo_lightning", "fit", *configs], options.threads)
         looks = [json.loads(line) for line in (root / LOOKS).read_text().splitlines()]

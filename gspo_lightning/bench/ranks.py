@@ -37,7 +37,8 @@ class Seconds(Callback):
         times = {name: found[f"time/{name}"] for name in PHASES}
         times["waiting"] = sum(s for name, s in found.items() if name.startswith("time/waiting_"))
         times["all"] = time.perf_counter() - self.begun
-        with Path(trainer.default_root_dir, FILE.format(trainer.global_rank)).open("a") as file:
+        path = Path(trainer.default_root_dir, FILE.format(trainer.global_rank))
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(times) + "\n")
 
 
@@ -64,7 +65,7 @@ def timed(count: int, options: argparse.Namespace) -> list[dict[str, float]]:
     """Seconds of each timed rollout, each a mean over the ranks of one run."""
     with tempfile.TemporaryDirectory(dir=".") as folder:  # not /tmp, often memory
         root, own = Path(folder, "run"), Path(folder, "overlay.yaml")
-        own.write_text(yaml.safe_dump(overlay(count, root, options.rollouts + 3)))
+        own.write_text(yaml.safe_dump(overlay(count, root, options.rollouts + 3)), encoding="utf-8")
         configs = ["--config", "arithmetic", "--config", str(own)]
         output_of(["-m", "gspo_lightning", "fit", *configs], options.threads)
         texts = [(root / FILE.format(rank)).read_text() for rank in range(count)]

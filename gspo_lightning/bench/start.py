@@ -83,5 +83,5 @@ def timed(place: Path, threads: int) -> list[float]:
 
 def cpu_seconds(pid: int) -> float:
     """Seconds that a process has computed so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -6,6 +6,7 @@ published: of paths on this machine only the last part stands in it.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -89,7 +90,7 @@ def card(
     title = name if "/" in name else f"{Path(trainer.default_root_dir).resolve().name}/{name}"
     parts = [
         _front_matter(module, settings, adapter, what, title, held_out.get("after", {})),
-        f"# {title}\n\n{_code(base)}, trained{data_words} for {done:,} {unit}, by "
+        f"# {_heading(title)}\n\n{_code(base)}, trained{data_words} for {done:,} {unit}, by "
         f"{_code(type(module).__name__)} of gspo_lightning.",
         _results(held_out, unit),
         "![Curves of the training](curves.png)" if has_picture else "",
@@ -159,8 +160,8 @@ def _loading(name: str, adapter: bool, what: str, is_chat: bool) -> str:
         kind = "AutoPeftModelForCausalLM"
         lines = [f"from peft import {kind}", "from transformers import AutoTokenizer", ""]
     lines += [
-        f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
-        f"model = {kind}.from_pretrained({name!r})",
+        f"tokenizer = AutoTokenizer.from_pretrained({_literal(name)})",
+        f"model = {kind}.from_pretrained({_literal(name)})",
     ]
     if not scores:
         call = 'tokenizer("your prompt", return_tensors="pt")'
@@ -184,12 +185,22 @@ def _is_chat(trainer: Any) -> bool:
 def _on_hub(config: Any) -> bool:
     """Whether a policy came from the hub by its name."""
     path = getattr(config, "path", None)
-    return path is not None and not Path(path).expanduser().exists()
+    return path is not None and not Path(os.path.expanduser(path)).exists()
 
 
 def _code(text: Any) -> str:
     """Text of others in Markdown, where no mark in it has a meaning."""
     return f"`{printable(str(text)).replace('`', chr(39)).replace('|', '/')}`"
+
+
+def _heading(name: str) -> str:
+    """A name of a model in Markdown; as it stands if it is of letters and the usual marks."""
+    return name if re.fullmatch(r"[\w./-]+", name) else _code(name)
+
+
+def _literal(name: str) -> str:
+    """A name in Python, within a block of code, which backticks would end."""
+    return repr(name).replace("`", r"\x60")
 
 
 def _public(value: Any) -> Any:

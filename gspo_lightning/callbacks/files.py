@@ -528,7 +528,8 @@ class HFExport(Callback):
             self.best = state_dict.get("best")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
-        if due(trainer.fit_loop.total_batch_idx, self.every_n_rollouts):
+        ends = due(trainer.fit_loop.total_batch_idx, self.every_n_rollouts)
+        if ends and not is_rehearsal(trainer):
             self._export(trainer, pl_module, self.path)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -539,7 +540,9 @@ class HFExport(Callback):
         """Push, behind all that other callbacks have yet to write: it may take long, or fail."""
         if self.push_to_hub is None or is_rehearsal(trainer) or not trainer.is_global_zero:
             return
-        folder = Path(trainer.default_root_dir, self.path if self.best is None else self.best_path)
+        folder = Path(trainer.default_root_dir, self.best_path)
+        if self.best is None or not folder.is_dir():  # of a run that began in another folder
+            folder = Path(trainer.default_root_dir, self.path)
         done = trainer.fit_loop.total_batch_idx + 1
         if address := push(folder, self.push_to_hub, f"After {done} rollouts"):
             trainer.print(f"pushed    {folder} to {address}")

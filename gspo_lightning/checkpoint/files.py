@@ -72,7 +72,7 @@ def find_checkpoint(folder: str | Path, choice: str | None) -> Path | None:
                 "fresh start, or name the run with --trainer.default_root_dir"
             )
         return newest
-    path = _best(folder) if choice == "best" else Path(choice).expanduser().absolute()
+    path = _best(folder) if choice == "best" else Path(os.path.expanduser(choice)).absolute()
     if not os.path.exists(path):  # Path's own raises for a name that is too long
         raise ValueError(f"ckpt_path: no file {path}; use last, auto, best or an existing path")
     reason = damage(path)

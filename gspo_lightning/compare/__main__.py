@@ -137,7 +137,7 @@ def csv_lines(plan: Plan, records: dict[Arm, dict[str, Any]]) -> Iterator[dict[s
 def write_csv(path: Path, lines: Iterator[dict[str, Any]]) -> None:
     """Write the CSV; numbers as Python prints them, so that no digit is lost."""
     names = [*PLACE, "rollouts", *COLUMNS, *VALIDATED]
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)

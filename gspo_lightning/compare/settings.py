@@ -110,7 +110,7 @@ def train(what: str, words: list[str], log: Path) -> None:
     Raises:
         RuntimeError: If it fails, naming what and the log.
     """
-    with log.open("w") as out:
+    with log.open("w", encoding="utf-8") as out:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "gspo_lightning", *words]
         code = subprocess.call(command, stdout=out, stderr=out, env=environment)

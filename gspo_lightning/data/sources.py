@@ -4,6 +4,7 @@ Decides what is taken as data, which split of it is read, and the words that sta
 memory, in messages and in checkpoints, which never hold them.
 """
 
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, time, timedelta
@@ -120,7 +121,7 @@ def is_on_hub(path: str, split: str | None = None, name: str | None = None) -> b
     >>> is_on_hub("openai/gsm8k"), is_on_hub("prompts.jsonl"), is_on_hub("squad", split="train")
     (True, False, True)
     """
-    file = Path(find_data(path)).expanduser()
+    file = Path(os.path.expanduser(find_data(path)))
     if file.exists() or file.is_symlink() or file.suffix in SUFFIXES:
         return False
     if not HUB_NAME.fullmatch(path):

@@ -7,6 +7,7 @@ line. A column ``id``, where there is one, must tell the rows apart.
 import codecs
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ def read_rows(key: str, path: str, split: str | None = None, name: str | None = 
         ValueError: If the file is missing, empty, of another kind, or has a broken row; the message
             names key, file and line.
     """
-    file = Path(find_data(path)).expanduser()
+    file = Path(os.path.expanduser(find_data(path)))
     check_file(key, path)
     if split is not None and file.is_file():
         raise ValueError(f"{split_key(key)}: {path} is a file, it has no splits; leave it out")
@@ -65,7 +66,7 @@ def read_rows(key: str, path: str, split: str | None = None, name: str | None = 
 
 def check_file(key: str, path: str) -> None:
     """Raise ValueError, naming the setting ``key``, if there is nothing at ``path``."""
-    file = Path(find_data(path)).expanduser()
+    file = Path(os.path.expanduser(find_data(path)))
     if not file.exists():
         if file.is_symlink():
             raise ValueError(f"{key}: {path} is a link that leads nowhere; mend or replace it")

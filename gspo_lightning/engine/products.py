@@ -142,7 +142,7 @@ def onednn_is_faster() -> bool:
 def cpu_vendor() -> str:
     """The maker of the CPU as it says itself, such as ``AuthenticAMD``."""
     info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.is_file() else ""
+    text = info.read_text(encoding="utf-8") if info.is_file() else ""
     lines = [line for line in text.splitlines() if line.startswith("vendor_id")]
     return lines[0].partition(":")[2].strip() if lines else platform.processor()
 

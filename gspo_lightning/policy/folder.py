@@ -7,6 +7,7 @@ to transformers to check. ``key`` is always the setting that names the folder, f
 
 import json
 import math
+import os
 import re
 import socket
 import traceback
@@ -58,7 +59,7 @@ def check_model_path(key: str, path: str) -> None:
         raise ValueError(
             f"{key} is empty; give a folder that holds the model, or a name on the hub"
         )
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(
@@ -89,7 +90,7 @@ def check_model_folder(key: str, path: str, trust_remote_code: bool, weights: bo
         ValueError: If config or weights are missing or broken, naming key and file.
     """
     check_model_path(key, path)
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
         return None
     file = folder / "config.json"
@@ -223,7 +224,7 @@ def half_precision_of(path: Path) -> torch.dtype | None:
     Looks at the headers of safetensors files alone; None of other files and of a name on the hub.
     """
     found = set()
-    for file in sorted(path.expanduser().glob("*.safetensors")):
+    for file in sorted(Path(os.path.expanduser(path)).glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
     half = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -353,7 +354,7 @@ def check_hub(path: str) -> None:
 
     A name in the cache is left to the library.
     """
-    if Path(path).expanduser().is_dir() or not HUB_NAME.fullmatch(path):
+    if Path(os.path.expanduser(path)).is_dir() or not HUB_NAME.fullmatch(path):
         return
     if isinstance(try_to_load_from_cache(path, "config.json"), str):
         return
@@ -391,7 +392,7 @@ def read_tokenizer(path: str, **options: Any) -> Any:
         with silence():
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # tokenizers raises Exception itself
-        there = Path(path).expanduser().is_dir()
+        there = Path(os.path.expanduser(path)).is_dir()
         way_out = "save it again" if there else "go online, or give a folder that holds the model"
         raise ValueError(
             f"cannot load the tokenizer of {path}: {reason(error)}; {way_out}"

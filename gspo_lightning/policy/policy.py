@@ -6,6 +6,7 @@ checkpoint of a policy with adapters holds. Lightning owns the policy's device.
 
 import hashlib
 import inspect
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -260,7 +261,7 @@ def load_tokenizer(config: PolicyConfig) -> Any:
         ValueError: If there is no tokenizer, or it, the folder's config or weights are broken, or a
             stop string or stop id is none of this tokenizer.
     """
-    path, pretrained = Path(config.path).expanduser(), config.weights == "pretrained"
+    path, pretrained = Path(os.path.expanduser(config.path)), config.weights == "pretrained"
     trust = config.trust_remote_code
     folder.check_model_folder("policy.path", config.path, trust, pretrained)
     if path.is_dir() and not any(any(path.glob(name)) for name in TOKENIZER_FILES):

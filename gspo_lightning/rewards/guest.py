@@ -51,7 +51,7 @@ def _folder() -> str | None:
 
 def _umask() -> int | None:
     with suppress(OSError):  # to ask by os.umask would change it for other threads
-        with open("/proc/self/status") as status:
+        with open("/proc/self/status", encoding="utf-8") as status:
             found = re.search(r"(?m)^Umask:\s*(\d+)", status.read())
         return int(found[1], 8) if found else None
     return None

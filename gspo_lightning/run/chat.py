@@ -6,6 +6,8 @@ grows. Template, stop strings, temperature and length are those of the run's con
 
 import argparse
 import contextlib
+import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -23,7 +25,7 @@ from gspo_lightning.engine.rotary import fix_rotary
 from gspo_lightning.engine.texts import BROKEN, Continuation, Ends
 from gspo_lightning.policy import Chat, LoRAConfig, Policy, PolicyConfig, load_policy
 from gspo_lightning.policy.folder import read_tokenizer
-from gspo_lightning.policy.reads import overlength
+from gspo_lightning.policy.reads import overlength, positions
 from gspo_lightning.rollout import PromptBatch
 from gspo_lightning.run import ending, folder, one_line
 from gspo_lightning.run.terminal_log import begin_here, shown
@@ -32,6 +34,7 @@ from gspo_lightning.start.layout import RED, printable, styled
 from gspo_lightning.start.typed import program
 
 EXPORT = "export"
+LONGEST = 256  # tokens of an answer, where nothing else is said
 
 
 @dataclass
@@ -47,7 +50,7 @@ class Manner:
         system: System message.
         template: Of a prompt, with the name of a column in braces for what is typed.
         temperature: Divides the logits.
-        max_new_tokens: Longest answer, in tokens.
+        max_new_tokens: Longest answer, in tokens; ``None`` is 256, or what the model has room for.
         max_prompt_tokens: Longest prompt that the run was made for, in tokens.
     """
 
@@ -59,7 +62,7 @@ class Manner:
     system: str | None = None
     template: str | None = None
     temperature: float = 1.0
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     max_prompt_tokens: int = 512
 
 
@@ -115,9 +118,11 @@ def find(run: Path, weights: str | None) -> tuple[Manner, Path]:
     Raises:
         ValueError: If there are no such weights, with the way out.
     """
-    run = run.expanduser()
+    run = Path(os.path.expanduser(run))
     if not run.is_dir():
-        raise ValueError(f"{run} is no run folder: there is no such folder")
+        raise ValueError(
+            f"{run} is no run folder; a checkpoint is named by --weights, beside its run"
+        )
     if (run / "config.json").is_file() and weights is None:
         inside = (run.parent / folder.CONFIG).is_file()
         return manner(run.parent) if inside else Manner(), run
@@ -139,13 +144,16 @@ def find(run: Path, weights: str | None) -> tuple[Manner, Path]:
                 f"gspo_lightning.HFExport among trainer.callbacks; {way_out}"
             )
         return how, path
-    for path in (run / weights, Path(weights).expanduser()):
+    for path in (run / weights, Path(os.path.expanduser(weights))):
         if path.is_dir():
             return how, path
     try:
-        return how, find_checkpoint(run, weights)  # type: ignore[return-value]  # one was named
-    except ValueError as error:
-        raise ValueError(str(error).replace("ckpt_path", "--weights", 1)) from error
+        file = find_checkpoint(run, "last" if weights == "auto" else weights)
+    except ValueError as error:  # its way out is that of a training
+        said = str(error).partition("; ")[0].replace("ckpt_path", "--weights", 1)
+        raise ValueError(f"{said}; last, best, a checkpoint or a folder can be named") from error
+    assert file is not None  # one was named
+    return how, file
 
 
 def load(how: Manner, weights: Path) -> Policy:
@@ -160,6 +168,7 @@ def load(how: Manner, weights: Path) -> Policy:
             "both from the checkpoint and policy.path"
         )
     if weights.is_dir() and (weights / "config.json").is_file():
+        check_writes(weights)
         config = how.policy or PolicyConfig(str(weights))
         others: dict[str, Any] = {
             "revision": None,
@@ -178,8 +187,30 @@ def load(how: Manner, weights: Path) -> Policy:
         for name, value in found["state_dict"].items()
         if name.startswith("policy.")
     }
+    if not state:
+        raise ValueError(f"{weights} holds no policy: its run has trained another kind of model")
     policy.load_state_dict(state)
     return policy
+
+
+def check_writes(folder: Path) -> None:
+    """Raise ValueError for a model that judges texts; it would load as a writer, of noise."""
+    try:
+        kinds = json.loads((folder / "config.json").read_bytes()).get("architectures") or []
+    except (ValueError, AttributeError):
+        return  # who loads the model says so
+    judges = [str(kind) for kind in kinds if str(kind).endswith("Classification")]
+    if judges:
+        raise ValueError(f"{folder} holds a {judges[0]}, which judges texts and writes none")
+
+
+def move(policy: Policy, device: str) -> None:
+    """Move a policy to a device; a ValueError names one that is not there."""
+    try:
+        policy.to(device)
+    except (RuntimeError, AssertionError) as error:  # of torch, which has no other
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"--device {device}: {said}") from error
 
 
 class Aloud:
@@ -244,6 +275,8 @@ class Talk:
 
     def prompt_ids(self, said: str) -> list[int]:
         """The tokens from which the policy goes on."""
+        # bytes that are no text in this locale came as halves of characters
+        said = said.encode(errors="surrogateescape").decode(errors="replace")
         said = filled(self.how.template, said)
         if self.chat is None:
             return self.policy.tokenizer(said)["input_ids"]
@@ -251,7 +284,12 @@ class Talk:
         text = self.chat.prompt([*system, *self.messages, {"role": "user", "content": said}])
         return self.policy.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def answer(self, said: str, write: Callable[[str], Any]) -> bool:
+    def room(self, prompt_tokens: int) -> int:
+        """Tokens of the longest answer, where nobody has said how long one may be."""
+        most = positions(self.policy.model.config)
+        return LONGEST if most is None else max(1, min(LONGEST, most - prompt_tokens))
+
+    def answer(self, said: str, write: Callable[[str], Any]) -> int | None:
         """Answer, token by token; without a chat template what was said before does not count.
 
         Args:
@@ -259,14 +297,13 @@ class Talk:
             write: Is given the answer, piece by piece.
 
         Returns:
-            Whether the answer ended by itself, and was not cut at its longest.
+            The length in tokens at which the answer was cut; None if it ended by itself.
 
         Raises:
             ValueError: If the text is longer than the model reads.
         """
-        ids, longest = self.prompt_ids(said), self.how.max_new_tokens
-        if not ids:
-            raise ValueError("the prompt is empty")
+        ids = self.prompt_ids(said)
+        longest = self.how.max_new_tokens or self.room(len(ids))
         if trouble := overlength(self.policy.model.config, len(ids), longest):
             raise ValueError(
                 f"the conversation has {len(ids)} tokens; {trouble[0]}; an empty line starts a new "
@@ -295,7 +332,7 @@ class Talk:
                 ("assistant", samples.texts[0]),
             ]
             self.messages += [{"role": role, "content": text} for role, text in said_so_far]
-        return bool(samples.finished[0])
+        return None if samples.finished[0] else longest
 
 
 def filled(template: str | None, said: str) -> str:
@@ -348,11 +385,10 @@ def say_answer(talk: Talk, said: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    finished = talk.answer(said, write)
+    cut = talk.answer(said, write)
     print()
-    if not finished:
-        longest = talk.how.max_new_tokens
-        sys.stderr.write(f"[cut at {longest} tokens; --max-new-tokens raises that]\n")
+    if cut is not None:
+        sys.stderr.write(f"[cut at {cut} tokens; --max-new-tokens raises that]\n")
 
 
 def complain(text: str) -> None:
@@ -390,7 +426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_at_least(0, "--", temperature=how.temperature)
             check_at_least(1, "--", **{"max-new-tokens": how.max_new_tokens})
             policy = load(how, weights)
-            policy.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            move(policy, options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
             talk = Talk(policy, how, options.seed)
             if options.prompt is not None:
                 say_answer(talk, options.prompt)
@@ -401,7 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     reads = "the conversation goes on; an empty line starts a new one"
                 sys.stderr.write(
                     f"{shown(str(weights))}, temperature {how.temperature:g}, answers of at most "
-                    f"{how.max_new_tokens} tokens\n{reads}; Ctrl-D ends\n"
+                    f"{how.max_new_tokens or LONGEST} tokens\n{reads}; Ctrl-D ends\n"
                 )
             return converse(talk)
     except KeyboardInterrupt:

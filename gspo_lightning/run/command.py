@@ -374,7 +374,7 @@ class GSPOCLI(LightningCLI):
             end = f"is the end of the run; {longer} makes it longer, another run wants a "
             end += "folder of its own, --trainer.default_root_dir NEW"
             end = end if why is None else f"was ended {why}"
-            say(typed.worded(f"nothing to do: {self.checkpoint} {end}"))
+            say(typed.as_called(f"nothing to do: {self.checkpoint} {end}"))
             self.watch.refuse()  # the curves that Lightning has opened stay empty
         elif why is not None:
             done = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed

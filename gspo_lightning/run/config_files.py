@@ -4,6 +4,7 @@ Decides what a config file must be: UTF-8 text, one YAML mapping, plain values, 
 that a text which begins with ``#`` is a text.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from enum import Enum
@@ -46,8 +47,8 @@ def nested_nulls(args: Sequence[str]) -> list[str]:
 
 def check_config_file(path: str) -> None:
     """Raise ValueError, with line and way out, unless it is one YAML mapping of plain values."""
-    file = Path(path).expanduser()
-    if not file.exists():
+    file = Path(os.path.expanduser(path))
+    if not os.path.exists(file):  # Path's own raises for a name that is too long
         said = f"there is no file {path} (looked in {Path.cwd()})"
         if not path.endswith(".yaml"):
             said += f" and no config {path} in the package"

@@ -227,7 +227,7 @@ def remove_traces(root: Path, present: set[Path]) -> None:
 def settings_in(file: Path) -> dict[str, Any] | None:
     """The settings in a config, keys joined by dots; None if it cannot be read."""
     try:
-        tree = yaml.safe_load(file.read_text())
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     return flat(tree) if isinstance(tree, dict) else None

@@ -282,7 +282,7 @@ def _run(words: list[str], made: _Made) -> GSPOCLI:
                 raise
             # What a reward function raised is the program's; other causes are frames of ours.
             whole = isinstance(error, RewardError) or os.environ.get("GSPO_TRACEBACK") == "1"
-            raise ValueError(typed.worded(line)) from (error if whole else None)
+            raise ValueError(typed.as_called(line)) from (error if whole else None)
         if watch.signals.number == signal.SIGINT:
             raise KeyboardInterrupt
         if watch.signals.number is not None:

@@ -8,6 +8,7 @@ import argparse
 import io
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,7 +65,7 @@ def find(run: Path) -> Path:
     Raises:
         ValueError: If there is none, with the way out.
     """
-    run = run.expanduser()
+    run = Path(os.path.expanduser(run))
     if run.is_file():
         return run
     if not run.is_dir():

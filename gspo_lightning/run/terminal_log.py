@@ -20,6 +20,7 @@ from tqdm.contrib import DummyTqdmFile
 
 from gspo_lightning.start import layout
 from gspo_lightning.start.layout import printable
+from gspo_lightning.start.typed import as_called
 
 _SEQUENCES = re.compile(
     r"\x1b\[[0-9;?]*[A-Za-z]"  # colours and cursor movements
@@ -56,7 +57,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
     Without a ``stream`` they go to standard error: for what is no part of a result.
     """
     stream = stream or sys.stderr
-    tqdm.write(printable(shown(text), keep="\n"), file=stream)
+    tqdm.write(printable(shown(as_called(text)), keep="\n"), file=stream)
     stream.flush()  # who reads a pipe wants the line now
 
 

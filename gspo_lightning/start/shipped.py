@@ -75,8 +75,8 @@ def find_config(name: str) -> tuple[str, str | None]:
     """
     ours, known = _ours(name), _short(name) in config_list()
     for path in (name, f"{name}.yaml"):
-        if Path(path).expanduser().is_file():
-            both = known and not Path(path).expanduser().samefile(ours)
+        if os.path.isfile(os.path.expanduser(path)):  # Path's own raises for some names
+            both = known and not os.path.samefile(os.path.expanduser(path), ours)
             hidden = both and not name.endswith(".yaml")
             note = f"config {name}: the file {path} is taken, not the package's config of this name"
             return path, note if hidden else None
@@ -94,8 +94,9 @@ def _ours(name: str) -> Path:
 
 def near(name: str) -> str:
     """Which configs of the package somebody who wrote ``name`` may have meant."""
-    close = difflib.get_close_matches(_short(name), config_list(), n=3)
-    close += [other for other in config_list() if other.rpartition("/")[2] == _short(name)]
+    name = _short(name).lower()
+    close = difflib.get_close_matches(name, config_list(), n=3)
+    close += [other for other in config_list() if other.rpartition("/")[2] == name]
     meant = ", ".join(dict.fromkeys(close))
     return f"did you mean {meant}?" if meant else f"`{program()} configs` lists the package's"
 
@@ -154,5 +155,6 @@ def main(argv: list[str]) -> int:
     path = _ours(name)
     if _short(name) not in config_list():
         raise ValueError(f"the package has no config {name}; {near(name)}")
-    sys.stdout.write(path.read_text(encoding="utf-8"))
+    sys.stdout.flush()
+    sys.stdout.buffer.write(path.read_bytes())  # a copy, whatever a terminal can show
     return 0

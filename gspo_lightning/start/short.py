@@ -5,6 +5,7 @@ none. They are written out before the command line is parsed, so that a run's co
 keys alone. Imports the standard library alone.
 """
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -33,6 +34,9 @@ _CLASS = re.compile(r"(\w+\.)*[A-Z]\w*|\{.*|.*\.ya?ml", re.DOTALL)  # what Light
 def written_out(words: Sequence[str]) -> list[str]:
     """A command line, without the program's name, in which each short flag is its long key.
 
+    They stand at the end: a config behind a flag does not take it back, nor does a mapping around
+    its key, which is set in that mapping instead.
+
     Raises:
         ValueError: If a flag has no value, or stands beside another one of the same key.
 
@@ -42,6 +46,7 @@ def written_out(words: Sequence[str]) -> list[str]:
     ['fit', '--config', 'a.yaml', '--data.num_rollouts', '5']
     """
     found: list[str] = []
+    flags: list[str] = []
     rewards: list[str] = []
     given: dict[str, str] = {}  # flags by their keys
     rest = list(words)
@@ -62,17 +67,23 @@ def written_out(words: Sequence[str]) -> list[str]:
         elif key in given:
             raise ValueError(f"{name}: --{name} is given twice; leave one out")
         else:
-            found += [f"--{key}", value]
+            flags += [f"--{key}", value]
         given[key] = f"--{name}"
     if not given:
         return found
-    for word in words:
-        key = word.partition("=")[0].replace(".init_args", "").removeprefix("--")
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+        flag, equals, value = word.partition("=")
+        key = flag.replace(".init_args", "").removeprefix("--")
         key = "model.rewards" if key.startswith("model.rewards") else key.rstrip("+")
-        if word.startswith("--") and key in given and word.partition("=")[0] != given[key]:
-            raise ValueError(
-                f"{key}: {given[key]} and {word.partition('=')[0]} set the same key; leave one out"
-            )
+        if not word.startswith("--") or flag in given.values():
+            continue
+        value = value if equals else following
+        for other in given:
+            if key == other or (other.startswith(f"{key}.") and _holds(key, value, other)):
+                raise ValueError(
+                    f"{other}: {given[other]} and {flag} set the same key; leave one out"
+                )
+    found += flags
     if rewards:
         found.append(f"--model.rewards={json.dumps(_terms(rewards))}")
     if not any(w.partition("=")[0] in ("--config", "-c") for w in words):
@@ -83,7 +94,8 @@ def written_out(words: Sequence[str]) -> list[str]:
 def help_text() -> str:
     """What each short flag stands for, in one paragraph."""
     flags = ", ".join(f"--{name} is --{key} ({what})" for name, (key, what) in SHORT.items())
-    return f"Short flags: {flags}. A command with one of them and no --config has --config {BASE}."
+    alone = f"A command with one of them and no --config has --config {BASE}."
+    return f"Short flags win over every config: {flags}. {alone}"
 
 
 def _is_short(command: str, word: str, name: str, value: str) -> bool:
@@ -91,6 +103,14 @@ def _is_short(command: str, word: str, name: str, value: str) -> bool:
         return False
     # Lightning's own --data names the class of the data, or a file of its settings.
     return name != "data" or not _CLASS.fullmatch(value) or Path(value).is_dir()
+
+
+def _holds(key: str, value: str, inner: str) -> bool:
+    """Whether the value of a key sets a key inside of it: in a mapping, or as the whole policy."""
+    mapping = value.startswith("{")
+    last = inner.rpartition(".")[2]
+    told = re.search(rf"\b{last}['\"]?\s*:", value) is not None
+    return told if mapping else key == "model.policy" or value == "null"
 
 
 def _terms(paths: list[str]) -> dict[str, dict[str, str]]:

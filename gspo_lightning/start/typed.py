@@ -24,15 +24,17 @@ ADDRESS = {
 # The function of the package that a program has called in place of a command, if it is at work.
 _called: list[str] = []
 _KEYWORDS = {"--data.num_rollouts": "rollouts", "--ckpt_path": "ckpt_path"}  # of that function
-_WORDS = {  # of a command's messages, and what stands for them in a call of that function
-    r"leave --ckpt_path out": "leave ckpt_path out",
-    r"--ckpt_path (\w+) --data\.num_rollouts (\d+)": r'ckpt_path="\1", rollouts=\2',
-    r"--ckpt_path (\w+)": r'ckpt_path="\1"',
+_LENGTHS = ("--trainer.max_steps", "--trainer.max_epochs")  # which have none
+_CALLED = {  # what messages call the options of a command, and what they are in a call
+    r"--ckpt_path (last|auto|best)\b(?= --)": r'ckpt_path="\1",',
+    r"--ckpt_path (last|auto|best)\b": r'ckpt_path="\1"',
+    r"--ckpt_path\b": "ckpt_path",
     r"--data\.num_rollouts (\d+)": r"rollouts=\1",
-    r"--trainer\.default_root_dir ([\w./-]+)": r'run_folder="\1"',
-    r"--trainer\.default_root_dir": "run_folder",
-    r"--config ([\w./-]+)": r'config=[..., "\1"]',
-    r"--(accept_changes) true": r'settings={"\1": True}',
+    r"--trainer\.default_root_dir (NEW|[\w.-]*/[\w./-]+)": r'run_folder="\1"',
+    r"--trainer\.default_root_dir\b": "run_folder",
+    r"--config (?:configs/)?([\w/]*\w)(?:\.yaml)?": r'config=[..., "\1"]',
+    r"--accept_changes true": 'settings={"accept_changes": True}',
+    r"--([\w.]+) (\d+)\b": r'settings={"\1": \2}',
 }
 
 
@@ -69,14 +71,14 @@ def is_call() -> bool:
     return bool(_called)
 
 
-def worded(text: str) -> str:
-    """A command's message in the words of the function that a program has called, if it has.
+def as_called(text: str) -> str:
+    """A message in which a call's keywords stand for a command's options, if a call is at work.
 
     >>> with called("train"):
-    ...     worded("leave --ckpt_path out, or make it longer with --data.num_rollouts 6")
-    'leave ckpt_path out, or make it longer with rollouts=6'
+    ...     as_called("leave --ckpt_path out; go on with --ckpt_path last --data.num_rollouts 8")
+    'leave ckpt_path out; go on with ckpt_path="last", rollouts=8'
     """
-    for pattern, instead in _WORDS.items() if _called else ():
+    for pattern, instead in _CALLED.items() if _called else ():
         text = re.sub(pattern, instead, text)
     return text
 
@@ -111,7 +113,7 @@ def machines() -> str:
 def _words_of(process: int) -> list[str]:
     """The command line of a process; empty where the system does not tell."""
     try:
-        return Path(f"/proc/{process}/cmdline").read_text().rstrip("\0").split("\0")
+        return os.fsdecode(Path(f"/proc/{process}/cmdline").read_bytes()).rstrip("\0").split("\0")
     except OSError:
         return []
 
@@ -122,6 +124,9 @@ def again(arguments: list[str]) -> str:
         pairs = itertools.pairwise(arguments)
         given = {_KEYWORDS[key]: value for key, value in pairs if key in _KEYWORDS}
         written = [f"{k}={v if v.isdigit() else repr(v)}" for k, v in given.items()]
+        pairs = itertools.pairwise(arguments)
+        raised = {key.removeprefix("--"): int(value) for key, value in pairs if key in _LENGTHS}
+        written += [f"settings={raised}"] if raised else []
         return f"{_called[-1]}({', '.join(['...', *written])})"
     threads = os.environ.get("OMP_NUM_THREADS")  # another number adds in another order
     first = "" if threads is None else f"OMP_NUM_THREADS={threads} "

@@ -1,7 +1,9 @@
+import ast
 import inspect
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import huggingface_hub
@@ -9,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gspo_lightning import CurvePlot, Evaluation, GroupSampler, HFExport
-from gspo_lightning.callbacks.card import sample_as_trained
+from gspo_lightning.callbacks.card import card, sample_as_trained
 from support.rollout_dummies import fit
 from support.tiny_run import PromptData, make_module, make_trainer, write_prompts
 
@@ -54,6 +56,24 @@ def test_the_card_says_what_was_trained_how_it_did_and_how_to_load_it(export):
     assert "    torch: " in text
     assert "![Curves of the training](curves.png)" in text
     assert (folder / "curves.png").read_bytes() == (folder.parent / "curves.png").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a\n# b", "<b>`|*", "---: - {x", "```", "q'\"\\"])
+def test_no_name_of_a_folder_is_markup_or_breaks_the_card(export, tmp_path, name):
+    _, module, callback = export
+    trainer = SimpleNamespace(
+        default_root_dir=tmp_path / name,
+        datamodule=SimpleNamespace(),
+        fit_loop=SimpleNamespace(total_batch_idx=0),
+    )
+    text = card(trainer, module, "export", callback.held_out, False, tmp_path)
+    assert huggingface_hub.ModelCard(text).data.model_name == f"{name}/export"
+    heads = [line for line in text.splitlines() if line.startswith("#")]
+    assert len(heads) == 5 and heads[0].startswith("# `") and heads[0].count("`") == 2
+    code = text.partition("```python\n")[2].partition("```")[0]
+    assert (
+        ast.literal_eval(code.partition("pretrained(")[2].partition(")\n")[0]) == f"{name}/export"
+    )
 
 
 def test_the_card_tells_nothing_of_this_machine(export):
@@ -145,6 +165,13 @@ def test_with_a_monitor_the_best_one_is_pushed(tmp_path, hub):
     export = HFExport(push_to_hub="me/mine", monitor="val/reward")
     fit(tmp_path, [export], num_rollouts=3)
     assert hub.calls[-1][1]["folder_path"] == tmp_path / "export_best"
+
+
+def test_a_best_one_that_lies_in_another_folder_is_not_pushed(tmp_path, hub):
+    export = HFExport(push_to_hub="me/mine", monitor="val/reward")
+    export.load_state_dict({"monitor": "val/reward", "best": 99.0})  # never reached here
+    fit(tmp_path, [export], num_rollouts=3)
+    assert hub.calls[-1][1]["folder_path"] == tmp_path / "export"
 
 
 def test_a_push_that_fails_is_said_and_loses_nothing(tmp_path, hub, monkeypatch):

@@ -1,17 +1,32 @@
+import contextlib
+import csv
+import io
+import json
 import re
 
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from gspo_lightning import CriticConfig, Evaluation, ReferencePolicy
+from gspo_lightning import (
+    CriticConfig,
+    CurvePlot,
+    Evaluation,
+    ReferencePolicy,
+    RolloutCheckpoint,
+    SampleTable,
+)
+from gspo_lightning.callbacks.report import draw_curves
 from gspo_lightning.checkpoint.tables import _cut_rows
 from gspo_lightning.curves import PICTURE, TABLE, curve
 from gspo_lightning.curves.table import FIRST_SCREEN, LAYOUT, description
 from gspo_lightning.guards.ignored import figures_of
 from gspo_lightning.metrics import CURVES
+from gspo_lightning.run.progress import RolloutProgress
 from gspo_lightning.supervised import RewardModelModule, SFTModule
 from support.curves_page import PAGE, written
 from support.rollout_dummies import events
+from support.run_folder import scalars
 from support.tiny_run import PromptData, make_module, make_trainer, write_prompts
 
 
@@ -31,7 +46,10 @@ def read(folder):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, model_dir):
-    """Two rollouts and their validations, with a TensorBoard, one with a prefix, and a table."""
+    """Two rollouts and their validations, with a TensorBoard, one with a prefix, and a table.
+
+    Whatever counts rollouts is there, too; what the terminal shows is in `lines`.
+    """
     folder = tmp_path_factory.mktemp("run")
     loggers = [
         TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
@@ -45,9 +63,17 @@ def run(tmp_path_factory, model_dir):
     )
     file = str(write_prompts(folder / "prompts.jsonl"))
     data = PromptData(file, prompts_per_rollout=4, num_rollouts=2, val_path=file)
+    kept = [RolloutCheckpoint(1, keep_last=2), SampleTable(num_samples=16), CurvePlot()]
     options = {"logger": loggers, "num_sanity_val_steps": -1, "val_check_interval": 1}
+    options |= {
+        "callbacks": [*kept, RolloutProgress()],
+        "enable_progress_bar": True,
+        "enable_checkpointing": True,
+    }
     trainer = make_trainer(folder, **options)
-    trainer.fit(module, data)
+    with contextlib.redirect_stdout(io.StringIO()) as lines:
+        trainer.fit(module, data)
+    (folder / "lines").write_text(lines.getvalue())
     return folder, figures_of(module)
 
 
@@ -83,6 +109,28 @@ def test_rollouts_count_from_1_and_the_evaluation_before_them_stands_at_0(run):
     assert [row["step"] for row in steps if row["train/reward"]] == ["1", "2"]
     assert [row["step"] for row in steps if row["val/reward"]] == ["0", "1", "2"]
     assert not any(name[0].isdigit() for name in rows[0].split(","))  # TensorBoard's alone
+
+
+def test_a_rollout_has_the_same_number_everywhere(run):
+    curves = {name: dict(points) for name, points in scalars(run[0]).items()}
+    with (run[0] / "rows/metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    samples = [json.loads(line) for line in (run[0] / "samples.jsonl").read_text().splitlines()]
+    lines = (run[0] / "lines").read_text()
+    for number, reward in curves["train/reward"].items():
+        of_it = [row["reward"] for row in samples if row["rollout"] == number]
+        assert sum(of_it) / 16 == pytest.approx(reward, abs=1e-6)
+        table = {k: v for row in rows if row["step"] == str(number) for k, v in row.items() if v}
+        assert float(table["train/reward"]) == pytest.approx(reward)
+        assert f"rollout {number}/2  reward {reward:6.3f}" in lines
+        greedy = curves["val/accuracy_greedy"][number]
+        assert float(table["val/accuracy_greedy"]) == pytest.approx(greedy)
+        assert f"validation after {number} rollouts: greedy {greedy:.3f}" in lines
+        file = run[0] / f"checkpoints/rollout={number:06d}.ckpt"
+        points = torch.load(file, weights_only=True)["callbacks"]["CurvePlot"]["points"]
+        drawn = draw_curves({"train/reward": points["train/reward"]}, None, False).axes[0].lines[0]
+        x, y = drawn.get_data()
+        assert (x[-1], y[-1]) == (number, pytest.approx(reward))
 
 
 def test_every_tag_of_a_run_has_its_description_once(run):

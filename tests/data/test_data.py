@@ -311,3 +311,15 @@ def test_a_demonstration_without_completion_is_named(tmp_path, tokenizer):
     path = write(tmp_path / "d.jsonl", [{"prompt": "1="}])
     with pytest.raises(ValueError, match="row 1 has no column 'completion'"):
         attach(SFTData(path), tokenizer).setup("fit")
+
+
+def test_prompts_tokenised_together_are_those_tokenised_alone(monkeypatch, tokenizer):
+    monkeypatch.setattr("gspo_lightning.data.prompts.AT_ONCE", 3)  # the last batch is a part
+    texts = ["1+2=", "3=", "1" * 40, "7+9+4=", "5", "1+2=", "22=", "0+0="]
+    data = PromptData(texts, max_prompt_tokens=20, overlong_prompts="drop", prompts_per_rollout=1)
+    attach(data, tokenizer)
+    kept = [text for text in texts if len(text) < 40]
+    data.setup("fit")
+    found = data.examples["path"]
+    assert [ids for ids, _ in found] == [tokenizer(text)["input_ids"] for text in kept]
+    assert [row["prompt"] for _, row in found] == kept and data.dropped["path"] == 1

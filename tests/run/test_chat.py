@@ -109,6 +109,23 @@ def test_a_conversation_that_the_model_cannot_read_is_refused(policy):
         talk.answer("7+9=", print)
 
 
+def test_an_answer_of_no_given_length_ends_where_the_model_does(policy, monkeypatch):
+    monkeypatch.setattr(policy.model.config, "max_position_embeddings", 9)
+    talk = Talk(policy, Manner(temperature=0.0))
+    ids = talk.prompt_ids("1=")
+    assert talk.answer("1=", print) in (None, 9 - len(ids))
+    assert talk.room(100) == 1  # which is told to be too long
+    monkeypatch.setattr(policy.model.config, "max_position_embeddings", 4096)
+    assert talk.room(100) == 256
+
+
+def test_bytes_that_are_no_text_are_read_as_far_as_they_are(policy):
+    talk = Talk(policy, Manner(temperature=0.0))
+    escaped = "é=".encode().decode("ascii", "surrogateescape")
+    assert talk.prompt_ids(escaped) == talk.prompt_ids("é=")
+    assert talk.prompt_ids("1=\udcff") == talk.prompt_ids("1=\ufffd")
+
+
 # ---- which weights, in which manner --------------------------------------------------------------
 
 
@@ -166,6 +183,11 @@ def test_weights_come_from_the_export_a_checkpoint_or_a_folder(run, model_dir):
         (["run"], "no export", "--weights last takes the newest checkpoint, rollout=000001.ckpt"),
         (["run"], "nothing", "wait for its first checkpoint"),
         (["run"], "adapters", "run/export holds adapters alone"),
+        (["run", "--weights", "auto"], "nothing", "no checkpoint in run/checkpoints; last, best, "),
+        (["run", "--weights", "last"], "no export", "rollout=000001.ckpt holds no policy"),
+        (["run", "--device", "cuda:77"], None, "--device cuda:77: "),
+        (["run", "--device", "abacus"], None, "--device abacus: "),
+        (["run"], "judge", "run/export holds a BertForSequenceClassification, which judges"),
         (["run"], "damaged", "config.yaml is no config of a run with a policy"),
     ],
 )
@@ -175,7 +197,12 @@ def test_what_cannot_speak_is_refused_in_one_line(run, monkeypatch, capsys, word
     if prepare in ("no export", "nothing"):
         shutil.rmtree(run / "export")
     if prepare == "no export":
-        AtomicCheckpointIO().save_checkpoint({}, run / "checkpoints/rollout=000001.ckpt")
+        file = run / "checkpoints/rollout=000001.ckpt"
+        AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, file)
+    if prepare == "judge":
+        (run / "export/config.json").write_text(
+            '{"architectures":["BertForSequenceClassification"]}'
+        )
     if prepare == "adapters":
         (run / "export/adapter_config.json").touch()
     if prepare == "damaged":

@@ -100,6 +100,10 @@ def test_what_a_program_has_in_its_hands_goes_on_exactly_or_is_refused(here, mod
     with pytest.raises(ValueError, match=r"data.path has other content"):
         start(3, "cut", prompts=[*PROMPTS[:-1], "3="], **again)
     cut = start(3, "cut", **again)
+    capsys.readouterr()
+    start(3, "cut", **again)
+    done = capsys.readouterr().err
+    assert "run; rollouts=6 makes it longer" in done and 'its own, run_folder="NEW"' in done
     one, other = weights(whole.checkpoint), weights(cut.checkpoint)
     assert all(torch.equal(one[name], other[name]) for name in one | other)
     config = yaml.safe_load((cut.folder / "config.yaml").read_text())
@@ -140,11 +144,7 @@ def test_what_a_program_has_in_its_hands_goes_on_exactly_or_is_refused(here, mod
         ({"prompts": 3}, ValueError, "data.path: expected a file, .* got int"),
         ({"reward": [digits, 3]}, ValueError, "model.rewards: expected RewardTerm .*, got int"),
         ({"reward": "no.such"}, ValueError, "model.rewards.fn: there is no module no"),
-        (
-            {"ckpt_path": "last"},
-            ValueError,
-            "no checkpoint in .*; leave ckpt_path out for a fresh start, .* with run_folder$",
-        ),
+        ({"ckpt_path": "last"}, ValueError, "no checkpoint.*; leave ckpt_path out .* run_folder$"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_leaves_nothing(here, model_dir, given, error, line):

@@ -12,11 +12,11 @@ from support.reward_functions import digits
 from support.tiny_run import write_prompts
 
 
-def test_flags_become_long_keys_in_their_place():
+def test_flags_become_long_keys_which_no_config_behind_them_takes_back():
     words = ["fit", "--policy", "p", "--data=d.jsonl", "--config", "a", "--seed", "3"]
     assert written_out(words) == [
-        *("fit", "--model.policy.path", "p", "--data.path", "d.jsonl"),
-        *("--config", "a", "--seed_everything", "3"),
+        *("fit", "--config", "a", "--model.policy.path", "p", "--data.path", "d.jsonl"),
+        *("--seed_everything", "3"),
     ]
     same = ["fit", "--config", "a.yaml", "--data.path", "x", "--model.kl_coef=0.1"]
     assert written_out(same) == same and written_out(["fit", "--help"]) == ["fit", "--help"]
@@ -63,12 +63,22 @@ def test_the_doctor_keeps_its_own_option():
         ("--seed 3 --seed=4", "seed: --seed is given twice"),
         ("--data x --data.init_args.path y", "data.path: --data and --data.init_args.path set"),
         ("--policy x --model.policy.path=y", "--policy and --model.policy.path set the same key"),
+        ("--policy x --model.policy y", "model.policy.path: --policy and --model.policy set the"),
+        ("--policy x --model.policy={path:y}", "--policy and --model.policy set the same key"),
+        ("--learning_rate 1 --model.optimizer=null", "--learning_rate and --model.optimizer set"),
+        ("--seed 1 --run_folder x --trainer {'default_root_dir':y}", "--run_folder and --trainer"),
         ("--reward a.b --model.rewards.c.weight 2", "--reward and --model.rewards.c.weight set"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(words, line):
     with pytest.raises(ValueError, match=line):
         written_out(["fit", *words.split()])
+
+
+def test_a_mapping_around_the_key_of_a_flag_leaves_it_alone():
+    words = ["--learning_rate", "1", "--model.optimizer", "{weight_decay: 0.5}"]
+    optimizer = instantiated("--config", "arithmetic", *words).model.optimizer_config
+    assert (optimizer.learning_rate, optimizer.weight_decay) == (1.0, 0.5)
 
 
 def test_a_command_of_short_flags_needs_no_config(tmp_path, monkeypatch, model_dir, capsys):

@@ -591,10 +591,10 @@ def test_faults_in_a_row_end_a_run_with_reason_dump_and_last_checkpoint(
     assert len(warned) == 2 and "(2 in a row; the run stops at 3)" in warned[1]
     error, go_on = err.splitlines()[-2:]
     assert error.startswith(
-        "error: rollout 2, optimizer step 1: gradient not finite, the last of 3"
+        "error: rollout 3, optimizer step 1: gradient not finite, the last of 3"
     )
     dump = error.rpartition(" ")[2]
-    assert dump == "run/faults/rollout=000002-step=001-rank0.pt"
+    assert dump == "run/faults/rollout=000003-step=001-rank0.pt"
     assert go_on.startswith("last checkpoint run/checkpoints/rollout=000002.ckpt; continue with: ")
     code, out, _ = run(capsys, f"replay {dump}")
     assert code == 1 and "recorded: gradient not finite" in out  # a callback is not in the dump
@@ -608,7 +608,7 @@ def test_broken_weights_end_a_run_in_one_line_because_nothing_can_be_drawn(
     code, _, err = run(capsys, "fit --config broken.yaml")
     assert code == 1 and "Traceback" not in err
     error, go_on = err.splitlines()[-2:]
-    assert error.startswith("error: rollout 1: the policy's logits are not finite")
+    assert error.startswith("error: rollout 2: the policy's logits are not finite")
     assert error.endswith("no completion can be drawn")
     assert go_on.startswith("last checkpoint run/checkpoints/rollout=000001.ckpt; continue with: ")
 

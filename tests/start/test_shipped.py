@@ -1,5 +1,6 @@
 """Configs by name, and the data of the package."""
 
+import io
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,10 @@ def test_a_config_is_found_by_its_name_in_any_folder(name):
     assert shipped.find_config(name) == (SHIPPED, None)
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "task/gsm8k.yaml", "task", "../configs/base", "", "/"])
+@pytest.mark.parametrize(
+    "name",
+    ["gsm8k", "task/gsm8k.yaml", "task", "../configs/base", "", "/", "~nobody/x", "long" * 99],
+)
 def test_what_is_no_name_of_a_config_stays_a_path(name):
     assert shipped.find_config(name) == (name, None)
 
@@ -73,6 +77,9 @@ def test_configs_lists_each_with_its_first_sentence_and_prints_one(capsys):
         ("sing", "unknown command `sing`; there are fit, validate, test, predict, "),
         ("fit arithmetic", "unexpected argument `arithmetic`, did you mean `--config arithmetic`?"),
         ("fit --config kl/off", "kl/off goes on top of a whole config: --config base --config kl"),
+        ("fit --config ~nobody/x", "config: there is no file ~nobody/x (looked in "),
+        (f"fit --config {'long' * 99}", "config: there is no file longlong"),
+        ("fit --config TASK/GSM8K", "no config TASK/GSM8K in the package; did you mean task/gsm8k"),
         ("fit --config aritmetic", "no config aritmetic in the package; did you mean arithmetic, "),
     ],
 )
@@ -87,3 +94,10 @@ def test_an_overlay_alone_is_told_what_goes_below_it(name):
     with pytest.raises(ValueError, match=f"{name} goes on top .*: --config base --config {name}$"):
         shipped.with_paths(["fit", "--config", name])
     shipped.with_paths(["fit", "--config", name, "--model", "gspo_lightning.GSPOModule"])
+
+
+def test_a_copy_of_a_config_has_its_bytes_on_a_terminal_of_ascii(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    assert train.main(["configs", "task/reasoning"]) == 0
+    assert out.buffer.getvalue() == (shipped.CONFIGS / "task/reasoning.yaml").read_bytes()

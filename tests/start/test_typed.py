@@ -81,3 +81,11 @@ def test_a_command_is_repeated_with_its_number_of_threads(monkeypatch):
     )
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert typed.again(["fit"]) == "gspo fit"
+
+
+def test_a_call_is_repeated_with_its_keywords_and_a_length_without_one_among_the_settings():
+    words = ["fit", "--config", "a.yaml", "--trainer.max_steps", "8", "--ckpt_path", "last"]
+    with typed.called("train"):
+        assert typed.again(words) == (
+            "train(..., ckpt_path='last', settings={'trainer.max_steps': 8})"
+        )
