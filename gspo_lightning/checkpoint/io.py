@@ -93,8 +93,8 @@ class AtomicCheckpointIO(CheckpointIO):
         if reason is not None:
             raise ValueError(f"ckpt_path: {path} {reason}")
         # mapped: a rank that wants its part of a tensor reads no other
-        options: dict[str, Any] = {"weights_only": True, "mmap": not whole}
-        found = torch.load(path, map_location=map_location or "cpu", **options)
+        place: Any = map_location or "cpu"
+        found = torch.load(path, map_location=place, weights_only=True, mmap=not whole)
         return join(found, Path(path).parent, whole) if KEY in found else found
 
     def remove_checkpoint(self, path: str | Path) -> None:

@@ -446,6 +446,7 @@ def planned(**changes):
     module.sampler = SimpleNamespace(group_size=8, max_new_tokens=40, batch_size=None)
     module.num_minibatches = 4
     module.reference = SimpleNamespace(device="cuda:1")
+    module.frozen = SimpleNamespace(model_to_cut=None)
     config = LlamaConfig(
         vocab_size=32,
         hidden_size=64,

@@ -140,10 +140,12 @@ def test_no_file_runs_what_it_reads(path):
         ) or (
             path.stem == "time_limit"  # a message between two processes of one run
         ), name
-        assert not name.endswith(("load_dataset", "torch.hub.load")), name
+        assert not name.endswith("torch.hub.load"), name
         assert not name.endswith("SourceFileLoader") or runs_programs, name
         given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         assert given.get("shell", "False") == "False", name
+        if name.endswith("load_dataset"):  # without that word, versions that know scripts run none
+            assert not given.keys() & {"trust_remote_code", None}, name
         if name == "torch.load":
             assert given.get("weights_only") == "True", f"{path.name}:{call.lineno}"
         if re.match(r"Auto\w+\.from_(pretrained|config)$|auto\.from_", name):
@@ -182,7 +184,7 @@ class Cells(HTMLParser):
 def test_tensorboard_shows_a_completion_as_it_stands(text):
     sample = {"prompt": text, "completion": text, "reward": 1.0, "parts": {text: 1.0}}
     sample |= {"advantage": 0.0, "length": 3, "truncated": False, "ratio": 1.0}
-    found = Cells(markdown_to_safe_html(markdown_table([sample, sample])))
+    found = Cells(markdown_to_safe_html(markdown_table([sample | {"group": g} for g in (0, 1)])))
     assert found.tags == {"table", "thead", "tbody", "tr", "th", "td"}
     columns = 8
     assert len(found.texts) == 3 * columns  # heads and two rows, nothing has broken out of a cell

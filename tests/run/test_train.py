@@ -141,7 +141,7 @@ def test_a_wrong_key_in_an_overlay_is_one_line_that_names_the_right_one(capsys, 
         ("fit DUMMY --model support.dummies.SetupFails", "reference.device: cuda:1 is not there"),
         ("fit DUMMY --trainer.accelerator cuda", "trainer.accelerator: `CUDAAccelerator` can not"),
         ("fit DUMMY --trainer.val_check_interval 7", "`val_check_interval` (7) must be"),
-        ("fit DUMMY --trainer.strategy fsdp", "trainer.strategy fsdp: the policy must fit"),
+        ("fit DUMMY --trainer.strategy fsdp", "trainer.strategy fsdp: a policy that is too large"),
         ("fit DUMMY --trainer.strategy FSDPStrategy", "trainer.strategy"),
         (
             "fit DUMMY --trainer.strategy deepspeed_stage_2",

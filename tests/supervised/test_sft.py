@@ -44,7 +44,7 @@ def batch(module, demos):
 def batch_of(module, path):
     """All demonstrations in one batch, as training sees them."""
     data = SFTData(path, val_path=path, batch_size=len(DEMOS))
-    data.trainer = type("Stub", (), {"lightning_module": module})
+    data.trainer = type("Stub", (), {"lightning_module": module, "world_size": 1})
     data.setup("validate")
     return next(iter(data.val_dataloader()))
 
