@@ -116,6 +116,7 @@ def module_loss(model, batch):
         global_rank=0,
         callbacks=[],
         datamodule=None,
+        strategy=None,
         enable_autolog_hparams=False,
     )
     model.configure_model()

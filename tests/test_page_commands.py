@@ -105,6 +105,7 @@ def folder(tmp_path_factory):
 def inside(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # another test's
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
 
 

@@ -4,6 +4,7 @@ Decides which norms take it: those that compute the same. There a norm written o
 kernels, and a model has up to four of them a layer. Off a card nothing changes, bit for bit.
 """
 
+import inspect
 from functools import cache
 from typing import Any
 
@@ -29,6 +30,8 @@ def _epsilon(module: nn.Module) -> float | None:
         return None
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 1 or len(list(module.parameters())) != 1:
+        return None
+    if len(inspect.signature(module.forward).parameters) != 1:  # it may take a gate, too
         return None
     found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     return found if isinstance(found, float) else None

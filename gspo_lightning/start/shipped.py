@@ -156,5 +156,8 @@ def main(argv: list[str]) -> int:
     if _short(name) not in config_list():
         raise ValueError(f"the package has no config {name}; {near(name)}")
     sys.stdout.flush()
-    sys.stdout.buffer.write(path.read_bytes())  # a copy, whatever a terminal can show
+    if hasattr(sys.stdout, "buffer"):  # not in a notebook
+        sys.stdout.buffer.write(path.read_bytes())  # a copy, whatever a terminal can show
+    else:
+        print(path.read_text(encoding="utf-8"), end="")
     return 0

@@ -25,7 +25,7 @@ def test_the_run_makes_all_that_a_run_can_leave(monkeypatch, tmp_path, capsys):
     left = set()
 
     def in_this_process(arguments, threads):
-        assert command.main(arguments[1:]) == 0
+        assert command.main(arguments[2:]) == 0
         left.update(path.name for path in tmp_path.glob("*/run/**/*"))
 
     monkeypatch.setattr(memory, "output_of", in_this_process)

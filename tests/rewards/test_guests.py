@@ -443,9 +443,13 @@ def swallows(rows, texts):
 @pytest.mark.parametrize("fn", [interrupted, swallows])
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
 def test_the_users_ctrl_c_is_no_error_of_a_function(fn, on_error):
-    with pytest.raises(KeyboardInterrupt):
-        scored(fn, on_error=on_error)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a new process
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            scored(fn, on_error=on_error)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_child_that_it_forks_never_comes_back():
