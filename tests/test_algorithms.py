@@ -117,6 +117,7 @@ def module_loss(model, batch):
         callbacks=[],
         datamodule=None,
         strategy=None,
+        loggers=[],
         enable_autolog_hparams=False,
     )
     model.configure_model()
