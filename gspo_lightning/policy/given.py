@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModel, PreTrainedModel
 
-from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.texts import ends_of
 from gspo_lightning.policy import folder
-from gspo_lightning.policy.policy import DTYPES, PolicyConfig, load_tokenizer
+from gspo_lightning.policy.policy import DTYPES, PolicyConfig, load_tokenizer, opened
 
 if TYPE_CHECKING:  # on the command line a policy is its config, and a tokenizer a path
     GivenPolicy = PolicyConfig | str | Path | PreTrainedModel
@@ -34,8 +33,7 @@ class LoadedPolicy(PolicyConfig):
 
     def own(self, as_stored: bool = False) -> Any:
         """The model itself."""
-        open_attention(self.model)
-        return self.model
+        return opened(self.model)
 
     def load(
         self,
@@ -49,8 +47,7 @@ class LoadedPolicy(PolicyConfig):
         if path is not None:
             return super().load(key, auto, path, dtype, as_stored)
         model = deepcopy(self.model.base_model if auto is AutoModel else self.model)
-        open_attention(model)
-        return model.to(DTYPES[dtype or self.dtype])
+        return opened(model).to(DTYPES[dtype or self.dtype])
 
     def model_config(self) -> Any:
         """The model's own."""

@@ -127,9 +127,7 @@ class PolicyConfig:
         if as_stored and self.lora is None and options["dtype"] is torch.float32:
             options["dtype"] = folder.half_precision_of(Path(path or self.path)) or torch.float32
         model = folder.load_weights(key, auto, path or self.path, **options)
-        open_attention(model)
-        fuse_norms(model)
-        return model
+        return opened(model)
 
 
 class Policy(nn.Module):
@@ -316,6 +314,11 @@ def _random_model(config: PolicyConfig) -> Any:
             model.generation_config = GenerationConfig.from_pretrained(config.path)
     except Exception as error:  # whatever a model's code raises for sizes that do not fit
         raise folder.unloadable("policy.path", config.path, error) from error
+    return opened(model)
+
+
+def opened(model: Any) -> Any:
+    """The model, its attention open to ours and its norms in one kernel where a card has one."""
     open_attention(model)
     fuse_norms(model)
     return model

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gspo_lightning import CriticConfig, GSPOModule, PromptData, ReferencePolicy, RewardTerm
+from gspo_lightning.engine.norms import Fused
 from gspo_lightning.policy.policy import fingerprint
 from support.reward_functions import digits
 from support.tiny_run import make_module, make_trainer, write_prompts
@@ -36,6 +37,8 @@ def test_a_path_and_a_loaded_model_train_to_the_same_bits(tmp_path, model_dir, m
     for module in modules:
         fit(tmp_path, module)
     by_path, loaded = modules
+    fused = [sum(isinstance(p, Fused) for p in m.policy.model.modules()) for m in modules]
+    assert fused[0] == fused[1] > 0  # what a card runs in one kernel
     assert loaded.policy.model is model and fingerprint(model) != start  # it is trained in place
     assert loaded.reference.fingerprint == by_path.reference.fingerprint == start  # a copy
     pairs = zip(by_path.state_dict().items(), loaded.state_dict().items(), strict=True)
