@@ -21,6 +21,7 @@ import yaml
 
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint.files import find_checkpoint, list_checkpoints
+from gspo_lightning.checkpoint.io import AtomicCheckpointIO
 from gspo_lightning.engine.rotary import fix_rotary
 from gspo_lightning.engine.texts import BROKEN, Continuation, Ends
 from gspo_lightning.policy import Chat, LoRAConfig, Policy, PolicyConfig, load_policy
@@ -181,7 +182,7 @@ def load(how: Manner, weights: Path) -> Policy:
         raise ValueError(f"{weights} is neither an exported model nor a checkpoint in one file")
     tokenizer = how.tokenizer and read_tokenizer(how.tokenizer, padding_side="left")
     policy = load_policy(how.policy, tokenizer)
-    found = torch.load(weights, map_location="cpu", mmap=True, weights_only=True)
+    found = AtomicCheckpointIO().load_checkpoint(weights)  # sealed, and put together from parts
     state = {
         name.removeprefix("policy."): value
         for name, value in found["state_dict"].items()

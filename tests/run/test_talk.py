@@ -188,6 +188,7 @@ def test_weights_come_from_the_export_a_checkpoint_or_a_folder(run, model_dir):
         (["run", "--device", "cuda:77"], None, "--device cuda:77: "),
         (["run", "--device", "abacus"], None, "--device abacus: "),
         (["run"], "judge", "run/export holds a BertForSequenceClassification, which judges"),
+        (["run", "--weights", "last"], "bits", "rollout=000001.ckpt "),
         (["run"], "damaged", "config.yaml is no config of a run with a policy"),
     ],
 )
@@ -199,6 +200,14 @@ def test_what_cannot_speak_is_refused_in_one_line(run, monkeypatch, capsys, word
     if prepare == "no export":
         file = run / "checkpoints/rollout=000001.ckpt"
         AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, file)
+    if prepare == "bits":
+        file = run / "checkpoints/rollout=000001.ckpt"
+        policy = load_policy(PolicyConfig(str(run / "export")))
+        state = {f"policy.{name}": value for name, value in policy.state_dict().items()}
+        AtomicCheckpointIO().save_checkpoint({"state_dict": state}, file)
+        bits = bytearray(file.read_bytes())
+        bits[len(bits) // 2] ^= 1
+        file.write_bytes(bits)
     if prepare == "judge":
         (run / "export/config.json").write_text(
             '{"architectures":["BertForSequenceClassification"]}'
