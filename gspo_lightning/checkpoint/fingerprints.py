@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 # Settings that may change at will. Paths: what they lead to has a fingerprint of its own, or comes
@@ -181,3 +182,16 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     template = getattr(tokenizer, "chat_template", None)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return digest(json.dumps(part, sort_keys=True) for part in (state, special, template))
+
+
+def sources(package: Path) -> dict[str, Path]:
+    """The files of a package's source by their names."""
+    return {str(file.relative_to(package.parent)): file for file in sorted(package.rglob("*.py"))}
+
+
+def source_digest(files: Mapping[str, Path]) -> str:
+    """A short hash of files, see :func:`sources`."""
+    total = hashlib.sha256()
+    for name, file in files.items():
+        total.update(name.encode() + file.read_bytes())
+    return total.hexdigest()[:16]

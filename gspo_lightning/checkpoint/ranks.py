@@ -20,7 +20,13 @@ from typing import Any
 import torch.distributed as dist
 
 import gspo_lightning
-from gspo_lightning.checkpoint.fingerprints import digest, flat, tokenizer_fingerprint
+from gspo_lightning.checkpoint.fingerprints import (
+    digest,
+    flat,
+    source_digest,
+    sources,
+    tokenizer_fingerprint,
+)
 from gspo_lightning.checkpoint.io import mark_of
 
 # Settings in which machines may differ: where files lie (their content is compared), devices, and
@@ -153,6 +159,4 @@ def code_of(function: Any) -> str | None:
 
 @cache
 def _code() -> str:
-    package = Path(gspo_lightning.__path__[0])
-    files = sorted(package.rglob("*.py"))
-    return digest(f"{file.relative_to(package)}\0{file.read_text()}" for file in files)
+    return source_digest(sources(Path(gspo_lightning.__path__[0])))

@@ -3,16 +3,15 @@
 Nothing here can stop a run: without git, or outside a repository, the source itself is kept.
 """
 
-import hashlib
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
 
+from gspo_lightning.checkpoint.fingerprints import source_digest, sources
 from gspo_lightning.checkpoint.io import replacing
 
 PACKAGES = ("torch", "lightning", "transformers", "gspo_lightning")
@@ -37,7 +36,7 @@ def provenance(package: Path = PACKAGE) -> tuple[str, str | None]:
     diff = None if commit is None else _uncommitted(package)
     facts["git_commit"] = None if commit is None else commit.strip()
     facts["uncommitted_changes"] = None if diff is None else "yes" if diff else "no"
-    facts["source_sha256"] = _digest(package)
+    facts["source_sha256"] = source_digest(_program(package))
     return yaml.safe_dump(facts, sort_keys=False), diff
 
 
@@ -74,24 +73,17 @@ def write_provenance(folder: Path, mark: str = "", package: Path = PACKAGE) -> b
         with replacing(diff) as file:
             file.write(changes.encode())
     elif changes is None:
-        for name, original in _sources(package).items():
+        for name, original in _program(package).items():
             target = source / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(original, target)
     return True
 
 
-def _sources(package: Path) -> Mapping[str, Path]:
-    files = {str(file.relative_to(package.parent)): file for file in sorted(package.rglob("*.py"))}
+def _program(package: Path) -> dict[str, Path]:
+    """The package's source, and a checkout's `train.py`."""
     script = package.parent / "train.py"
-    return files | ({"train.py": script} if script.exists() else {})
-
-
-def _digest(package: Path) -> str:
-    digest = hashlib.sha256()
-    for name, file in _sources(package).items():
-        digest.update(name.encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
+    return sources(package) | ({"train.py": script} if script.exists() else {})
 
 
 def _uncommitted(package: Path) -> str:
