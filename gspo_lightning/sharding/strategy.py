@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -37,7 +38,8 @@ class FSDP2(ModelParallelStrategy):
         checkpoints: ``file`` writes one file, gathered on rank 0; ``parts`` a file of each rank, in
             a folder beside the checkpoint; ``auto`` is parts above 32 GiB of weights and moments.
         cpu_offload: Keep weights, gradients and moments in host memory, and update there.
-        timeout_minutes: How long a rank waits for the others before it gives up.
+        timeout: How long a rank waits for the others, as of Lightning's other strategies; the
+            option --rank_timeout of a command sets it for each of them.
         process_group_backend: ``nccl`` on GPUs and ``gloo`` on CPUs, unless said otherwise.
     """
 
@@ -47,19 +49,19 @@ class FSDP2(ModelParallelStrategy):
         reshard_after_forward: bool = True,
         checkpoints: Literal["auto", "file", "parts"] = "auto",
         cpu_offload: bool = False,
-        timeout_minutes: float = 30.0,
+        timeout: timedelta = default_pg_timeout,
         process_group_backend: str | None = None,
     ) -> None:
         if rollout not in ("gathered", "in_step"):
             raise ValueError(f"FSDP2.rollout must be gathered or in_step, got {rollout!r}")
         if checkpoints not in ("auto", "file", "parts"):
             raise ValueError(f"FSDP2.checkpoints must be auto, file or parts, got {checkpoints!r}")
-        if not timeout_minutes > 0:
-            raise ValueError(f"FSDP2.timeout_minutes must be > 0, got {timeout_minutes}")
+        if not timeout > timedelta(0):
+            raise ValueError(f"FSDP2.timeout must be > 0, got {timeout}")
         super().__init__(
             save_distributed_checkpoint=False,
             process_group_backend=process_group_backend,
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=timeout,
         )
         self.rollout = rollout
         self.reshard_after_forward = reshard_after_forward

@@ -1,5 +1,6 @@
 """What FSDP2 refuses, and what it says that ranks need, without a rank."""
 
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +31,7 @@ def checked(critic=None, four_bits=False, device="cuda", **options):
         ({"cpu_offload": True, "device": "cpu"}, "FSDP2.cpu_offload: the policy is on the CPU"),
         ({"rollout": "alone"}, "FSDP2.rollout must be gathered or in_step, got 'alone'"),
         ({"checkpoints": "zip"}, "FSDP2.checkpoints must be auto, file or parts"),
-        ({"timeout_minutes": 0}, "FSDP2.timeout_minutes must be > 0, got 0"),
+        ({"timeout": timedelta(0)}, "FSDP2.timeout must be > 0, got 0:00:00"),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused_in_a_line(options, reason):
