@@ -70,6 +70,12 @@ class Collector:
             step: The step that this is a half of.
         """
         samples = self.sample(batch, step)
+        if step.choices.mismatch.weighs and samples.logprobs is None:
+            raise ValueError(
+                f"model.mismatch compares the sampler's log-probs with the policy's, but "
+                f"{type(self.sampler).__name__} returns none; take another sampler, or leave "
+                "model.mismatch out"
+            )
         scores: tuple[Tensor, dict[str, Tensor]] | None = None
         if self.drop_flat_groups:  # the rewards say which prompts stay, so nothing can go beside
             with step.clock.phase("score"):
