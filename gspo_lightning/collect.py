@@ -25,6 +25,7 @@ from gspo_lightning.rewards.terms import RewardTerm, overlong_penalty
 from gspo_lightning.rollout import PromptBatch, Rollout, Samples, join_samples
 from gspo_lightning.sampling import Sampler
 from gspo_lightning.step import Step
+from gspo_lightning.vllm import AsyncSampler
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Collector:
         sizes: How much is computed at once.
         draw: Draws further prompts, given how many each rank lacks; ``None`` where this rank lacks
             none and waits for the others.
+        ahead: Gives the prompts of the next rollout; ``None`` unless the sampler is ahead.
         failed: File that keeps completions that could not be scored.
     """
 
@@ -54,6 +56,7 @@ class Collector:
     old_logprobs: OldLogProbs
     sizes: Sizes
     draw: Callable[[list[int]], PromptBatch | None]
+    ahead: Callable[[], PromptBatch] | None
     failed: Path
     num_minibatches: int
     advantages: Kind | Literal["gae"]
@@ -76,6 +79,10 @@ class Collector:
                 f"{type(self.sampler).__name__} returns none; take another sampler, or leave "
                 "model.mismatch out"
             )
+        if self.ahead is not None:  # before the weights move
+            sampler, prompts = cast(AsyncSampler, self.sampler), self.ahead().to(step.clock.device)
+            with step.clock.timed("sync"):
+                sampler.begin(self.policy, prompts, seed=step.seed("sample/0", ahead=1))
         scores: tuple[Tensor, dict[str, Tensor]] | None = None
         if self.drop_flat_groups:  # the rewards say which prompts stay, so nothing can go beside
             with step.clock.phase("score"):

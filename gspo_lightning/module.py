@@ -63,6 +63,7 @@ from gspo_lightning.sharding import cuts, share_out, weights_of
 from gspo_lightning.step import Clock, Ranks, Step
 from gspo_lightning.tally import RolloutTally
 from gspo_lightning.update import Updater
+from gspo_lightning.vllm import AsyncSampler
 
 leave_out_noise()  # here: a Trainer begins to talk as it is made
 
@@ -178,10 +179,17 @@ class GSPOModule(LightningModule):
         check_at_least(0, "model.", kl_coef=kl_coef)
         if not math.isfinite(entropy_coef):
             raise ValueError(f"model.entropy_coef must be finite, got {entropy_coef}")
-        if mismatch.weighs and old_logprobs == "sampler":
+        lag = getattr(sampler, "lag", 0)
+        apart = mismatch.weighs or lag  # then the sampler's log-probs are not the policy's
+        if apart and old_logprobs == "sampler":
             raise ValueError(
-                "model.mismatch compares the policy's log-probs with the sampler's, but "
-                "model.old_logprobs is sampler; set it to auto or recompute"
+                "model.old_logprobs cannot be sampler with model.mismatch or AsyncSampler: policy "
+                "and sampler are told apart by their log-probs; set it to auto or recompute"
+            )
+        if lag and drop_flat_groups:
+            raise ValueError(
+                "model.drop_flat_groups draws prompts by their rewards, which AsyncSampler cannot "
+                "know one rollout ahead; set drop_flat_groups to false, or sampler.lag to 0"
             )
         check_reference(kl_coef, reference)
         check_loss_kind(kl_estimator)
@@ -198,7 +206,7 @@ class GSPOModule(LightningModule):
         self.optimizer_config = optimizer
         self.num_epochs, self.num_minibatches = num_epochs, num_minibatches
         self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
-        self.old_logprobs: Source = "recompute" if mismatch.weighs else old_logprobs
+        self.old_logprobs: Source = "recompute" if apart else old_logprobs
         self.mismatch = mismatch
         self.advantages = advantages
         self.critic_config = critic
@@ -286,6 +294,7 @@ class GSPOModule(LightningModule):
         seconds = step.clock.seconds["rollout"]
         figures["time/tokens_per_second"] = figures["rollout/tokens"] / seconds
         figures["policy/clip_range"] = self.health.width
+        figures |= getattr(self.sampler, "figures", {})
         figures["optim/learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         # At once, so that a stop right after the step loses no point.
         self.figure_log.log(self.trainer, figures, step.index + 1)
@@ -370,6 +379,7 @@ class GSPOModule(LightningModule):
             old_logprobs,
             self.sizes,
             draw=lambda lacking: self.trainer.datamodule.draw(lacking),  # type: ignore[attr-defined]
+            ahead=self.trainer.datamodule.ahead if getattr(self.sampler, "lag", 0) else None,  # type: ignore[attr-defined]
             failed=self._failed,
             num_minibatches=self.num_minibatches,
             advantages=self.advantages,
@@ -428,6 +438,8 @@ class GSPOModule(LightningModule):
             "sizes": self.sizes.state(ranks.view(-1, len(own)).tolist()),
             "health": self.health.state_dict(),
         }
+        if isinstance(self.sampler, AsyncSampler):
+            checkpoint["gspo"]["under_way"] = self.sampler.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back what whitening has seen.
@@ -445,6 +457,8 @@ class GSPOModule(LightningModule):
             return
         self.health.load_state_dict(saved.get("health", {}))
         self.faults.in_a_row = saved.get("faults_in_a_row", 0)
+        if isinstance(self.sampler, AsyncSampler):
+            self.sampler.load_state_dict(saved.get("under_way", []), self.global_rank)
         if "sizes" in saved:
             self.sizes.load(saved["sizes"], self.global_rank)
             for key, model in self.reward_models.items():

@@ -41,7 +41,7 @@ ORDER = [
     ("maths", "start"),
     ("engine", "checkpoint", "curves"),
     ("policy", "guards"),
-    ("sharding",),
+    ("sharding", "vllm"),
     ("frozen", "critic", "rewards", "data", "supervised", "callbacks"),
     ("loop",),
     ("run",),

@@ -154,6 +154,9 @@ TABLE = {
     "sampler/masked": Curve(
         "Masked sequences", SHARE, "Sequences that a limit of `model.mismatch` takes out."
     ),
+    "sampler/version_lag": Curve(
+        "Age of the sampler's weights", "rollouts", "Of `AsyncSampler`: 1 while it is ahead."
+    ),
     # reward
     "reward/group_std": Curve(
         "Reward spread", "standard deviation", "Within groups. At 0 nothing can be learned."
@@ -211,6 +214,9 @@ TABLE = {
     "time/reward": Curve("Rewards", SECONDS, "Part of the second phase."),
     "time/reference": Curve("Reference", SECONDS, "Part of the second phase."),
     "time/old_logprobs": Curve("Old log-probs", SECONDS, "Part of the second phase."),
+    "time/sync": Curve(
+        "Handing over weights", SECONDS, "To a sampler that is ahead, part of the first phase."
+    ),
     "time/values": Curve("Values", SECONDS, "Of the critic, part of the second phase."),
     # warm starts and reward models
     "train/loss": Curve("Loss", "nats", "Of the batch: the training's own objective."),

@@ -322,13 +322,13 @@ def variance(figures: Figures, run: History) -> str | None:
 
 def mismatch(figures: Figures, run: History) -> str | None:
     """The sampler is so far from the policy that few rows would bear an exact correction."""
-    worth = figures.get("sampler/ess", 1.0)
+    worth, spread = figures.get("sampler/ess", 1.0), figures.get("sampler/log_ratio_std", 0.0)
     if run.correction == "mean" or worth >= HALF:  # weights of means do not spread like that
         return None
     cause = (
         "sampler and policy give the completions such different probabilities (a token's log-ratio "
-        f"spreads by {figures.get('sampler/log_ratio_std', 0.0):.1e} nats) that weights between "
-        f"them leave {worth:.0%} of the rows' worth"
+        f"spreads by {spread:.1e} nats) that weights between them leave "
+        f" {worth:.0%} of the rows' worth"
     )
     if run.correction == "sequence":
         return (
