@@ -74,15 +74,11 @@ class Collector:
         """
         samples = self.sample(batch, step)
         if step.choices.mismatch.weighs and samples.logprobs is None:
-            raise ValueError(
-                f"model.mismatch compares the sampler's log-probs with the policy's, but "
-                f"{type(self.sampler).__name__} returns none; take another sampler, or leave "
-                "model.mismatch out"
-            )
+            told = f"and {type(self.sampler).__name__} returns none; leave model.mismatch out"
+            raise ValueError(f"model.mismatch needs the sampler's log-probs, {told}")
         if self.ahead is not None:  # before the weights move
             sampler, prompts = cast(AsyncSampler, self.sampler), self.ahead().to(step.clock.device)
-            with step.clock.timed("sync"):
-                sampler.begin(self.policy, prompts, seed=step.seed("sample/0", ahead=1))
+            sampler.begin(self.policy, prompts, seed=step.seed("sample/0", ahead=1))
         scores: tuple[Tensor, dict[str, Tensor]] | None = None
         if self.drop_flat_groups:  # the rewards say which prompts stay, so nothing can go beside
             with step.clock.phase("score"):

@@ -1,7 +1,6 @@
-"""Weights of completions that something else than the policy drew.
+"""Weights of completions that something else than the policy drew: another engine, older weights.
 
-Decides what a row's loss is multiplied with where the sampler (an engine with other kernels, in
-half precision, with weights of the step before) gave its tokens other probabilities.
+Decides what a row's policy loss is multiplied with where its tokens had other probabilities there.
 """
 
 import math
@@ -44,7 +43,7 @@ class Mismatch:
     def __post_init__(self) -> None:
         if self.correction not in get_args(Correction):
             kinds = ", ".join(get_args(Correction))
-            raise ValueError(f"mismatch.correction must be one of {kinds}, got {self.correction!r}")
+            raise ValueError(f"mismatch.correction must be one of {kinds}, got {self.correction}")
         if not self.cap > 1:
             raise ValueError(f"mismatch.cap must be above 1, got {self.cap}")
         for name in ("sequence_limit", "token_limit"):
@@ -59,13 +58,7 @@ class Mismatch:
 
 
 class RowWeights(NamedTuple):
-    """Weights of B rows.
-
-    Attributes:
-        weights: The row's in each of its columns, without a gradient, (B, T).
-        capped: Whether the cap holds it, (B,) bool.
-        masked: Whether a limit makes it 0, (B,) bool.
-    """
+    """The weight of each row, in each of its columns, (B, T); whether cap or limits act, (B,)."""
 
     weights: Tensor
     capped: Tensor
@@ -102,10 +95,11 @@ def row_weights(
     tensor([0.6667, 1.0000])
     """
     tokens, sums, means = sampler_log_ratios(old, sampled, mask)
+    log_weight = {"none": torch.zeros_like(sums), "sequence": sums, "mean": means}[
+        mismatch.correction
+    ]
     highest = math.log(mismatch.cap)
     lowest = -highest if mismatch.correction == "mean" else -math.inf
-    log_weights = {"none": torch.zeros_like(sums), "sequence": sums, "mean": means}
-    log_weight = log_weights[mismatch.correction]
     weights = log_weight.clamp(max(lowest, -FAR), min(highest, FAR)).exp()
     if mismatch.correction == "sequence":
         counted = mask.any(1)

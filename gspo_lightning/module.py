@@ -63,7 +63,7 @@ from gspo_lightning.sharding import cuts, share_out, weights_of
 from gspo_lightning.step import Clock, Ranks, Step
 from gspo_lightning.tally import RolloutTally
 from gspo_lightning.update import Updater
-from gspo_lightning.vllm import AsyncSampler
+from gspo_lightning.vllm import AsyncSampler, check_apart, is_ahead
 
 leave_out_noise()  # here: a Trainer begins to talk as it is made
 
@@ -179,18 +179,7 @@ class GSPOModule(LightningModule):
         check_at_least(0, "model.", kl_coef=kl_coef)
         if not math.isfinite(entropy_coef):
             raise ValueError(f"model.entropy_coef must be finite, got {entropy_coef}")
-        lag = getattr(sampler, "lag", 0)
-        apart = mismatch.weighs or lag  # then the sampler's log-probs are not the policy's
-        if apart and old_logprobs == "sampler":
-            raise ValueError(
-                "model.old_logprobs cannot be sampler with model.mismatch or AsyncSampler: policy "
-                "and sampler are told apart by their log-probs; set it to auto or recompute"
-            )
-        if lag and drop_flat_groups:
-            raise ValueError(
-                "model.drop_flat_groups draws prompts by their rewards, which AsyncSampler cannot "
-                "know one rollout ahead; set drop_flat_groups to false, or sampler.lag to 0"
-            )
+        apart = check_apart(sampler, mismatch.weighs, old_logprobs, drop_flat_groups)
         check_reference(kl_coef, reference)
         check_loss_kind(kl_estimator)
         check_critic(critic, advantages, sampler.group_size, drop_flat_groups)
@@ -379,7 +368,7 @@ class GSPOModule(LightningModule):
             old_logprobs,
             self.sizes,
             draw=lambda lacking: self.trainer.datamodule.draw(lacking),  # type: ignore[attr-defined]
-            ahead=self.trainer.datamodule.ahead if getattr(self.sampler, "lag", 0) else None,  # type: ignore[attr-defined]
+            ahead=self.trainer.datamodule.ahead if is_ahead(self.sampler) else None,  # type: ignore[attr-defined]
             failed=self._failed,
             num_minibatches=self.num_minibatches,
             advantages=self.advantages,

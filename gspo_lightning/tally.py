@@ -43,11 +43,7 @@ MEANS = (
     "rollout/flat_best_fraction",
     "rollout/flat_worst_fraction",
     "reward/overlong",
-    "sampler/log_ratio_mean",
-    "sampler/kl",
-    "sampler/weight_mean",
-    "sampler/capped",
-    "sampler/masked",
+    *(f"sampler/{name}" for name in ("log_ratio_mean", "kl", "weight_mean", "capped", "masked")),
     "sampler weight",
     "sampler weight squared",
     "critic/value_loss",
@@ -211,13 +207,7 @@ class RolloutTally(RolloutMetrics):
         self._count_spread("sequence log-ratio", sequences[mask.any(1)])
 
     def count_sampler(self, old: Tensor, sampled: Tensor, mask: Tensor) -> None:
-        """Count how far the policy, before its updates, is from what drew the tokens.
-
-        Args:
-            old: Log-probs under the policy, nats, (B, T).
-            sampled: Log-probs under the sampler, nats, (B, T).
-            mask: Tokens that count, (B, T) bool.
-        """
+        """Count how far the policy before its updates is from what drew the tokens, (B, T) each."""
         tokens, sums, means = sampler_log_ratios(old, sampled, mask)
         mask = mask & sums.isfinite()[:, None]  # a broken row is counted as a fault
         self.update("sampler/log_ratio_mean", tokens[mask])
@@ -232,10 +222,9 @@ class RolloutTally(RolloutMetrics):
 
     def count_row_weights(self, found: RowWeights, mask: Tensor) -> None:
         """Count how the rows of a mini-batch are weighed."""
-        counted = mask.any(1)
-        self.update("sampler/weight_mean", found.weights[counted, 0])
-        self.update("sampler/capped", found.capped[counted].float())
-        self.update("sampler/masked", found.masked[counted].float())
+        rows = {"weight_mean": found.weights[:, 0], "capped": found.capped, "masked": found.masked}
+        for name, values in rows.items():
+            self.update(f"sampler/{name}", values[mask.any(1)])
 
     def _count_spread(self, name: str, values: Tensor) -> None:
         self.update(name, values)

@@ -28,7 +28,6 @@ TRIED: dict[str, tuple[int, dict[str, Any]]] = {  # lag and correction of each l
     "lag 0": (0, {}),
     "lag 1, none": (1, {}),
     "lag 1, sequence": (1, {"correction": "sequence"}),
-    "lag 1, mean": (1, {"correction": "mean"}),
 }
 LAST = 10  # rollouts whose mean stands in the table
 FIGURES = {  # of these rollouts

@@ -215,7 +215,7 @@ TABLE = {
     "time/reference": Curve("Reference", SECONDS, "Part of the second phase."),
     "time/old_logprobs": Curve("Old log-probs", SECONDS, "Part of the second phase."),
     "time/sync": Curve(
-        "Handing over weights", SECONDS, "To a sampler that is ahead, part of the first phase."
+        "Handing over weights", SECONDS, "To a sampler that is ahead, behind the first phase."
     ),
     "time/values": Curve("Values", SECONDS, "Of the critic, part of the second phase."),
     # warm starts and reward models

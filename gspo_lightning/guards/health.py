@@ -327,8 +327,7 @@ def mismatch(figures: Figures, run: History) -> str | None:
         return None
     cause = (
         "sampler and policy give the completions such different probabilities (a token's log-ratio "
-        f"spreads by {spread:.1e} nats) that weights between them leave "
-        f" {worth:.0%} of the rows' worth"
+        f"spreads by {spread:.1e} nats) that weights between them leave {worth:.0%} of their worth"
     )
     if run.correction == "sequence":
         return (

@@ -1,4 +1,3 @@
 """Rollouts by an engine in another process: decides when it samples, and with which weights."""
 
-from gspo_lightning.vllm.ahead import ApartSampler as ApartSampler
-from gspo_lightning.vllm.ahead import AsyncSampler as AsyncSampler
+from gspo_lightning.vllm.ahead import ApartSampler, AsyncSampler, check_apart, is_ahead

@@ -6,6 +6,7 @@ loss (``model.mismatch``), not here.
 """
 
 import contextlib
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import fields, replace
@@ -69,7 +70,7 @@ class AsyncSampler:
         self.lag = lag
         self.group_size, self.max_new_tokens = inner.group_size, inner.max_new_tokens
         self.temperature = inner.temperature
-        self.figures: dict[str, float] = {"sampler/version_lag": 0.0}
+        self.figures: dict[str, float] = {"sampler/version_lag": 0.0, "time/sync": 0.0}
         self._under_way: tuple[int, Future[Samples]] | None = None  # with the seed of the draw
 
     def sample(self, policy: Any, batch: PromptBatch, *, seed: int) -> Samples:
@@ -87,13 +88,17 @@ class AsyncSampler:
                 )
             rows = [row for row in batch.rows for _ in range(self.group_size)]
             samples = replace(samples, rows=rows)
-        self.figures = {"sampler/version_lag": float(begun is not None)}
+        self.figures["sampler/version_lag"] = float(begun is not None)
         self.figures |= getattr(self.inner, "figures", {})
         return samples
 
     def begin(self, policy: Any, batch: PromptBatch, *, seed: int) -> None:
         """Let the completions of the next rollout be drawn with the weights as they are now."""
-        self._under_way = seed, _in_a_thread(self.inner.begin(policy, batch, seed=seed))
+        start = time.perf_counter()
+        with record_function("sync"):
+            work = self.inner.begin(policy, batch, seed=seed)
+        self.figures["time/sync"] = time.perf_counter() - start
+        self._under_way = seed, _in_a_thread(work)
 
     def like(self, group_size: int, max_new_tokens: int, temperature: float) -> Sampler:
         """A sampler of the same engine with other settings, which is never ahead."""
@@ -126,6 +131,37 @@ class AsyncSampler:
             drawn: Future[Samples] = Future()
             drawn.set_result(Samples(**values | {"rows": [{}] * len(values["texts"])}))
             self._under_way = states[rank]["seed"], drawn
+
+
+def is_ahead(sampler: Any) -> bool:
+    """Whether completions come from other weights than those that learn from them."""
+    return isinstance(sampler, AsyncSampler) and sampler.lag > 0
+
+
+def check_apart(sampler: Any, weighs: bool, old_logprobs: str, drop_flat_groups: bool) -> bool:
+    """Whether sampler and policy are told apart, so that all old log-probs must be the policy's.
+
+    Args:
+        sampler: Draws the completions.
+        weighs: Whether ``model.mismatch`` does.
+        old_logprobs: Where the old log-probs come from.
+        drop_flat_groups: Whether rewards decide which prompts are drawn.
+
+    Raises:
+        ValueError: If one of the settings rules out another.
+    """
+    apart = weighs or is_ahead(sampler)
+    if apart and old_logprobs == "sampler":
+        raise ValueError(
+            "model.old_logprobs cannot be sampler with model.mismatch or AsyncSampler: they tell "
+            "sampler and policy apart by their log-probs; set it to auto or recompute"
+        )
+    if is_ahead(sampler) and drop_flat_groups:
+        raise ValueError(
+            "model.drop_flat_groups draws prompts by their rewards, which AsyncSampler cannot know "
+            "one rollout ahead; set drop_flat_groups to false, or sampler.lag to 0"
+        )
+    return apart
 
 
 def _in_a_thread(work: Callable[[], Samples]) -> Future[Samples]:
