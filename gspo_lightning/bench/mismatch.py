@@ -22,7 +22,6 @@ COLUMNS = (
     "mean of min(cap, e^S)",
     f"weight beside {SHORT} tokens",
     "spread of M",
-    "mean of e^M",
 )
 
 
@@ -40,22 +39,16 @@ def sums(tokens: int, sigma: float, rows: int, generator: torch.Generator) -> Te
     return math.sqrt(variance) * noise - variance / 2
 
 
-def weights(log_ratios: Tensor, mismatch: Mismatch) -> Tensor:
-    """Weights of rows with one token each, whose log-ratios these are."""
-    drawn = log_ratios[:, None]
-    found = row_weights(drawn, torch.zeros_like(drawn), torch.ones_like(drawn).bool(), mismatch)
-    return found.weights[:, 0]
-
-
 def line(tokens: int, options: argparse.Namespace) -> list[str]:
     """A line of the table; the generator is the same for all, so that one line can be asked for."""
     generator = torch.Generator().manual_seed(0)
     own = sums(tokens, options.sigma, options.rows, generator)
     short = sums(SHORT, options.sigma, options.rows, generator)
-    sequence = Mismatch("sequence", options.cap)
     capped = own.clamp(max=math.log(options.cap)).exp().mean().item()
-    beside = weights(torch.cat([own, short]), sequence)[: options.rows].mean().item()
-    means = own / tokens
+    both = torch.cat([own, short])[:, None]  # one token each, whose log-ratio is S
+    drawn = torch.zeros_like(both), torch.ones_like(both, dtype=torch.bool)
+    found = row_weights(both, *drawn, Mismatch("sequence", options.cap)).weights
+    beside = found[: options.rows].mean().item()
     return [
         f"{tokens:,}",
         f"{math.sqrt(tokens) * options.sigma:.2f}",
@@ -63,7 +56,6 @@ def line(tokens: int, options: argparse.Namespace) -> list[str]:
         f"{capped:.2f}",
         f"{beside:.2f}",
         f"{options.sigma / math.sqrt(tokens):.1e}",
-        f"{weights(means, Mismatch('mean', options.cap)).mean().item():.4f}",
     ]
 
 

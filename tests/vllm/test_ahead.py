@@ -3,16 +3,21 @@
 import copy
 import gzip
 import json
+import threading
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.strategies import DDPStrategy
 
-from gspo_lightning import AsyncSampler, GroupSampler, Mismatch, RolloutCheckpoint
+from gspo_lightning import FSDP2, AsyncSampler, GroupSampler, Mismatch, RolloutCheckpoint
+from gspo_lightning.compare.lag import AtOnce
 from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.rollout import stream_seed
 from gspo_lightning.run.tracing import RolloutProfile
 from support.apart import ForkedSampler
+from support.forked import on_ranks
 from support.observers import Outputs
 from support.steps import replace_model
 from support.tiny_run import make_module, make_trainer, run, write_prompts
@@ -31,16 +36,15 @@ class Policies(Callback):
         self.batches.append(batch)
 
 
-def fit(root, model_dir, num_rollouts, callbacks=(), ckpt=None, **options):
+def fit(root, model_dir, num_rollouts, callbacks=(), ckpt=None, trainer=None, **options):
     root.mkdir(exist_ok=True)
     options = {"sampler": AsyncSampler(ForkedSampler()), "mismatch": MISMATCH} | options
     module = make_module(model_dir, **options)
     path = write_prompts(root / "prompts.jsonl")
     data = PromptData(str(path), prompts_per_rollout=4, num_rollouts=num_rollouts)
     callbacks = [*callbacks, RolloutCheckpoint(every_n_rollouts=1, keep_last=9)]
-    make_trainer(root, callbacks=callbacks, enable_checkpointing=True).fit(
-        module, data, ckpt_path=ckpt
-    )
+    settings = {"callbacks": callbacks, "enable_checkpointing": True, **(trainer or {})}
+    make_trainer(root, **settings).fit(module, data, ckpt_path=ckpt)
     return module
 
 
@@ -102,18 +106,64 @@ def test_completions_that_failed_cost_no_checkpoint_and_end_the_next_rollout(tmp
     assert [output["metrics"]["sampler/version_lag"] for output in outputs.all] == [0]
 
 
+class Waiting(AtOnce):
+    """Has its completions only once an optimizer step is taken, which is behind the call."""
+
+    def __init__(self, step):
+        super().__init__(group_size=4, max_new_tokens=6)
+        self.step = step
+
+    def begin(self, policy, batch, *, seed):
+        self.step.clear()
+        done = super().begin(policy, batch, seed=seed)
+
+        def wait():
+            assert self.step.wait(timeout=60), "nothing was updated while completions were drawn"
+            return done()
+
+        return wait
+
+
+@pytest.mark.slow
 def test_a_trace_shows_sampling_beside_the_update(tmp_path, model_dir):
-    sampler = AsyncSampler(ForkedSampler())
-    run(tmp_path, model_dir, 2, [RolloutProfile(2)], sampler=sampler, num_epochs=12)
+    step = threading.Event()
+    told = LambdaCallback(on_before_optimizer_step=lambda *_: step.set())
+    run(tmp_path, model_dir, 2, [RolloutProfile(1), told], sampler=AsyncSampler(Waiting(step)))
     (path,) = (tmp_path / "profile").glob("*.json.gz")
     with gzip.open(path) as file:
         events = json.load(file)["traceEvents"]
-    names = ("ahead", "optimise")
-    ahead, update = ([e for e in events if e.get("name") == name] for name in names)
-    update, threads = update[0], {event["tid"] for event in ahead}
-    end = update["ts"] + update["dur"]
-    assert any(update["ts"] < event["ts"] + event["dur"] <= end for event in ahead)
-    assert update["tid"] not in threads
+    names = ("sync", "ahead", "optimise")
+    (sync,), (ahead,), (update,) = ([e for e in events if e.get("name") == n] for n in names)
+    assert sync["ts"] + sync["dur"] <= ahead["ts"] < update["ts"] < ahead["ts"] + ahead["dur"]
+    assert sync["tid"] == update["tid"] != ahead["tid"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [DDPStrategy, FSDP2])
+def test_two_ranks_share_one_mean_of_weights_and_go_on_each_with_its_own(
+    tmp_path, model_dir, strategy
+):
+    def train(rank, name, ckpt=None):
+        outputs = Outputs()
+        settings = {"devices": 2, "strategy": strategy(process_group_backend="gloo")}
+        options = {"sampler": AsyncSampler(AtOnce(group_size=4, max_new_tokens=6))}
+        settings["use_distributed_sampler"] = False
+        fit(tmp_path / name, model_dir, 3, [outputs], ckpt, settings, **options)
+        return [
+            (out["metrics"], out["rollout"].completion_ids.tolist(), out["ratios"].tolist())
+            for out in outputs.all
+        ]
+
+    first, second = on_ranks(train, "straight", seconds=100)
+    for (figures, ids, _), (others, other_ids, _) in zip(first, second, strict=True):
+        assert figures["sampler/weight_mean"] == pytest.approx(1, abs=1e-6)  # over both ranks
+        assert figures["sampler/ess"] == others["sampler/ess"]
+        assert ids != other_ids
+    assert first[1][0]["sampler/ess"] < 0.999
+    checkpoint = tmp_path / "straight" / "checkpoints" / "rollout=000001.ckpt"
+    again = on_ranks(train, "again", checkpoint, seconds=100)
+    for straight, resumed in zip((first, second), again, strict=True):
+        assert [rest for _, *rest in resumed] == [rest for _, *rest in straight[1:]]
 
 
 @pytest.mark.parametrize(
