@@ -78,7 +78,8 @@ class Collector:
             raise ValueError(f"model.mismatch needs the sampler's log-probs, {told}")
         if self.ahead is not None:  # before the weights move
             sampler, prompts = cast(AsyncSampler, self.sampler), self.ahead().to(step.clock.device)
-            sampler.begin(self.policy, prompts, seed=step.seed("sample/0", ahead=1))
+            with step.clock.timed("sync"):
+                sampler.begin(self.policy, prompts, seed=step.seed("sample/0", ahead=1))
         scores: tuple[Tensor, dict[str, Tensor]] | None = None
         if self.drop_flat_groups:  # the rewards say which prompts stay, so nothing can go beside
             with step.clock.phase("score"):
@@ -125,7 +126,10 @@ class Collector:
             if SAMPLED in self.sizes.now:
                 self.sampler.batch_size = self.sizes.now[SAMPLED]  # type: ignore[attr-defined]
             with step.clock.phase("rollout"):
-                return self.sampler.sample(self.policy, batch, seed=seed)
+                samples = self.sampler.sample(self.policy, batch, seed=seed)
+            for name, value in getattr(self.sampler, "figures", {}).items():
+                step.tally.update(name, value)
+            return samples
 
         try:
             rows = len(batch) * self.sampler.group_size

@@ -283,7 +283,6 @@ class GSPOModule(LightningModule):
         seconds = step.clock.seconds["rollout"]
         figures["time/tokens_per_second"] = figures["rollout/tokens"] / seconds
         figures["policy/clip_range"] = self.health.width
-        figures |= getattr(self.sampler, "figures", {})
         figures["optim/learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         # At once, so that a stop right after the step loses no point.
         self.figure_log.log(self.trainer, figures, step.index + 1)

@@ -44,6 +44,7 @@ MEANS = (
     "rollout/flat_worst_fraction",
     "reward/overlong",
     *(f"sampler/{name}" for name in ("log_ratio_mean", "kl", "weight_mean", "capped", "masked")),
+    "sampler/version_lag",
     "sampler weight",
     "sampler weight squared",
     "critic/value_loss",

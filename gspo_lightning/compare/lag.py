@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,11 @@ class AtOnce(GroupSampler):
 
     apart = True
 
-    def begin(self, policy: Any, batch: PromptBatch, *, seed: int) -> Callable[[], Samples]:
+    def begin(self, policy: Any, batch: PromptBatch, *, seed: int) -> Future[Samples]:
         """The completions, as ``AsyncSampler`` asks for them."""
-        samples = self.sample(policy, batch, seed=seed)
-        return lambda: samples
+        done: Future[Samples] = Future()
+        done.set_result(self.sample(policy, batch, seed=seed))
+        return done
 
 
 def run(name: str, seed: int, root: Path, rollouts: int) -> dict[str, Any]:

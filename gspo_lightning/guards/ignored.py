@@ -197,7 +197,6 @@ def figures_of(module: Any) -> set[str] | None:
     names = module.tally.names | {f"time/{part}" for part in ("rollout", "score", "optimise")}
     names |= {"time/tokens_per_second", "time/reward", "time/old_logprobs"}
     names |= {f"memory/{phase}_gib" for phase in ("rollout", "score", "optimise")}
-    names |= {*getattr(module.sampler, "figures", ())}
     names |= {"policy/clip_range", "optim/learning_rate", "train/kl_coef", "time/reference"}
     absent = {"train/kl_divergence", "train/kl_coef", "policy/kl_clamped_tokens", "time/reference"}
     if module.reference is not None:
@@ -208,6 +207,10 @@ def figures_of(module: Any) -> set[str] | None:
         names |= {"time/values"}
     if module.sampler.group_size == 1:
         absent |= {name for name in names if "flat_" in name} | {"reward/group_std"}
+    if hasattr(module.sampler, "lag"):
+        names |= {"time/sync"}
+    else:
+        absent |= {"sampler/version_lag"}
     if not module.mismatch.weighs:
         absent |= {f"sampler/{name}" for name in ("weight_mean", "capped", "masked")}
     if module.overlong_ramp is None:

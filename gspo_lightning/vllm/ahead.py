@@ -6,8 +6,6 @@ loss (``model.mismatch``), not here.
 """
 
 import contextlib
-import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import fields, replace
 from threading import Thread
@@ -21,6 +19,14 @@ from gspo_lightning.rollout import PromptBatch, Samples
 from gspo_lightning.sampling import Sampler
 
 
+class Pending(Protocol):
+    """Completions that are being drawn, such as a ``Future``."""
+
+    def result(self) -> Samples:
+        """Wait for them, or raise what they ended with."""
+        ...
+
+
 class ApartSampler(Sampler, Protocol):
     """A sampler whose engine is in another process and has weights of its own.
 
@@ -30,11 +36,11 @@ class ApartSampler(Sampler, Protocol):
 
     apart: bool
 
-    def begin(self, policy: Any, batch: PromptBatch, *, seed: int) -> Callable[[], Samples]:
-        """Hand the policy's weights over; what is returned completes ``batch`` with them.
+    def begin(self, policy: Any, batch: PromptBatch, *, seed: int) -> Pending:
+        """Hand the policy's weights over, let them complete ``batch``, and return at once.
 
-        It is called in a thread of its own while the policy is updated, and must not read the
-        policy. Until it is done the engine takes no other weights: whoever asks for that waits.
+        What is returned is waited for in a thread of its own while the policy is updated, and must
+        not read it. Until then the engine takes no other weights: whoever asks for that waits.
         """
         ...
 
@@ -52,7 +58,7 @@ class AsyncSampler:
         lag: Rollouts that sampling is ahead; 0 is ``inner`` alone.
 
     Attributes:
-        figures: What is logged of the newest rollout, by name.
+        figures: What is logged of the newest rollout, by name, with what ``inner`` has to say.
 
     Raises:
         ValueError: If ``lag`` is neither 0 nor 1, or ``inner`` cannot sample beside an update.
@@ -70,7 +76,7 @@ class AsyncSampler:
         self.lag = lag
         self.group_size, self.max_new_tokens = inner.group_size, inner.max_new_tokens
         self.temperature = inner.temperature
-        self.figures: dict[str, float] = {"sampler/version_lag": 0.0, "time/sync": 0.0}
+        self._lagged = False  # the newest rollout
         self._under_way: tuple[int, Future[Samples]] | None = None  # with the seed of the draw
 
     def sample(self, policy: Any, batch: PromptBatch, *, seed: int) -> Samples:
@@ -88,17 +94,32 @@ class AsyncSampler:
                 )
             rows = [row for row in batch.rows for _ in range(self.group_size)]
             samples = replace(samples, rows=rows)
-        self.figures["sampler/version_lag"] = float(begun is not None)
-        self.figures |= getattr(self.inner, "figures", {})
+        self._lagged = begun is not None
         return samples
+
+    @property
+    def figures(self) -> dict[str, float]:
+        own = {"sampler/version_lag": float(self._lagged)}
+        return own | getattr(self.inner, "figures", {})
+
+    @property
+    def about(self) -> str:
+        """What the engine is, in words."""
+        return self.inner.about
 
     def begin(self, policy: Any, batch: PromptBatch, *, seed: int) -> None:
         """Let the completions of the next rollout be drawn with the weights as they are now."""
-        start = time.perf_counter()
-        with record_function("sync"):
-            work = self.inner.begin(policy, batch, seed=seed)
-        self.figures["time/sync"] = time.perf_counter() - start
-        self._under_way = seed, _in_a_thread(work)
+        self._under_way = seed, _waited_for(self.inner.begin(policy, batch, seed=seed))
+
+    def reach(self, config: Any, longest: int) -> None:
+        """Reach the engine, as ``inner`` does."""
+        if hasattr(self.inner, "reach"):
+            self.inner.reach(config, longest)
+
+    def take_weights(self, policy: Any, steps: int, anew: bool = False) -> None:
+        """Hand weights over to draw with now, unless what is drawn next is under way already."""
+        if hasattr(self.inner, "take_weights") and (anew or self._under_way is None):
+            self.inner.take_weights(policy, steps, anew=anew)
 
     def like(self, group_size: int, max_new_tokens: int, temperature: float) -> Sampler:
         """A sampler of the same engine with other settings, which is never ahead."""
@@ -164,14 +185,14 @@ def check_apart(sampler: Any, weighs: bool, old_logprobs: str, drop_flat_groups:
     return apart
 
 
-def _in_a_thread(work: Callable[[], Samples]) -> Future[Samples]:
-    """The result of ``work``, or its error, which a run that is stopped does not wait for."""
+def _waited_for(pending: Pending) -> Future[Samples]:
+    """The completions, or their error, once they are there; a run that is stopped does not wait."""
     done: Future[Samples] = Future()
 
     def run() -> None:
         try:
             with record_function("ahead"):  # its range in a trace
-                done.set_result(work())
+                done.set_result(pending.result())
         except BaseException as error:  # told to whoever asks for the result
             done.set_exception(error)
 

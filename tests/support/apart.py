@@ -2,6 +2,7 @@
 
 import multiprocessing
 import pickle
+from types import SimpleNamespace
 
 from gspo_lightning.sampling import GroupSampler
 
@@ -25,7 +26,7 @@ class ForkedSampler(GroupSampler):
         child = fork.Process(target=self._draw, args=(sender, policy, batch, seed), daemon=True)
         child.start()
         sender.close()
-        return lambda: pickle.loads(receiver.recv_bytes())
+        return SimpleNamespace(result=lambda: pickle.loads(receiver.recv_bytes()))
 
     def _draw(self, sender, policy, batch, seed):
         if not self.broken:

@@ -4,6 +4,7 @@ import copy
 import gzip
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,11 +118,11 @@ class Waiting(AtOnce):
         self.step.clear()
         done = super().begin(policy, batch, seed=seed)
 
-        def wait():
+        def result():
             assert self.step.wait(timeout=60), "nothing was updated while completions were drawn"
-            return done()
+            return done.result()
 
-        return wait
+        return SimpleNamespace(result=result)
 
 
 @pytest.mark.slow
