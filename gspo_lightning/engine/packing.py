@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gspo_lightning.engine.packed_attention import PackedAttention, Sequence
+from gspo_lightning.engine.padded import checkpoints
 
 
 class Row(NamedTuple):
@@ -110,6 +111,7 @@ def rows_of(row: Row, length: int) -> Tensor:
 
 def run_packed(model: nn.Module, row: Row, **options: Any) -> Any:
     """Run a model on a packed row; it must have an open attention."""
+    row.attend.recomputed = checkpoints(model)
     return model(
         input_ids=row.ids,
         # of four dimensions: the model passes such a mask on unread and makes none of its own
