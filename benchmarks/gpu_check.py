@@ -183,6 +183,8 @@ def memory(check: Check) -> Found:
     words = ["--config", "base", *check.hardware, "--policy", str(model), "--data", str(prompts)]
     words += ["--reward", "gspo_lightning.bench.cases.letters_a_to_m"]
     words += ["--data.num_rollouts", "2", "--trainer.default_root_dir", str(folder)]
+    words += ["--data.prompts_per_rollout", "4" if check.dry else "16"]
+    words += ["--model.init_args.sampler.max_new_tokens", str(check.case.limit)]
     words += ["--model.init_args.policy.dtype", "float32" if check.dry else "bfloat16"]
     said = check.command("-m", "gspo_lightning", "fit", *words)
     planned = re.search(r"^memory +about ([\d.]+) ([MG])iB", said, re.M)

@@ -84,7 +84,7 @@ def pack(
             sequences += [Sequence(first, prompt_length), *bodies]
     row_of = torch.cat(tokens).to(device)
     wanted = torch.cat(target).to(device)
-    kept = keep.flatten()[wanted]
+    kept = keep.flatten()[wanted].nonzero()[:, 0]  # a GPU is waited for here, and once
     return Row(
         ids=torch.cat([prompt_ids, completion_ids], 1).flatten()[row_of][None],
         position_ids=torch.cat(positions).to(device)[None],
