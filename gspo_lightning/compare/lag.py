@@ -9,6 +9,7 @@ runs beside what, so that completions are drawn in this process, where the engin
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from concurrent.futures import Future
@@ -29,13 +30,16 @@ TRIED: dict[str, tuple[int, dict[str, Any]]] = {  # lag and correction of each l
     "lag 1, none": (1, {}),
     "lag 1, sequence": (1, {"correction": "sequence"}),
 }
-LAST = 10  # rollouts whose mean stands in the table
-FIGURES = {  # of these rollouts
-    "reward": ("train/reward", "{:.3f}"),
-    "KL of sampler and policy": ("sampler/kl", "{:.1e}"),
-    "effective sample size": ("sampler/ess", "{:.2f}"),
-    "clipped": ("train/clip_fraction_sequences", "{:.0%}"),
-}
+GOAL = 0.8  # a reward that all lines reach
+WINDOW = 5  # rollouts that a curve is smoothed over
+HEAD = (
+    "settings",
+    "held-out accuracy",
+    f"rollouts to a reward of {GOAL}",
+    "mean reward",
+    "largest KL of sampler and policy",
+    "least effective size",
+)
 
 
 class AtOnce(GroupSampler):
@@ -93,27 +97,47 @@ def plus_minus(values: list[float], shape: str) -> str:
     return f"{mean} ± {shape.format(statistics.stdev(values) / len(values) ** 0.5)}"
 
 
+def smooth(values: list[float]) -> list[float]:
+    """The mean of each value and those just before it.
+
+    >>> smooth([1.0, 2.0, 3.0])
+    [1.0, 1.5, 2.0]
+    """
+    return [statistics.mean(values[max(0, i + 1 - WINDOW) : i + 1]) for i in range(len(values))]
+
+
 def line(name: str, records: list[dict[str, Any]]) -> list[str]:
-    """A line of the table: held-out accuracy at the end, figures as means of the last rollouts."""
+    """A line of the table."""
+
+    def curves(figure: str) -> list[list[float]]:
+        return [[rollout[figure] for rollout in record["rollouts"]] for record in records]
+
     greedy = [record["validations"][-1]["val/accuracy_greedy"] for record in records]
-    cells = [name, plus_minus(greedy, "{:.3f}")]
-    for figure, shape in FIGURES.values():
-        means = [statistics.mean(r[figure] for r in rec["rollouts"][-LAST:]) for rec in records]
-        cells.append(plus_minus(means, shape))
-    return cells
+    rewards = curves("train/reward")
+    until = [
+        next((i for i, reward in enumerate(smooth(curve), start=1) if reward >= GOAL), math.inf)
+        for curve in rewards
+    ]
+    return [
+        name,
+        plus_minus(greedy, "{:.3f}"),
+        plus_minus(until, "{:.1f}"),
+        plus_minus([statistics.mean(curve) for curve in rewards], "{:.3f}"),
+        f"{max(map(max, curves('sampler/kl'))):.1e}",
+        f"{min(map(min, curves('sampler/ess'))):.3f}",
+    ]
 
 
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Reward by rollout, the mean over seeds of each line, smoothed over five rollouts."""
+    """Reward by rollout, the mean over seeds of each line, smoothed."""
     from matplotlib.figure import Figure  # slow to import
 
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
     for name, records in found.items():
         curves = [[r["train/reward"] for r in record["rollouts"]] for record in records]
-        means = [statistics.mean(values) for values in zip(*curves, strict=True)]
-        smooth = [statistics.mean(means[max(0, i - 4) : i + 1]) for i in range(len(means))]
-        axes.plot(range(1, len(smooth) + 1), smooth, label=name)
-    axes.set(xlabel="rollout", ylabel="reward, mean of five rollouts and all seeds")
+        means = smooth([statistics.mean(values) for values in zip(*curves, strict=True)])
+        axes.plot(range(1, len(means) + 1), means, label=name)
+    axes.set(xlabel="rollout", ylabel=f"reward, mean of {WINDOW} rollouts and all seeds")
     axes.legend()
     figure.savefig(path, dpi=110)
 
@@ -135,8 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         say(f"error: {error}")
         return 2
-    head = ["settings", "held-out accuracy", *FIGURES]
-    print("| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1), sep="\n")
+    print("| " + " | ".join(HEAD) + " |", "|---|" + "---:|" * (len(HEAD) - 1), sep="\n")
     for name, records in found.items():
         print("| " + " | ".join(line(name, records)) + " |")
     draw(found, options.picture)
