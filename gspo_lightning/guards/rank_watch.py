@@ -17,6 +17,8 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import Callback
 
+from gspo_lightning.checkpoint.early_stops import agree_to_stop
+
 SECONDS = 60.0  # without a word, or behind the others, before something is said
 PERIOD = 5.0  # seconds between two words
 PHASES = ("set-up", "rollout", "score", "optimise", "boundary", "validation")  # in their order
@@ -33,15 +35,16 @@ class Word:
 
     @property
     def place(self) -> tuple[int, int, bool]:
-        """Rollout, phase, and whether it waits there: the least one is behind."""
+        """Rollout or batch, phase, and whether it waits there: the least one is behind."""
         told = json.loads(self.text)
-        return told["rollout"], told["phase"], told["waits"]
+        return told["number"], told["phase"], told["waits"]
 
     def __str__(self) -> str:
         """Where the rank is, in words."""
-        rollout, phase, _ = self.place
+        number, phase, _ = self.place
         name = PHASES[phase]
-        where = f"rollout {rollout}, " if rollout and name != "set-up" else ""
+        unit = json.loads(self.text)["unit"]
+        where = f"{unit} {number}, " if number and name != "set-up" else ""
         return f"{where}{WORDS.get(name, name)}"
 
 
@@ -144,7 +147,8 @@ class RankWatch(Callback):
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self.seconds = seconds
-        self._place = {"rollout": 0, "phase": 0, "waits": False}
+        self._place = {"number": 0, "phase": 0, "waits": False}
+        self._unit = "rollout"  # what a batch of the module is
         self._ended = threading.Event()
         self._asked: float | None = None  # since when the store has not answered
         self._threads: list[threading.Thread] = []
@@ -166,7 +170,7 @@ class RankWatch(Callback):
             self._threads.append(thread)
 
     def _tell(self, store: Any, rank: int, count: int) -> None:
-        text = json.dumps(self._place | {"count": count, "host": gethostname()})
+        text = json.dumps(self._place | {"unit": self._unit, "count": count, "host": gethostname()})
         store.set(f"gspo_lightning/word/{rank}", text)
 
     def _exchange(self, store: Any, silence: Silence) -> None:
@@ -196,13 +200,13 @@ class RankWatch(Callback):
                 print(line, file=sys.stderr, flush=True)
 
     def on_phase(self, name: str, index: int) -> None:
-        """Note that a rollout has come to its next phase.
+        """Note that a rollout, or a batch of another module, has come to its next phase.
 
         Args:
             name: One of ``PHASES``.
             index: Rollouts before this one.
         """
-        self._place = {"rollout": index + 1, "phase": PHASES.index(name), "waits": False}
+        self._place = {"number": index + 1, "phase": PHASES.index(name), "waits": False}
 
     @property
     def phase(self) -> str:
@@ -216,11 +220,22 @@ class RankWatch(Callback):
         yield
         self._place = self._place | {"waits": False}
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if pl_module.automatic_optimization:  # others tell their phases by themselves
+            self._unit = "batch"
+            self.on_phase("optimise", trainer.fit_loop.total_batch_idx)
+
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self.on_phase("validation", trainer.fit_loop.total_batch_idx)
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        """Note where the rank is, and have all of them stop if one is to."""
         self.on_phase("boundary", trainer.fit_loop.total_batch_idx)
+        agree_to_stop(trainer)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Have all ranks stop if one is to: nobody would meet the others any more."""
+        agree_to_stop(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._ended.set()

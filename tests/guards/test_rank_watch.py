@@ -14,8 +14,8 @@ from support.forked import on_ranks
 
 
 def word(rollout, phase, count, waits=False):
-    place = {"rollout": rollout, "phase": PHASES.index(phase), "waits": waits}
-    return json.dumps(place | {"count": count, "host": "node"})
+    place = {"number": rollout, "phase": PHASES.index(phase), "waits": waits}
+    return json.dumps(place | {"unit": "rollout", "count": count, "host": "node"})
 
 
 def told(times, rank=0, seconds=60.0):

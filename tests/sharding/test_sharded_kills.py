@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 
 import pytest
 from lightning.pytorch import Callback
@@ -44,7 +43,7 @@ DEATHS = {
     "rank 0 between parts and checkpoint": ("checkpoint", 0),
     "all, rank 0 in the middle of the checkpoint": ("half a checkpoint", "all"),
 }
-FEW = ("rank 1, update", "all, rank 0 in the middle of the checkpoint")
+FEW = ("all, rank 0 in the middle of the checkpoint",)
 
 
 class Death(Callback):
@@ -111,7 +110,7 @@ def fit(rank, root, model_dir, num_rollouts, death=None):
     """Train a rank to the end, or to its death; from the newest checkpoint on."""
     module = make_module(
         model_dir,
-        sampler=GroupSampler(group_size=2, max_new_tokens=12),
+        sampler=GroupSampler(group_size=2, max_new_tokens=6),
         rewards={"digits": RewardTerm(digits, whiten=True)},
         reference=ReferencePolicy(device="policy"),
         drop_flat_groups=True,
@@ -158,7 +157,7 @@ def ended(root, num_rollouts):
 @pytest.mark.parametrize(
     "names",
     [
-        pytest.param(FEW, marks=pytest.mark.slow, id="2"),
+        pytest.param(FEW, marks=pytest.mark.slow, id="1"),
         pytest.param(tuple(DEATHS), marks=pytest.mark.kills, id="12"),
     ],
 )
@@ -166,16 +165,14 @@ def test_ranks_that_are_killed_go_on_bit_for_bit(tmp_path, model_dir, names):
     write_prompts(tmp_path / "prompts.jsonl")
     write_prompts(tmp_path / "held_out.jsonl", 5)
     straight, root = tmp_path / "straight", tmp_path / "killed"
-    rollouts = len(names) + 3
+    rollouts = len(names) + 2
     run = (model_dir, rollouts)
     assert exit_codes(fit, straight, *run, logs=tmp_path) == [0, 0]
     for name in names:
         place, victim = DEATHS[name]
-        begun = time.monotonic()
         codes = exit_codes(fit, root, *run, (place, victim), logs=tmp_path)
         expected = [-9, -9] if victim == "all" else [(-9, 1)[rank != victim] for rank in (0, 1)]
         assert codes == expected, name
-        print(f"{name}: {time.monotonic() - begun:.1f} s, left {list_checkpoints(root)[-1].name}")
         assert [path for path in list_checkpoints(root) if damage(path)] == [], name
     assert exit_codes(fit, root, *run, logs=tmp_path) == [0, 0]
     for one, other in zip(ended(root, rollouts), ended(straight, rollouts), strict=True):
