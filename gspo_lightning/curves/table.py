@@ -176,6 +176,12 @@ TABLE = {
     "time/reference": Curve("Reference", SECONDS, "Part of the second phase."),
     "time/old_logprobs": Curve("Old log-probs", SECONDS, "Part of the second phase."),
     "time/values": Curve("Values", SECONDS, "Of the critic, part of the second phase."),
+    "time/waiting_gradient": Curve(
+        "Waiting, gradient",
+        SECONDS,
+        "Part of the third phase: for the mean of gradients over ranks, what is left of it when this "
+        "rank has computed its own. With ddp; fsdp2 waits within its passes, unmeasured.",
+    ),
     # warm starts and reward models
     "train/loss": Curve("Loss", "nats", "Of the batch: the training's own objective."),
     "train/learning_rate": Curve("Learning rate", "rate", "In this optimizer step."),
@@ -220,8 +226,8 @@ PATTERNS = {
     r"time/waiting_(\w+)": Curve(
         "Waiting, {0}",
         SECONDS,
-        "In sums and gathers over all ranks in the phase `{0}`, most of it for the slowest; "
-        "without the mean of the gradient. Where there are several ranks.",
+        "In sums and gathers over all ranks in the phase `{0}`, most of it for the slowest. Where "
+        "there are several ranks.",
     ),
     r"reward/(.+)": Curve(
         "Reward {0}",

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from socket import gethostname
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Callback
+from torch import Tensor
+from torch.autograd import Variable
 
 from gspo_lightning.checkpoint.early_stops import agree_to_stop
 
@@ -115,6 +117,40 @@ def tell_phase(trainer: Any, name: str, index: int) -> None:
             on_phase(name, index)
 
 
+def _watch_of(trainer: Any) -> "RankWatch | None":
+    return next((c for c in trainer.callbacks if isinstance(c, RankWatch)), None)
+
+
+@contextmanager
+def gradient_wait(trainer: Any, clock: Any, loss: Tensor) -> Iterator[None]:
+    """Measure, in the backward pass within, what is left of it once this rank's own part is done.
+
+    That is the rest of the mean of gradients over ranks, which DDP sends while it still computes:
+    what computing has not hidden, most of it waiting for a slower rank.
+
+    Args:
+        trainer: The Trainer; without a :class:`RankWatch` nothing is measured.
+        clock: Of the step.
+        loss: What the pass begins with.
+    """
+    watch = _watch_of(trainer)
+    if watch is None:
+        yield
+        return
+    waiting = ExitStack()
+
+    def wait() -> None:
+        waiting.enter_context(watch.wait())
+        waiting.enter_context(clock.between("waiting_gradient"))
+
+    # What is put into this queue first is done first, behind all that the pass computes; DDP puts
+    # its own wait there as the last gradient is ready.
+    queue: Any = Variable._execution_engine  # type: ignore[attr-defined]
+    loss.register_hook(lambda _: queue.queue_callback(wait))
+    with waiting:
+        yield
+
+
 def together(trainer: Any, clock: Any, collective: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """The same function of all ranks, its seconds measured by phase: most of them are waiting.
 
@@ -123,7 +159,7 @@ def together(trainer: Any, clock: Any, collective: Callable[[Any], Any]) -> Call
         clock: Of the step.
         collective: What all ranks do together.
     """
-    watch = next((c for c in trainer.callbacks if isinstance(c, RankWatch)), None)
+    watch = _watch_of(trainer)
     if watch is None:
         return collective
 
@@ -217,7 +253,7 @@ class RankWatch(Callback):
     def wait(self) -> Iterator[None]:
         """While this rank waits for others in its phase."""
         self._place = self._place | {"waits": True}
-        yield
+        yield  # an error ends the run
         self._place = self._place | {"waits": False}
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
