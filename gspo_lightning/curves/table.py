@@ -179,8 +179,8 @@ TABLE = {
     "time/waiting_gradient": Curve(
         "Waiting, gradient",
         SECONDS,
-        "Part of the third phase: for the mean of gradients over ranks, what is left of it when this "
-        "rank has computed its own. With ddp; fsdp2 waits within its passes, unmeasured.",
+        "Part of the third phase: for the mean of gradients over ranks, what is left of it when "
+        "this rank has computed its own. With ddp; fsdp2 waits within its passes, unmeasured.",
     ),
     # warm starts and reward models
     "train/loss": Curve("Loss", "nats", "Of the batch: the training's own objective."),

@@ -9,8 +9,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from gspo_lightning.callbacks import AdaptiveKL, SampleTable
-from gspo_lightning.checkpoint import parts, rollout_checkpoint
 from gspo_lightning.checkpoint import io as checkpoint_io
+from gspo_lightning.checkpoint import parts, rollout_checkpoint
 from gspo_lightning.checkpoint.files import find_checkpoint, list_checkpoints
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, damage
 from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint
