@@ -61,7 +61,7 @@ def configured_size(module: Any, data: Any) -> int:
 
 def over_ranks(module: Any, number: float) -> float:
     """The largest of the numbers of all ranks; NaN if one is. Every rank must call."""
-    if module.trainer.world_size == 1:
+    if getattr(module._trainer, "world_size", 1) == 1:
         return number
     return module.all_gather(torch.tensor(float(number), device=module.device)).max().item()
 
@@ -118,7 +118,7 @@ def as_rollout(
     if advantages is None:
         advantages = torch.linspace(-1, 1, len(samples))
     advantages = advantages.to(samples.mask.device)
-    with torch.no_grad(), weights_of(module.trainer).apart():
+    with torch.no_grad(), weights_of(module._trainer).apart():
         old = logprobs_in_run(module, samples).logprobs
         ref = None
         if with_ref and module.reference is not None:
@@ -153,7 +153,7 @@ def gradient(module: Any, rollout: Rollout, size: int, choices: LossChoices | No
     module.policy.zero_grad(set_to_none=True)
     log_ratios, clipped = [], 0.0
     # Without a backward pass ranks would keep whole weights, which an optimizer must not see.
-    passes = nullcontext() if wanted else weights_of(module.trainer).apart()
+    passes = nullcontext() if wanted else weights_of(module._trainer).apart()
     try:
         with passes:
             for micro, part in zip(rollout.micro_batches(size), weights.split(size), strict=True):
@@ -265,7 +265,7 @@ def noise(module: Any, data: Any, samples: Samples, most: int = ROWS) -> Finding
     rows = rows_of(spread(len(samples) // group, max(1, most // group)), group)[:most]
     same: list[Tensor] = []
     other: list[Tensor] = []
-    with weights_of(module.trainer).apart():
+    with weights_of(module._trainer).apart():
         for part in (samples.select(index) for index in rows.split(size)):
             graph = logprobs_in_run(module, part).logprobs.detach()
             with torch.no_grad():
@@ -298,7 +298,7 @@ def start_kl(module: Any, trainer: Any, samples: Samples, rows: int = ROWS) -> F
     if module.reference is None:
         return Finding("kl", "ok", "no reference, so no KL is measured")
     part = samples.select(spread(len(samples), rows))
-    with weights_of(module.trainer).apart():
+    with weights_of(module._trainer).apart():
         old = torch.cat([logprobs_in_run(module, row).logprobs for row in part.micro_batches(1)])
         ref = module.reference.logprobs(part, module.sampler.temperature).to(old.device)
     kl = masked_mean(kl_estimate(old, ref, "k3"), part.mask, dim=1).mean().item()
