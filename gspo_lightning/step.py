@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +67,6 @@ class Clock:
         self.on_phase = on_phase
         self.seconds = dict.fromkeys(("rollout", "score", "optimise"), 0.0)
         self.peak_memory: dict[str, float] = {}
-        self._between: list[tuple[str, Any, Any]] = []  # events of the device, not yet read
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -77,9 +75,6 @@ class Clock:
         reset_peaks(self.devices)
         with self.timed(name, self.device):
             yield
-        for part, start, end in self._between:
-            self._add(part, start.elapsed_time(end) / 1000)
-        self._between.clear()
         for device, peak in peaks(self.devices).items():
             other = "" if device == self.device else f"_{str(device).replace(':', '')}"
             key = f"{name}_gib{other}"
@@ -93,24 +88,7 @@ class Clock:
             yield
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # or what comes next would pay for this part
-        self._add(name, time.perf_counter() - start)
-
-    @contextmanager
-    def between(self, name: str) -> Iterator[None]:
-        """Measure the time of a part of a phase on the policy's device, without waiting for it."""
-        if self.device.type != "cuda":
-            begun = time.perf_counter()
-            yield
-            self._add(name, time.perf_counter() - begun)
-            return
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record(torch.cuda.current_stream(self.device))
-        yield
-        end.record(torch.cuda.current_stream(self.device))
-        self._between.append((name, start, end))
-
-    def _add(self, name: str, seconds: float) -> None:
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 @dataclass

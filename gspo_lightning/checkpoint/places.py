@@ -150,7 +150,7 @@ def is_local(path: Path) -> bool:
     False where the system does not tell.
     """
     try:
-        lines = MOUNTS.read_text().splitlines()
+        lines = MOUNTS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return False
     mounts = [line.partition(" - ") for line in lines]

@@ -176,12 +176,6 @@ TABLE = {
     "time/reference": Curve("Reference", SECONDS, "Part of the second phase."),
     "time/old_logprobs": Curve("Old log-probs", SECONDS, "Part of the second phase."),
     "time/values": Curve("Values", SECONDS, "Of the critic, part of the second phase."),
-    "time/waiting_gradient": Curve(
-        "Waiting, gradient",
-        SECONDS,
-        "Part of the third phase: for the mean of gradients over ranks, what is left of it when "
-        "this rank has computed its own. With ddp; fsdp2 waits within its passes, unmeasured.",
-    ),
     # warm starts and reward models
     "train/loss": Curve("Loss", "nats", "Of the batch: the training's own objective."),
     "train/learning_rate": Curve("Learning rate", "rate", "In this optimizer step."),
@@ -222,6 +216,12 @@ PATTERNS = {
         "GiB",
         "Highest memory in the phase `{0}`; of another device than the "
         "policy's where the name ends with one.",
+    ),
+    "time/waiting_gradient": Curve(
+        "Waiting, gradient",
+        SECONDS,
+        "Part of the third phase: for the mean of gradients over ranks, what is left of it when "
+        "this rank has computed its own. With ddp; fsdp2 waits within its passes, unmeasured.",
     ),
     r"time/waiting_(\w+)": Curve(
         "Waiting, {0}",

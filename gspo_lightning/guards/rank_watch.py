@@ -14,6 +14,7 @@ from datetime import timedelta
 from socket import gethostname
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
 from torch import Tensor
@@ -137,11 +138,11 @@ def gradient_wait(trainer: Any, clock: Any, loss: Tensor) -> Iterator[None]:
     if watch is None:
         yield
         return
-    waiting = ExitStack()
+    waiting, begun = ExitStack(), []
 
     def wait() -> None:
+        begun.append(_now(clock.device))
         waiting.enter_context(watch.wait())
-        waiting.enter_context(clock.between("waiting_gradient"))
 
     # What is put into this queue first is done first, behind all that the pass computes; DDP puts
     # its own wait there as the last gradient is ready.
@@ -149,6 +150,15 @@ def gradient_wait(trainer: Any, clock: Any, loss: Tensor) -> Iterator[None]:
     loss.register_hook(lambda _: queue.queue_callback(wait))
     with waiting:
         yield
+    key, end = "waiting_gradient", _now(clock.device)
+    clock.seconds[key] = clock.seconds.get(key, 0.0) + sum(end - start for start in begun)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        # Not the whole device: the mean of gradients has a stream of its own.
+        torch.cuda.current_stream(device).synchronize()
+    return time.perf_counter()
 
 
 def together(trainer: Any, clock: Any, collective: Callable[[Any], Any]) -> Callable[[Any], Any]:
