@@ -182,6 +182,19 @@ def test_validation_serves_every_held_out_prompt_in_order(prompts, tokenizer):
     assert [n for batch in data.val_dataloader() for n in numbers(batch)] == list(range(10))
 
 
+@pytest.mark.parametrize(("ranks", "first"), [(3, [0, 3, 6, 9]), (11, list(range(10)))])
+def test_ranks_share_held_out_prompts_out_unless_one_would_get_none(
+    prompts, tokenizer, ranks, first
+):
+    data = attach(PromptData(prompts, val_path=prompts, val_batch_size=2), tokenizer)
+    data.setup("validate")
+    data.trainer.world_size, served = ranks, []
+    for data.trainer.global_rank in range(3):
+        served.append([n for batch in data.val_dataloader() for n in numbers(batch)])
+    assert served[0] == first
+    assert ranks > 10 or sorted(sum(served, [])) == list(range(10))
+
+
 def test_without_held_out_prompts_validation_is_off_and_validate_is_refused(prompts, tokenizer):
     data = attach(PromptData(prompts), tokenizer)
     data.setup("fit")
