@@ -259,7 +259,7 @@ class GSPOModule(LightningModule):
         gather = together(trainer, clock, lambda x: self.all_gather(x.to(self.device)))
         weights = weights_of(trainer)
         # Ranks that share the policy wait for one another within each pass, where nothing tells it.
-        wait = nullcontext if weights.sharded else partial(gradient_wait, trainer, clock)
+        wait: Any = nullcontext if weights.sharded else partial(gradient_wait, trainer, clock)
         ranks = Ranks(self.global_rank, trainer.world_size, add, gather, wait, weights)
         known = self.tally, self.choices, self.kl_coef
         self.step = Step(index, self.seed, ranks, clock, *known)

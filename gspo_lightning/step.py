@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Ranks:
     count: int
     sum: Callable[[Tensor], Tensor]
     gather: Callable[[Tensor], Tensor]
-    wait: Callable[[Tensor], AbstractContextManager[None]] = nullcontext
+    wait: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext
     weights: Whole = Whole()  # noqa: RUF009 - without state
 
 

@@ -146,7 +146,7 @@ def gradient_wait(trainer: Any, clock: Any, loss: Tensor) -> Iterator[None]:
 
     # What is put into this queue first is done first, behind all that the pass computes; DDP puts
     # its own wait there as the last gradient is ready.
-    queue: Any = Variable._execution_engine  # type: ignore[attr-defined]
+    queue: Any = Variable._execution_engine
     loss.register_hook(lambda _: queue.queue_callback(wait))
     with waiting:
         yield
