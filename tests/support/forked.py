@@ -66,7 +66,7 @@ class _Kept:
         self.answer = pair[1]
 
 
-def exit_codes(function, *arguments, logs, count=2, seconds=60):
+def exit_codes(function, *arguments, logs, count=2, seconds=300):
     """How ``function(rank, *arguments)`` ended on each rank: 0, 1 after an error, or -9 if killed.
 
     The ranks are a process group of their own; what each says is in ``logs``, ``rank0.txt`` ...
