@@ -35,7 +35,7 @@ from gspo_lightning.rewards.terms import overlong_penalty
 from gspo_lightning.rollout import Samples, join_samples, stream_seed
 from gspo_lightning.run.plan import kl_speed, plan_lines, too_slow
 from gspo_lightning.run.terminal_log import say
-from gspo_lightning.sharding import weights_of
+from gspo_lightning.sharding.ranks import weights_of
 
 Checks = dict[str, Callable[[], Finding | list[Finding]]]
 DRAWS = ("sample/0", "doctor")  # groups per prompt; the first are drawn as in the first rollout

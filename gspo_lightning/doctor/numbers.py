@@ -22,7 +22,7 @@ from gspo_lightning.loss import LossChoices, micro_loss
 from gspo_lightning.masked import masked_mean
 from gspo_lightning.objectives import importance_log_ratio, token_weights
 from gspo_lightning.rollout import Rollout, Samples
-from gspo_lightning.sharding import weights_of
+from gspo_lightning.sharding.ranks import weights_of
 
 DROPOUTS = tuple(kind for name, kind in vars(nn).items() if "Dropout" in name)
 ROWS = 16  # completions that noise and KL are measured on
