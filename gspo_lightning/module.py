@@ -5,7 +5,9 @@ Decides the settings, what Lightning's hooks do, and what is logged of a step.
 
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +26,7 @@ from gspo_lightning.guards.faults import Faults
 from gspo_lightning.guards.health import Health
 from gspo_lightning.guards.ignored import check_trainer
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED, TOKENS, Sizes
-from gspo_lightning.guards.rank_watch import tell_phase, together, watch_for
+from gspo_lightning.guards.rank_watch import gradient_wait, tell_phase, together, watch_for
 from gspo_lightning.guards.trainer import check_batch, check_data, leave_out_noise, whole
 from gspo_lightning.kl import check_loss_kind
 from gspo_lightning.loss import LossChoices
@@ -255,7 +257,10 @@ class GSPOModule(LightningModule):
         reduce = trainer.strategy.reduce
         add = together(trainer, clock, lambda x: reduce(x.to(self.device), reduce_op="sum"))
         gather = together(trainer, clock, lambda x: self.all_gather(x.to(self.device)))
-        ranks = Ranks(self.global_rank, trainer.world_size, add, gather, weights_of(trainer))
+        weights = weights_of(trainer)
+        # Ranks that share the policy wait for one another within each pass, where nothing tells it.
+        wait: Any = nullcontext if weights.sharded else partial(gradient_wait, trainer, clock)
+        ranks = Ranks(self.global_rank, trainer.world_size, add, gather, wait, weights)
         known = self.tally, self.choices, self.kl_coef
         self.step = Step(index, self.seed, ranks, clock, *known)
         return self.step

@@ -109,4 +109,9 @@ def attempt(check: str, examine: Callable[[], Finding | list[Finding]]) -> list[
         if "out of memory" in text:
             remedy = "lower model.micro_batch_size and sampler.batch_size, or use a larger device"
         return [Finding(check, "error", f"{kind}{text}", remedy)]
+    return as_list(found)
+
+
+def as_list(found: Finding | list[Finding]) -> list[Finding]:
+    """One finding as a list of it."""
     return found if isinstance(found, list) else [found]
