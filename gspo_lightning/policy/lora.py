@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from gspo_lightning.bounds import check_at_least, check_positive
 from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.policy.four_bits import full_weights
+from gspo_lightning.policy.shards import standing_in
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def add_adapters(model: Any, config: LoRAConfig) -> Any:
         use_rslora=config.use_rslora,
         modules_to_save=whole or None,
     )
-    with warnings.catch_warnings(), _names_as_given():
+    inside = standing_in([model.get_submodule(name) for name in layers])
+    with warnings.catch_warnings(), _names_as_given(), inside:
         # GPT-2 stores its matrices the other way round; peft sees that by itself and says so
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
         # peft 0.21 reads what transformers 5.23 has renamed

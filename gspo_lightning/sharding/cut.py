@@ -5,7 +5,7 @@ Decides what is a unit that is gathered at once: each layer, and one more of all
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from gspo_lightning.checkpoint.parts import Parted
 from gspo_lightning.engine.head import find_head
 from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.engine.probe import plainer_ways, some_ids
+from gspo_lightning.policy.shards import give_parts, take_parts, whole_tensor
 
 
 def cut(
@@ -30,7 +31,6 @@ def cut(
     computed: torch.dtype | None,
     reshard: bool,
     cpu_offload: bool,
-    held: torch.dtype | None = None,
 ) -> None:
     """Leave this rank its part of every weight of a causal language model.
 
@@ -38,12 +38,12 @@ def cut(
     the backward is over: log-probs are made of the head's weight behind the model's forward.
 
     Args:
-        model: In wrappers of adapters or without; all ranks hold the same weights.
+        model: In wrappers of adapters or without. All ranks hold the same weights, or of some
+            matrices their parts already; see ``policy.shards``.
         mesh: The ranks, of one dimension.
         computed: Type that weights are gathered in; ``None`` is their own.
         reshard: Whether a layer's weights are let go between forward and backward.
         cpu_offload: Whether the parts, and so gradients and moments, are kept in host memory.
-        held: Type that the parts are made; ``None`` leaves them as they are.
     """
     base = unwrapped(model)
     options: dict[str, Any] = {
@@ -57,11 +57,11 @@ def cut(
         ),
         "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
     }
+    parts = take_parts(base)
     for layer in decoder_layers(base):
         fully_shard(layer, reshard_after_forward=reshard, **options)
     fully_shard(base, reshard_after_forward=False, **options)
-    if held is not None:
-        base.to(held)
+    give_parts(base, parts, torch.device("cpu") if cpu_offload else compute_device(base))
     if base is not model:
         # The wrapper of adapters calls the model's forward past the hooks that gather weights.
         model.base_model.forward = base.__call__
@@ -143,11 +143,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
         for unit, before, behind in kept:
             unit._forward_pre_hooks, unit._forward_hooks = before, behind
         reshard_all(model)
-
-
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """A tensor that is no part of one; all ranks must call."""
-    return cast(Any, tensor).full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_state(state: Any, wanted: bool, done: dict[int, Tensor] | None = None) -> Any:
