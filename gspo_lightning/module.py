@@ -514,6 +514,8 @@ class GSPOModule(LightningModule):
 
     def export(self, path: str | Path) -> None:
         """Write the policy as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
-        state = weights_of(self._trainer).state(self.policy.model, self.global_rank == 0)  # type: ignore[union-attr]
-        if self.global_rank == 0:
-            self.policy.export(path, state)  # type: ignore[union-attr]
+        policy: Any = self.policy
+        first = self.global_rank == 0
+        state = weights_of(self._trainer).state_beside(policy.model, first, Path(path))
+        if first:
+            policy.export(path, state)

@@ -278,7 +278,8 @@ def merged_weights(model: Any, state: dict[str, Tensor] | None = None) -> dict[s
 
     Args:
         model: A causal language model with adapters.
-        state: Its state dict, where its own tensors are but parts of weights.
+        state: Copies of its state dict's tensors, which are merged in place, where its own are but
+            parts of weights.
 
     Returns:
         A state dict under the names that the model had before it got adapters; weights without
@@ -286,7 +287,7 @@ def merged_weights(model: Any, state: dict[str, Tensor] | None = None) -> dict[s
     """
     from peft.tuners.lora import LoraLayer
 
-    base = unwrapped(model)
+    base, copied = unwrapped(model), state is not None
     state = base.state_dict() if state is None else state
     named = {name.removeprefix("base_model.model."): weight for name, weight in state.items()}
     weights = full_weights(base, named)
@@ -296,7 +297,8 @@ def merged_weights(model: Any, state: dict[str, Tensor] | None = None) -> dict[s
         inside = [n for n, _ in layer.named_parameters() if n.startswith("lora_")]
         adapters = {f"layer.{n}": weights[f"{name}.{n}"] for n in inside}
         delta = torch.func.functional_call(_Change(layer), adapters, ())
-        weights[f"{name}.base_layer.weight"] = (own.to(delta.dtype) + delta.detach()).to(own.dtype)
+        merged = (own.to(delta.dtype) + delta.detach()).to(own.dtype)
+        weights[f"{name}.base_layer.weight"] = own.copy_(merged) if copied else merged
     return {
         re.sub(r"\.base_layer\.|\.modules_to_save\.[^.]+\.", ".", name): weight
         for name, weight in weights.items()

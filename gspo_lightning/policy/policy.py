@@ -27,6 +27,7 @@ from gspo_lightning.policy.shards import reading_parts, whole_tensor
 from gspo_lightning.start.shipped import find_data
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LARGEST_FILE = "5GB"  # of weights; what is written of one file may be in memory at once
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "spiece*")
 
 
@@ -162,9 +163,9 @@ class Policy(nn.Module):
 
         Args:
             path: The folder.
-            state: The model's weights, where this rank has but a part of them.
+            state: Copies of the model's weights, where this rank has but a part of them.
         """
-        self.model.save_pretrained(path, state_dict=state)
+        self.model.save_pretrained(path, state_dict=state, max_shard_size=LARGEST_FILE)
         self.tokenizer.save_pretrained(path)
 
 
@@ -200,7 +201,7 @@ class LoRAPolicy(Policy):
             base, weights = unwrapped(self.model), merged_weights(self.model, state)
             if any(map(four_bits.is_rounded, base.parameters())):
                 base = four_bits.plain_model(base, base.get_input_embeddings().weight.dtype)
-            base.save_pretrained(path, state_dict=weights)
+            base.save_pretrained(path, state_dict=weights, max_shard_size=LARGEST_FILE)
         self.tokenizer.save_pretrained(path)
 
     def get_extra_state(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Decides what is a unit that is gathered at once: each layer, and one more of all that is no layer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -145,8 +145,18 @@ def gathered(model: nn.Module) -> Iterator[None]:
         reshard_all(model)
 
 
-def whole_state(state: Any, wanted: bool, done: dict[int, Tensor] | None = None) -> Any:
-    """The same nested dicts and lists with every sharded tensor whole, on the CPU.
+def in_memory(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, also of what is there already: a single rank's part is the weight."""
+    return tensor.to("cpu", copy=True)
+
+
+def whole_state(
+    state: Any,
+    wanted: bool,
+    keep: Callable[[Tensor], Tensor] = in_memory,
+    done: dict[int, Tensor] | None = None,
+) -> Any:
+    """The same nested dicts and lists with a whole copy of every sharded tensor, on the CPU.
 
     One tensor after the other is gathered, so that no device ever holds two of them whole. Tied
     weights, the same tensor under two names, stay the same tensor. All ranks must call.
@@ -154,18 +164,19 @@ def whole_state(state: Any, wanted: bool, done: dict[int, Tensor] | None = None)
     Args:
         state: As ``state_dict(keep_vars=True)`` gives it, which has tied weights as one tensor.
         wanted: Whether this rank reads the result; the others get a dict that lacks the tensors.
+        keep: Copies a tensor to where it is kept.
         done: Tensors that were gathered, by the identity of their part.
     """
     done = {} if done is None else done
     if isinstance(state, DTensor):
         if id(state) not in done:
             full = whole_tensor(state.detach())
-            done[id(state)] = full.cpu() if wanted else full.new_empty(0, device="cpu")
+            done[id(state)] = keep(full) if wanted else full.new_empty(0, device="cpu")
         return done[id(state)]
     if isinstance(state, dict):
-        return type(state)((k, whole_state(v, wanted, done)) for k, v in state.items())
+        return type(state)((k, whole_state(v, wanted, keep, done)) for k, v in state.items())
     if isinstance(state, (list, tuple)):
-        return type(state)(whole_state(part, wanted, done) for part in state)
+        return type(state)(whole_state(part, wanted, keep, done) for part in state)
     return state.detach() if isinstance(state, Tensor) else state
 
 

@@ -124,6 +124,7 @@ class FSDP2(ModelParallelStrategy):
         if (model := module.frozen.model_to_cut) is not None:
             self._cut(model, gather=False)
             module.sizes.shared += (REFERRED,)
+        self.weights.large = self._in_parts()
 
     def _cut(self, model: Any, gather: bool, cpu_offload: bool = False) -> None:
         assert self.lightning_module is not None and self.weights is not None
