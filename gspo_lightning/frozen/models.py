@@ -18,6 +18,7 @@ from gspo_lightning.frozen.reward_model import RewardModel, freeze
 from gspo_lightning.logprobs import samples_logprobs
 from gspo_lightning.policy.folder import check_model_folder, check_model_path, reason
 from gspo_lightning.policy.policy import LoRAPolicy, Policy, PolicyConfig, fingerprint
+from gspo_lightning.policy.shards import compute_device
 from gspo_lightning.rollout import Samples
 from gspo_lightning.start.shipped import find_data
 
@@ -129,7 +130,7 @@ class ReferencePolicy:
         Returns:
             (B, T) float32 nats, on the device of ``samples``.
         """
-        device = next(self.model.parameters()).device
+        device = compute_device(self.model)
         # Groups sorted by length: little padding. Whole ones, as their prompt is computed once.
         size, batch_size = samples.group_size, batch_size or self.batch_size
         lengths = (samples.prompt_mask.sum(1) + samples.mask.sum(1)).cpu()

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import core_model_loading as loading
 from transformers import modeling_utils
@@ -43,10 +44,10 @@ def reading_parts(mesh: Any) -> Iterator[None]:
         return
     load = modeling_utils.convert_and_load_state_dict_in_model
 
-    def load_parts(model: Any, state_dict: dict, load_config: Any, *rest: Any, **others: Any) -> Any:
-        if load_config.hf_quantizer is None:  # rounded weights are no rows of anything
-            _cut_empty(model, state_dict, load_config.weight_mapping or [], mesh)
-        return load(model, state_dict, load_config, *rest, **others)
+    def load_parts(model: Any, stored: Any, how: Any, *rest: Any, **others: Any) -> Any:
+        if how.hf_quantizer is None:  # rounded weights are no rows of anything
+            _cut_empty(model, stored, how.weight_mapping or [], mesh)
+        return load(model, stored, how, *rest, **others)
 
     modeling_utils.convert_and_load_state_dict_in_model = load_parts
     try:
@@ -111,10 +112,8 @@ def _sources(
     return found
 
 
-def _in_rows(
-    weight: Tensor, converter: Any, shapes: list[tuple[int, ...]], ranks: int
-) -> bool:
-    """Whether a rank's rows of a weight are made of the same rows, or whole experts, in the file."""
+def _in_rows(weight: Tensor, converter: Any, shapes: list[tuple[int, ...]], ranks: int) -> bool:
+    """Whether a rank's rows of a weight are the same rows, or whole experts, in the file."""
     if converter is None:
         return shapes == [tuple(weight.shape)]
     # One tensor of each expert in the file, one of all experts in the model: rows are experts.
@@ -156,6 +155,18 @@ def standing_in(layers: list[Any]) -> Iterator[None]:
             layer.weight = part.requires_grad_(layer.weight.requires_grad)
 
 
+def compute_device(model: nn.Module) -> torch.device:
+    """Where a sharded model computes, which is not where an offloaded one keeps its parts."""
+    for group in units(model):
+        return group._get_fsdp_state()._device
+    return next(model.parameters()).device
+
+
+def units(model: nn.Module) -> list[Any]:
+    """What is gathered at once; nothing in a model that is not sharded."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 def take_parts(model: Any) -> dict[str, DTensor]:
     """Take the parts that were read out of a model, which is left with weights of no device."""
     parts: dict[str, DTensor] = {}
@@ -181,7 +192,8 @@ def give_parts(model: Any, parts: dict[str, DTensor], device: torch.device) -> N
     for name in list(parts):
         empty: Any = model.get_parameter(name)
         part: Any = torch.empty_like(empty, device=device)
-        part.to_local().copy_(parts.pop(name).detach().to_local())
+        read: Any = parts.pop(name).detach()
+        part.to_local().copy_(read.to_local())
         filled = nn.Parameter(part, empty.requires_grad)
         for each in names[id(empty)]:
             owner, _, leaf = each.rpartition(".")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
-    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -22,7 +21,13 @@ from gspo_lightning.checkpoint.parts import Parted
 from gspo_lightning.engine.head import find_head
 from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.engine.probe import plainer_ways, some_ids
-from gspo_lightning.policy.shards import give_parts, take_parts, whole_tensor
+from gspo_lightning.policy.shards import (
+    compute_device,
+    give_parts,
+    take_parts,
+    units,
+    whole_tensor,
+)
 
 
 def cut(
@@ -100,18 +105,6 @@ def one_token(model: nn.Module) -> None:
     """Call a model on one token."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=compute_device(model))
     model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-
-
-def compute_device(model: nn.Module) -> torch.device:
-    """Where a sharded model computes, which is not where an offloaded one keeps its parts."""
-    for group in units(model):
-        return group._get_fsdp_state()._device
-    return next(model.parameters()).device
-
-
-def units(model: nn.Module) -> list[Any]:
-    """What is gathered at once; nothing in a model that is not sharded."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def reshard_all(model: nn.Module) -> None:
@@ -199,7 +192,9 @@ def part_of(full: Any, like: Any) -> Any:
         first = min(rank * size, full.shape[0])
         part = full.rows(first, min(size, full.shape[0] - first))
         mesh, shape = like.device_mesh, {"shape": full.shape, "stride": like.stride()}
-        return DTensor.from_local(part, mesh, like.placements, run_check=False, **shape)  # type: ignore[arg-type]
-    if not isinstance(like, DTensor) or isinstance(full, DTensor) or full.shape != like.shape:
+        found = DTensor.from_local(part, mesh, like.placements, run_check=False, **shape)  # type: ignore[arg-type]
+    elif not isinstance(like, DTensor) or isinstance(full, DTensor) or full.shape != like.shape:
         return full
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+    else:
+        found = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+    return found.to(like.device)  # made on the ranks' devices, where offloaded parts have no room

@@ -105,13 +105,21 @@ class FSDP2(ModelParallelStrategy):
             )
         if self.cpu_offload and self.root_device.type == "cpu":
             raise ValueError("FSDP2.cpu_offload: the policy is on the CPU already; leave it out")
+        backend = self._process_group_backend
+        if self.cpu_offload and backend is not None and "gloo" not in backend:
+            raise ValueError(
+                f"FSDP2.process_group_backend is {backend}, which adds up nothing in host memory, as "
+                "FSDP2.cpu_offload needs; leave it out, or set cpu:gloo,cuda:nccl"
+            )
 
     def model_to_device(self) -> None:
         """Move what has not been cut: parts stay where they were put."""
-        assert self.lightning_module is not None
-        for name, part in self.lightning_module.named_children():
-            if name != "policy":
-                part.to(self.root_device)
+        module: Any = self.lightning_module
+        policy, module.policy = module.policy, None
+        try:
+            module.to(self.root_device)  # whole: the module's own device is set by it, too
+        finally:
+            module.policy = policy
 
     def share_out(self, policy: Any) -> None:
         """Leave this rank its part of a policy, and of a reference on the same device."""

@@ -31,7 +31,7 @@ class Whole:
         return [(rows, True) for rows in pieces]
 
     def state_beside(self, module: nn.Module, wanted: bool, path: Path) -> dict[str, Any] | None:
-        """A copy of a module's state dict, for a folder to be written; None where it has its own."""
+        """A copy of a module's state dict, to be written to a folder; None where it is whole."""
         return None
 
     def state(self, module: nn.Module, wanted: bool = True) -> dict[str, Any]:

@@ -44,8 +44,8 @@ def changed(root, name, change):
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("shards")
     for kind in ARCHITECTURES:
-        tied = kind in ("qwen3", "gemma2")
-        save(root, kind, build_model(kind, **({"tie_word_embeddings": tied} if "gpt2" != kind else {})))
+        untied = {} if kind in ("qwen3", "gemma2", "gpt2") else {"tie_word_embeddings": False}
+        save(root, kind, build_model(kind, **untied))
     save(root, "narrow", build_model().bfloat16())
     save(root, "in files", build_model(), max_shard_size="5KB")
     pickled = save(root, "pickled", build_model())
@@ -73,11 +73,12 @@ def compared(path, mesh, **options):
     assert first.keys() == second.keys()
     same = lambda a, b: a.dtype == b.dtype and torch.equal(a, b)  # noqa: E731
     matrices = [n for n, p in whole.named_parameters() if p.ndim > 1]
+    read = [n for n in matrices if isinstance(second[n], DTensor)]
     return {
         "differ": [n for n, t in first.items() if not same(t, whole_tensor(second[n].detach()))],
         "tied": [sum(m[n] is t for n in m for t in m.values()) for m in (first, second)],
-        "whole": [n for n in matrices if not isinstance(second[n], DTensor)],
-        "share": sum(second[n].to_local().numel() for n in matrices if n in second and isinstance(second[n], DTensor)),
+        "whole": [n for n in matrices if n not in read],
+        "share": sum(second[n].to_local().numel() for n in read),
         "all": sum(first[n].numel() for n in matrices),
         "marks": [fingerprint(whole), fingerprint(parts)],
         "said": [str(each.message) for each in said],
@@ -85,7 +86,7 @@ def compared(path, mesh, **options):
 
 
 def adapted(path, mesh):
-    """Names of weights that differ once adapters are there, and logits that differ once it is cut."""
+    """What differs: weights with and without adapters, and logits once the model is cut."""
     found = []
     for lora in (LORA, None):
         policies = []
