@@ -249,9 +249,8 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=8)  # fast on every CPU: about a second per GiB
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        for part in (
-            whole_tensor(tensor).flatten().split(2**22)
-        ):  # 16 MiB at a time leave the device
+        values = whole_tensor(tensor).flatten()
+        for part in values.split(2**22):  # 16 MiB at a time leave the device
             digest.update(part.float().cpu().numpy())
     return digest.hexdigest()
 

@@ -49,7 +49,7 @@ def reading_parts(mesh: Any) -> Iterator[None]:
             _cut_empty(model, stored, how.weight_mapping or [], mesh)
         return load(model, stored, how, *rest, **others)
 
-    modeling_utils.convert_and_load_state_dict_in_model = load_parts
+    modeling_utils.convert_and_load_state_dict_in_model = load_parts  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -36,6 +36,7 @@ class FSDP2(ModelParallelStrategy):
             False saves sending them again, for memory.
         checkpoints: ``file`` writes one file, gathered on rank 0; ``parts`` a file of each rank, in
             a folder beside the checkpoint; ``auto`` is parts above 32 GiB of weights and moments.
+            With parts an export is gathered on the disk, too, not in the memory of rank 0.
         cpu_offload: Keep weights, gradients and moments in host memory, and update there.
         timeout: How long a rank waits for the others, as of Lightning's other strategies; the
             option --rank_timeout of a command sets it for each of them.
@@ -108,8 +109,8 @@ class FSDP2(ModelParallelStrategy):
         backend = self._process_group_backend
         if self.cpu_offload and backend is not None and "gloo" not in backend:
             raise ValueError(
-                f"FSDP2.process_group_backend is {backend}, which adds up nothing in host memory, as "
-                "FSDP2.cpu_offload needs; leave it out, or set cpu:gloo,cuda:nccl"
+                f"FSDP2.process_group_backend is {backend}, which adds up nothing in host memory, "
+                "where FSDP2.cpu_offload has the gradients; leave it out, or set cpu:gloo,cuda:nccl"
             )
 
     def model_to_device(self) -> None:
