@@ -44,10 +44,11 @@ def reading_parts(mesh: Any) -> Iterator[None]:
         return
     load = modeling_utils.convert_and_load_state_dict_in_model
 
-    def load_parts(model: Any, stored: Any, how: Any, *rest: Any, **others: Any) -> Any:
-        if how.hf_quantizer is None:  # rounded weights are no rows of anything
-            _cut_empty(model, stored, how.weight_mapping or [], mesh)
-        return load(model, stored, how, *rest, **others)
+    # under the names that transformers calls it by
+    def load_parts(model: Any, state_dict: Any, load_config: Any, *rest: Any, **more: Any) -> Any:
+        if load_config.hf_quantizer is None:  # rounded weights are no rows of anything
+            _cut_empty(model, state_dict, load_config.weight_mapping or [], mesh)
+        return load(model, state_dict, load_config, *rest, **more)
 
     modeling_utils.convert_and_load_state_dict_in_model = load_parts  # type: ignore[assignment]
     try:
