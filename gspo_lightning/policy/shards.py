@@ -50,7 +50,7 @@ def reading_parts(mesh: Any) -> Iterator[None]:
             _cut_empty(model, state_dict, load_config.weight_mapping or [], mesh)
         return load(model, state_dict, load_config, *rest, **more)
 
-    modeling_utils.convert_and_load_state_dict_in_model = load_parts  # type: ignore[assignment]
+    modeling_utils.convert_and_load_state_dict_in_model = load_parts
     try:
         yield
     finally:

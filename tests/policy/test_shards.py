@@ -1,7 +1,10 @@
 """Two ranks that each read their rows of a model's files, against one that reads all of them."""
 
+import errno
+import os
 import shutil
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from gspo_lightning.policy.lora import LoRAConfig
 from gspo_lightning.policy.policy import PolicyConfig, fingerprint, load_policy
 from gspo_lightning.policy.shards import whole_tensor
 from gspo_lightning.sharding.cut import cut, gathered
+from gspo_lightning.sharding.ranks import Sharded
 from support.forked import on_ranks
 from support.model_configs import config_of
 from support.tiny_models import build_model, build_tokenizer
@@ -107,6 +111,20 @@ def adapted(path, mesh):
     return found
 
 
+def full_disk(path, mesh, rank):
+    """What each rank says of an export that rank 0 has no room for on its disk."""
+    model = PolicyConfig(str(path)).own(mesh)
+    cut(model, mesh, None, reshard=True, cpu_offload=False)
+    weights = Sharded(torch.device("cpu"))
+    weights.large = True
+    full = OSError(errno.ENOSPC, "no space left")
+    try:
+        with mock.patch.object(os, "posix_fallocate", side_effect=full):
+            weights.state_beside(model, rank == 0, path.parent / "export")
+    except OSError as error:
+        return error.strerror or str(error)
+
+
 def refused(path, mesh):
     try:
         PolicyConfig(str(path)).own(mesh)
@@ -122,6 +140,7 @@ def work(rank, root):
     found = {name: compared(root / name, mesh) for name in names}
     found["half"] = compared(root / "qwen3", mesh, dtype="bfloat16")
     found["adapted"] = adapted(root / "qwen3", mesh)
+    found["full"] = full_disk(root / "qwen3", mesh, rank)
     for name in ("too long", "missing", "nan"):
         found[name] = refused(root / name, mesh)
     return found
@@ -157,6 +176,11 @@ def test_weights_that_lie_in_another_form_are_loaded_whole_and_rank_0_says_so(ra
 
 def test_adapters_are_made_beside_parts_and_a_cut_model_computes_what_the_whole_does(ranks):
     assert [rank["adapted"] for rank in ranks] == [[], []]
+
+
+def test_a_full_disk_ends_an_export_on_every_rank_before_anything_is_gathered(ranks):
+    said = [rank["full"] for rank in ranks]
+    assert said == ["no space left", "another rank has found no room on the disk"]
 
 
 @pytest.mark.parametrize(
