@@ -127,13 +127,17 @@ def weights_of(trainer: Any) -> Whole:
     return getattr(trainer and trainer.strategy, "weights", None) or Whole()
 
 
+def cuts(trainer: Any) -> bool:
+    """Whether a trainer's strategy leaves each rank a part of the policy."""
+    return hasattr(trainer and trainer.strategy, "share_out")
+
+
 def mesh_of(trainer: Any) -> Any:
     """The ranks among which a trainer's strategy cuts the policy; None where each has all of it."""
-    cuts = hasattr(trainer and trainer.strategy, "share_out")
-    return trainer.strategy.device_mesh["data_parallel"] if cuts else None
+    return trainer.strategy.device_mesh["data_parallel"] if cuts(trainer) else None
 
 
 def share_out(policy: Any, trainer: Any) -> None:
     """Leave this rank its part of a policy, where the trainer's strategy cuts it."""
-    if mesh_of(trainer) is not None:
+    if cuts(trainer):
         trainer.strategy.share_out(policy)
