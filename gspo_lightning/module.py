@@ -60,7 +60,7 @@ from gspo_lightning.rewards import (
 )
 from gspo_lightning.rollout import PromptBatch, Rollout, stream_seed
 from gspo_lightning.sampling import GroupSampler, Sampler
-from gspo_lightning.sharding import cuts, share_out, weights_of
+from gspo_lightning.sharding import mesh_of, share_out, weights_of
 from gspo_lightning.step import Clock, Ranks, Step
 from gspo_lightning.tally import RolloutTally
 from gspo_lightning.update import Updater
@@ -318,8 +318,8 @@ class GSPOModule(LightningModule):
     def configure_model(self) -> None:
         """Load the policy, once, where Lightning wants it."""
         if self.policy is None:
-            as_stored = cuts(self._trainer)  # widened part by part, as each rank gets its own
-            self.policy = load_policy(self.policy_config, self.tokenizer, as_stored)
+            mesh = mesh_of(self._trainer)  # of ranks that cut the policy
+            self.policy = load_policy(self.policy_config, self.tokenizer, mesh)
             self.policy.train()  # computes as in eval mode, but recomputes activations where set
             share_out(self.policy, self._trainer)
         if self.critic_config is not None and self.needs_critic and self.critic is None:
@@ -519,6 +519,8 @@ class GSPOModule(LightningModule):
 
     def export(self, path: str | Path) -> None:
         """Write the policy as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
-        state = weights_of(self._trainer).state(self.policy.model, self.global_rank == 0)  # type: ignore[union-attr]
-        if self.global_rank == 0:
-            self.policy.export(path, state)  # type: ignore[union-attr]
+        policy: Any = self.policy
+        first = self.global_rank == 0
+        state = weights_of(self._trainer).state_beside(policy.model, first, Path(path))
+        if first:
+            policy.export(path, state)
