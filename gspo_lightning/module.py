@@ -25,7 +25,13 @@ from gspo_lightning.guards.health import Health
 from gspo_lightning.guards.ignored import check_trainer
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED, TOKENS, Sizes
 from gspo_lightning.guards.rank_watch import tell_phase, together, watch_for
-from gspo_lightning.guards.trainer import check_batch, check_data, leave_out_noise, whole
+from gspo_lightning.guards.trainer import (
+    check_batch,
+    check_data,
+    leave_out_noise,
+    tell_loading,
+    whole,
+)
 from gspo_lightning.kl import check_loss_kind
 from gspo_lightning.loss import LossChoices
 from gspo_lightning.objectives import Objective
@@ -308,6 +314,8 @@ class GSPOModule(LightningModule):
         examples = getattr(self.trainer.datamodule, "examples", {})  # type: ignore[attr-defined]
         held_out = self.eval_samplers["greedy"].max_new_tokens
         check_lengths(self.policy_config, examples, self.sampler.max_new_tokens, held_out)
+        if stage == "fit":
+            tell_loading(self.trainer, self)
         self.frozen.load(self.policy_config, device, with_reference=stage == "fit")
 
     def configure_model(self) -> None:
