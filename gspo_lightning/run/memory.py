@@ -18,17 +18,17 @@ from gspo_lightning.policy.folder import silence
 from gspo_lightning.policy.lora import add_adapters
 from gspo_lightning.policy.policy import DTYPES, checkpoint_activations
 from gspo_lightning.run.terminal_log import say
-from gspo_lightning.sharding import FSDP2, memory
+from gspo_lightning.sharding import memory
 from gspo_lightning.sharding.memory import (
     CACHE,
     GRADIENTS,
     IN_UPDATE,
+    LARGEST_FILE,
     Ranks,
     Work,
     bytes_of,
     size_text,
 )
-from gspo_lightning.sharding.strategy import LARGEST_FILE
 
 WORTH_SAYING = 2**30  # bytes: weights of that size take long to load, so the plan comes before
 HEADROOM = 0.9  # of a card: what libraries take of it, and what its allocator loses
@@ -115,13 +115,18 @@ def _work(trainer: Any, module: Any, packed: bool) -> Work:
 def _ranks(trainer: Any, model: Any) -> Ranks:
     strategy, count = trainer.strategy, trainer.world_size
     on_machine = max(1, count // max(1, getattr(trainer, "num_nodes", 1)))
-    if not isinstance(strategy, FSDP2):
+    if not _cuts(strategy):
         return Ranks(count, on_machine)
     in_parts = strategy.checkpoints == "parts"
     if strategy.checkpoints == "auto":
         in_parts = 3 * bytes_of(p for p in model.parameters() if p.requires_grad) > LARGEST_FILE
     gathers = strategy.rollout == "gathered"
     return Ranks(count, on_machine, True, gathers, strategy.cpu_offload, in_parts)
+
+
+def _cuts(strategy: Any) -> bool:
+    """Whether a strategy leaves each rank a part of the policy, as FSDP2 does."""
+    return hasattr(strategy, "share_out")
 
 
 def _reference(trainer: Any, module: Any, model: Any) -> tuple[float | None, str]:
@@ -137,7 +142,7 @@ def _reference(trainer: Any, module: Any, model: Any) -> tuple[float | None, str
     values = sum(p.numel() for p in model.parameters())
     own = getattr(reference, "dtype", None)
     dtype = DTYPES[own] if own else next(model.parameters()).dtype
-    cut = here and isinstance(trainer.strategy, FSDP2)
+    cut = here and _cuts(trainer.strategy)
     on = "card" if here else "host" if word == "cpu" else "elsewhere"
     return values * dtype.itemsize / (trainer.world_size if cut else 1), on
 

@@ -16,8 +16,8 @@ from gspo_lightning.engine.head import tokens_of_chunk
 from gspo_lightning.engine.linear_logprobs import PART
 from gspo_lightning.engine.padded import checkpoints, unwrapped
 from gspo_lightning.policy.folder import sizes
-from gspo_lightning.sharding.cut import decoder_layers
 
+LARGEST_FILE = 32 * 2**30  # bytes of weights and moments that rank 0 writes alone
 CACHE, GRADIENTS = "KV cache", "gradients"
 IN_UPDATE = ("micro-batch", "optimizer step")  # one after the other, each beside gradients
 STATE = ("weights", GRADIENTS, "Adam", "optimizer step")  # of which each rank has its part
@@ -155,7 +155,7 @@ def on_card(model: Any, work: Work, ranks: Ranks = Ranks()) -> dict[str, float] 
     trained = [p for p in parameters if p.requires_grad]
     wide = parameters[0].element_size()
     width = 2 if work.half_precision else wide
-    units = _Units.of(model, width) if ranks.sharded else None
+    units = _Units.of(model, shape.layers, width) if ranks.sharded else None
     largest = max((p.numel() * p.element_size() for p in trained), default=0)
     tokens = work.decoded * (work.prompt_tokens + work.new_tokens)
     parts = {
@@ -231,12 +231,13 @@ class _Units:
     all: float
 
     @classmethod
-    def of(cls, model: Any, width: int) -> "_Units":
-        base = unwrapped(model)
-        layers = decoder_layers(base)
-        total = sum(p.numel() for p in base.parameters()) * width
-        in_layers = sum(p.numel() for layer in layers for p in layer.parameters()) * width
-        return cls(in_layers / len(layers), total - in_layers, total)
+    def of(cls, model: Any, num_layers: int, width: int) -> "_Units":
+        named = dict(unwrapped(model).named_parameters())
+        in_layers = [p for path, p in named.items() if _numbers(path)]
+        layers, total = (
+            sum(p.numel() for p in all_) * width for all_ in (in_layers, named.values())
+        )
+        return cls(layers / num_layers, total - layers, total)
 
 
 @dataclass(frozen=True)
@@ -292,12 +293,13 @@ def _activations(
 
 def _first_layer(model: Any) -> dict[str, nn.Module]:
     """The modules of the first layer by their paths."""
-    found = {}
-    for path, module in unwrapped(model).named_modules():
-        numbers = [part for part in path.split(".") if part.isdigit()]
-        if numbers[:1] == ["0"]:
-            found[path] = module
-    return found
+    modules = unwrapped(model).named_modules()
+    return {path: module for path, module in modules if _numbers(path)[:1] == ["0"]}
+
+
+def _numbers(path: str) -> list[str]:
+    """Those in a path such as ``model.layers.3.mlp``; of what is no layer there are none."""
+    return [part for part in path.split(".") if part.isdigit()]
 
 
 def _norms(model: Any, shape: _Shape) -> list[tuple[nn.Module, int, bool]]:
