@@ -174,18 +174,19 @@ def without_weights(config: Any) -> Any:
     Returns:
         The model, with adapters where the config asks for them; the model itself where a program
         has given one; None if its code does not run there, or its weights are rounded to four bits.
+
+    Raises:
+        ValueError: If the config cannot be read.
     """
     if getattr(config, "model", None) is not None:
         return config.model
     if config.load_in_4bit:  # which weights are, is known once they are
         return None
+    own = config.model_config()
+    options = {"dtype": config.options()["dtype"], "trust_remote_code": config.trust_remote_code}
     try:
         with silence(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config.model_config(),
-                dtype=config.options()["dtype"],
-                trust_remote_code=config.trust_remote_code,
-            )
+            model = AutoModelForCausalLM.from_config(own, **options)
             if config.lora is not None:
                 model = add_adapters(model, config.lora)
         if config.gradient_checkpointing:

@@ -23,24 +23,12 @@ from gspo_lightning.sharding.memory import (
     peak,
     state_of,
 )
+from support.large_shapes import QWEN3_8B, QWEN3_32B
 from support.live_bytes import LiveBytes
 from support.model_configs import config_of
 from support.passes import tried
 
 ONE = Work(prompt_tokens=1, new_tokens=1, decoded=1, tokens_at_once=1)
-QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
-QWEN3_8B = QWEN3 | {
-    "hidden_size": 4096,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "intermediate_size": 12288,
-}
-QWEN3_32B = QWEN3 | {
-    "hidden_size": 5120,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 64,
-    "intermediate_size": 25600,
-}
 
 
 def tiny_llama(**changes):
