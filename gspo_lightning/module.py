@@ -296,6 +296,10 @@ class GSPOModule(LightningModule):
         if self.step is not None:
             self.updater.settle_gradient(optimizer, self.step)
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Let gradients go, which callbacks have seen: as much as the weights, for what is drawn."""
+        self.optimizers().zero_grad()  # type: ignore[union-attr]
+
     # --- Lightning's hooks around training -----------------------------------------------------
 
     def configure_callbacks(self) -> list[Any]:

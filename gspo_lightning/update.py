@@ -82,7 +82,6 @@ class Updater:
             for epoch in range(self.num_epochs):
                 for rows in step.minibatch_rows(rollout, self.num_minibatches, epoch):
                     rollout, ratios[rows] = self.update(rollout, rows, step)
-        self.shell.optimizers().zero_grad()  # memory for the next rollout, as large as the weights
         return rollout, ratios
 
     def update(self, rollout: Rollout, rows: Tensor, step: Step) -> tuple[Rollout, Tensor]:
