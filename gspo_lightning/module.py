@@ -297,7 +297,7 @@ class GSPOModule(LightningModule):
             self.updater.settle_gradient(optimizer, self.step)
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Let gradients go, which callbacks have seen: as much as the weights, for what is drawn."""
+        """Let gradients go, which callbacks have seen: as much memory as the weights take."""
         self.optimizers().zero_grad()  # type: ignore[union-attr]
 
     # --- Lightning's hooks around training -----------------------------------------------------

@@ -115,7 +115,7 @@ def _work(trainer: Any, module: Any, packed: bool) -> Work:
 def _ranks(trainer: Any, model: Any) -> Ranks:
     strategy, count = trainer.strategy, trainer.world_size
     on_machine = max(1, count // max(1, getattr(trainer, "num_nodes", 1)))
-    if not _cuts(strategy):
+    if not cuts(strategy):
         return Ranks(count, on_machine)
     in_parts = strategy.checkpoints == "parts"
     if strategy.checkpoints == "auto":
@@ -124,7 +124,7 @@ def _ranks(trainer: Any, model: Any) -> Ranks:
     return Ranks(count, on_machine, True, gathers, strategy.cpu_offload, in_parts)
 
 
-def _cuts(strategy: Any) -> bool:
+def cuts(strategy: Any) -> bool:
     """Whether a strategy leaves each rank a part of the policy, as FSDP2 does."""
     return hasattr(strategy, "share_out")
 
@@ -142,7 +142,7 @@ def _reference(trainer: Any, module: Any, model: Any) -> tuple[float | None, str
     values = sum(p.numel() for p in model.parameters())
     own = getattr(reference, "dtype", None)
     dtype = DTYPES[own] if own else next(model.parameters()).dtype
-    cut = here and _cuts(trainer.strategy)
+    cut = here and cuts(trainer.strategy)
     on = "card" if here else "host" if word == "cpu" else "elsewhere"
     return values * dtype.itemsize / (trainer.world_size if cut else 1), on
 

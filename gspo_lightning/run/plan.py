@@ -19,9 +19,8 @@ from gspo_lightning.critic.critic import decoder
 from gspo_lightning.engine.probe import plainer_ways, reading
 from gspo_lightning.optim import OptimizerConfig, learning_rate_factor
 from gspo_lightning.policy.policy import multiplies_by_onednn
-from gspo_lightning.run.memory import memory_line, needs
+from gspo_lightning.run.memory import cuts, memory_line, needs
 from gspo_lightning.sampling import GroupSampler
-from gspo_lightning.sharding.ranks import weights_of
 from gspo_lightning.start.short import SHORT
 from gspo_lightning.start.typed import again
 
@@ -266,7 +265,7 @@ def _policy(trainer: Any, module: Any) -> str:
     place = str(trainer.strategy.root_device)
     if trainer.world_size > 1:
         place += f" and {trainer.world_size - 1} more"
-    place += ", a part on each" if weights_of(trainer).sharded else ""
+    place += ", a part on each" if cuts(trainer.strategy) else ""
     text = f"{count:,} parameters, {share}, {types} on {place}, precision {trainer.precision}"
     text += _surplus(model)
     exact = trainer.precision == "32-true" and trainer.strategy.root_device.type == "cpu"

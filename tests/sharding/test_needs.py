@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from gspo_lightning.engine import head
+from gspo_lightning.engine import head, norms, packed_attention
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.optim import OptimizerConfig, build_optimizer
 from gspo_lightning.policy.policy import checkpoint_activations, opened
@@ -190,6 +190,54 @@ def test_a_large_vocabulary_takes_what_its_logits_hold(monkeypatch, precision):
     work = Work.of_rows(4, 32, 1, rows=4, group_size=1, half_precision=mixed)
     measured = update_bytes(model, 4, 32, group_size=1, rows=4, mixed=mixed)
     assert on_card(model, work)["micro-batch"] == pytest.approx(measured, rel=0.1)
+
+
+class Varlen(torch.autograd.Function):
+    """Keeps what a card's kernel for unequal lengths keeps; its numbers are of no use."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output = torch.zeros_like(query)
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return tuple(torch.zeros_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def varlen(query, key, value, *_, scale, window_size, enable_gqa):
+    return Varlen.apply(query, key, value)
+
+
+class FusedNorm(torch.autograd.Function):
+    """Keeps what a card's kernel for norms keeps, likewise."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return tuple(map(torch.zeros_like, ctx.saved_tensors))
+
+
+@pytest.mark.parametrize("precision", ["mixed", "bfloat16"])
+def test_a_card_keeps_a_prompt_once_and_norms_of_one_kernel(monkeypatch, precision):
+    """The kernels stand in for CUDA's: they keep the same tensors for backward."""
+    model = of_kind("qwen3", precision)
+    monkeypatch.setattr(head, "CHUNK", head.CHUNK_ELSEWHERE)
+    monkeypatch.setattr(packed_attention, "_has_varlen", lambda query: True)
+    monkeypatch.setattr(packed_attention, "varlen_attn", varlen)
+    monkeypatch.setattr(
+        norms.Fused, "forward", lambda norm, x: FusedNorm.apply(x, norm.weight.to(x.dtype))
+    )
+    mixed = precision == "mixed"
+    sizes = {"rows": 6, "group_size": 3}
+    work = Work.of_rows(128, 64, 6, **sizes, half_precision=mixed, device="cuda")
+    measured = update_bytes(model, 128, 64, **sizes, mixed=mixed)
+    assert on_card(model, work)["micro-batch"] == pytest.approx(measured, rel=0.125)
 
 
 @pytest.mark.parametrize(("device", "foreach"), [("cpu", False), ("cuda", True)])
