@@ -27,7 +27,13 @@ from gspo_lightning.guards.health import Health
 from gspo_lightning.guards.ignored import check_trainer
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED, TOKENS, Sizes
 from gspo_lightning.guards.rank_watch import gradient_wait, tell_phase, together, watch_for
-from gspo_lightning.guards.trainer import check_batch, check_data, leave_out_noise, whole
+from gspo_lightning.guards.trainer import (
+    check_batch,
+    check_data,
+    leave_out_noise,
+    tell_loading,
+    whole,
+)
 from gspo_lightning.kl import check_loss_kind
 from gspo_lightning.loss import LossChoices
 from gspo_lightning.objectives import Objective
@@ -295,6 +301,10 @@ class GSPOModule(LightningModule):
         if self.step is not None:
             self.updater.settle_gradient(optimizer, self.step)
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Let gradients go, which callbacks have seen: as much memory as the weights take."""
+        self.optimizers().zero_grad()  # type: ignore[union-attr]
+
     # --- Lightning's hooks around training -----------------------------------------------------
 
     def configure_callbacks(self) -> list[Any]:
@@ -313,6 +323,8 @@ class GSPOModule(LightningModule):
         examples = getattr(self.trainer.datamodule, "examples", {})  # type: ignore[attr-defined]
         held_out = self.eval_samplers["greedy"].max_new_tokens
         check_lengths(self.policy_config, examples, self.sampler.max_new_tokens, held_out)
+        if stage == "fit":
+            tell_loading(self.trainer, self)
         self.frozen.load(self.policy_config, device, with_reference=stage == "fit")
 
     def configure_model(self) -> None:

@@ -281,11 +281,14 @@ def set_up_and_examine(
         with trainer.strategy.precision_plugin.train_step_context():  # as around a training step
             found.extend(examine(trainer, module, effort, show))
 
+    first = memory.First(found, show)
     trainer.instead_of_training = look
+    trainer.callbacks.append(first)
     try:
         trainer.fit(model, datamodule=datamodule)
     finally:
         trainer.instead_of_training = None
+        trainer.callbacks.remove(first)
     return found
 
 

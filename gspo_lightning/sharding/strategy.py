@@ -19,9 +19,8 @@ from gspo_lightning.checkpoint.io import AtomicCheckpointIO, CheckpointError, se
 from gspo_lightning.checkpoint.parts import KEY, free_folder, tensors_of
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED
 from gspo_lightning.sharding.cut import cut, part_of, try_ways, whole_state
+from gspo_lightning.sharding.memory import LARGEST_FILE
 from gspo_lightning.sharding.ranks import Sharded
-
-LARGEST_FILE = 32 * 2**30  # bytes of weights and moments that rank 0 writes alone
 
 
 class FSDP2(ModelParallelStrategy):

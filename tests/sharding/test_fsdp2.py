@@ -22,7 +22,7 @@ from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.lora import LoRAConfig
 from gspo_lightning.policy.policy import PolicyConfig
-from gspo_lightning.run.plan import policy_memory
+from gspo_lightning.run.memory import needs
 from gspo_lightning.sampling import GroupSampler
 from gspo_lightning.sharding import FSDP2, cut, whole_state
 from gspo_lightning.sharding.ranks import Sharded
@@ -121,7 +121,7 @@ def fit(root, name, model_dir, strategy, ckpt=None, precision="32-true", callbac
         "moments": [s[k] for s in state.values() for k in ("exp_avg", "exp_avg_sq", "step")],
         "figures": {k: float(v) for k, v in trainer.callback_metrics.items() if "val/" in k},
         "way": reading(module.policy.model, module.device),
-        "planned": policy_memory(trainer, module)["weights"],
+        "planned": needs(trainer, module).card["weights"],
     }
 
 

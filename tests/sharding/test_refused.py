@@ -9,9 +9,7 @@ from lightning.pytorch import LightningModule
 
 from gspo_lightning.guards.ignored import check_strategy
 from gspo_lightning.guards.out_of_memory import SAMPLED, OutOfMemory, Sizes
-from gspo_lightning.sharding import FSDP2, per_rank
-from gspo_lightning.sharding.cut import decoder_layers
-from support.tiny_models import build_model
+from gspo_lightning.sharding import FSDP2
 
 
 def checked(critic=None, four_bits=False, device="cuda", **options):
@@ -83,19 +81,3 @@ def test_a_pass_that_ranks_share_is_not_made_again():
     with pytest.raises(OutOfMemory, match=r"sampler.batch_size 8\), in a pass that other ranks"):
         sizes.fit(SAMPLED, 16, "rollout 3, sampling", work)
     assert calls == [1]
-
-
-def test_a_rank_needs_its_part_and_what_is_gathered():
-    model = build_model("qwen3", tie_word_embeddings=True)
-    sizes = dict.fromkeys(("weights", "gradients", "Adam", "optimizer step"), 40.0)
-    parts = sizes | {"KV cache": 5.0, "micro-batch": 7.0}
-    total = sum(p.numel() for p in model.parameters())
-    layers = decoder_layers(model)
-    layer = sum(p.numel() for p in layers[0].parameters())
-    rest = total - len(layers) * layer  # embeddings and the last norm
-    gathered = per_rank(parts, model, ranks=4, width=2, gathers=True)
-    in_step = per_rank(parts, model, ranks=4, width=2, gathers=False)
-    assert all(gathered[name] == in_step[name] == 10 for name in sizes)
-    assert gathered["KV cache"] == 5 + 2 * total
-    assert in_step["KV cache"] == 5 + 2 * (rest + 2 * layer)
-    assert gathered["micro-batch"] == in_step["micro-batch"] == 7 + 4 * (rest + 2 * layer)
