@@ -17,6 +17,7 @@ from gspo_lightning import (
     GroupSampler,
     GSPOModule,
     LoRAConfig,
+    Mismatch,
     Objective,
     OptimizerConfig,
     PolicyConfig,
@@ -35,6 +36,7 @@ INSIDE = {
     "optimizer": OptimizerConfig,
     "evaluation": Evaluation,
     "critic": CriticConfig,
+    "mismatch": Mismatch,
     "NAME": RewardTerm,
 }
 # Arguments that change what is written, shown or how fast it goes, and not what is trained.
