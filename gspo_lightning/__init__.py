@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # what type checkers and readers see
     from gspo_lightning.sampling import GroupSampler
     from gspo_lightning.sharding import FSDP2
     from gspo_lightning.supervised import RewardModelModule, SFTModule
+    from gspo_lightning.vllm.sampler import VLLMSampler
 
 HOMES = {  # of each name: where it is imported from
     "AdaptiveKL": "callbacks",
@@ -61,6 +62,7 @@ HOMES = {  # of each name: where it is imported from
     "SFTData": "data",
     "SFTModule": "supervised",
     "SampleTable": "callbacks",
+    "VLLMSampler": "vllm.sampler",
     "train": "run.from_python",
 }
 __all__ = list(HOMES)

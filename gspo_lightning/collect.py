@@ -116,7 +116,10 @@ class Collector:
             if SAMPLED in self.sizes.now:
                 self.sampler.batch_size = self.sizes.now[SAMPLED]  # type: ignore[attr-defined]
             with step.clock.phase("rollout"):
-                return self.sampler.sample(self.policy, batch, seed=seed)
+                samples = self.sampler.sample(self.policy, batch, seed=seed)
+            for name, value in getattr(self.sampler, "figures", {}).items():
+                step.tally.update(name, value)
+            return samples
 
         try:
             rows = len(batch) * self.sampler.group_size

@@ -216,7 +216,7 @@ class GSPOModule(LightningModule):
         self.tally = RolloutTally(rewards, count_names(rewards))
         self.figure_log = FigureLog()
         self.evaluator = Evaluator(evaluation, rewards)
-        self.eval_samplers = evaluation.samplers(sampler.max_new_tokens, sizes.get(SAMPLED))
+        self.eval_samplers = evaluation.samplers(sampler)
         self.health = Health(
             objective, num_epochs * num_minibatches, stop_when or (), sampler.max_new_tokens
         )
@@ -236,6 +236,7 @@ class GSPOModule(LightningModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Collect a rollout and update on it: the whole algorithm, once."""
         step = self.begin_step()
+        self.send_weights(step)
         with step.ranks.weights.apart():
             rollout = self.collector.collect(batch, step)
         rollout, ratios = self.updater.learn(rollout, step)
@@ -259,6 +260,18 @@ class GSPOModule(LightningModule):
         known = self.tally, self.choices, self.kl_coef
         self.step = Step(index, self.seed, ranks, clock, *known)
         return self.step
+
+    def send_weights(self, step: Step | None = None) -> None:
+        """Give a sampler whose engine is apart from the policy the weights; every rank calls.
+
+        Without a step they are sent whatever was sent last: callbacks may have put others in their
+        place, such as averages of them, for an evaluation.
+        """
+        if hasattr(self.sampler, "take_weights"):
+            clock = Clock(self.device) if step is None else step.clock
+            with clock.timed("sync", self.device):
+                steps = self.trainer.global_step
+                self.sampler.take_weights(self.policy, steps, anew=step is None)
 
     def report(self, rollout: Rollout, ratios: torch.Tensor, step: Step) -> dict[str, Any]:
         """Log every number of the rollout, the same on every rank; what callbacks get to see."""
@@ -308,6 +321,8 @@ class GSPOModule(LightningModule):
         examples = getattr(self.trainer.datamodule, "examples", {})  # type: ignore[attr-defined]
         held_out = self.eval_samplers["greedy"].max_new_tokens
         check_lengths(self.policy_config, examples, self.sampler.max_new_tokens, held_out)
+        if hasattr(self.sampler, "begin"):
+            self.sampler.begin(self.policy_config, self._longest)
         self.frozen.load(self.policy_config, device, with_reference=stage == "fit")
 
     def configure_model(self) -> None:
@@ -323,11 +338,15 @@ class GSPOModule(LightningModule):
 
     def _fix_lengths(self) -> None:
         """Make all texts of the run alike to rotary embeddings that depend on the longest one."""
+        others = getattr(self.critic, "backbone", None), getattr(self.reference, "model", None)
+        fix_rotary(self.policy.model, self._longest, *others)  # type: ignore[union-attr]
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of the longest text that the run can have, prompt and completion."""
         prompts = getattr(self.trainer.datamodule, "max_prompt_tokens", 0)  # type: ignore[attr-defined]
         samplers = (self.sampler, *self.eval_samplers.values())
-        longest = prompts + max(sampler.max_new_tokens for sampler in samplers)
-        others = getattr(self.critic, "backbone", None), getattr(self.reference, "model", None)
-        fix_rotary(self.policy.model, longest, *others)  # type: ignore[union-attr]
+        return prompts + max(sampler.max_new_tokens for sampler in samplers)
 
     on_validation_start = on_test_start = on_predict_start = _fix_lengths
 
@@ -453,6 +472,7 @@ class GSPOModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Start counting."""
         self.evaluator.reset()
+        self.send_weights()
 
     @whole
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
@@ -479,6 +499,10 @@ class GSPOModule(LightningModule):
         self.log_dict(figures, logger=False if fitting else None, sync_dist=True)
         if fitting:  # Lightning drops the evaluation before training and counts from 0 after it
             self.figure_log.log(self.trainer, figures, self.trainer.fit_loop.total_batch_idx + 1)
+
+    def on_predict_epoch_start(self) -> None:
+        """Have completions drawn from the weights as they are now."""
+        self.send_weights()
 
     @whole
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:

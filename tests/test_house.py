@@ -41,7 +41,7 @@ ORDER = [
     ("engine", "checkpoint", "curves"),
     ("policy", "guards"),
     ("sharding",),
-    ("frozen", "critic", "rewards", "data", "supervised", "callbacks"),
+    ("frozen", "critic", "rewards", "data", "supervised", "callbacks", "vllm"),
     ("loop",),
     ("run",),
     ("doctor", "bench", "compare"),
