@@ -321,8 +321,8 @@ class GSPOModule(LightningModule):
         examples = getattr(self.trainer.datamodule, "examples", {})  # type: ignore[attr-defined]
         held_out = self.eval_samplers["greedy"].max_new_tokens
         check_lengths(self.policy_config, examples, self.sampler.max_new_tokens, held_out)
-        if hasattr(self.sampler, "begin"):
-            self.sampler.begin(self.policy_config, self._longest)
+        if hasattr(self.sampler, "reach"):
+            self.sampler.reach(self.policy_config, self._longest)
         self.frozen.load(self.policy_config, device, with_reference=stage == "fit")
 
     def configure_model(self) -> None:

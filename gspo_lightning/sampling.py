@@ -31,7 +31,7 @@ class Sampler(Protocol):
     """Anything that completes prompts.
 
     ``policy`` has ``model``, ``tokenizer``, ``eos_ids``, ``ends`` and ``pad_id``. One whose engine
-    is apart from the policy also has ``begin`` and ``take_weights``, see ``VLLMSampler``.
+    is apart from the policy also has ``reach`` and ``take_weights``, see ``VLLMSampler``.
 
     Attributes:
         group_size: G, completions per prompt.

@@ -161,4 +161,5 @@ def mistake(error: BaseException) -> str | None:
     if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
         first = text.strip().partition("\n")[0][:200]
         return f"out of memory: {first or type(error).__name__}; smaller batches need less"
-    return condense(text) if isinstance(error, (*MISTAKES, OutOfMemory, EngineError)) and text else None
+    known = (*MISTAKES, OutOfMemory, EngineError)
+    return condense(text) if isinstance(error, known) and text else None

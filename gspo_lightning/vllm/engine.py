@@ -3,11 +3,11 @@
 Decides what is asked of an engine and what it answers, so that engines of others fit in.
 """
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-
-from torch import Tensor
 
 # What must be alike in two configs of transformers for the weights of one to fit the other.
 SHAPE = (
@@ -73,10 +73,12 @@ class Engine(Protocol):
         """Wait until the engine is there; ValueError if it does not fit the run."""
         ...
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """Take weights, whole tensors under the names of a checkpoint, and call them ``version``.
+    def load(self, tensors: Any, version: str) -> None:
+        """Take weights and call them ``version``: what comes back later is of these alone.
 
-        Completions that come back later are of these weights alone.
+        Args:
+            tensors: Yields names of a checkpoint with whole tensors; see ``vllm.weights.Weights``.
+            version: Which weights they are.
         """
         ...
 
@@ -93,6 +95,20 @@ class Engine(Protocol):
     def release(self) -> None:
         """Let go of memory on the policy's card until the next call, if that was asked for."""
         ...
+
+
+def beside(work: Callable[..., Any], *arguments: Any) -> Future:
+    """Do it in a thread that no process waits for as it ends."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(*arguments))
+        except BaseException as error:  # raised again to whoever asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def shape_of(config: Any) -> dict[str, Any]:

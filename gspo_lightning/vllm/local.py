@@ -62,7 +62,8 @@ class InProcess:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        if importlib.util.find_spec("vllm") is None:
+        spec = importlib.util.find_spec("vllm")
+        if spec is None or spec.origin is None:  # a folder of that name is no package
             raise ImportError(
                 "sampler.server is null, which wants vLLM in this process, and it is not installed "
                 "here: docs/vllm.md says how, or set sampler.server to that of a server"
@@ -138,7 +139,8 @@ class InProcess:
 
         self._wake()
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = self.llm.generate(asked, [SamplingParams(**how) for how in params], use_tqdm=False)
+        wanted = [SamplingParams(**how) for how in params]
+        outputs = self.llm.generate(asked, wanted, use_tqdm=False)
         return [
             [
                 Completion(

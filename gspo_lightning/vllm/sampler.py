@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import socket
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import Any, Literal, Self
@@ -23,7 +24,7 @@ from gspo_lightning.bounds import check_at_least, check_positive
 from gspo_lightning.logprobs import samples_logprobs
 from gspo_lightning.rollout import PromptBatch, Samples
 from gspo_lightning.sampling import completed
-from gspo_lightning.vllm.engine import Completion, Engine, EngineError, Limits, shape_of
+from gspo_lightning.vllm.engine import Completion, Engine, EngineError, Limits, beside, shape_of
 from gspo_lightning.vllm.local import EngineConfig, InProcess
 from gspo_lightning.vllm.server import Servers
 from gspo_lightning.vllm.weights import Weights
@@ -43,6 +44,7 @@ class _Shared:
         steps: Optimizer steps of the weights that the engine has; None if nobody can tell.
         version: The label of those weights.
         measured: Whether their noise was measured.
+        pending: Completions that are drawn beside what the trainer does.
         figures: What is logged of the rollout.
     """
 
@@ -53,6 +55,7 @@ class _Shared:
     steps: int | None = None
     version: str = ""
     measured: bool = True
+    pending: Future | None = None
     figures: dict[str, float] = field(default_factory=dict)
 
 
@@ -140,7 +143,7 @@ class VLLMSampler:
 
     # --- the engine ----------------------------------------------------------------------------
 
-    def begin(self, config: Any, longest: int) -> None:
+    def reach(self, config: Any, longest: int) -> None:
         """Reach the engine, or make it, and refuse one that does not fit; every rank calls.
 
         Args:
@@ -178,7 +181,7 @@ class VLLMSampler:
         shape = shape_of(config.model_config())
         code = config.trust_remote_code, config.revision
         limits = Limits(config.path, config.dtype, shape, longest, *code)
-        self._together(lambda: shared.engine.check(limits))  # type: ignore[union-attr]
+        self._together(lambda: shared.engine.check(limits))
 
     def _engine(self, urls: list[str], loads: list[str]) -> Engine:
         if self.server_class is not None:
@@ -214,18 +217,29 @@ class VLLMSampler:
         """
         shared = self._shared
         if shared.engine is None:
-            raise ValueError("VLLMSampler: begin() was not called")
+            raise ValueError("VLLMSampler: reach() was not called")
         if shared.steps == steps and not anew:
             return
+        self._send(policy, steps)
+        shared.steps = None if anew else steps
+
+    def _send(self, policy: Any, steps: int | None = None) -> None:
+        shared = self._shared
+        self._together(self._settle)
         shared.steps = None  # of an engine that fails below, nobody knows what it has
         shared.count += 1
-        shared.version = f"{shared.run}.{shared.count}/{steps}"
+        shared.version = f"{shared.run}.{shared.count}" + ("" if steps is None else f"/{steps}")
         with torch.no_grad():
             weights = Weights(policy)
             self._together(lambda: shared.engine.load(weights, shared.version))  # type: ignore
-        shared.steps = None if anew else steps
         shared.measured = False
         shared.figures = {}
+
+    def _settle(self) -> None:
+        """Wait for what is drawn beside, which other weights would end."""
+        if self._shared.pending is not None:
+            wait([self._shared.pending])  # an error is whose who asks for the result
+            self._shared.pending = None
 
     # --- drawing -------------------------------------------------------------------------------
 
@@ -244,17 +258,37 @@ class VLLMSampler:
         Raises:
             EngineError: If the engine fails, or has drawn with other weights.
         """
+        self._settle()
         self.measure(policy, batch)
         samples = self.draw(policy, batch, seed)
         assert self._shared.engine is not None
         self._shared.engine.release()
         return samples
 
+    @property
+    def apart(self) -> bool:
+        """Whether completions can be drawn while the policy is trained."""
+        return self.server is not None and not self.engine.sleep
+
+    def begin(self, policy: Any, batch: PromptBatch, *, seed: int) -> Future:
+        """Send the weights as they are now, and draw with them beside whatever comes next.
+
+        Until the completions are there the engine gets no other weights: what asks for that waits.
+
+        Returns:
+            Its ``result()`` waits for the samples; every rank must call this.
+        """
+        self._send(policy)
+        self.measure(policy, batch)
+        self._shared.pending = beside(self.draw, policy, batch, seed)
+        return self._shared.pending
+
     def draw(self, policy: Any, batch: PromptBatch, seed: int) -> Samples:
         """As ``sample``, without calling the policy's model."""
         shared = self._shared
         if shared.engine is None or not shared.version:
             raise ValueError("VLLMSampler: take_weights() was not called")
+        version = shared.version
         prompts = [
             ids[keep].tolist()
             for ids, keep in zip(batch.prompt_ids, batch.prompt_mask, strict=True)
@@ -283,7 +317,7 @@ class VLLMSampler:
                 f"{self.group_size}"
             )
         for each in drawn:
-            self._check(each)
+            self._check(each, version)
         device = batch.prompt_ids.device
         ids = [torch.tensor(each.ids, dtype=torch.long) for each in drawn]
         padded = pad_sequence(ids, batch_first=True, padding_value=policy.pad_id).to(device)
@@ -300,9 +334,8 @@ class VLLMSampler:
         digest = hashlib.sha256(f"{seed}/{prompt}".encode()).digest()
         return int.from_bytes(digest[:8], "big") >> 2
 
-    def _check(self, drawn: Completion) -> None:
+    def _check(self, drawn: Completion, version: str) -> None:
         """Refuse a completion that is of other weights, or was not drawn to its end."""
-        version = self._shared.version
         if others := drawn.versions - {version}:
             raise EngineError(
                 f"sampler: the engine drew with weights {min(others)}, not with {version}: another "
@@ -381,7 +414,7 @@ def _rank() -> tuple[int, int]:
 
 def _gathered(value: Any) -> list[Any]:
     """What every rank has."""
-    rank, count = _rank()
+    count = _rank()[1]
     if count == 1:
         return [value]
     found: list[Any] = [None] * count

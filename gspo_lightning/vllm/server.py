@@ -8,12 +8,14 @@ import json
 import logging
 import socket
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, as_completed
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +23,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from gspo_lightning.vllm.engine import SHAPE, Completion, EngineError, Limits, difference
+from gspo_lightning.vllm.engine import SHAPE, Completion, EngineError, Limits, beside, difference
 from gspo_lightning.vllm.weights import Weights, write
 from gspo_lightning.vllm.worker import own_group
 
@@ -115,7 +117,8 @@ class Server:
             tested = ".".join(map(str, TESTED))
             log.warning("%s is vLLM %s; this was tested with %s", at, version, tested)
         config = self.call("/server_info?config_format=json")["vllm_config"]["model_config"]
-        for name, wanted in (("logprobs_mode", "processed_logprobs"), ("generation_config", "vllm")):
+        flags = {"logprobs_mode": "processed_logprobs", "generation_config": "vllm"}
+        for name, wanted in flags.items():
             if config[name] != wanted:
                 raise ValueError(f"{at} has {name} {config[name]!r}, not {wanted!r}; {START}")
         if config.get("enable_sleep_mode"):
@@ -234,7 +237,7 @@ class Servers:
         self.loads = [known[url] for url in loads]
         self.timeout, self.start_timeout = timeout, start_timeout
         self._sender = (Folder(folder) if transport == "disk" else Broadcast(timeout)).send
-        self._pool = ThreadPoolExecutor(AT_ONCE, "vllm")
+        self._waiting = threading.Semaphore(AT_ONCE)
 
     def check(self, limits: Limits) -> None:
         """See ``Engine``."""
@@ -254,7 +257,7 @@ class Servers:
             return
         dtypes = {server.dtype for server in self.loads}
         tensors.dtype = dtypes.pop() if len(dtypes) == 1 else None  # each server makes it its own
-        self._sender(self._pool, self.loads, tensors, version)
+        self._sender(self.loads, tensors, version)
 
     def complete(
         self, prompts: list[list[int]], params: list[dict[str, Any]]
@@ -262,15 +265,23 @@ class Servers:
         """See ``Engine``."""
         for server in self.servers:
             server.wake()
-        asked = [
-            self._pool.submit(self.servers[i % len(self.servers)].complete, prompt, how)
-            for i, (prompt, how) in enumerate(zip(prompts, params, strict=True))
-        ]
-        try:
-            return [each.result() for each in asked]
-        finally:
-            for each in asked:  # nothing more is asked once one of them has failed
-                each.cancel()
+        failed = threading.Event()
+
+        def ask(number: int) -> list[Completion]:
+            with self._waiting:
+                if failed.is_set():
+                    return []  # nobody reads it: the first one that failed is raised
+                try:
+                    server = self.servers[number % len(self.servers)]
+                    return server.complete(prompts[number], params[number])
+                except EngineError:
+                    failed.set()
+                    raise
+
+        asked = [beside(ask, number) for number in range(len(prompts))]
+        for each in as_completed(asked):
+            each.result()
+        return [each.result() for each in asked]
 
     def release(self) -> None:
         """See ``Engine``."""
@@ -288,9 +299,7 @@ class Folder:
     def __init__(self, place: str | None) -> None:
         self.place = place
 
-    def send(
-        self, pool: Executor, servers: Sequence[Server], weights: Weights, version: str
-    ) -> None:
+    def send(self, servers: Sequence[Server], weights: Weights, version: str) -> None:
         """Write once, and have every server read."""
         try:
             with tempfile.TemporaryDirectory(prefix="gspo-weights-", dir=self.place) as made:
@@ -302,7 +311,7 @@ class Folder:
                     work = lambda: server.worker("gspo_load", folder=str(folder))  # noqa: E731
                     server.update(work, version)
 
-                for each in [pool.submit(read, server) for server in servers]:
+                for each in [beside(read, server) for server in servers]:
                     each.result()
         except OSError as error:
             place = self.place or tempfile.gettempdir()
@@ -320,18 +329,16 @@ class Broadcast:
         self.timeout = timeout
         self._group: Any = None
 
-    def send(
-        self, pool: Executor, servers: Sequence[Server], weights: Weights, version: str
-    ) -> None:
+    def send(self, servers: Sequence[Server], weights: Weights, version: str) -> None:
         """Send each tensor once, while every server takes them."""
         if self._group is None:
-            self._group = self._join(pool, servers, weights.device)
+            self._group = self._join(servers, weights.device)
         plan = weights.plan()
 
         def receive(server: Server) -> None:
             server.update(lambda: server.worker("gspo_receive", **plan), version)
 
-        taken = [pool.submit(receive, server) for server in servers]
+        taken = [beside(receive, server) for server in servers]
         for _, tensor in weights:
             # gloo knows the CPU alone; adapters are merged there
             tensor = tensor.contiguous() if weights.device != "cpu" else tensor.cpu().contiguous()
@@ -343,7 +350,7 @@ class Broadcast:
         for each in taken:
             each.result()
 
-    def _join(self, pool: Executor, servers: Sequence[Server], device: str) -> Any:
+    def _join(self, servers: Sequence[Server], device: str) -> Any:
         sizes = [server.call("/get_world_size")["world_size"] for server in servers]
         count = 1 + sum(sizes)
         host = _address(servers)
@@ -353,10 +360,10 @@ class Broadcast:
         common["timeout"] = self.timeout
         firsts = [1 + sum(sizes[:i]) for i in range(len(sizes))]
         joining = [
-            pool.submit(server.worker, "gspo_join", first=first, **common)
+            beside(partial(server.worker, "gspo_join", first=first, **common))
             for server, first in zip(servers, firsts, strict=True)
         ]
-        own = pool.submit(own_group, store, 0, count, self.timeout, device)
+        own = beside(own_group, store, 0, count, self.timeout, device)
         while not own.done():
             _raise_failed(joining)
             time.sleep(0.01)

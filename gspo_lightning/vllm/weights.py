@@ -38,12 +38,13 @@ class Weights:
         self.dtype: torch.dtype | None = None
         model = policy.model
         base = unwrapped(model)
-        self._exact = {name for name, _ in base.named_buffers()}  # few, and often float32 on purpose
+        # few, and often float32 on purpose
+        self._exact = {name for name, _ in base.named_buffers()}
         own = dict(_stored(model))
         self._tensors: dict[str, Tensor] = own
         if base is not model:
             self._tensors = merged_weights(model, _on_the_cpu(own))
-        if getattr(base, "_weight_conversions", None):
+        if _named_otherwise(base, self._tensors):
             self._tensors = revert_weight_conversion(base, _on_the_cpu(self._tensors))
 
     @property
@@ -80,6 +81,15 @@ def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
                 yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def _named_otherwise(model: Any, tensors: dict[str, Tensor]) -> bool:
+    """Whether transformers holds a model under other names, or in other pieces, than it saves."""
+    shapes = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in tensors.items()
+    }
+    return revert_weight_conversion(model, shapes).keys() != tensors.keys()
 
 
 def _on_the_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -80,5 +80,9 @@ class Extension:
 
 def own_group(store: Any, rank: int, count: int, timeout: float, device: str) -> Any:
     """A group beside the default one, which vLLM and trainers have for themselves."""
-    kind = dist.ProcessGroupGloo if device == "cpu" else dist.ProcessGroupNCCL
-    return kind(dist.PrefixStore("gspo", store), rank, count, timedelta(seconds=timeout))
+    store, limit = dist.PrefixStore("gspo", store), timedelta(seconds=timeout)
+    if device == "cpu":
+        return dist.ProcessGroupGloo(store, rank, count, limit)
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = limit
+    return dist.ProcessGroupNCCL(store, rank, count, options)
