@@ -58,7 +58,6 @@ class InProcess:
 
     Args:
         config: How it is made.
-        seed: Of nothing that is drawn: requests have seeds of their own.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -70,6 +69,7 @@ class InProcess:
             )
         self.config = config
         self.llm: Any = None
+        self.sleeps: bool | None = False
         self.asleep = False
         self.longest = 0
 
@@ -98,29 +98,27 @@ class InProcess:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         # vLLM leaves a group of one rank, for which Lightning would want figures to be reduced.
         warnings.filterwarnings("ignore", "It is recommended to use `self.log")
+        on_card = torch.cuda.is_available()
+        self.sleeps = on_card if self.config.sleep is None else self.config.sleep
+        if self.sleeps and not on_card:
+            raise ValueError("sampler.engine.sleep: there is no card to let go of; set it to null")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from vllm import LLM
 
-        self.sleeps = self.config.sleep
-        on_card = torch.cuda.is_available()
-        if self.sleeps is None:
-            self.sleeps = on_card
-        if self.sleeps and not on_card:
-            raise ValueError("sampler.engine.sleep: there is no card to let go of; set it to null")
-        return LLM(
-            model=limits.path,
-            dtype=self.config.dtype or limits.dtype,
-            trust_remote_code=limits.trust_remote_code,
-            revision=limits.revision,
-            max_model_len=longest,
-            gpu_memory_utilization=self.config.gpu_memory_utilization,
-            enforce_eager=self.config.enforce_eager,
-            enable_sleep_mode=self.sleeps,
-            logprobs_mode="processed_logprobs",
-            generation_config="vllm",
-            use_tqdm_on_load=False,
-        )
+            return LLM(
+                model=limits.path,
+                dtype=self.config.dtype or limits.dtype,
+                trust_remote_code=limits.trust_remote_code,
+                revision=limits.revision,
+                max_model_len=longest,
+                gpu_memory_utilization=self.config.gpu_memory_utilization,
+                enforce_eager=self.config.enforce_eager,
+                enable_sleep_mode=self.sleeps,
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",
+                use_tqdm_on_load=False,
+            )
 
     def load(self, tensors: Weights, version: str) -> None:
         """See ``Engine``."""

@@ -17,6 +17,7 @@ from gspo_lightning.vllm.sampler import VLLMSampler
 from gspo_lightning.vllm.weights import Weights
 from support.fake_vllm import serving
 from support.forked import on_ranks
+from support.observers import Outputs
 from support.prompts import PROMPTS, batch_of
 from support.tiny_models import build_model, build_tokenizer
 from support.tiny_run import run
@@ -159,12 +160,10 @@ def test_the_engine_samples_beside_the_trainer_with_the_weights_it_was_given(fak
 
 
 def test_a_run_trains_and_evaluates_with_the_engine(fake, model_dir, tmp_path):
-    from support.observers import Outputs
-
     seen = Outputs()
     sampler = VLLMSampler(4, 6, server=fake.url)
     run(tmp_path, model_dir, 2, callbacks=[seen], sampler=sampler)
-    metrics = [output["metrics"] for output in seen.outputs]
+    metrics = [output["metrics"] for output in seen.all]
     assert all(each["sampler/noise_after_sync"] < 1e-5 for each in metrics)
     assert all(each["policy/sampler_noise"] < 1e-5 for each in metrics)
     assert all(each["policy/old_from_sampler"] == 1 for each in metrics)
