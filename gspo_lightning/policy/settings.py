@@ -34,6 +34,7 @@ SHOWN_FIRST = (
 )
 FIGURES = ("val/accuracy_greedy", "val/accuracy_sampled", "val/reward", "train/reward")
 SAMPLER = "gspo_lightning.sampling.GroupSampler"  # by its name: it stands high above this file
+APART = "gspo_lightning.vllm.sampler.VLLMSampler"
 
 
 def plain(value: Any) -> Any:
@@ -189,6 +190,9 @@ def _hints(owner: Any) -> dict[str, Any]:
 def _made(hint: Any, value: Any) -> Any:
     """A value of the hinted type from its plain form; what is no plain form stays as it is."""
     if isinstance(value, dict) and "class_path" in value:
+        if value["class_path"] == APART:  # a server is no part of what a checkpoint may choose
+            names = ("group_size", "max_new_tokens", "temperature")
+            return resolve_name(SAMPLER)(**{name: value["init_args"][name] for name in names})
         if value["class_path"] != SAMPLER:
             raise ValueError(f"{value['class_path']} is not made from a checkpoint")
         return resolve_name(SAMPLER)(**value["init_args"])

@@ -58,7 +58,7 @@ def command(
     # completions by token ids, drawn from the model's own distribution and told by it
     words += ["--enable-scale-out", "--generation-config", "vllm"]
     words += ["--logprobs-mode", "processed_logprobs"]
-    words += ["--worker-extension-cls", EXTENSION]
+    words += ["--worker-extension-cls", EXTENSION, "--disable-uvicorn-access-log"]
     words += ["--revision", policy["revision"]] if policy["revision"] else []
     words += ["--enforce-eager"] if engine["enforce_eager"] else []
     words += ["--enable-sleep-mode"] if engine["sleep"] else []

@@ -31,27 +31,20 @@ pytestmark = [
 
 
 @contextmanager
-def served(url, *options):
+def served(url, folder):
     """A server as `gspo vllm-serve` starts it; its process."""
-    settings = f"{{server: '{url}', engine: {{enforce_eager: true, gpu_memory_utilization: 0.03}}}}"
-    configs = [
-        "--config",
-        "configs/arithmetic.yaml",
-        "--config",
-        "configs/sampler/vllm_server.yaml",
-    ]
-    line = [sys.executable, "-m", "gspo_lightning", "vllm-serve", *configs]
-    line += ["--model.init_args.sampler.init_args", settings, *options]
+    small = "{enforce_eager: true, gpu_memory_utilization: 0.03}"
+    line = [sys.executable, "-m", "gspo_lightning", "vllm-serve"]
+    line += ["--config", "configs/arithmetic.yaml", "--config", "configs/sampler/vllm_server.yaml"]
+    line += ["--model.init_args.sampler.init_args", f"{{server: '{url}', engine: {small}}}"]
     environment = os.environ | {"PYTHONPATH": PYTHONPATH, "VLLM_LOGGING_LEVEL": "ERROR"}
-    process = subprocess.Popen(
-        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    said = folder / f"server{url[-5:]}.txt"
+    with said.open("w") as out:  # a pipe that nobody reads would stop it
+        process = subprocess.Popen(line, env=environment, stdout=out, stderr=out)
     try:
-        for said in process.stdout:
-            if said.startswith("ready"):
-                break
-        else:
-            raise AssertionError("the server has ended")
+        while "\nready " not in said.read_text():
+            assert process.poll() is None, said.read_text()[-2000:]
+            time.sleep(0.5)
         yield process
     finally:
         process.terminate()
@@ -64,9 +57,9 @@ def address():
 
 
 @pytest.fixture(scope="module")
-def server(address):
+def server(address, tmp_path_factory):
     os.chdir(ROOT)
-    with served(address) as process:
+    with served(address, tmp_path_factory.mktemp("server")) as process:
         yield process
 
 
@@ -106,9 +99,9 @@ def drawn_on(rank, address, transport):
     return sampler.figures["sampler/noise_after_sync"], samples.texts
 
 
-def test_two_ranks_with_two_servers_and_with_one(server, address):
+def test_two_ranks_with_two_servers_and_with_one(server, address, tmp_path):
     second = f"http://127.0.0.1:{free_port()}"
-    with served(second):
+    with served(second, tmp_path):
         both = [address, second]
         found = [
             on_ranks(drawn_on, urls, transport, seconds=120)
@@ -183,7 +176,7 @@ def test_a_lost_server_ends_the_run_with_a_line_and_auto_goes_on(tmp_path):
     overlay.write_text(OVERLAY.replace("SERVER", url).replace("rollouts: 4", "rollouts: 40"))
     every = ["--trainer.callbacks+=gspo_lightning.RolloutCheckpoint"]
     every += ["--trainer.callbacks.every_n_rollouts=1"]
-    with served(url) as first:
+    with served(url, tmp_path) as first:
         run = subprocess.Popen(
             [sys.executable, "train.py", *arguments(overlay, tmp_path / "run", *every)],
             env=os.environ | {"PYTHONPATH": PYTHONPATH},
@@ -200,7 +193,7 @@ def test_a_lost_server_ends_the_run_with_a_line_and_auto_goes_on(tmp_path):
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: sampler.server: {url}/")
     assert "continue with: " in err
-    with served(url):
+    with served(url, tmp_path):
         fit(overlay, tmp_path / "run", *every, "--ckpt_path", "auto", "--data.num_rollouts", "4")
 
 
