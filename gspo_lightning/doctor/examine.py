@@ -20,6 +20,7 @@ from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.doctor import memory, numbers, rewards, text
 from gspo_lightning.doctor.clipping import clipping
+from gspo_lightning.doctor.engine import engine
 from gspo_lightning.doctor.findings import Finding, announced, as_json, as_lines, attempt, worst
 from gspo_lightning.rewards.terms import overlong_penalty
 from gspo_lightning.rollout import Samples, join_samples, stream_seed
@@ -105,6 +106,7 @@ def examine(
         "template": lambda: text.template(policy, data, examples),
         "clip range": lambda: clip_range(module),
         "dropout": lambda: numbers.dropout(policy),
+        **({"engine": lambda: engine(module, prompts)} if hasattr(module.sampler, "about") else {}),
         "sampling": lambda: sampling(trainer, module, effort.num_prompts, cap, drawn),
     }
     found = run_checks(checks, show)

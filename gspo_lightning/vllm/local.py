@@ -72,6 +72,7 @@ class InProcess:
         self.sleeps: bool | None = False
         self.asleep = False
         self.longest = 0
+        self.about = ""
 
     def check(self, limits: Limits) -> None:
         """See ``Engine``."""
@@ -85,6 +86,10 @@ class InProcess:
             with _as_it_was():
                 self.llm = self._made(limits, wanted)
             self.longest = wanted
+            from vllm import __version__
+
+            dtype = self.llm.llm_engine.model_config.dtype
+            self.about = f"vLLM {__version__} in this process, {dtype}, up to {wanted} tokens"
         if self.longest < limits.longest:
             raise ValueError(
                 f"sampler.engine.max_model_len: the engine was made for texts of {self.longest} "

@@ -141,6 +141,11 @@ class VLLMSampler:
         """What was measured since the weights were sent last, under the names of curves."""
         return self._shared.figures
 
+    @property
+    def about(self) -> str:
+        """What the engine is, in words."""
+        return getattr(self._shared.engine, "about", type(self._shared.engine).__name__)
+
     # --- the engine ----------------------------------------------------------------------------
 
     def reach(self, config: Any, longest: int) -> None:

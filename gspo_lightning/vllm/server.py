@@ -51,6 +51,7 @@ class Server:
         self.asleep = False
         self.model = ""
         self.dtype: torch.dtype | None = None
+        self.about = ""
 
     def call(self, path: str, body: Any = None, method: str | None = None) -> Any:
         """Ask, and return what the answer holds; EngineError if there is none, or a refusal."""
@@ -139,6 +140,8 @@ class Server:
             raise ValueError(
                 f"{at} serves another model, {self.model}, than policy.path {limits.path}: {other}"
             )
+        self.about = f"vLLM {version} at {self.url}: {self.model}, {config['dtype']}, up to "
+        self.about += f"{config['max_model_len']} tokens"
         if config["max_model_len"] < limits.longest:
             raise ValueError(
                 f"{at} has max_model_len {config['max_model_len']}, and the longest text of this "
@@ -244,6 +247,11 @@ class Servers:
         for server in self.servers:
             server.wait(self.start_timeout)
             server.check(limits)
+
+    @property
+    def about(self) -> str:
+        """What each server is."""
+        return "; ".join(server.about for server in self.servers)
 
     def load(self, tensors: Weights, version: str) -> None:
         """See ``Engine``. Where ranks each hold a part, all of them call, and some have no server.

@@ -131,7 +131,10 @@ def test_another_model_is_refused(server, address, model_dir):
 
 OVERLAY = """
 data: {init_args: {num_rollouts: 4}}
-trainer: {num_sanity_val_steps: 0, val_check_interval: 4}
+trainer:
+  num_sanity_val_steps: 0
+  val_check_interval: 4
+  callbacks: [{class_path: gspo_lightning.RolloutCheckpoint, init_args: {every_n_rollouts: 1}}]
 model:
   init_args:
     sampler:
@@ -162,11 +165,9 @@ def fit(overlay, folder, *options, code=0):
 def test_a_killed_run_goes_on_bit_for_bit(server, address, where, tmp_path):
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(OVERLAY.replace("SERVER", address if where == "server" else "null"))
-    every = ["--trainer.callbacks+=gspo_lightning.RolloutCheckpoint"]
-    every += ["--trainer.callbacks.every_n_rollouts=1"]
-    fit(overlay, tmp_path / "whole", *every)
-    killed(overlay, tmp_path / "killed", 2, *every)
-    fit(overlay, tmp_path / "killed", *every, "--ckpt_path", "auto")
+    fit(overlay, tmp_path / "whole")
+    killed(overlay, tmp_path / "killed", 2)
+    fit(overlay, tmp_path / "killed", "--ckpt_path", "auto")
     assert_same(state(tmp_path / "whole", 4), state(tmp_path / "killed", 4))
 
 
@@ -174,11 +175,9 @@ def test_a_lost_server_ends_the_run_with_a_line_and_auto_goes_on(tmp_path):
     url = f"http://127.0.0.1:{free_port()}"
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(OVERLAY.replace("SERVER", url).replace("rollouts: 4", "rollouts: 40"))
-    every = ["--trainer.callbacks+=gspo_lightning.RolloutCheckpoint"]
-    every += ["--trainer.callbacks.every_n_rollouts=1"]
     with served(url, tmp_path) as first:
         run = subprocess.Popen(
-            [sys.executable, "train.py", *arguments(overlay, tmp_path / "run", *every)],
+            [sys.executable, "train.py", *arguments(overlay, tmp_path / "run")],
             env=os.environ | {"PYTHONPATH": PYTHONPATH},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -194,7 +193,7 @@ def test_a_lost_server_ends_the_run_with_a_line_and_auto_goes_on(tmp_path):
     assert line.startswith(f"error: sampler.server: {url}/")
     assert "continue with: " in err
     with served(url, tmp_path):
-        fit(overlay, tmp_path / "run", *every, "--ckpt_path", "auto", "--data.num_rollouts", "4")
+        fit(overlay, tmp_path / "run", "--ckpt_path", "auto", "--data.num_rollouts", "4")
 
 
 def kill_all(pid):

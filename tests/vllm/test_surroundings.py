@@ -1,19 +1,30 @@
 """What knows of an engine apart: configs, checkpoints, the command that starts one."""
 
 import json
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from gspo_lightning.checkpoint.fingerprints import settings
+from gspo_lightning.doctor.engine import engine
+from gspo_lightning.policy.policy import Policy, PolicyConfig
 from gspo_lightning.policy.settings import _made, plain
 from gspo_lightning.run import vllm_serve
 from gspo_lightning.sampling import GroupSampler, Sampler
 from gspo_lightning.vllm import serve
 from gspo_lightning.vllm.local import EngineConfig
 from gspo_lightning.vllm.sampler import VLLMSampler
+from support import fake_sglang
+from support.fake_vllm import serving
+from support.pages import blocks
+from support.prompts import PROMPTS, batch_of
+from support.repository import ROOT
+from support.tiny_models import build_model
 
 
 def test_a_run_may_go_on_with_another_server_and_not_with_another_dtype():
@@ -114,3 +125,51 @@ def test_it_is_said_when_a_server_is_ready_and_nothing_of_it_is_left(capfd):
     server.server_close()
     out, err = capfd.readouterr()
     assert code == 3 and out.startswith(f"ready  {url}") and "warning" not in err
+
+
+@pytest.mark.parametrize(
+    ("off", "status"), [(0.0, "ok"), (2e-3, "warning"), (1.0, "error")], ids=str
+)
+def test_the_doctor_compares_an_engine_with_the_policy(model_dir, tokenizer, off, status):
+    with serving(build_model("qwen3", seed=5)) as fake:
+        sampler = VLLMSampler(4, 6, server=fake.url)
+        sampler.reach(PolicyConfig(str(model_dir)), 16)
+        policy = Policy(build_model("qwen3"), tokenizer)
+        known = {"policy": policy, "sampler": sampler, "device": torch.device("cpu")}
+        known["health"] = SimpleNamespace(width=3e-4)
+
+        def send():
+            sampler.take_weights(policy, 0)
+            with torch.no_grad():  # what a server might have made of them
+                for parameter in fake.worker.model_runner.model.parameters():
+                    parameter += off * torch.randn(parameter.shape)
+
+        torch.manual_seed(0)
+        found = engine(SimpleNamespace(send_weights=send, **known), PROMPTS)
+    assert found.status == status, found
+    assert fake.url in found.text and "up to 1024 tokens" in found.text
+    assert found.value["same"] == found.value["prompts"] == 4 or off
+
+
+def test_the_adapter_of_the_page_draws_with_the_weights_it_was_given(
+    model_dir, tokenizer, monkeypatch
+):
+    (block,) = [b for b in blocks(ROOT / "docs/vllm.md")[0] if b.language == "python"]
+    assert len(block.text.splitlines()) < 70
+    adapter = ModuleType("adapter")
+    exec(block.text, adapter.__dict__)
+    monkeypatch.setitem(sys.modules, "adapter", adapter)
+    policy = Policy(build_model("qwen3"), tokenizer)
+    with fake_sglang.serving(build_model("qwen3", seed=5)) as url:
+        sampler = VLLMSampler(3, 6, server=url, server_class="adapter.SGLang", noise_limit=1e-5)
+        with pytest.raises(ValueError, match="texts of 1024 tokens at most"):
+            sampler.reach(PolicyConfig(str(model_dir)), 2000)
+        sampler.reach(PolicyConfig(str(model_dir)), 16)
+        for steps in range(2):
+            sampler.take_weights(policy, steps)
+            samples = sampler.sample(policy, batch_of(PROMPTS), seed=0)
+            greedy = sampler.like(1, 6, 0.0).sample(policy, batch_of(PROMPTS), seed=0)
+            own = GroupSampler(1, 6, 0.0).sample(policy, batch_of(PROMPTS), seed=0)
+            assert greedy.texts == own.texts and len(samples) == 3 * len(PROMPTS)
+            with torch.no_grad():
+                policy.model.model.embed_tokens.weight += 0.02
