@@ -28,24 +28,11 @@ PATIENCE = 15.0  # seconds that a server has to end by itself
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Start a server, or print how; returns the exit code, 2 after a mistake of the user's."""
-    parser = argparse.ArgumentParser(
-        prog=f"{program(alone=True)} vllm-serve",
-        description="Start the vLLM server that a training with these configs and options wants, "
-        "and tell when it is ready. Words behind -- go to vLLM.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="append", help="as of the training; again for a further")
-    parser.add_argument("--number", type=int, default=0, help="which of several servers, from 0")
-    parser.add_argument("--python", default=sys.executable, help="the Python that has vLLM")
-    parser.add_argument("--print", action="store_true", help="print the command, start nothing")
-    words = list(sys.argv[1:] if argv is None else argv)
-    own, further = _cut_at(words, "--")
-    options, others = parser.parse_known_args(own)
+    options, training, further = parsed(list(sys.argv[1:] if argv is None else argv))
     begin_here()
     try:
         with one_line.quiet():
-            configs = [word for name in options.config or () for word in ("--config", name)]
-            config = read([*configs, *others])
+            config = read(training)
         url, line = server_of(config, options.number, options.python)
         line += further
         if options.print:
@@ -58,9 +45,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _cut_at(words: list[str], mark: str) -> tuple[list[str], list[str]]:
-    at = words.index(mark) if mark in words else len(words)
-    return words[:at], words[at + 1 :]
+def parsed(words: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
+    """This command's own options, the words that are the training's, and those that are vLLM's."""
+    parser = argparse.ArgumentParser(
+        prog=f"{program(alone=True)} vllm-serve",
+        description="Start the vLLM server that a training with these configs and options wants, "
+        "and tell when it is ready.",
+        epilog="All other options are those of the training; words behind -- go to vLLM.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--number", type=int, default=0, help="which of several servers, from 0")
+    parser.add_argument("--python", default=sys.executable, help="the Python that has vLLM")
+    parser.add_argument("--print", action="store_true", help="print the command, start nothing")
+    mark = words.index("--") if "--" in words else len(words)
+    options, training = parser.parse_known_args(words[:mark])
+    return options, training, words[mark + 1 :]
 
 
 def read(words: list[str]) -> dict[str, Any]:
