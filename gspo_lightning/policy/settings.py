@@ -33,6 +33,7 @@ SHOWN_FIRST = (
     "model.sampler.group_size",
 )
 FIGURES = ("val/accuracy_greedy", "val/accuracy_sampled", "val/reward", "train/reward")
+METHODS = ("sample", "like")  # of a sampler
 SAMPLER = "gspo_lightning.sampling.GroupSampler"  # by its name: it stands high above this file
 APART = "gspo_lightning.vllm.sampler.VLLMSampler"
 
@@ -88,7 +89,9 @@ def settings_of(owner: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
         for key, item in values.items():
             kinds: Any = tuple(kind for kind in (hint, *get_args(hint)) if is_dataclass(kind))
             for kind in (hint, *get_args(hint)):  # such as a Sampler, which is any class with these
-                wanted = list(kind.__annotations__) if getattr(kind, "_is_protocol", False) else []
+                wanted: list[str] = []
+                if getattr(kind, "_is_protocol", False):
+                    wanted = [*kind.__annotations__, *(n for n in METHODS if n in vars(kind))]
                 lacks = [n for n in wanted if not hasattr(item, n) or isinstance(item, type)]
                 if lacks and item is not None:
                     got = item.__name__ if isinstance(item, type) else type(item).__name__
