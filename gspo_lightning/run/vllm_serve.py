@@ -14,15 +14,17 @@ import sys
 import time
 import urllib.request
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import yaml
 
-from gspo_lightning.run import command, one_line
+from gspo_lightning.run import one_line
 from gspo_lightning.run.terminal_log import begin_here
 from gspo_lightning.start.typed import program
 from gspo_lightning.vllm import serve
 
+COMMAND = "gspo_lightning.run.command"  # which stands beside this file, as a command of its own
 PATIENCE = 15.0  # seconds that a server has to end by itself
 
 
@@ -64,6 +66,7 @@ def parsed(words: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
 
 def read(words: list[str]) -> dict[str, Any]:
     """The whole config of a training with these words behind `fit`."""
+    command = import_module(COMMAND)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         try:
