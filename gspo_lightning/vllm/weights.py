@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.policy.lora import merged_weights
-from gspo_lightning.sharding import whole_tensor
+from gspo_lightning.sharding.cut import whole_tensor
 
 FILE = 2 * 2**30  # bytes of a file of weights: what is held in memory while it is written
 

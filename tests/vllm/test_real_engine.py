@@ -186,7 +186,7 @@ def test_a_lost_server_ends_the_run_with_a_line_and_auto_goes_on(tmp_path):
             text=True,
         )
         for line in run.stdout:
-            if line.startswith("rollout 2/"):
+            if line.startswith("rollout  2/40"):
                 break
         kill_all(first.pid)
         err = run.communicate(timeout=120)[1]
