@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from gspo_lightning.doctor.findings import Finding
 from gspo_lightning.rollout import PromptBatch
 from gspo_lightning.sampling import GroupSampler
+from gspo_lightning.sharding import weights_of
 
 PROMPTS, TOKENS = 4, 32  # completed greedily by both
 OTHER_WEIGHTS = 0.1  # nats a token: no dtype rounds by as much
@@ -31,8 +32,9 @@ def engine(module: Any, prompts: list[list[int]]) -> Finding:
     batch = PromptBatch(ids, mask, [{} for _ in few]).to(module.device)
     sampler, policy = module.sampler, module.policy
     how = 1, min(TOKENS, sampler.max_new_tokens), 0.0
-    own = GroupSampler(*how).sample(policy, batch, seed=0)
-    found = sampler.like(*how).sample(policy, batch, seed=0)
+    with weights_of(getattr(module, "_trainer", None)).apart():
+        own = GroupSampler(*how).sample(policy, batch, seed=0)
+        found = sampler.like(*how).sample(policy, batch, seed=0)
     same = sum(a == b for a, b in zip(own.texts, found.texts, strict=True))
     noise, width = sampler.figures["sampler/noise_after_sync"], module.health.width
     said = f"{sampler.about}; greedy like the policy on {same} of {len(few)} prompts; noise "

@@ -93,7 +93,10 @@ def _named_otherwise(model: Any, tensors: dict[str, Tensor]) -> bool:
 
 
 def _on_the_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: whole_tensor(tensor.detach()).cpu() for name, tensor in tensors.items()}
+    """Copies: adapters are merged into them, and must not be into the policy."""
+    return {
+        name: whole_tensor(tensor.detach()).to("cpu", copy=True) for name, tensor in tensors.items()
+    }
 
 
 def write(weights: Weights, folder: Path) -> None:

@@ -92,7 +92,9 @@ def test_an_engine_computes_what_the_policy_does(tokenizer, config, kind):
     if kind == "lora":
         policy = LoRAPolicy(build_model(name, **how), tokenizer, LoRAConfig(rank=2))
     move(policy)
+    before = {name: tensor.clone() for name, tensor in policy.named_parameters()}
     sent = dict(Weights(policy))
+    assert all(torch.equal(before[name], own) for name, own in policy.named_parameters())
     plain = build_model(name, seed=9, **how)
     if kind == "experts":  # one tensor for each expert, as in a checkpoint
         assert "model.layers.0.mlp.experts.3.down_proj.weight" in sent
