@@ -40,14 +40,8 @@ from gspo_lightning.sharding.ranks import weights_of
 
 Checks = dict[str, Callable[[], Finding | list[Finding]]]
 DRAWS = ("sample/0", "doctor")  # groups per prompt; the first are drawn as in the first rollout
-TOGETHER = ("engine", "sampling", "kl", "ratio noise", "gradient", "clipping")  # of all ranks
-    "engine",
-    "sampling",
-    "kl",
-    "ratio noise",
-    "gradient",
-    "clipping",
-)  # passes of all ranks
+# passes that ranks make together
+TOGETHER = ("engine", "sampling", "kl", "ratio noise", "gradient", "clipping")
 WIDTH = 14  # columns of a check's name: lines are printed before all names are known
 
 
