@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+VLLM := .venv-vllm
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 # pip compiles one file after the other; COMPILE takes all cores for it.
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
@@ -10,7 +11,8 @@ COMPILE := $(PY) -m compileall -qq -j 0 $(VENV)/lib
 # The demo's model is so small that a second thread costs more than it computes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-core test-fast models lightning curves screenshots docs kills gpu-check lint format clean
+.PHONY: demo test test-core test-fast models lightning curves screenshots docs kills gpu-check lint format clean \
+	vllm vllm-test
 
 demo: $(VENV)/demo.stamp  ## train the embedded default to a rising reward
 	$(PY) train.py fit --config configs/arithmetic.yaml --trainer.default_root_dir $(RUN)
@@ -48,6 +50,11 @@ recipes: $(VENV)/dev.stamp  ## train the shipped models and the second demo anew
 gpu-check: $(VENV)/dev.stamp  ## measure what only a GPU can tell; ARGS=--dry tries the parts without one
 	PY=$(PY) benchmarks/gpu_check.sh $(ARGS)
 
+vllm: $(VLLM)/stamp  ## an environment with vLLM for CPUs, in .venv-vllm
+
+vllm-test: $(VLLM)/stamp  ## what the real engine is put through: about 20 minutes on two cores
+	$(VLLM)/bin/python -m pytest -q -n 0 -s -m vllm tests/vllm/test_real_engine.py
+
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -58,7 +65,7 @@ format: $(VENV)/dev.stamp
 	$(PY) -m ruff format .
 
 clean:  ## remove the environment and all runs
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VLLM) runs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +74,13 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV) (a minute or two)"
 	$(PIP) -e .
 	@$(COMPILE) || true  # some packages ship files for other Pythons
+	@touch $@
+
+$(VLLM)/stamp: pyproject.toml constraints-vllm.txt
+	@echo "installing into $(VLLM): 3 GB, 2 to 5 minutes"
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	$(VLLM)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 $(VENV)/docs.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python

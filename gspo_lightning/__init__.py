@@ -34,11 +34,12 @@ if TYPE_CHECKING:  # what type checkers and readers see
     from gspo_lightning.sampling import GroupSampler
     from gspo_lightning.sharding import FSDP2
     from gspo_lightning.supervised import RewardModelModule, SFTModule
-    from gspo_lightning.vllm import AsyncSampler
+    from gspo_lightning.vllm.ahead import AsyncSampler
+    from gspo_lightning.vllm.sampler import VLLMSampler
 
 HOMES = {  # of each name: where it is imported from
     "AdaptiveKL": "callbacks",
-    "AsyncSampler": "vllm",
+    "AsyncSampler": "vllm.ahead",
     "CriticConfig": "critic",
     "CurvePlot": "callbacks",
     "Evaluation": "evaluation",
@@ -65,6 +66,7 @@ HOMES = {  # of each name: where it is imported from
     "SFTData": "data",
     "SFTModule": "supervised",
     "SampleTable": "callbacks",
+    "VLLMSampler": "vllm.sampler",
     "train": "run.from_python",
 }
 __all__ = list(HOMES)

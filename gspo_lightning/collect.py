@@ -25,7 +25,7 @@ from gspo_lightning.rewards.terms import RewardTerm, overlong_penalty
 from gspo_lightning.rollout import PromptBatch, Rollout, Samples, join_samples
 from gspo_lightning.sampling import Sampler
 from gspo_lightning.step import Step
-from gspo_lightning.vllm import AsyncSampler
+from gspo_lightning.vllm.ahead import AsyncSampler
 
 
 @dataclass

@@ -16,7 +16,7 @@ from gspo_lightning.bounds import check_at_least
 from gspo_lightning.metrics import PassAtK, RolloutMetrics
 from gspo_lightning.rewards.terms import RewardTerm, Scores, score
 from gspo_lightning.rollout import PromptBatch, Samples
-from gspo_lightning.sampling import GroupSampler
+from gspo_lightning.sampling import Sampler
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class Evaluation:
                 f"there are {sorted(terms)}"
             )
 
-    def samplers(self, max_new_tokens: int, batch_size: int | None) -> dict[str, GroupSampler]:
-        """The greedy sampler and the sampling one."""
-        limit = self.max_new_tokens or max_new_tokens
+    def samplers(self, training: Sampler) -> dict[str, Sampler]:
+        """The greedy sampler and the sampling one, with the engine that training samples with."""
+        limit = self.max_new_tokens or training.max_new_tokens
         return {
-            "greedy": GroupSampler(1, limit, 0.0, batch_size),
-            "sampled": GroupSampler(self.num_samples, limit, self.temperature, batch_size),
+            "greedy": training.like(1, limit, 0.0),
+            "sampled": training.like(self.num_samples, limit, self.temperature),
         }
 
 
@@ -101,7 +101,7 @@ class Evaluator(torch.nn.Module):
         self.passes.reset()
 
     def update(
-        self, policy: Any, batch: PromptBatch, samplers: Mapping[str, GroupSampler], seed: int
+        self, policy: Any, batch: PromptBatch, samplers: Mapping[str, Sampler], seed: int
     ) -> None:
         """Complete and score the prompts of one batch."""
         for kind, sampler in samplers.items():

@@ -71,7 +71,7 @@ from gspo_lightning.sharding import mesh_of, share_out, weights_of
 from gspo_lightning.step import Clock, Ranks, Step
 from gspo_lightning.tally import RolloutTally
 from gspo_lightning.update import Updater
-from gspo_lightning.vllm import AsyncSampler, check_apart, is_ahead
+from gspo_lightning.vllm.ahead import AsyncSampler, check_apart, is_ahead
 
 leave_out_noise()  # here: a Trainer begins to talk as it is made
 
@@ -231,7 +231,7 @@ class GSPOModule(LightningModule):
         self.tally = RolloutTally(rewards, count_names(rewards))
         self.figure_log = FigureLog()
         self.evaluator = Evaluator(evaluation, rewards)
-        self.eval_samplers = evaluation.samplers(sampler.max_new_tokens, sizes.get(SAMPLED))
+        self.eval_samplers = evaluation.samplers(sampler)
         self.health = Health(
             objective,
             num_epochs * num_minibatches,
@@ -256,6 +256,7 @@ class GSPOModule(LightningModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Collect a rollout and update on it: the whole algorithm, once."""
         step = self.begin_step()
+        self.send_weights(step)
         with step.ranks.weights.apart():
             rollout = self.collector.collect(batch, step)
         rollout, ratios = self.updater.learn(rollout, step)
@@ -282,6 +283,18 @@ class GSPOModule(LightningModule):
         known = self.tally, self.choices, self.kl_coef
         self.step = Step(index, self.seed, ranks, clock, *known)
         return self.step
+
+    def send_weights(self, step: Step | None = None) -> None:
+        """Give a sampler whose engine is apart from the policy the weights; every rank calls.
+
+        Without a step they are sent whatever was sent last: callbacks may have put others in their
+        place, such as averages of them, for an evaluation.
+        """
+        if hasattr(self.sampler, "take_weights"):
+            clock = Clock(self.device) if step is None else step.clock
+            with clock.timed("sync", self.device):
+                steps = self.trainer.global_step
+                self.sampler.take_weights(self.policy, steps, anew=step is None)
 
     def report(self, rollout: Rollout, ratios: torch.Tensor, step: Step) -> dict[str, Any]:
         """Log every number of the rollout, the same on every rank; what callbacks get to see."""
@@ -337,6 +350,8 @@ class GSPOModule(LightningModule):
         check_lengths(self.policy_config, examples, self.sampler.max_new_tokens, held_out)
         if stage == "fit":
             tell_loading(self.trainer, self)
+        if hasattr(self.sampler, "reach"):
+            self.sampler.reach(self.policy_config, self._longest)
         self.frozen.load(self.policy_config, device, with_reference=stage == "fit")
 
     def configure_model(self) -> None:
@@ -352,11 +367,15 @@ class GSPOModule(LightningModule):
 
     def _fix_lengths(self) -> None:
         """Make all texts of the run alike to rotary embeddings that depend on the longest one."""
+        others = getattr(self.critic, "backbone", None), getattr(self.reference, "model", None)
+        fix_rotary(self.policy.model, self._longest, *others)  # type: ignore[union-attr]
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of the longest text that the run can have, prompt and completion."""
         prompts = getattr(self.trainer.datamodule, "max_prompt_tokens", 0)  # type: ignore[attr-defined]
         samplers = (self.sampler, *self.eval_samplers.values())
-        longest = prompts + max(sampler.max_new_tokens for sampler in samplers)
-        others = getattr(self.critic, "backbone", None), getattr(self.reference, "model", None)
-        fix_rotary(self.policy.model, longest, *others)  # type: ignore[union-attr]
+        return prompts + max(sampler.max_new_tokens for sampler in samplers)
 
     on_validation_start = on_test_start = on_predict_start = _fix_lengths
 
@@ -487,6 +506,7 @@ class GSPOModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Start counting."""
         self.evaluator.reset()
+        self.send_weights()
 
     @whole
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
@@ -513,6 +533,10 @@ class GSPOModule(LightningModule):
         self.log_dict(figures, logger=False if fitting else None, sync_dist=True)
         if fitting:  # Lightning drops the evaluation before training and counts from 0 after it
             self.figure_log.log(self.trainer, figures, self.trainer.fit_loop.total_batch_idx + 1)
+
+    def on_predict_epoch_start(self) -> None:
+        """Have completions drawn from the weights as they are now."""
+        self.send_weights()
 
     @whole
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:

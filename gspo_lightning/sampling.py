@@ -4,9 +4,10 @@ Decides which engine decodes, and what a seed means: one uniform number per (see
 so that a row's completion does not depend on which rows share its batch.
 """
 
+import copy
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ log = logging.getLogger(__name__)
 class Sampler(Protocol):
     """Anything that completes prompts.
 
-    ``policy`` has ``model``, ``tokenizer``, ``eos_ids``, ``ends`` and ``pad_id``.
+    ``policy`` has ``model``, ``tokenizer``, ``eos_ids``, ``ends`` and ``pad_id``. One whose engine
+    is apart from the policy also has ``reach`` and ``take_weights``, see ``VLLMSampler``.
 
     Attributes:
         group_size: G, completions per prompt.
@@ -43,6 +45,10 @@ class Sampler(Protocol):
 
     def sample(self, policy: Any, batch: PromptBatch, *, seed: int) -> Samples:
         """Complete every prompt of ``batch`` G times; the same seed gives the same completions."""
+        ...
+
+    def like(self, group_size: int, max_new_tokens: int, temperature: float) -> Self:
+        """A sampler with other settings and the same engine, which evaluations draw with."""
         ...
 
 
@@ -87,6 +93,13 @@ class GroupSampler:
         self.batch_size = batch_size
         self.cuda_graphs = cuda_graphs
         self._told: set[str] = set()
+
+    def like(self, group_size: int, max_new_tokens: int, temperature: float) -> Self:
+        """The same sampler with other settings."""
+        other = copy.copy(self)
+        other.group_size, other.max_new_tokens = group_size, max_new_tokens
+        other.temperature = temperature
+        return other
 
     @torch.no_grad()
     def sample(self, policy: Any, batch: PromptBatch, *, seed: int) -> Samples:

@@ -39,6 +39,7 @@ MEANS = (
     "policy/grad_norm",
     "policy/old_from_sampler",
     "policy/sampler_noise",
+    "sampler/noise_after_sync",
     "rollout/truncated_fraction",
     "rollout/flat_best_fraction",
     "rollout/flat_worst_fraction",

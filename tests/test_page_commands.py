@@ -22,7 +22,7 @@ from unittest.mock import patch
 import pytest
 import yaml
 
-from gspo_lightning.run import entry
+from gspo_lightning.run import entry, vllm_serve
 from gspo_lightning.run.command import GSPOCLI, TOOLS, Watch
 from gspo_lightning.run.one_line import quiet
 from support.pages import PAGES, blocks
@@ -193,6 +193,8 @@ def check_all(commands, parse, monkeypatch):
     tools = []
     for words in dict.fromkeys(commands):
         own = ours(words)
+        if own is not None and own[:1] == ["vllm-serve"] and "--help" not in own:
+            own = ["fit", *vllm_serve.parsed(own[1:])[1]]  # what is left is the training's
         if own is not None and len(own) < 2:  # a name alone, in a sentence
             assert not own or own[0] in entry.COMMANDS or own[0] == "--help"
             continue

@@ -15,14 +15,15 @@ from typing import Any
 # Settings that may change at will. Paths: what they lead to has a fingerprint of its own, or comes
 # from the checkpoint. Devices, and how much is computed at once: so that a run can move, or go on
 # with less memory; only rounding changes, and the checkpoint has the sizes that an unchanged config
-# continues with. Length, learning rate, evaluation: the point of continuing with another config.
-# Limits that end a run early: they change nothing before that.
+# continues with; where a sampler's engine is, too. Length, learning rate, evaluation: the point of
+# continuing with another config. Limits that end a run early: they change nothing before that.
 _FREE = re.compile(
     r"(?:data\.init_args\.(?:num_rollouts|num_steps|path|val_path|test_path|predict_path"
     r"|val_batch_size|split|val_split|name)"
     r"|model\.init_args\.(?:optimizer|evaluation)\..*"
     r"|model\.init_args\.(?:learning_rate|frozen_device|policy\.path|policy\.revision"
-    r"|micro_batch_size|micro_batch_tokens|sampler\.init_args\.batch_size|max_faults|stop_when"
+    r"|micro_batch_size|micro_batch_tokens|sampler\.init_args\.(?:batch_size|server|transport|folder"
+    r"|timeout|start_timeout|noise_limit|engine\.(?!dtype$).*)|max_faults|stop_when"
     r"|reference\.(?:path|device|batch_size)|rewards\..*\.(?:device|batch_size)))"
 )
 _COMPARED = ("model.", "data.", "trainer.precision")

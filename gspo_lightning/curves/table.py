@@ -100,6 +100,12 @@ TABLE = {
     "policy/sampler_noise": Curve(
         "Sampler noise", NATS, "The same between the sampler's log-probs and the policy's own."
     ),
+    "sampler/noise_after_sync": Curve(
+        "Engine's noise",
+        NATS,
+        "Root mean square between the log-probs of an engine apart and the policy's own, in a few "
+        "short completions behind each update: whether the engine has the policy's weights.",
+    ),
     "policy/token_log_ratio_std": Curve(
         "Spread of token log-ratios", "nats", "How far single tokens move within a rollout."
     ),
@@ -211,12 +217,14 @@ TABLE = {
     "time/rollout": Curve("Sampling", SECONDS, "First phase: completions are sampled."),
     "time/score": Curve("Scoring", SECONDS, "Second phase: rewards, reference, old log-probs."),
     "time/optimise": Curve("Optimising", SECONDS, "Third phase: the optimizer steps."),
+    "time/sync": Curve(
+        "Sending weights",
+        SECONDS,
+        "To an engine apart from the policy: before the first phase; behind it, where it is ahead.",
+    ),
     "time/reward": Curve("Rewards", SECONDS, "Part of the second phase."),
     "time/reference": Curve("Reference", SECONDS, "Part of the second phase."),
     "time/old_logprobs": Curve("Old log-probs", SECONDS, "Part of the second phase."),
-    "time/sync": Curve(
-        "Handing over weights", SECONDS, "To a sampler that is ahead, behind the first phase."
-    ),
     "time/values": Curve("Values", SECONDS, "Of the critic, part of the second phase."),
     # warm starts and reward models
     "train/loss": Curve("Loss", "nats", "Of the batch: the training's own objective."),

@@ -22,6 +22,7 @@ from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.doctor import memory, numbers, rewards, text
 from gspo_lightning.doctor.clipping import clipping
+from gspo_lightning.doctor.engine import engine
 from gspo_lightning.doctor.findings import (
     Finding,
     announced,
@@ -39,7 +40,8 @@ from gspo_lightning.sharding.ranks import weights_of
 
 Checks = dict[str, Callable[[], Finding | list[Finding]]]
 DRAWS = ("sample/0", "doctor")  # groups per prompt; the first are drawn as in the first rollout
-TOGETHER = ("sampling", "kl", "ratio noise", "gradient", "clipping")  # passes of all ranks
+# passes that ranks make together
+TOGETHER = ("engine", "sampling", "kl", "ratio noise", "gradient", "clipping")
 WIDTH = 14  # columns of a check's name: lines are printed before all names are known
 
 
@@ -116,6 +118,7 @@ def examine(
         "template": lambda: text.template(policy, data, examples),
         "clip range": lambda: clip_range(module),
         "dropout": lambda: numbers.dropout(policy),
+        **({"engine": lambda: engine(module, prompts)} if hasattr(module.sampler, "about") else {}),
         "sampling": lambda: sampling(trainer, module, effort.num_prompts, cap, drawn),
     }
     found = run_checks(checks, trainer, show)

@@ -33,7 +33,9 @@ SHOWN_FIRST = (
     "model.sampler.group_size",
 )
 FIGURES = ("val/accuracy_greedy", "val/accuracy_sampled", "val/reward", "train/reward")
+METHODS = ("sample", "like")  # of a sampler
 SAMPLER = "gspo_lightning.sampling.GroupSampler"  # by its name: it stands high above this file
+APART = "gspo_lightning.vllm.sampler.VLLMSampler"
 
 
 def plain(value: Any) -> Any:
@@ -87,7 +89,9 @@ def settings_of(owner: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
         for key, item in values.items():
             kinds: Any = tuple(kind for kind in (hint, *get_args(hint)) if is_dataclass(kind))
             for kind in (hint, *get_args(hint)):  # such as a Sampler, which is any class with these
-                wanted = list(kind.__annotations__) if getattr(kind, "_is_protocol", False) else []
+                wanted: list[str] = []
+                if getattr(kind, "_is_protocol", False):
+                    wanted = [*kind.__annotations__, *(n for n in METHODS if n in vars(kind))]
                 lacks = [n for n in wanted if not hasattr(item, n) or isinstance(item, type)]
                 if lacks and item is not None:
                     got = item.__name__ if isinstance(item, type) else type(item).__name__
@@ -189,6 +193,9 @@ def _hints(owner: Any) -> dict[str, Any]:
 def _made(hint: Any, value: Any) -> Any:
     """A value of the hinted type from its plain form; what is no plain form stays as it is."""
     if isinstance(value, dict) and "class_path" in value:
+        if value["class_path"] == APART:  # a server is no part of what a checkpoint may choose
+            names = ("group_size", "max_new_tokens", "temperature")
+            return resolve_name(SAMPLER)(**{name: value["init_args"][name] for name in names})
         if value["class_path"] != SAMPLER:
             raise ValueError(f"{value['class_path']} is not made from a checkpoint")
         return resolve_name(SAMPLER)(**value["init_args"])

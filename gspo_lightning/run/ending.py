@@ -22,6 +22,7 @@ from gspo_lightning.rewards.terms import RewardError
 from gspo_lightning.run.one_line import LONGEST, condense
 from gspo_lightning.run.terminal_log import say, shown
 from gspo_lightning.start import layout
+from gspo_lightning.vllm import EngineError
 
 # What a user's mistake raises: bad values, missing files, devices, packages.
 MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException)
@@ -54,7 +55,7 @@ def report(error: BaseException, watch: Any, go_on: Callable[[bool], str]) -> in
         watch.refuse()
         return 2
     # A reward function is the user's, numbers and memory are the run's: the error names its cause.
-    of_run = isinstance(error, FloatingPointError) or is_out_of_memory(error)
+    of_run = isinstance(error, FloatingPointError | EngineError) or is_out_of_memory(error)
     of_user = isinstance(error, RewardError) or UNREACHED in str(error) or is_unlogged(error)
     known = of_run or of_user or not watch.begun
     # What is refused has a line of its own, whatever the system said before it, or to a reward.
@@ -160,4 +161,5 @@ def mistake(error: BaseException) -> str | None:
     if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
         first = text.strip().partition("\n")[0][:200]
         return f"out of memory: {first or type(error).__name__}; smaller batches need less"
-    return condense(text) if isinstance(error, (*MISTAKES, OutOfMemory)) and text else None
+    known = (*MISTAKES, OutOfMemory, EngineError)
+    return condense(text) if isinstance(error, known) and text else None

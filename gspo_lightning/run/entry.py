@@ -33,6 +33,10 @@ COMMANDS = {
     "replay": (TRAINING, "find which tensor of a skipped step was not finite"),
     "compare": ("gspo_lightning.compare.__main__:main", "compare algorithms on one task"),
     "bench": ("gspo_lightning.bench.__main__:main", "measure seconds and memory"),
+    "vllm-serve": (
+        "gspo_lightning.run.vllm_serve:main",
+        "start the vLLM server that a config's sampler asks",
+    ),
     "configs": ("gspo_lightning.start.shipped:main", "list the configs of the package, print one"),
 }
 LIGHT = ("configs", "compare", "samples")  # those that import nothing which takes time

@@ -1,3 +1,3 @@
-"""Rollouts by an engine in another process: decides when it samples, and with which weights."""
+"""Rollouts by an engine apart from the policy: what it is asked, and that it has its weights."""
 
-from gspo_lightning.vllm.ahead import ApartSampler, AsyncSampler, check_apart, is_ahead
+from gspo_lightning.vllm.engine import Completion, Engine, EngineError, Limits

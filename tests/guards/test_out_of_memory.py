@@ -350,6 +350,9 @@ def test_a_sampler_without_a_batch_size_is_named(tmp_path, model_dir):
         def sample(self, policy, batch, *, seed):
             raise CUDA
 
+        def like(self, *settings):
+            return self
+
     with pytest.raises(OutOfMemory, match=r"sampling, and there is no sampler.batch_size to make"):
         ended(tmp_path, model_dir, sampler=Own())
 
