@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 import train
@@ -101,7 +102,8 @@ def work(tmp_path, monkeypatch, model_dir, scorer):
         original = getattr(owner, method)
 
         def counted(*args, original=original, **kwargs):
-            done.append("weights")
+            if torch.get_default_device().type != "meta":  # shapes alone cost nothing
+                done.append("weights")
             return original(*args, **kwargs)
 
         monkeypatch.setattr(owner, method, counted)
