@@ -53,7 +53,7 @@ gpu-check: $(VENV)/dev.stamp  ## measure what only a GPU can tell; ARGS=--dry tr
 vllm: $(VLLM)/stamp  ## an environment with vLLM for CPUs, in .venv-vllm
 
 vllm-test: $(VLLM)/stamp  ## what the real engine is put through: about 20 minutes on two cores
-	$(VLLM)/bin/python -m pytest -q -n 0 -s -m vllm tests/vllm/test_real_engine.py
+	$(VLLM)/bin/python -m pytest -q -n 0 -s -m vllm tests/vllm_room/test_real_engine.py
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .
