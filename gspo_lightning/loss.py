@@ -23,7 +23,8 @@ class LossChoices:
 
     Args:
         objective: Ratio, surrogate, aggregation and clip range of the policy loss.
-        kl_estimator: ``k3`` (forward-KL gradient) or ``k2`` (reverse-KL gradient).
+        kl_estimator: ``k3`` (forward-KL gradient), ``k2`` (reverse-KL gradient) or
+            ``k3_corrected`` (that also off the policy).
         kl_coef: Coefficient of the KL penalty in the loss, >= 0; 0 computes none.
         entropy_coef: Coefficient of the entropy bonus; 0 computes none.
 
@@ -32,7 +33,7 @@ class LossChoices:
     """
 
     objective: Objective = field(default_factory=Objective)
-    kl_estimator: Literal["k2", "k3"] = "k3"
+    kl_estimator: Literal["k2", "k3", "k3_corrected"] = "k3"
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
 
@@ -105,12 +106,13 @@ def micro_loss(
     old = micro.old_logprobs
     if micro.old_known is not None:
         old = torch.where(micro.old_known[:, None], old, logprobs.detach())
-    policy = policy_loss(logprobs, old, micro.advantages, micro.mask, weights, choices.objective)
+    rows = micro.advantages, micro.mask, weights
+    policy = policy_loss(logprobs, old, *rows, choices.objective, micro.picked)
     entropy_loss = kl_loss = policy.loss.new_zeros(())
     if entropy is not None and choices.entropy_coef != 0:
         entropy_loss = -choices.entropy_coef * (weights * entropy).sum()
     if micro.ref_logprobs is not None and choices.kl_coef > 0:
-        kl = kl_estimate(logprobs, micro.ref_logprobs, choices.kl_estimator)
+        kl = kl_estimate(logprobs, micro.ref_logprobs, choices.kl_estimator, old)
         kl_loss = choices.kl_coef * (weights * kl).sum()
     total = policy.loss + entropy_loss + kl_loss
     if value is not None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 
+from gspo_lightning.advantages import Kind
 from gspo_lightning.bounds import check_at_least, check_positive
 from gspo_lightning.collect import Collector
 from gspo_lightning.critic import Critic, CriticConfig, check_critic, fit_critic, load_critic
@@ -19,14 +20,20 @@ from gspo_lightning.curves import FigureLog
 from gspo_lightning.engine.mode import raise_flags
 from gspo_lightning.engine.rotary import fix_rotary
 from gspo_lightning.evaluation import Evaluation, Evaluator, describe
-from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel, check_reference
+from gspo_lightning.frozen import (
+    FrozenModels,
+    ReferencePolicy,
+    RewardModel,
+    check_reference,
+    check_sync,
+)
 from gspo_lightning.guards.faults import Faults
 from gspo_lightning.guards.health import Health
 from gspo_lightning.guards.ignored import check_trainer
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED, TOKENS, Sizes
 from gspo_lightning.guards.rank_watch import tell_phase, together, watch_for
 from gspo_lightning.guards.trainer import check_batch, check_data, leave_out_noise, whole
-from gspo_lightning.kl import check_loss_kind
+from gspo_lightning.kl import check_kl_in_reward, check_loss_kind
 from gspo_lightning.loss import LossChoices
 from gspo_lightning.objectives import Objective
 from gspo_lightning.old_logprobs import OldLogProbs, Source
@@ -100,7 +107,10 @@ class GSPOModule(LightningModule):
         overlong_ramp: Width in tokens of a penalty that falls to -1 at the limit, or below 1 as a
             share of the limit; ``None`` is off.
         kl_coef: Coefficient of the KL penalty; the ``AdaptiveKL`` callback takes it over.
-        kl_estimator: ``k3`` (forward-KL gradient) or ``k2`` (reverse-KL gradient).
+        kl_estimator: ``k3`` (forward-KL gradient), ``k2`` (reverse-KL gradient) or
+            ``k3_corrected`` (that also off the policy).
+        kl_in_reward: Without a critic: the KL penalty is taken off the rewards, before they are
+            compared, and is no term of the loss; with one, see ``critic.kl_in_reward``.
         entropy_coef: Coefficient of the entropy bonus.
         max_grad_norm: Gradients are scaled down to this norm; ``None`` only measures it.
         drop_flat_groups: Draw other prompts for groups whose rewards are all equal.
@@ -137,14 +147,13 @@ class GSPOModule(LightningModule):
         micro_batch_size: int | None = None,
         micro_batch_tokens: int | None = None,
         old_logprobs: Source = "auto",
-        advantages: Literal[
-            "normalized", "relative", "leave_one_out", "batch_normalized", "gae"
-        ] = "normalized",
+        advantages: Kind | Literal["gae"] = "normalized",
         critic: CriticConfig | None = None,
         truncated: Literal["keep", "mask", "zero_reward"] = "keep",
         overlong_ramp: int | float | None = None,
         kl_coef: float = 0.0,
-        kl_estimator: Literal["k2", "k3"] = "k3",
+        kl_estimator: Literal["k2", "k3", "k3_corrected"] = "k3",
+        kl_in_reward: bool = False,
         entropy_coef: float = 0.0,
         max_grad_norm: float | None = 1.0,
         drop_flat_groups: bool = False,
@@ -174,7 +183,8 @@ class GSPOModule(LightningModule):
         check_at_least(0, "model.", kl_coef=kl_coef)
         if not math.isfinite(entropy_coef):
             raise ValueError(f"model.entropy_coef must be finite, got {entropy_coef}")
-        check_reference(kl_coef, reference)
+        check_reference(kl_coef, reference, policy)
+        check_kl_in_reward(kl_in_reward, advantages, critic is not None, reference is not None)
         check_loss_kind(kl_estimator)
         check_critic(critic, advantages, sampler.group_size, drop_flat_groups)
         self.automatic_optimization = False
@@ -197,6 +207,7 @@ class GSPOModule(LightningModule):
         self.truncated = truncated
         self.overlong_ramp = ramp_tokens(overlong_ramp, sampler.max_new_tokens)
         self.kl_coef, self.kl_estimator = kl_coef, kl_estimator
+        self.kl_in_reward = kl_in_reward if critic is None else critic.kl_in_reward
         self.entropy_coef = entropy_coef
         self.max_grad_norm = max_grad_norm
         self.drop_flat_groups, self.max_draws = drop_flat_groups, max_draws
@@ -225,9 +236,8 @@ class GSPOModule(LightningModule):
 
     @property
     def choices(self) -> LossChoices:
-        """What the loss is made of now; with a critic the KL penalty may be in the rewards."""
-        in_reward = self.critic_config is not None and self.critic_config.kl_in_reward
-        coef = 0.0 if in_reward else self.kl_coef
+        """What the loss is made of now; the KL penalty may be in the rewards."""
+        coef = 0.0 if self.kl_in_reward else self.kl_coef
         return LossChoices(self.objective, self.kl_estimator, coef, self.entropy_coef)
 
     # --- one rollout ---------------------------------------------------------------------------
@@ -302,6 +312,7 @@ class GSPOModule(LightningModule):
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything set
         self.needs_critic = stage == "fit"
         check_present(self.rewards)
+        check_sync(self.reference, cuts(self._trainer))
         if stage == "fit":
             check_data(self.trainer, self, self.sampler.group_size)
         device = self.trainer.strategy.root_device
@@ -334,6 +345,8 @@ class GSPOModule(LightningModule):
     def on_fit_start(self) -> None:
         """Make the two halves of a step, now that the models are there, and watch the run."""
         self._fix_lengths()
+        if self.reference is not None:
+            self.reference.check_follows(self.policy.model)  # type: ignore[union-attr]
         raise_flags(self)
         old_logprobs = OldLogProbs(
             self.policy,
@@ -343,7 +356,7 @@ class GSPOModule(LightningModule):
             source=self.old_logprobs,
             num_epochs=self.num_epochs,
             num_minibatches=self.num_minibatches,
-            kl_in_reward=self.critic_config is not None and self.critic_config.kl_in_reward,
+            kl_in_reward=self.kl_in_reward,
         )
         self.collector = Collector(
             self.policy,
@@ -362,6 +375,7 @@ class GSPOModule(LightningModule):
             overlong_ramp=self.overlong_ramp,
             drop_flat_groups=self.drop_flat_groups,
             max_draws=self.max_draws,
+            kl_in_reward=self.kl_in_reward,
         )
         self.updater = Updater(
             self,
@@ -375,6 +389,7 @@ class GSPOModule(LightningModule):
             num_epochs=self.num_epochs,
             num_minibatches=self.num_minibatches,
             max_grad_norm=self.max_grad_norm,
+            reference=self.reference,
         )
         # Health begins behind the checkpoint: what it has said before a stop is not said again.
         self.health.begin(self.trainer.callbacks)  # type: ignore[attr-defined]
@@ -403,7 +418,7 @@ class GSPOModule(LightningModule):
                 term.fn.release()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what whitening has seen, faults in a row, sizes and what health has seen."""
+        """Note whitening, faults in a row, sizes, health and a reference that moves."""
         self.sizes.now |= self._reward_sizes()
         own = torch.tensor(self.sizes.numbers(), device=self.device)
         ranks: Any = self.all_gather(own)  # each halves its own sizes where its memory is short
@@ -413,6 +428,8 @@ class GSPOModule(LightningModule):
             "sizes": self.sizes.state(ranks.view(-1, len(own)).tolist()),
             "health": self.health.state_dict(),
         }
+        if self.reference is not None and (moved := self.reference.state()) is not None:
+            checkpoint["gspo"]["reference"] = moved
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back what whitening has seen.
@@ -428,6 +445,8 @@ class GSPOModule(LightningModule):
         fit_critic(checkpoint.get("state_dict", {}), self.critic_config, training)
         if not training:
             return
+        if self.reference is not None:
+            self.reference.load_state(saved.get("reference"))
         self.health.load_state_dict(saved.get("health", {}))
         self.faults.in_a_row = saved.get("faults_in_a_row", 0)
         if "sizes" in saved:
