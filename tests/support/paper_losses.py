@@ -326,7 +326,9 @@ def kl_cov(b):
 
 def penalised(b, beta):
     """Rewards less the KL penalty of the whole completion."""
-    kl = [sum((b.old[i, t] - b.ref[i, t]).item() for t in range(n)) for i, n in enumerate(b.lengths)]
+    kl = [
+        sum((b.old[i, t] - b.ref[i, t]).item() for t in range(n)) for i, n in enumerate(b.lengths)
+    ]
     return [reward - beta * k for reward, k in zip(b.rewards, kl, strict=True)]
 
 
