@@ -41,22 +41,21 @@ def group_advantages(
         kind: ``relative``: reward minus group mean; ``normalized``: that over the group's standard
             deviation (n - 1); ``leave_one_out``: reward minus the mean of the other members;
             ``batch_normalized``: ``relative`` over the standard deviation of all P * G rewards;
-            ``opo``: reward minus the group's mean weighted by length; ``gpg``: ``relative``, times
-            the share of groups that are not flat to the power of -1; ``pass_at_k``: the best of a
-            group gets its lead over the second, over the group's standard deviation, the others 0;
-            ``reinforce_plus_plus``: the reward itself, ``reinforce_plus_plus_baseline``:
-            ``relative``, both to be whitened over the tokens of all ranks by the caller.
+            ``opo``: reward minus the mean weighted by length; ``gpg``: ``relative`` over the share
+            of rewards in groups that are not flat; ``pass_at_k``: the best one's lead over the
+            second, over the group's standard deviation, 0 for the others. To be whitened over all
+            tokens afterwards: ``reinforce_plus_plus``, the reward itself, G = 1 will do, and
+            ``reinforce_plus_plus_baseline``, which is ``relative``.
         eps: Added to the standard deviation, in units of the reward.
-        lengths: Tokens of each completion, (P, G); ``opo`` needs them.
-        reduce: Sums a tensor over all ranks; None with one rank. For ``gpg``.
+        lengths: Tokens of each completion, (P, G), for ``opo``.
+        reduce: Sums a tensor over all ranks, for ``gpg``; None with one rank.
 
     Returns:
         Advantages, (P, G), float32 at least. 0 for missing rewards, for flat groups, and for
         groups with fewer than two rewards. With ``normalized``, at most sqrt(G - 1) in size.
 
     Raises:
-        ValueError: If the shape is not (P, G) with G >= 2, or ``kind``, ``eps`` or a reward is bad;
-            ``reinforce_plus_plus`` has no groups and takes G = 1.
+        ValueError: If the shape is not (P, G) with G >= 2, or ``kind``, ``eps`` or a reward is bad.
 
     Source:
         ``normalized``: GRPO, arXiv:2402.03300, section 4.1.2. ``relative``: Dr. GRPO,

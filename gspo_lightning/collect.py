@@ -186,11 +186,8 @@ class Collector:
     def compare(self, samples: Samples, rewards: Tensor, kl: Tensor | None, step: Step) -> Tensor:
         """Advantages without a critic, (B, T).
 
-        Args:
-            samples: B completions.
-            rewards: NaN where missing, (B,).
-            kl: Penalty of each token, to be taken off the reward, (B, T), or ``None``: off the
-                whole completion's, or, as in REINFORCE++, off what is still to come of it.
+        The KL penalty of each token, (B, T), if there is one, is taken off the reward of the whole
+        completion, or, as in REINFORCE++, off what is still to come of it.
         """
         kind, mask = cast(Kind, self.advantages), samples.mask
         to_come = kl is not None and kind == "reinforce_plus_plus"

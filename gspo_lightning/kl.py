@@ -10,8 +10,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from gspo_lightning.advantages import SCALED
-
 Estimator = Literal["k1", "k2", "k3", "k3_corrected"]
 
 _PLAIN = bool | int | float | str | None
@@ -26,18 +24,16 @@ def kl_estimate(
 ) -> Tensor:
     """Estimate KL(policy || reference) from the log-probs of sampled tokens.
 
-    With d = logprobs - ref_logprobs: k1 = d; k2 = d**2 / 2; k3 = exp(-d) + d - 1; k3_corrected is
-    k3 times the importance ratio of the token, whose gradient counts: that of the reverse KL also
-    where the policy has moved on. Never multiply the result by a sequence ratio: value and gradient
-    would be neither estimator's.
+    With d = logprobs - ref_logprobs: k1 = d; k2 = d**2 / 2; k3 = exp(-d) + d - 1; k3_corrected: k3
+    times the token's importance ratio, with its gradient. Never multiply the result by a sequence
+    ratio: value and gradient would be neither estimator's.
 
     Args:
         logprobs: Log-probs under the policy, nats, (B, T); the gradient flows through these.
         ref_logprobs: Log-probs under the reference, nats, (B, T); no gradient.
-        kind: As a loss, k2 and k3_corrected have the gradient of the reverse and k3 that of the
-            forward KL.
-        old_logprobs: Log-probs under the policy that sampled, nats, (B, T); k3_corrected needs
-            them.
+        kind: As a loss, k2 has the gradient of the reverse and k3 that of the forward KL;
+            k3_corrected that of the reverse KL also where the policy has moved on.
+        old_logprobs: Of the policy that sampled, nats, (B, T); for k3_corrected.
 
     Returns:
         Nats per token, (B, T), float32 at least; all but k1 >= 0. The exponent of k3 is held
@@ -100,34 +96,6 @@ def check_loss_kind(kind: str) -> None:
         )
     if kind not in get_args(Estimator):
         raise ValueError(f"kl_estimator must be k2, k3 or k3_corrected, got {kind!r}")
-
-
-def check_kl_in_reward(wanted: bool, advantages: str, critic: bool, reference: bool) -> None:
-    """Refuse a KL penalty in the rewards that could not do what it says.
-
-    Args:
-        wanted: Whether it is asked for, without a critic.
-        advantages: Their kind.
-        critic: Whether there is one, which has a setting of its own.
-        reference: Whether there is one.
-
-    Raises:
-        ValueError: Naming the settings and the way out.
-    """
-    if not wanted:
-        return
-    if critic:
-        raise ValueError(
-            "model.kl_in_reward is for runs without a critic; set model.critic.kl_in_reward"
-        )
-    if not reference:
-        raise ValueError("model.kl_in_reward needs something to compare; set model.reference")
-    if advantages in SCALED:
-        raise ValueError(
-            f"model.kl_in_reward with advantages {advantages}: in a group whose rewards are equal "
-            "the penalty alone would be scaled up to the size of a reward; use relative, "
-            "leave_one_out, opo or reinforce_plus_plus, or set kl_in_reward to false"
-        )
 
 
 class KLRule:

@@ -24,6 +24,7 @@ from gspo_lightning.frozen import (
     FrozenModels,
     ReferencePolicy,
     RewardModel,
+    check_kl_in_reward,
     check_reference,
     check_sync,
 )
@@ -33,7 +34,7 @@ from gspo_lightning.guards.ignored import check_trainer
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED, TOKENS, Sizes
 from gspo_lightning.guards.rank_watch import tell_phase, together, watch_for
 from gspo_lightning.guards.trainer import check_batch, check_data, leave_out_noise, whole
-from gspo_lightning.kl import check_kl_in_reward, check_loss_kind
+from gspo_lightning.kl import check_loss_kind
 from gspo_lightning.loss import LossChoices
 from gspo_lightning.objectives import Objective
 from gspo_lightning.old_logprobs import OldLogProbs, Source

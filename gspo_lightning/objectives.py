@@ -20,14 +20,14 @@ Aggregation = Literal["sequence_mean", "token_mean", "fixed_length", "token_sum"
 Pick = Literal["high_entropy", "clip_cov", "kl_cov"]
 
 MAX_LOG_RATIO = 10.0  # nats; exp(10) = 22026, far outside any clip range
-NUMBERS = {  # that one choice reads: the choice, its words, and the value that null stands for
+SMOOTH = {  # numbers of surrogates without a range: the surrogate, and the published value
+    **{"tau_pos": ("soft", 1.0), "tau_neg": ("soft", 1.05)},
+    **{"k_pos": ("gamma", 2.0), "lambda_pos": ("gamma", 3.0)},
+    **{"k_neg": ("gamma", 3.0), "lambda_neg": ("gamma", 2.0)},
+}
+NUMBERS = {  # that one choice reads: the choice, its words, and what null stands for
+    **{name: ("surrogate", (word,), value) for name, (word, value) in SMOOTH.items()},
     "clip_dual": ("surrogate", ("clip",), None),
-    "tau_pos": ("surrogate", ("soft",), 1.0),
-    "tau_neg": ("surrogate", ("soft",), 1.05),
-    "k_pos": ("surrogate", ("gamma",), 2.0),
-    "lambda_pos": ("surrogate", ("gamma",), 3.0),
-    "k_neg": ("surrogate", ("gamma",), 3.0),
-    "lambda_neg": ("surrogate", ("gamma",), 2.0),
     "pick_share": ("pick", get_args(Pick), None),
     "cov_low": ("pick", ("clip_cov",), 1.0),
     "cov_high": ("pick", ("clip_cov",), 5.0),
@@ -39,40 +39,39 @@ NUMBERS = {  # that one choice reads: the choice, its words, and the value that 
 class Objective:
     """The choices that make an algorithm; the defaults are GSPO as published.
 
-    Numbers that one choice alone reads are null elsewhere; with it, null is the paper's value.
+    Numbers that one choice alone reads are null elsewhere; with it, null is the published value.
 
     Attributes:
         ratio: Importance ratio. ``sequence``: geometric mean over the sequence's tokens (GSPO,
             eq. 7); ``sequence_token``: the same value, with each token's own gradient (eq. 14);
             ``token``: one per token (GRPO, PPO); ``sequence_sum``: product over the tokens, not
-            length-normalised; ``geometric``: the geometric mean of ratios that are clipped token
-            by token (GMPO).
+            length-normalised; ``geometric``: geometric mean of ratios clipped by token (GMPO,
+            arXiv:2507.20673).
         surrogate: ``clip``: PPO's pessimistic minimum; ``cispo``: detached ratio, held within the
-            clip range, times the log-prob; ``soft``: a sigmoid of the ratio instead of a range
-            (SAPO); ``gamma``: detached w^k exp(lambda (1 - w)) times the log-prob, w the ratio
-            (VESPO).
+            clip range, times the log-prob; ``soft``: a sigmoid of the ratio (SAPO,
+            arXiv:2511.20347); ``gamma``: detached w^k exp(lambda (1 - w)) of the ratio w, times the
+            log-prob (VESPO, arXiv:2602.10693).
         aggregation: ``sequence_mean``: mean over tokens, then over sequences (GSPO, GRPO);
             ``token_mean``: over all tokens (DAPO); ``fixed_length``: sum over tokens, divided by
-            the generation limit (Dr. GRPO); ``token_sum``: sum over tokens, mean over sequences:
-            long completions count for more, on purpose (LUSPO).
+            the generation limit (Dr. GRPO); ``token_sum``: sum over tokens, mean over sequences,
+            so that long ones count for more (LUSPO, arXiv:2602.05261).
         clip_low: The ratio is clipped below 1 - clip_low, in [0, 1]; 1 is no lower bound.
         clip_high: The ratio is clipped above 1 + clip_high, at least 0.
-        clip_dual: With a negative advantage, the ratio is clipped above this, too; more than
-            1 + clip_high. Null does not.
-        tau_pos: Of ``soft``, where the advantage is positive; larger falls off faster.
-        tau_neg: Elsewhere.
-        k_pos: Of ``gamma``, where the advantage is not negative; larger weighs ratios below 1 less.
-        lambda_pos: Larger weighs ratios above 1 less.
-        k_neg: As ``k_pos``, where the advantage is negative.
-        lambda_neg: As ``lambda_pos``, where the advantage is negative.
-        off_policy_limit: Leaves out completions with a negative advantage whose log-prob has
-            fallen by more than this since they were drawn, nats, mean over their tokens. Null
-            leaves out none.
-        pick: Tokens that are treated apart, by statistics over the whole mini-batch of all ranks.
-            ``high_entropy``: only those with the highest entropy train the policy; ``clip_cov``: a
-            few at random whose covariance of log-prob and advantage lies between ``cov_low`` and
-            ``cov_high`` do not; ``kl_cov``: those with the largest covariance pay ``cov_kl`` times
-            the change of their log-prob. Costs one more forward pass over each mini-batch.
+        clip_dual: Where the advantage is negative, the ratio is clipped above this (dual clip,
+            arXiv:1912.09729, eq. 2); null does not.
+        tau_pos: How fast ``soft`` falls off where the advantage is positive.
+        tau_neg: Where it is negative.
+        k_pos: How much less ``gamma`` weighs ratios below 1 where the advantage is positive.
+        lambda_pos: How much less it weighs ratios above 1.
+        k_neg: As ``k_pos`` where the advantage is negative.
+        lambda_neg: As ``lambda_pos`` there.
+        off_policy_limit: Completions with a negative advantage whose log-prob has fallen by more
+            than this, nats, mean over tokens, are left out (DeepSeek-V3.2, arXiv:2512.02556).
+        pick: Tokens to treat apart, by statistics of the whole mini-batch of all ranks, for one
+            more forward pass over it. ``high_entropy``: only the least certain train the policy
+            (arXiv:2506.01939); ``clip_cov``: a few at random, whose covariance of log-prob and
+            advantage is between ``cov_low`` and ``cov_high``, do not; ``kl_cov``: those of largest
+            covariance pay ``cov_kl`` times their log-prob's change (both arXiv:2505.22617).
         pick_share: How many that are, as a share of all tokens, in (0, 1).
         cov_low: See ``pick``.
         cov_high: See ``pick``.
@@ -82,10 +81,7 @@ class Objective:
         ValueError: If a value is unknown or out of range, or the choices do not go together.
 
     Source:
-        GSPO, arXiv:2507.18071, sections 4 and 5.1 (clip range). Dual clip: arXiv:1912.09729, eq. 2.
-        SAPO: arXiv:2511.20347. VESPO: arXiv:2602.10693. GMPO: arXiv:2507.20673. LUSPO:
-        arXiv:2602.05261. ``off_policy_limit``: DeepSeek-V3.2, arXiv:2512.02556, eq. 9.
-        ``high_entropy``: arXiv:2506.01939. ``clip_cov``, ``kl_cov``: arXiv:2505.22617.
+        GSPO, arXiv:2507.18071, sections 4 and 5.1 (clip range).
 
     >>> Objective("token", "soft").tau_neg, Objective().tau_neg
     (1.05, None)
@@ -116,59 +112,57 @@ class Objective:
         _check_choice("aggregation", self.aggregation, Aggregation)
         if self.pick is not None:
             _check_choice("pick", self.pick, Pick)
-        limit = math.expm1(MAX_LOG_RATIO)
-        if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"clip_low must be in [0, 1], got {self.clip_low}")
-        if not 0 <= self.clip_high < limit:
-            raise ValueError(f"clip_high must be in [0, {limit:.0f}), got {self.clip_high}")
         for name, (choice, words, published) in NUMBERS.items():
             value, chosen = getattr(self, name), getattr(self, choice)
-            if chosen not in words:
-                if value is not None:
-                    raise ValueError(
-                        f"{name} {value} does nothing with {choice} {chosen or 'null'}; set {name} "
-                        f"to null, or {choice} to {' or '.join(words)}"
-                    )
-                continue
-            if value is None:
+            if chosen in words and value is None:
                 object.__setattr__(self, name, published)
-            elif not 0 < value < math.inf:
-                raise ValueError(f"{name} must be > 0, got {value}")
-        if self.clip_dual is not None and not 1 + self.clip_high < self.clip_dual < 1 + limit:
-            bounds = f"({1 + self.clip_high:g}, {1 + limit:.0f})"
-            raise ValueError(f"clip_dual must be in {bounds}, got {self.clip_dual}")
-        if self.off_policy_limit is not None and not 0 < self.off_policy_limit < math.inf:
-            raise ValueError(f"off_policy_limit must be > 0, got {self.off_policy_limit}")
-        if self.pick is not None and not 0 < (self.pick_share or 0) < 1:
-            raise ValueError(f"pick {self.pick} needs pick_share in (0, 1), got {self.pick_share}")
-        if self.pick == "clip_cov" and not self.cov_low < self.cov_high:  # type: ignore[operator]
-            raise ValueError(f"cov_low must be below cov_high {self.cov_high}, got {self.cov_low}")
-        self._check_pairs()
-
-    def _check_pairs(self) -> None:
-        """Refuse choices that do not go together."""
-        if self.surrogate in ("soft", "gamma") and (self.clip_low, self.clip_high) != (3e-4, 4e-4):
-            raise ValueError(
-                f"surrogate {self.surrogate} has no clip range: leave clip_low and clip_high out"
-            )
-        if self.surrogate == "gamma" and self.ratio != "sequence_sum":
-            raise ValueError(f"surrogate gamma is for ratio sequence_sum, got ratio {self.ratio}")
-        if self.ratio == "geometric" and (self.surrogate != "clip" or self.clip_dual is not None):
-            raise ValueError(
-                "ratio geometric is clipped token by token before its mean: it goes with surrogate "
-                "clip and without clip_dual"
-            )
-        if self.ratio != "token" and self.pick in ("clip_cov", "kl_cov"):
-            raise ValueError(f"pick {self.pick} is for ratio token, got ratio {self.ratio}")
+            elif value is not None and chosen not in words:
+                raise ValueError(
+                    f"{name} {value} does nothing with {choice} {chosen or 'null'}; set {name} to "
+                    f"null, or {choice} to {' or '.join(words)}"
+                )
+        most, dual = math.expm1(MAX_LOG_RATIO), self.clip_dual
+        checks = [
+            ("clip_low", 0 <= self.clip_low <= 1, "in [0, 1]"),
+            ("clip_high", 0 <= self.clip_high < most, f"in [0, {most:.0f})"),
+            ("clip_dual", dual is None or 1 + self.clip_high < dual < most, "above 1 + clip_high"),
+            ("pick_share", self.pick is None or 0 < (self.pick_share or 0) < 1, "in (0, 1)"),
+        ]
+        for name in (*NUMBERS, "off_policy_limit"):
+            value = getattr(self, name)
+            checks.append((name, value is None or 0 < value < math.inf, "> 0"))
+        for name, fine, wanted in checks:
+            if not fine:
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)}")
+        ratio, surrogate, pick = self.ratio, self.surrogate, self.pick
+        ranged, by_token = (self.clip_low, self.clip_high) != (3e-4, 4e-4), ratio == "token"
         # with gamma the loss is a log-prob, whose sum over the tokens is the sequence's
-        weighted = self.surrogate != "gamma" and self.aggregation in ("token_mean", "fixed_length")
-        if self.ratio != "token" and weighted:
-            raise ValueError(
-                f"ratio {self.ratio} cannot be combined with aggregation {self.aggregation}: one "
-                "ratio per sequence would be weighted by the sequence's length, so that long "
-                "completions dominate; use sequence_mean, token_sum if that is wanted, or ratio "
-                "token"
-            )
+        by_length = surrogate != "gamma" and self.aggregation in ("token_mean", "fixed_length")
+        misfits = {
+            f"surrogate {surrogate} has no clip range: leave clip_low and clip_high out": (
+                ranged and surrogate in ("soft", "gamma")
+            ),
+            f"surrogate gamma is for ratio sequence_sum, got ratio {ratio}": (
+                surrogate == "gamma" and ratio != "sequence_sum"
+            ),
+            "ratio geometric is clipped token by token before its mean: it goes with surrogate "
+            "clip and without clip_dual": ratio == "geometric"
+            and (surrogate, dual) != ("clip", None),
+            f"pick {pick} is for ratio token, got ratio {ratio}": (
+                pick in ("clip_cov", "kl_cov") and not by_token
+            ),
+            f"cov_low must be below cov_high {self.cov_high}, got {self.cov_low}": (
+                pick == "clip_cov" and not self.cov_low < self.cov_high  # type: ignore[operator]
+            ),
+            f"ratio {ratio} cannot be combined with aggregation {self.aggregation}: one ratio per "
+            "sequence would be weighted by the sequence's length, so that long completions "
+            "dominate; use sequence_mean, token_sum if that is wanted, or ratio token": (
+                by_length and not by_token
+            ),
+        }
+        for reason, broken in misfits.items():
+            if broken:
+                raise ValueError(reason)
 
     @property
     def clips(self) -> bool:
@@ -180,10 +174,8 @@ class Objective:
         """How far a ratio is from 1 where it begins to count for less; the narrower side."""
         if self.surrogate == "cispo" and self.clip_low in (0, 1):
             return self.clip_high or 1.0
-        sharpest = max(
-            getattr(self, name) or 0 for name in NUMBERS if name[:2] in ("ta", "k_", "la")
-        )
-        return 1 / sharpest if sharpest else min(self.clip_low, self.clip_high)
+        smooth = [getattr(self, name) or 0 for name in SMOOTH]
+        return 1 / max(smooth) if any(smooth) else min(self.clip_low, self.clip_high)
 
 
 class PolicyLoss(NamedTuple):
@@ -343,21 +335,16 @@ def picked_tokens(
         advantages: (B,) or (B, T).
         mask: True on tokens that count, (B, T) bool, of all rows of this rank's mini-batch.
         objective: What is picked, and how many.
-        seed: Of the choice of ``clip_cov``, the same on all ranks.
-        join: Puts the rows of all ranks under one another and says which are this rank's; None with
-            one rank.
+        seed: Of what ``clip_cov`` draws, the same on all ranks.
+        join: Puts the rows of all ranks under one another and says which are this rank's.
 
     Returns:
-        (B, T) bool, False under a False mask. Tokens as good as the last one picked for their
-        entropy are picked, too.
+        (B, T) bool, False under a False mask; ties with the last one are in, by their entropy.
 
-    >>> entropy = torch.tensor([[0.1, 0.9, 0.2], [0.3, 0.9, 7.0]])
-    >>> mask = torch.tensor([[True, True, True], [True, True, False]])
-    >>> zeros = torch.zeros(2, 3)
-    >>> objective = Objective(pick="high_entropy", pick_share=0.2)
-    >>> picked_tokens(zeros, zeros, entropy, zeros, mask, objective, seed=0).int()
-    tensor([[0, 1, 0],
-            [0, 1, 0]], dtype=torch.int32)
+    >>> entropy, mask = torch.tensor([[0.1, 0.9, 0.2, 0.9]]), torch.ones(1, 4, dtype=torch.bool)
+    >>> choices = Objective(pick="high_entropy", pick_share=0.3)
+    >>> picked_tokens(entropy, entropy, entropy, entropy, mask, choices, seed=0).int()
+    tensor([[0, 1, 0, 1]], dtype=torch.int32)
     """
     advantages = _per_token(advantages, mask)
     log_ratio = importance_log_ratio(logprobs, old_logprobs, mask, "token")

@@ -21,6 +21,7 @@ from gspo_lightning import (
     OptimizerConfig,
     PolicyConfig,
     PromptData,
+    ReferencePolicy,
     RewardTerm,
 )
 from support.repository import ROOT
@@ -35,6 +36,7 @@ INSIDE = {
     "optimizer": OptimizerConfig,
     "evaluation": Evaluation,
     "critic": CriticConfig,
+    "reference": ReferencePolicy,
     "NAME": RewardTerm,
 }
 # Arguments that change what is written, shown or how fast it goes, and not what is trained.

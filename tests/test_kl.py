@@ -8,7 +8,6 @@ import torch
 from gspo_lightning.kl import (
     MultiplicativeKL,
     ProportionalKL,
-    check_kl_in_reward,
     check_loss_kind,
     kl_clamped,
     kl_estimate,
@@ -103,22 +102,6 @@ def test_the_corrected_estimator_is_k3_times_the_ratio_with_the_gradient_of_k2_o
     torch.testing.assert_close(slope, ratio * (lp - ref).detach())
     with pytest.raises(ValueError, match="k3_corrected needs old_logprobs"):
         kl_estimate(lp, ref, "k3_corrected")
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (("relative", True, True), "set model.critic.kl_in_reward"),
-        (("relative", False, False), "needs something to compare; set model.reference"),
-        (("normalized", False, True), "kl_in_reward with advantages normalized: in a group whose"),
-        (("pass_at_k", False, True), "kl_in_reward with advantages pass_at_k"),
-    ],
-)
-def test_a_penalty_in_the_rewards_that_could_not_do_what_it_says_is_refused(given, message):
-    check_kl_in_reward(False, *given)
-    with pytest.raises(ValueError, match=message):
-        check_kl_in_reward(True, *given)
-    check_kl_in_reward(True, "leave_one_out", False, True)
 
 
 def test_the_exponent_is_clamped_and_clamped_tokens_are_found():

@@ -4,6 +4,7 @@ from gspo_lightning.frozen.models import (
     FrozenModels,
     ReferencePolicy,
     ReferenceSync,
+    check_kl_in_reward,
     check_reference,
     check_sync,
 )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from gspo_lightning.advantages import SCALED
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint.ranks import check_alike
 from gspo_lightning.frozen.reward_model import RewardModel, freeze
@@ -226,6 +227,34 @@ def check_reference(kl_coef: float, reference: ReferencePolicy | None, policy: A
         raise ValueError(
             "reference.sync with policy.lora: the reference is the policy without its adapters, "
             "which never moves; leave sync or lora out"
+        )
+
+
+def check_kl_in_reward(wanted: bool, advantages: str, critic: bool, reference: bool) -> None:
+    """Refuse a KL penalty in the rewards that could not do what it says.
+
+    Args:
+        wanted: Whether it is asked for, without a critic.
+        advantages: Their kind.
+        critic: Whether there is one, which has a setting of its own.
+        reference: Whether there is one.
+
+    Raises:
+        ValueError: Naming the settings and the way out.
+    """
+    if not wanted:
+        return
+    if critic:
+        raise ValueError(
+            "model.kl_in_reward is for runs without a critic; set model.critic.kl_in_reward"
+        )
+    if not reference:
+        raise ValueError("model.kl_in_reward needs something to compare; set model.reference")
+    if advantages in SCALED:
+        raise ValueError(
+            f"model.kl_in_reward with advantages {advantages}: in a group whose rewards are equal "
+            "the penalty alone would be scaled up to the size of a reward; use relative, "
+            "leave_one_out, opo or reinforce_plus_plus, or set kl_in_reward to false"
         )
 
 

@@ -1,4 +1,4 @@
-"""Fact 42 for what has state or draws of its own: a critic, a reference that follows, more prompts."""
+"""Fact 42 where a critic, a reference that follows, a draw or more prompts belong to a run."""
 
 from pathlib import Path
 

@@ -19,6 +19,7 @@ from gspo_lightning.frozen.models import (
     ReferencePolicy,
     ReferenceSync,
     RewardModel,
+    check_kl_in_reward,
     check_sync,
     fingerprint,
     resolve_device,
@@ -502,7 +503,7 @@ def test_a_reference_moves_towards_the_policy_every_so_many_steps():
 
 def test_a_reference_that_cannot_follow_is_refused():
     reference = ReferencePolicy(device="cpu", path=None, sync=ReferenceSync())
-    with pytest.raises(ValueError, match="reference.sync needs the whole policy on each rank"):
+    with pytest.raises(ValueError, match=r"reference\.sync needs the whole policy on each rank"):
         check_sync(reference, cut=True)
     check_sync(ReferencePolicy(device="cpu"), cut=True)
     check_sync(reference, cut=False)
@@ -511,5 +512,21 @@ def test_a_reference_that_cannot_follow_is_refused():
         reference.check_follows(torch.nn.Linear(1, 3))
     with pytest.raises(ValueError, match=r"reference.sync.mixup must be in \(0, 1\], got 1.5"):
         ReferenceSync(mixup=1.5)
-    with pytest.raises(ValueError, match="reference.sync.every must be >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"sync\.every must be >= 1, got 0"):
         ReferenceSync(every=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("relative", True, True), "set model.critic.kl_in_reward"),
+        (("relative", False, False), "needs something to compare; set model.reference"),
+        (("normalized", False, True), "kl_in_reward with advantages normalized: in a group whose"),
+        (("pass_at_k", False, True), "kl_in_reward with advantages pass_at_k"),
+    ],
+)
+def test_a_penalty_in_the_rewards_that_could_not_do_what_it_says_is_refused(given, message):
+    check_kl_in_reward(False, *given)
+    with pytest.raises(ValueError, match=message):
+        check_kl_in_reward(True, *given)
+    check_kl_in_reward(True, "leave_one_out", False, True)
