@@ -74,7 +74,7 @@ from gspo_lightning.rewards import (
 )
 from gspo_lightning.rollout import PromptBatch, Rollout, stream_seed
 from gspo_lightning.sampling import GroupSampler, Sampler
-from gspo_lightning.sharding import mesh_of, share_out, weights_of
+from gspo_lightning.sharding import cuts, mesh_of, share_out, weights_of
 from gspo_lightning.step import Clock, Ranks, Step
 from gspo_lightning.tally import RolloutTally
 from gspo_lightning.update import Updater
