@@ -22,14 +22,8 @@ from gspo_lightning.curves import FigureLog
 from gspo_lightning.engine.mode import raise_flags
 from gspo_lightning.engine.rotary import fix_rotary
 from gspo_lightning.evaluation import Evaluation, Evaluator, describe
-from gspo_lightning.frozen import (
-    FrozenModels,
-    ReferencePolicy,
-    RewardModel,
-    check_kl_in_reward,
-    check_reference,
-    check_sync,
-)
+from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel
+from gspo_lightning.frozen.models import check_kl_in_reward, check_reference
 from gspo_lightning.guards.faults import Faults
 from gspo_lightning.guards.health import Health
 from gspo_lightning.guards.ignored import check_trainer
@@ -74,7 +68,7 @@ from gspo_lightning.rewards import (
 )
 from gspo_lightning.rollout import PromptBatch, Rollout, stream_seed
 from gspo_lightning.sampling import GroupSampler, Sampler
-from gspo_lightning.sharding import cuts, mesh_of, share_out, weights_of
+from gspo_lightning.sharding import mesh_of, share_out, weights_of
 from gspo_lightning.step import Clock, Ranks, Step
 from gspo_lightning.tally import RolloutTally
 from gspo_lightning.update import Updater
@@ -193,7 +187,7 @@ class GSPOModule(LightningModule):
         if not math.isfinite(entropy_coef):
             raise ValueError(f"model.entropy_coef must be finite, got {entropy_coef}")
         check_reference(kl_coef, reference, policy)
-        check_kl_in_reward(kl_in_reward, advantages, critic is not None, reference is not None)
+        check_kl_in_reward(kl_in_reward, advantages, critic, reference)
         check_loss_kind(kl_estimator)
         check_critic(critic, advantages, sampler.group_size, drop_flat_groups)
         self.automatic_optimization = False
@@ -328,7 +322,6 @@ class GSPOModule(LightningModule):
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything set
         self.needs_critic = stage == "fit"
         check_present(self.rewards)
-        check_sync(self.reference, cuts(self._trainer))
         if stage == "fit":
             check_data(self.trainer, self, self.sampler.group_size)
         device = self.trainer.strategy.root_device

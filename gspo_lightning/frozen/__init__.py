@@ -4,8 +4,6 @@ from gspo_lightning.frozen.models import (
     FrozenModels,
     ReferencePolicy,
     ReferenceSync,
-    check_kl_in_reward,
     check_reference,
-    check_sync,
 )
 from gspo_lightning.frozen.reward_model import RewardModel

@@ -231,25 +231,25 @@ def check_reference(kl_coef: float, reference: ReferencePolicy | None, policy: A
         )
 
 
-def check_kl_in_reward(wanted: bool, advantages: str, critic: bool, reference: bool) -> None:
+def check_kl_in_reward(wanted: bool, advantages: str, critic: Any, reference: Any) -> None:
     """Refuse a KL penalty in the rewards that could not do what it says.
 
     Args:
         wanted: Whether it is asked for, without a critic.
         advantages: Their kind.
-        critic: Whether there is one, which has a setting of its own.
-        reference: Whether there is one.
+        critic: If there is one: it has a setting of its own.
+        reference: If there is one.
 
     Raises:
         ValueError: Naming the settings and the way out.
     """
     if not wanted:
         return
-    if critic:
+    if critic is not None:
         raise ValueError(
             "model.kl_in_reward is for runs without a critic; set model.critic.kl_in_reward"
         )
-    if not reference:
+    if reference is None:
         raise ValueError("model.kl_in_reward needs something to compare; set model.reference")
     if advantages in SCALED:
         raise ValueError(
@@ -309,6 +309,7 @@ class FrozenModels:
             ValueError: If a device is not there or a folder is broken, before any weight is read.
         """
         reference = self.reference if with_reference else None
+        check_sync(reference, self.mesh is not None)
         places = {key: model.device for key, model in self.reward_models.items()}
         if reference is not None:
             places["model.reference"] = reference.device
