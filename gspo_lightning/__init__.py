@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what type checkers and readers see
     from gspo_lightning.data import PreferenceData, PromptData, SFTData
     from gspo_lightning.evaluation import Evaluation
     from gspo_lightning.frozen import ReferencePolicy, RewardModel
+    from gspo_lightning.mismatch import Mismatch
     from gspo_lightning.module import GSPOModule
     from gspo_lightning.objectives import Objective
     from gspo_lightning.optim import OptimizerConfig
@@ -33,9 +34,11 @@ if TYPE_CHECKING:  # what type checkers and readers see
     from gspo_lightning.sampling import GroupSampler
     from gspo_lightning.sharding import FSDP2
     from gspo_lightning.supervised import RewardModelModule, SFTModule
+    from gspo_lightning.vllm import AsyncSampler
 
 HOMES = {  # of each name: where it is imported from
     "AdaptiveKL": "callbacks",
+    "AsyncSampler": "vllm",
     "CriticConfig": "critic",
     "CurvePlot": "callbacks",
     "Evaluation": "evaluation",
@@ -44,6 +47,7 @@ HOMES = {  # of each name: where it is imported from
     "GroupSampler": "sampling",
     "HFExport": "callbacks",
     "LoRAConfig": "policy",
+    "Mismatch": "mismatch",
     "Objective": "objectives",
     "OptimizerConfig": "optim",
     "PolicyConfig": "policy",

@@ -26,6 +26,7 @@ from gspo_lightning.rewards.terms import RewardTerm, overlong_penalty
 from gspo_lightning.rollout import PromptBatch, Rollout, Samples, join_samples
 from gspo_lightning.sampling import Sampler
 from gspo_lightning.step import Step
+from gspo_lightning.vllm import AsyncSampler
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Collector:
         sizes: How much is computed at once.
         draw: Draws further prompts, given how many each rank lacks; ``None`` where this rank lacks
             none and waits for the others.
+        ahead: Gives the prompts of the next rollout; ``None`` unless the sampler is ahead.
         failed: File that keeps completions that could not be scored.
     """
 
@@ -55,6 +57,7 @@ class Collector:
     old_logprobs: OldLogProbs
     sizes: Sizes
     draw: Callable[[list[int]], PromptBatch | None]
+    ahead: Callable[[], PromptBatch] | None
     failed: Path
     num_minibatches: int
     advantages: Kind | Literal["gae"]
@@ -72,6 +75,13 @@ class Collector:
             step: The step that this is a half of.
         """
         samples = self.sample(batch, step)
+        if step.choices.mismatch.weighs and samples.logprobs is None:
+            told = f"and {type(self.sampler).__name__} returns none; leave model.mismatch out"
+            raise ValueError(f"model.mismatch needs the sampler's log-probs, {told}")
+        if self.ahead is not None:  # before the weights move
+            sampler, prompts = cast(AsyncSampler, self.sampler), self.ahead().to(step.clock.device)
+            with step.clock.timed("sync"):
+                sampler.begin(self.policy, prompts, seed=step.seed("sample/0", ahead=1))
         scores: tuple[Tensor, dict[str, Tensor]] | None = None
         if self.drop_flat_groups:  # the rewards say which prompts stay, so nothing can go beside
             with step.clock.phase("score"):
@@ -118,7 +128,10 @@ class Collector:
             if SAMPLED in self.sizes.now:
                 self.sampler.batch_size = self.sizes.now[SAMPLED]  # type: ignore[attr-defined]
             with step.clock.phase("rollout"):
-                return self.sampler.sample(self.policy, batch, seed=seed)
+                samples = self.sampler.sample(self.policy, batch, seed=seed)
+            for name, value in getattr(self.sampler, "figures", {}).items():
+                step.tally.update(name, value)
+            return samples
 
         try:
             rows = len(batch) * self.sampler.group_size

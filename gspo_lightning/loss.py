@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gspo_lightning.kl import check_loss_kind, kl_estimate
+from gspo_lightning.mismatch import Mismatch
 from gspo_lightning.objectives import Objective, PolicyLoss, policy_loss
 from gspo_lightning.rollout import Rollout
 
@@ -27,6 +28,7 @@ class LossChoices:
             ``k3_corrected`` (that also off the policy).
         kl_coef: Coefficient of the KL penalty in the loss, >= 0; 0 computes none.
         entropy_coef: Coefficient of the entropy bonus; 0 computes none.
+        mismatch: How rows are weighed that the policy itself would not have drawn as often.
 
     Raises:
         ValueError: If the estimator has no gradient that trains.
@@ -36,6 +38,7 @@ class LossChoices:
     kl_estimator: Literal["k2", "k3", "k3_corrected"] = "k3"
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
+    mismatch: Mismatch = field(default_factory=Mismatch)
 
     def __post_init__(self) -> None:
         check_loss_kind(self.kl_estimator)
@@ -106,7 +109,9 @@ def micro_loss(
     old = micro.old_logprobs
     if micro.old_known is not None:
         old = torch.where(micro.old_known[:, None], old, logprobs.detach())
-    rows = micro.advantages, micro.mask, weights
+    # Only the policy loss is corrected for a sampler that is not the policy.
+    shares = weights if micro.mismatch_weights is None else weights * micro.mismatch_weights
+    rows = micro.advantages, micro.mask, shares
     policy = policy_loss(logprobs, old, *rows, choices.objective, micro.picked)
     entropy_loss = kl_loss = policy.loss.new_zeros(())
     if entropy is not None and choices.entropy_coef != 0:

@@ -38,6 +38,7 @@ from gspo_lightning.guards.trainer import (
 )
 from gspo_lightning.kl import check_loss_kind
 from gspo_lightning.loss import LossChoices
+from gspo_lightning.mismatch import Mismatch
 from gspo_lightning.objectives import Objective
 from gspo_lightning.old_logprobs import OldLogProbs, Source
 from gspo_lightning.optim import (
@@ -72,6 +73,7 @@ from gspo_lightning.sharding import mesh_of, share_out, weights_of
 from gspo_lightning.step import Clock, Ranks, Step
 from gspo_lightning.tally import RolloutTally
 from gspo_lightning.update import Updater
+from gspo_lightning.vllm import AsyncSampler, check_apart, is_ahead
 
 leave_out_noise()  # here: a Trainer begins to talk as it is made
 
@@ -101,6 +103,8 @@ class GSPOModule(LightningModule):
             pass before it, with ``sampler`` those of the sampler, and with ``auto`` the sampler's
             if their noise in a few rows of the rollout is below 1 % of the clip range (float32
             as a rule; bfloat16 never), else a pass over what the first step does not cover.
+        mismatch: How rows are weighed where the sampler's probabilities are not the policy's; all
+            old log-probs are recomputed then.
         advantages: What a reward is compared with: its group, see ``advantages.group_advantages``,
             or what the critic expected (``gae``).
         critic: PPO's value model, or ``None``; needs ``advantages`` of ``gae``, and with it a group
@@ -150,6 +154,7 @@ class GSPOModule(LightningModule):
         micro_batch_size: int | None = None,
         micro_batch_tokens: int | None = None,
         old_logprobs: Source = "auto",
+        mismatch: Mismatch = Mismatch(),  # noqa: B008 - frozen
         advantages: Kind | Literal["gae"] = "normalized",
         critic: CriticConfig | None = None,
         truncated: Literal["keep", "mask", "zero_reward"] = "keep",
@@ -186,6 +191,7 @@ class GSPOModule(LightningModule):
         check_at_least(0, "model.", kl_coef=kl_coef)
         if not math.isfinite(entropy_coef):
             raise ValueError(f"model.entropy_coef must be finite, got {entropy_coef}")
+        apart = check_apart(sampler, mismatch.weighs, old_logprobs, drop_flat_groups)
         check_reference(kl_coef, reference, policy)
         check_kl_in_reward(kl_in_reward, advantages, critic, reference)
         check_loss_kind(kl_estimator)
@@ -202,7 +208,8 @@ class GSPOModule(LightningModule):
         self.optimizer_config = optimizer
         self.num_epochs, self.num_minibatches = num_epochs, num_minibatches
         self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
-        self.old_logprobs = old_logprobs
+        self.old_logprobs: Source = "recompute" if apart else old_logprobs
+        self.mismatch = mismatch
         self.advantages = advantages
         self.critic_config = critic
         self.critic: Critic | None = None
@@ -232,7 +239,11 @@ class GSPOModule(LightningModule):
         self.evaluator = Evaluator(evaluation, rewards)
         self.eval_samplers = evaluation.samplers(sampler.max_new_tokens, sizes.get(SAMPLED))
         self.health = Health(
-            objective, num_epochs * num_minibatches, stop_when or (), sampler.max_new_tokens
+            objective,
+            num_epochs * num_minibatches,
+            stop_when or (),
+            sampler.max_new_tokens,
+            mismatch.correction,
         )
         # FrozenModels is no nn.Module, or Lightning would move, save and synchronise the models.
         self.frozen = FrozenModels(reference, self.reward_models, frozen_device)
@@ -241,7 +252,8 @@ class GSPOModule(LightningModule):
     def choices(self) -> LossChoices:
         """What the loss is made of now; the KL penalty may be in the rewards."""
         coef = 0.0 if self.kl_in_reward else self.kl_coef
-        return LossChoices(self.objective, self.kl_estimator, coef, self.entropy_coef)
+        known = self.objective, self.kl_estimator, coef, self.entropy_coef, self.mismatch
+        return LossChoices(*known)
 
     # --- one rollout ---------------------------------------------------------------------------
 
@@ -379,6 +391,7 @@ class GSPOModule(LightningModule):
             old_logprobs,
             self.sizes,
             draw=lambda lacking: self.trainer.datamodule.draw(lacking),  # type: ignore[attr-defined]
+            ahead=self.trainer.datamodule.ahead if is_ahead(self.sampler) else None,  # type: ignore[attr-defined]
             failed=self._failed,
             num_minibatches=self.num_minibatches,
             advantages=self.advantages,
@@ -441,6 +454,8 @@ class GSPOModule(LightningModule):
         }
         if self.reference is not None and (moved := self.reference.state()) is not None:
             checkpoint["gspo"]["reference"] = moved
+        if isinstance(self.sampler, AsyncSampler):
+            checkpoint["gspo"]["under_way"] = self.sampler.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back what whitening has seen.
@@ -460,6 +475,8 @@ class GSPOModule(LightningModule):
             self.reference.load_state(saved.get("reference"))
         self.health.load_state_dict(saved.get("health", {}))
         self.faults.in_a_row = saved.get("faults_in_a_row", 0)
+        if isinstance(self.sampler, AsyncSampler):
+            self.sampler.load_state_dict(saved.get("under_way", []), self.global_rank)
         if "sizes" in saved:
             self.sizes.load(saved["sizes"], self.global_rank)
             for key, model in self.reward_models.items():

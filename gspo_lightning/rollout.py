@@ -202,6 +202,8 @@ class Rollout(Samples):
         old_logprobs: Log-probs under the policy that sampled, nats, (B, T) float32.
         old_known: False in rows whose ``old_logprobs`` were not computed, since the first update's
             own forward pass replaces them, (B,) bool; None where all are known.
+        mismatch_weights: What the policy loss of a row is multiplied with, in each of its columns,
+            (B, T); None is 1. See ``mismatch.row_weights``.
         ref_logprobs: Log-probs under the frozen reference, nats, (B, T) float32, or None.
         rewards: Weighted sum of the reward terms, NaN where missing, (B,).
         reward_parts: Each term by name, unweighted, (B,) each.
@@ -220,12 +222,13 @@ class Rollout(Samples):
     returns: Tensor | None = None
     old_known: Tensor | None = None
     picked: Tensor | None = None
+    mismatch_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         size, length = self.completion_ids.shape
         _check("old_logprobs", self.old_logprobs, (size, length))
-        for name in ("ref_logprobs", "values", "returns", "picked"):
+        for name in ("ref_logprobs", "values", "returns", "picked", "mismatch_weights"):
             if getattr(self, name) is not None:
                 _check(name, getattr(self, name), (size, length))
         if self.old_known is not None:

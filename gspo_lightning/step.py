@@ -140,9 +140,9 @@ class Step:
         """The step in words, for messages."""
         return f"rollout {self.index + 1}"
 
-    def seed(self, purpose: str) -> int:
-        """Name a random stream of this step and rank; see ``rollout.stream_seed``."""
-        return stream_seed(self.run_seed, self.index, self.ranks.rank, purpose)
+    def seed(self, purpose: str, ahead: int = 0) -> int:
+        """Name a random stream of this step, or a later one, and rank; ``rollout.stream_seed``."""
+        return stream_seed(self.run_seed, self.index + ahead, self.ranks.rank, purpose)
 
     def minibatch_rows(self, samples: Samples, count: int, epoch: int) -> list[Tensor]:
         """The rows of each mini-batch of an epoch, the same whenever they are asked for."""

@@ -14,6 +14,7 @@ from gspo_lightning.critic.gae import ValueLoss
 from gspo_lightning.kl import kl_clamped, kl_estimate
 from gspo_lightning.masked import masked_mean
 from gspo_lightning.metrics import RolloutMetrics
+from gspo_lightning.mismatch import FAR, RowWeights, sampler_log_ratios
 from gspo_lightning.objectives import PolicyLoss
 from gspo_lightning.rollout import Samples
 
@@ -21,6 +22,8 @@ SPREADS = {  # what is counted, and the name of its standard deviation
     "noise": "policy/ratio_noise",
     "token log-ratio": "policy/token_log_ratio_std",
     "sequence log-ratio": "policy/sequence_log_ratio_std",
+    "sampler's token log-ratio": "sampler/log_ratio_std",
+    "sampler's sequence log-ratio": "sampler/sequence_log_ratio_std",
 }
 MEANS = (
     "train/policy_loss",
@@ -40,6 +43,10 @@ MEANS = (
     "rollout/flat_best_fraction",
     "rollout/flat_worst_fraction",
     "reward/overlong",
+    *(f"sampler/{name}" for name in ("log_ratio_mean", "kl", "weight_mean", "capped", "masked")),
+    "sampler/version_lag",
+    "sampler weight",
+    "sampler weight squared",
     "critic/value_loss",
     "critic/value_mean",
     "critic/clip_fraction",
@@ -82,7 +89,7 @@ class RolloutTally(RolloutMetrics):
         """Full names of all that a rollout can have, of which one that does not apply is absent."""
         names = {name for name in self.places if "/" in name} | {*SPREADS.values()}
         names |= {f"{name}_{end}" for name in self.extremes for end in ("min", "max")}
-        return names | {"reward/group_std", "critic/explained_variance"}
+        return names | {"reward/group_std", "critic/explained_variance", "sampler/ess"}
 
     def count_samples(
         self, samples: Samples, rewards: Tensor, counts: Mapping[str, float] | None = None
@@ -200,6 +207,26 @@ class RolloutTally(RolloutMetrics):
         self._count_spread("token log-ratio", tokens[mask])
         self._count_spread("sequence log-ratio", sequences[mask.any(1)])
 
+    def count_sampler(self, old: Tensor, sampled: Tensor, mask: Tensor) -> None:
+        """Count how far the policy before its updates is from what drew the tokens, (B, T) each."""
+        tokens, sums, means = sampler_log_ratios(old, sampled, mask)
+        mask = mask & sums.isfinite()[:, None]  # a broken row is counted as a fault
+        self.update("sampler/log_ratio_mean", tokens[mask])
+        self._count_spread("sampler's token log-ratio", tokens[mask])
+        counted = mask.any(1)
+        self._count_spread("sampler's sequence log-ratio", means[counted])
+        kl = masked_mean(kl_estimate(sampled, old, "k3"), mask, dim=1)
+        self.update("sampler/kl", kl[counted])
+        weights = sums[counted].clamp(-FAR, FAR).exp()  # exact ones, whatever the loss has
+        self.update("sampler weight", weights)
+        self.update("sampler weight squared", weights**2)
+
+    def count_row_weights(self, found: RowWeights, mask: Tensor) -> None:
+        """Count how the rows of a mini-batch are weighed."""
+        rows = {"weight_mean": found.weights[:, 0], "capped": found.capped, "masked": found.masked}
+        for name, values in rows.items():
+            self.update(f"sampler/{name}", values[mask.any(1)])
+
     def _count_spread(self, name: str, values: Tensor) -> None:
         self.update(name, values)
         self.update(f"{name} squared", values.double() ** 2)
@@ -213,6 +240,9 @@ class RolloutTally(RolloutMetrics):
             if name in figures:
                 variance = figures.pop(f"{name} squared") - figures.pop(name) ** 2
                 figures[spread] = math.sqrt(max(variance, 0.0))
+        if "sampler weight" in figures:  # 1: equal ones; 1 / rows: one row has all the weight
+            squares = figures.pop("sampler weight squared")
+            figures["sampler/ess"] = figures.pop("sampler weight") ** 2 / squares
         if "critic return" in figures:  # 1: it knew every return; 0: no better than their mean
             error, total = (
                 figures.pop(f"{name} squared") - figures.pop(name) ** 2

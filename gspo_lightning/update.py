@@ -19,6 +19,7 @@ from gspo_lightning.guards.faults import FOLDER, Faults, prompt_texts, write_dum
 from gspo_lightning.guards.out_of_memory import MICRO, TOKENS, Sizes
 from gspo_lightning.logprobs import LogProbs, samples_logprobs
 from gspo_lightning.loss import MicroLoss, micro_loss
+from gspo_lightning.mismatch import row_weights
 from gspo_lightning.objectives import importance_log_ratio, picked_tokens, token_weights
 from gspo_lightning.old_logprobs import OldLogProbs
 from gspo_lightning.rollout import Rollout, stream_seed
@@ -118,6 +119,7 @@ class Updater:
             reduce=step.ranks.sum,
             dtype=minibatch.old_logprobs.dtype,
         )
+        minibatch = self._weighed(minibatch, step)
         weights = weights * step.ranks.count  # undoes the mean of gradients over ranks
         optimizer = self.shell.optimizers()
         while True:  # until the passes fit into memory
@@ -136,13 +138,16 @@ class Updater:
             # In the batches of the update again, or rounding would look like a ratio that moved.
             old = self.old_logprobs.find(rollout, step)
             rollout = replace(rollout, old_logprobs=old.logprobs, old_known=old.known)
-            minibatch = rollout.select(rows)
-        first_epoch = step.num_updates <= self.num_minibatches
-        for part in passes:
-            if first_epoch and part.found.entropy is not None:
-                ref, mask = minibatch.ref_logprobs, minibatch.mask[part.rows]
-                ref = None if ref is None else ref[part.rows]
-                step.tally.count_logprobs(part.loss.old, part.found.entropy, ref, mask)
+            row = minibatch.mismatch_weights  # asks no rank again
+            minibatch = replace(rollout.select(rows), mismatch_weights=row)
+        for part in passes if self._first_epoch(step) else ():
+            micro = minibatch.select(part.rows)
+            if part.found.entropy is not None:
+                known = part.found.entropy, micro.ref_logprobs, micro.mask
+                step.tally.count_logprobs(part.loss.old, *known)
+            # Old log-probs taken from the sampler would say that it is the policy.
+            if micro.logprobs is not None and not (step.from_sampler and step.moved):
+                step.tally.count_sampler(part.loss.old, micro.logprobs, micro.mask)
         optimizer.step()  # changes nothing after a fault: there is no gradient then
         if self.reference is not None:
             self.reference.follow(self.policy.model, self.shell.trainer.global_step)
@@ -165,7 +170,7 @@ class Updater:
         step.synced = False
         minibatch = self._with_own_pass(minibatch, step)
         # Rows that are seen for the first time: their entropy is counted.
-        wanted = step.choices.entropy_coef != 0 or step.num_updates <= self.num_minibatches
+        wanted = step.choices.entropy_coef != 0 or self._first_epoch(step)
         passes: list[Pass] = []
         pieces = self.sizes.pieces(minibatch)
         for rows, counts in step.ranks.weights.even(pieces):
@@ -213,10 +218,26 @@ class Updater:
             found = samples_logprobs(self.policy.model, micro, temperature, with_entropy=True)
             if counts:
                 logprobs[rows], entropy[rows] = found.logprobs.to(logprobs), found.entropy  # type: ignore[assignment]
-        old = own.old_logprobs if step.moved else logprobs
+        old = own.old_logprobs
+        if own.old_known is not None:
+            old = torch.where(own.old_known[:, None], old, logprobs)
         tokens = logprobs, old, entropy, own.advantages, own.mask
         seed = stream_seed(step.run_seed, step.index, 0, f"pick/{step.num_updates}")
         return replace(minibatch, picked=picked_tokens(*tokens, objective, seed, step.ranks.join))
+
+    def _first_epoch(self, step: Step) -> bool:
+        return step.num_updates <= self.num_minibatches
+
+    def _weighed(self, minibatch: Rollout, step: Step) -> Rollout:
+        """The mini-batch with its weights against a sampler that is not the policy, if any."""
+        mismatch, drawn = step.choices.mismatch, minibatch.logprobs
+        if not mismatch.weighs:
+            return minibatch
+        assert drawn is not None  # or the rollout would have been refused
+        found = row_weights(minibatch.old_logprobs, drawn, minibatch.mask, mismatch, step.ranks.sum)
+        if self._first_epoch(step):
+            step.tally.count_row_weights(found, minibatch.mask)
+        return replace(minibatch, mismatch_weights=found.weights)
 
     def _with_own_pass(self, minibatch: Rollout, step: Step) -> Rollout:
         """The mini-batch as its loss sees it: before any weight moved no old log-prob is known."""

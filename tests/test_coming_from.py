@@ -17,6 +17,7 @@ from gspo_lightning import (
     GroupSampler,
     GSPOModule,
     LoRAConfig,
+    Mismatch,
     Objective,
     OptimizerConfig,
     PolicyConfig,
@@ -36,6 +37,7 @@ INSIDE = {
     "optimizer": OptimizerConfig,
     "evaluation": Evaluation,
     "critic": CriticConfig,
+    "mismatch": Mismatch,
     "reference": ReferencePolicy,
     "NAME": RewardTerm,
 }

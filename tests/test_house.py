@@ -19,6 +19,7 @@ MATHS = (
     "objectives",
     "advantages",
     "kl",
+    "mismatch",
     "micro_batches",
     "rollout",
     "metrics",
@@ -40,7 +41,7 @@ ORDER = [
     ("maths", "start"),
     ("engine", "checkpoint", "curves"),
     ("policy", "guards"),
-    ("sharding",),
+    ("sharding", "vllm"),
     ("frozen", "critic", "rewards", "data", "supervised", "callbacks"),
     ("loop",),
     ("run",),
@@ -210,7 +211,7 @@ def test_a_face_says_what_its_room_decides_and_defines_nothing():
 def test_the_front_can_be_read_in_an_evening():
     front = sorted(PACKAGE.glob("*.py"))
     assert len(front) <= 22
-    assert sum(len(path.read_text().splitlines()) for path in front) <= 3980
+    assert sum(len(path.read_text().splitlines()) for path in front) <= 4180
 
 
 # ---- public paths --------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from gspo_lightning.old_logprobs import OldLogProbs
 from gspo_lightning.policy.policy import PolicyConfig
 from gspo_lightning.sampling import GroupSampler
 from gspo_lightning.update import Updater
-from support.steps import replace_policy_passes
+from support.steps import replace_model, replace_policy_passes
 from support.tiny_run import run
 
 
@@ -52,11 +51,6 @@ class Telling(GroupSampler):
         noise = self.noise * torch.randn(len(exact), 1, generator=generator)
         told = (exact + noise).float().masked_fill(~samples.mask, 0)
         return replace(samples, logprobs=told)
-
-
-def replace_model(policy, model):
-    names = ("tokenizer", "eos_ids", "ends", "pad_id")
-    return SimpleNamespace(model=model, **{name: getattr(policy, name) for name in names})
 
 
 def rollouts(tmp_path, model_dir, noise=0.0, count=1, **options):

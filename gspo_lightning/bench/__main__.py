@@ -11,6 +11,7 @@ gspo bench ranks                  one rank and two: seconds, and what is waiting
 gspo bench shards                 host memory of ranks that share a policy
 gspo bench start                  seconds to the first line and first rollout
 gspo bench needs                  what a policy takes on each card and machine, by ranks
+gspo bench mismatch               weights of a sampler that is not the policy, by length
 
 A case is MODEL/PROMPT/LENGTH/GROUP, `/kl` behind it for a reference policy: the model's size (S, M,
 0.6B), the longest prompt in tokens (the shortest is 5/8 of it), `geo` for completions whose lengths
@@ -30,6 +31,7 @@ from typing import Any
 from gspo_lightning.bench import (
     cases,
     memory,
+    mismatch,
     needs,
     parts,
     ranks,
@@ -95,6 +97,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     shards.add_arguments(command("shards", shards.shards, text))
     text = "memory of each card and each machine for several numbers of ranks; nothing is loaded"
     needs.add_arguments(command("needs", needs.needs, text))
+    text = "weights of a sampler that is not the policy, by length (simulated)"
+    mismatch.add_arguments(command("mismatch", mismatch.mismatch, text))
     worker.add_arguments(command("worker", worker.print_run, "one run, JSON on the last line"))
     known = {"-h", "--help", *commands.choices}
     return parser.parse_args(argv if argv and argv[0] in known else ["compare", *argv])

@@ -118,6 +118,45 @@ TABLE = {
         "Clamped KL", "tokens", "Tokens whose distance to the reference was beyond 20 nats."
     ),
     "policy/clip_range": Curve("Clip range", "width", "The narrower side of the clip range."),
+    # sampler
+    "sampler/log_ratio_mean": Curve(
+        "Sampler's log-ratio",
+        NATS,
+        "Log-prob under the policy, before its updates, minus that under the sampler: mean over "
+        "tokens.",
+    ),
+    "sampler/log_ratio_std": Curve(
+        "Spread of the sampler's log-ratios", "nats", "The same: standard deviation over tokens."
+    ),
+    "sampler/sequence_log_ratio_std": Curve(
+        "Spread of the sampler's log-ratios by sequence",
+        NATS,
+        "The same, of each sequence's mean: to be set against the clip range.",
+    ),
+    "sampler/kl": Curve(
+        "KL of sampler and policy",
+        NATS,
+        "How far the policy, before its updates, is from what drew the completions: the k3 "
+        "estimate, mean per sequence, then over sequences.",
+    ),
+    "sampler/ess": Curve(
+        "Effective sample size",
+        SHARE,
+        "What exact weights from sampler to policy, e to the sum of the log-ratios, would leave of "
+        "the sequences: their sum squared, over their number and the sum of their squares.",
+    ),
+    "sampler/weight_mean": Curve(
+        "Weight of sequences", "mean", "Of the policy loss; where `model.mismatch` weighs."
+    ),
+    "sampler/capped": Curve(
+        "Capped weights", SHARE, "Sequences whose weight `mismatch.cap` bounds."
+    ),
+    "sampler/masked": Curve(
+        "Masked sequences", SHARE, "Sequences that a limit of `model.mismatch` takes out."
+    ),
+    "sampler/version_lag": Curve(
+        "Age of the sampler's weights", "rollouts", "Of `AsyncSampler`: 1 while it is ahead."
+    ),
     # reward
     "reward/group_std": Curve(
         "Reward spread", "standard deviation", "Within groups. At 0 nothing can be learned."
@@ -175,6 +214,9 @@ TABLE = {
     "time/reward": Curve("Rewards", SECONDS, "Part of the second phase."),
     "time/reference": Curve("Reference", SECONDS, "Part of the second phase."),
     "time/old_logprobs": Curve("Old log-probs", SECONDS, "Part of the second phase."),
+    "time/sync": Curve(
+        "Handing over weights", SECONDS, "To a sampler that is ahead, behind the first phase."
+    ),
     "time/values": Curve("Values", SECONDS, "Of the critic, part of the second phase."),
     # warm starts and reward models
     "train/loss": Curve("Loss", "nats", "Of the batch: the training's own objective."),
@@ -272,6 +314,7 @@ LAYOUT = {
         "gradient norm": [".*/grad_norm$"],
         "spread of log-ratios": ["policy/.*_log_ratio_std$"],
         "noise of log-ratios": ["policy/.*_noise$"],
+        "sampler and policy": ["sampler/(kl|ess|log_ratio_std)$"],
         "pass@k": ["val/pass_at_"],
         "reward terms": ["reward/(?!group_std|missing|overlong)"],
     },

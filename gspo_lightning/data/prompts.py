@@ -175,6 +175,11 @@ class PromptData(TokenizedData):
         assert self.stream is not None
         return self.stream.share(counts)
 
+    def ahead(self) -> PromptBatch:
+        """The prompts of the next rollout, for a sampler that begins before they are served."""
+        assert self.stream is not None
+        return self.stream.ahead(self.prompts_per_rollout)
+
     def fingerprints(self) -> dict[str, str]:
         """Marks of the rows and of how they are rendered; of the tokens where nothing is rendered.
 

@@ -56,6 +56,13 @@ class ResumableStream:
         """The next ``count`` examples of this rank, collated. Every rank must draw alike."""
         return self.share([count] * self.world_size)
 
+    def ahead(self, count: int) -> Any:
+        """What :meth:`draw` gives next, without serving it."""
+        served = self.served
+        examples = self.draw(count)
+        self.served = served
+        return examples
+
     def share(self, counts: Sequence[int]) -> Any:
         """The next examples of this rank, collated, where ranks need different numbers.
 

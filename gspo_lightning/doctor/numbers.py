@@ -20,6 +20,7 @@ from gspo_lightning.kl import kl_estimate
 from gspo_lightning.logprobs import LogProbs, samples_logprobs
 from gspo_lightning.loss import LossChoices, micro_loss
 from gspo_lightning.masked import masked_mean
+from gspo_lightning.mismatch import row_weights
 from gspo_lightning.objectives import importance_log_ratio, token_weights
 from gspo_lightning.rollout import Rollout, Samples
 from gspo_lightning.sharding.ranks import weights_of
@@ -151,6 +152,10 @@ def gradient(module: Any, rollout: Rollout, size: int, choices: LossChoices | No
     choices = replace(choices, objective=replace(choices.objective, **UNPICKED))
     aggregation, limit = module.objective.aggregation, module.sampler.max_new_tokens
     weights = token_weights(rollout.mask, aggregation, limit)
+    if choices.mismatch.weighs and rollout.logprobs is not None:
+        drawn = rollout.old_logprobs, rollout.logprobs, rollout.mask
+        weighed = row_weights(*drawn, choices.mismatch).weights
+        rollout = replace(rollout, mismatch_weights=weighed)
     wanted = torch.is_grad_enabled()
     parameters = [p for p in module.policy.parameters() if p.requires_grad and wanted]
     module.policy.zero_grad(set_to_none=True)

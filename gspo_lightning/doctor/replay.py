@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.doctor.dumps import Dump, load_dump
 from gspo_lightning.engine.packing import pack, rows_of
+from gspo_lightning.guards.faults import INPUTS
 from gspo_lightning.logprobs import completion_logprobs, samples_logprobs
 from gspo_lightning.loss import micro_loss
 from gspo_lightning.objectives import importance_log_ratio
@@ -95,7 +96,7 @@ def replay(dump: Dump, device: torch.device) -> Looks:
     minibatch, weights = dump.minibatch.to(device), dump.weights.to(device)
     for name, parameter in policy.model.named_parameters():
         looks.at(f"weight: {name}", parameter)
-    for name in ("advantages", "old_logprobs", "ref_logprobs"):
+    for name in INPUTS:
         tensor = getattr(minibatch, name)
         if tensor is not None and (choices.kl_coef > 0 or name != "ref_logprobs"):
             looks.at(name, tensor.masked_fill(~minibatch.mask, 0), lambda row: row)

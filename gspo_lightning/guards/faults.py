@@ -16,7 +16,7 @@ from gspo_lightning.checkpoint.io import AtomicCheckpointIO, CheckpointError
 from gspo_lightning.rollout import Rollout
 from gspo_lightning.start.typed import program
 
-INPUTS = ("advantages", "old_logprobs", "ref_logprobs")
+INPUTS = ("advantages", "old_logprobs", "ref_logprobs", "mismatch_weights")
 LOOKED_AT = (*INPUTS, "logprobs", "ratio", "loss", "gradient")  # in the order of computation
 FOLDER = "faults"  # inside the run folder
 KEPT = 3  # newest dumps; each holds the policy's weights

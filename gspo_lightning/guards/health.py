@@ -28,6 +28,7 @@ MEMORY = 0.8  # of the moving average: about the last five rollouts
 LONGER = 1.5  # times the length at the start, for nothing: more than sampling explains
 MUCH_LONGER = 2.0  # times the length at the start, and near the limit
 NEAR_LIMIT = 0.8  # of max_new_tokens
+HALF = 0.5  # of the rows' worth: below it, weights from sampler to policy are mostly noise
 GAIN = 0.1  # of the reward's spread within groups at the start: less is no progress
 VANISHED = 0.01  # of the reward's spread at the start; one wrong answer in 1000 still shows
 WIDE = 0.05  # a sequence ratio is an average over tokens and stays far closer to 1 than this
@@ -48,6 +49,7 @@ class History:
         limit: ``max_new_tokens``; ``None`` where the sampler has none.
         kl_target: Target of the adaptive KL rule, if there is one.
         kl_ceiling: Its largest coefficient, if it has one.
+        correction: ``Mismatch.correction``.
         start: Mean of each tracked figure over the first rollouts.
         recent: Moving average of each.
         seen: How many rollouts had each.
@@ -58,6 +60,7 @@ class History:
     limit: int | None = None
     kl_target: float | None = None
     kl_ceiling: float | None = None
+    correction: str = "none"
     start: dict[str, float] = field(default_factory=dict)
     recent: dict[str, float] = field(default_factory=dict)
     seen: dict[str, int] = field(default_factory=dict)
@@ -318,6 +321,26 @@ def variance(figures: Figures, run: History) -> str | None:
     )
 
 
+def mismatch(figures: Figures, run: History) -> str | None:
+    """The sampler is so far from the policy that few rows would bear an exact correction."""
+    worth, spread = figures.get("sampler/ess", 1.0), figures.get("sampler/log_ratio_std", 0.0)
+    if run.correction == "mean" or worth >= HALF:  # weights of means do not spread like that
+        return None
+    cause = (
+        "sampler and policy give the completions such different probabilities (a token's log-ratio "
+        f"spreads by {spread:.1e} nats) that weights between them leave {worth:.0%} of their worth"
+    )
+    if run.correction == "sequence":
+        return (
+            f"{cause}: model.mismatch.correction sequence is for shorter completions, or for a "
+            "sampler closer to the policy (the same precision, fewer steps behind); set it to mean"
+        )
+    return (
+        f"{cause}, and nothing corrects for that: set model.mismatch.correction to mean and its "
+        "limits, or bring the sampler closer (the same precision, fewer steps behind)"
+    )
+
+
 class Rule(NamedTuple):
     """The rollouts in a row that a sign takes, and what is then said."""
 
@@ -339,6 +362,7 @@ RULES: dict[str, Rule] = {
     "noise": Rule(1, noise),
     "length": Rule(STEADY, length),
     "variance": Rule(STEADY, variance),
+    "mismatch": Rule(STEADY, mismatch),
 }
 
 
@@ -354,6 +378,7 @@ class Health:
         steps: Optimizer steps per rollout; with one, nothing can be clipped.
         stop_when: Names of rules that end the run when they speak.
         limit: ``max_new_tokens``.
+        correction: ``Mismatch.correction``.
 
     Attributes:
         stopped: Why the run is to end: the message of the rule that ended it, else ``None``.
@@ -368,6 +393,7 @@ class Health:
         steps: int,
         stop_when: Iterable[str] = (),
         limit: int | None = None,
+        correction: str = "none",
     ) -> None:
         self.stop_when = list(stop_when)
         for name in self.stop_when:
@@ -378,7 +404,7 @@ class Health:
                     f"model.stop_when: there is no rule {name!r}{hint or ';'} "
                     f"there are {', '.join(RULES)}"
                 )
-        self.run = History(objective, steps, limit)
+        self.run = History(objective, steps, limit, correction=correction)
         self.streaks: dict[str, int] = {}
         self.said: set[str] = set()
         self.stopped: str | None = None

@@ -207,6 +207,12 @@ def figures_of(module: Any) -> set[str] | None:
         names |= {"time/values"}
     if module.sampler.group_size == 1:
         absent |= {name for name in names if "flat_" in name} | {"reward/group_std"}
+    if hasattr(module.sampler, "lag"):
+        names |= {"time/sync"}
+    else:
+        absent |= {"sampler/version_lag"}
+    if not module.mismatch.weighs:
+        absent |= {f"sampler/{name}" for name in ("weight_mean", "capped", "masked")}
     if module.overlong_ramp is None:
         absent |= {"reward/overlong"}
     evaluator = module.evaluator

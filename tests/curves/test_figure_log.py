@@ -9,9 +9,12 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from gspo_lightning import (
+    AsyncSampler,
     CriticConfig,
     CurvePlot,
     Evaluation,
+    GroupSampler,
+    Mismatch,
     ReferencePolicy,
     RolloutCheckpoint,
     SampleTable,
@@ -167,6 +170,8 @@ def test_the_page_has_every_figure():
 def test_there_is_no_figure_without_a_description(run, model_dir):
     options = {"critic": CriticConfig(), "advantages": "gae", "overlong_ramp": 2}
     names = run[1] | figures_of(make_module(model_dir, **options))
+    options = {"sampler": AsyncSampler(GroupSampler(), lag=0), "mismatch": Mismatch("mean")}
+    names |= figures_of(make_module(model_dir, **options))
     names |= {*SFTModule.figures, *RewardModelModule.figures, *(f"train/{c}" for c in CURVES)}
     assert {name for name in names if curve(name) is None} == set()
     assert {name for name in PICTURE if name not in TABLE} == set()

@@ -14,6 +14,7 @@ import train
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO
 from gspo_lightning.doctor.dumps import load_dump
 from gspo_lightning.frozen.models import ReferencePolicy
+from gspo_lightning.mismatch import Mismatch
 from support.bad_model_cases import Bomb
 from support.fault_injection import every
 from support.tiny_run import run
@@ -36,7 +37,8 @@ def sound(tmp_path_factory, model_dir):
     with pytest.raises(FloatingPointError):
         reference = ReferencePolicy(device="cpu")
         inject = [every([(0, 2)], "gradient")]
-        run(folder, model_dir, 1, inject, max_faults=1, reference=reference, kl_coef=0.1)
+        options = {"reference": reference, "kl_coef": 0.1, "mismatch": Mismatch("sequence")}
+        run(folder, model_dir, 1, inject, max_faults=1, **options)
     (path,) = (folder / "faults").iterdir()
     return torch.load(path, weights_only=True)
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 
 from gspo_lightning.frozen.models import ReferencePolicy
-from gspo_lightning.guards.faults import Faults
+from gspo_lightning.guards.faults import LOOKED_AT, Faults
 from gspo_lightning.rewards.terms import RewardError, RewardTerm
 from gspo_lightning.tally import RolloutTally
 from support.fault_injection import INF, NAN, PLACES, REWARDS, BrokenReward, Inject, every
@@ -237,17 +237,18 @@ def test_a_row_that_is_not_finite_does_not_hide_what_the_others_show(make_rollou
 # --- ranks ---------------------------------------------------------------------------------------
 
 
-def settle(faults, others, **looks):
-    """One step of a rank whose partners report ``others``, summed."""
+def settle(faults, others=(), **looks):
+    """One step of a rank; its partners report what is named in ``others``."""
     faults.found, faults.flags = (), {}
     for name, value in looks.items():
         faults.look(name, torch.tensor([1.0, value]))
-    return faults.settle(torch.tensor(1.0), lambda own: own + torch.tensor(others).double())
+    theirs = torch.tensor([float(name in others) for name in LOOKED_AT]).double()
+    return faults.settle(torch.tensor(1.0), lambda own: own + theirs)
 
 
 def test_a_rank_without_a_fault_skips_with_the_others_and_writes_nothing():
     faults = Faults(3)
-    assert settle(faults, [0, 0, 0, 0, 0, 1, 1], loss=2.0)
+    assert settle(faults, ("loss", "gradient"), loss=2.0)
     assert faults.found == ("loss", "gradient") and not faults.own and faults.in_a_row == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -256,13 +257,13 @@ def test_a_rank_without_a_fault_skips_with_the_others_and_writes_nothing():
 
 def test_a_rank_at_fault_writes_its_mini_batch():
     faults = Faults(3)
-    assert settle(faults, [0] * 7, loss=NAN)
+    assert settle(faults, loss=NAN)
     assert faults.own and faults.found == ("loss",)
 
 
 def test_a_gradient_that_nobody_explains_is_written_down_by_every_rank():
     faults = Faults(3)
-    assert settle(faults, [0, 0, 0, 0, 0, 0, 1], loss=1.0)
+    assert settle(faults, ("gradient",), loss=1.0)
     assert faults.own and faults.found == ("gradient",)
 
 
@@ -271,4 +272,4 @@ def test_a_later_micro_batch_does_not_hide_an_earlier_one():
     faults.look("loss", torch.tensor(INF))
     faults.look("loss", torch.tensor(1.0))
     assert faults.settle(torch.tensor(1.0), lambda own: own)
-    assert not settle(faults, [0] * 7, loss=1.0) and faults.in_a_row == 0
+    assert not settle(faults, loss=1.0) and faults.in_a_row == 0

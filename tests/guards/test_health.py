@@ -26,6 +26,8 @@ WELL = {
     "train/avg_response_length": 20.0,
     "train/reward": 0.5,
     "reward/group_std": 0.4,
+    "sampler/ess": 0.9,
+    "sampler/log_ratio_std": 0.05,
 }
 NAMES = {name.rpartition("/")[2]: name for name in WELL}
 
@@ -85,6 +87,8 @@ CASES = [  # rule, figures that show it, figures that just do not, cause, settin
     ("length", {"avg_response_length": 99.0, "reward": 0.9},
      {"avg_response_length": 79.0, "reward": 0.9}, "grew from 20 to", "overlong_ramp"),
     ("variance", {"group_std": 0.0}, {"group_std": 0.02}, "do not differ", "data.path"),
+    ("mismatch", {"ess": 0.49}, {"ess": 0.5}, "5.0e-02 nats) that weights between them leave 49%",
+     "model.mismatch.correction to mean"),
 ]  # fmt: skip
 
 
@@ -120,6 +124,13 @@ def test_the_documentation_lists_every_rule():
     rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
     listed = {row[1].strip(" `"): int(row[3]) for row in rows}
     assert listed == {name: rule.patience for name, rule in RULES.items()}
+
+
+def test_a_far_sampler_is_reported_by_what_corrects_for_it():
+    sick = [figures(ess=0.4)] * STEADY
+    ((_, text),) = said(watch(correction="sequence"), sick)
+    assert "correction sequence is for shorter completions" in text and text.endswith("to mean")
+    assert said(watch(correction="mean"), sick) == []
 
 
 def test_one_step_per_rollout_cannot_clip_and_is_not_reported():
@@ -211,7 +222,7 @@ def test_rules_read_only_what_all_ranks_share():
     for _ in range(START + 1):
         health.check(Recorder(figures(kl_divergence=0.05)))
     assert {name.partition("/")[0] for name in Recorder.read} <= {
-        *("train", "policy", "rollout", "reward"),
+        *("train", "policy", "rollout", "reward", "sampler"),
     }
     assert Recorder.read == set(WELL) - {"train/clip_fraction_tokens"}
 

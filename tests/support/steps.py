@@ -1,5 +1,7 @@
 """One training step without a Trainer, and the passes of the policy inside of a run."""
 
+from types import SimpleNamespace
+
 import torch
 
 from gspo_lightning import logprobs
@@ -30,3 +32,9 @@ def replace_policy_passes(monkeypatch, make):
         return (own if model.training else plain)(model, *args, **options)
 
     monkeypatch.setattr(logprobs, "completion_logprobs", chosen)
+
+
+def replace_model(policy, model):
+    """What samplers read of a policy, with another model."""
+    names = ("tokenizer", "eos_ids", "ends", "pad_id")
+    return SimpleNamespace(model=model, **{name: getattr(policy, name) for name in names})
