@@ -12,8 +12,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from gspo_lightning.advantages import Kind, flat_groups, group_advantages
+from gspo_lightning.advantages import WHITENED, Kind, flat_groups, group_advantages
 from gspo_lightning.critic.critic import Critic
+from gspo_lightning.critic.gae import whiten
 from gspo_lightning.frozen.beside import Passes
 from gspo_lightning.frozen.models import FrozenModels, ReferencePolicy
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED, Sizes
@@ -64,6 +65,7 @@ class Collector:
     overlong_ramp: int | None
     drop_flat_groups: bool
     max_draws: int
+    kl_in_reward: bool = False
 
     def collect(self, batch: PromptBatch, step: Step) -> Rollout:
         """Sample, score and compare: prompts in, a rollout ready for updates out.
@@ -184,16 +186,34 @@ class Collector:
         step: Step,
     ) -> dict[str, Any]:
         """Advantages per token, (B, T), and a critic's values and returns."""
-        if self.critic is None or values is None:
-            groups = rewards.view(-1, samples.group_size)
-            advantages = group_advantages(groups, cast(Kind, self.advantages)).flatten()
-            return {"advantages": advantages.to(old.device)[:, None].expand_as(samples.mask)}
         kl = None if ref is None else kl_estimate(old, ref, "k1")
+        if self.critic is None or values is None:
+            kl = kl.masked_fill(~samples.mask, 0) * step.kl_coef if self.kl_in_reward else None  # type: ignore[union-attr]
+            return {"advantages": self.compare(samples, rewards.to(old.device), kl, step)}
         estimates = self.critic.estimate(
             rewards.to(old.device), values, kl, samples.mask, step.kl_coef, step.ranks.sum
         )
         step.tally.count_values(values, estimates.returns, samples.mask)
         return estimates._asdict()
+
+    def compare(self, samples: Samples, rewards: Tensor, kl: Tensor | None, step: Step) -> Tensor:
+        """Advantages without a critic, (B, T).
+
+        The KL penalty of each token, (B, T), if there is one, is taken off the reward of the whole
+        completion, or, as in REINFORCE++, off what is still to come of it.
+        """
+        kind, mask = cast(Kind, self.advantages), samples.mask
+        to_come = kl is not None and kind == "reinforce_plus_plus"
+        if kl is not None and not to_come:
+            rewards = rewards - kl.sum(1)
+        groups, lengths = (x.view(-1, samples.group_size) for x in (rewards, mask.sum(1)))
+        per_row = group_advantages(groups, kind, lengths=lengths, reduce=step.ranks.sum).flatten()
+        advantages = per_row[:, None].expand_as(mask)
+        if kl is not None and to_come:
+            advantages = advantages - kl.flip(1).cumsum(1).flip(1)
+        if kind in WHITENED:  # over all ranks; a missing reward teaches nothing
+            advantages = whiten(advantages, mask & ~rewards.isnan()[:, None], step.ranks.sum)
+        return advantages
 
     def _old_values(self, critic: Critic, samples: Samples, step: Step) -> Tensor:
         rows = len(samples) // self.num_minibatches

@@ -10,32 +10,41 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-Estimator = Literal["k1", "k2", "k3"]
+Estimator = Literal["k1", "k2", "k3", "k3_corrected"]
 
 _PLAIN = bool | int | float | str | None
 MAX_EXPONENT = 20.0  # nats; exp(20) = 4.9e8 is still exact enough to add to
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: Estimator = "k3") -> Tensor:
+def kl_estimate(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    kind: Estimator = "k3",
+    old_logprobs: Tensor | None = None,
+) -> Tensor:
     """Estimate KL(policy || reference) from the log-probs of sampled tokens.
 
-    With d = logprobs - ref_logprobs: k1 = d; k2 = d**2 / 2; k3 = exp(-d) + d - 1. Never multiply
-    the result by a sequence ratio: value and gradient would be neither estimator's.
+    With d = logprobs - ref_logprobs: k1 = d; k2 = d**2 / 2; k3 = exp(-d) + d - 1; k3_corrected: k3
+    times the token's importance ratio, with its gradient. Never multiply the result by a sequence
+    ratio: value and gradient would be neither estimator's.
 
     Args:
         logprobs: Log-probs under the policy, nats, (B, T); the gradient flows through these.
         ref_logprobs: Log-probs under the reference, nats, (B, T); no gradient.
-        kind: As a loss, k2 has the gradient of the reverse and k3 that of the forward KL.
+        kind: As a loss, k2 has the gradient of the reverse and k3 that of the forward KL;
+            k3_corrected that of the reverse KL also where the policy has moved on.
+        old_logprobs: Of the policy that sampled, nats, (B, T); for k3_corrected.
 
     Returns:
-        Nats per token, (B, T), float32 at least; k2 and k3 >= 0. The exponent of k3 is held
+        Nats per token, (B, T), float32 at least; all but k1 >= 0. The exponent of k3 is held
         within +-20, see ``kl_clamped``; a clamped token keeps the gradient of the bound.
 
     Raises:
-        ValueError: If ``kind`` is unknown.
+        ValueError: If ``kind`` is unknown, or k3_corrected has no ``old_logprobs``.
 
     Source:
-        J. Schulman, "Approximating KL Divergence", 2020.
+        J. Schulman, "Approximating KL Divergence", 2020. k3_corrected: DeepSeek-V3.2,
+        arXiv:2512.02556, section 3.1.
 
     >>> kl_estimate(torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -2.0]))
     tensor([0.3679, 0.0000])
@@ -49,7 +58,13 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: Estimator = "k3") 
         return d**2 / 2
     # A plain clamp would leave the gradient of "+ d" alone, which has the wrong sign out there.
     exponent = -d + (d - d.clamp(-MAX_EXPONENT, MAX_EXPONENT)).detach()
-    return exponent.expm1() + d  # expm1: for small d, exp(-d) - 1 would lose every digit of d**2
+    k3 = exponent.expm1() + d  # expm1: for small d, exp(-d) - 1 would lose every digit of d**2
+    if kind == "k3":
+        return k3
+    if old_logprobs is None:
+        raise ValueError("k3_corrected needs old_logprobs, those of the policy that sampled")
+    moved = _difference(logprobs, old_logprobs)
+    return k3 * (moved + (moved.clamp(-MAX_EXPONENT, MAX_EXPONENT) - moved).detach()).exp()
 
 
 def kl_clamped(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -80,7 +95,7 @@ def check_loss_kind(kind: str) -> None:
             "zero, whatever the reference; use k2 (reverse KL) or k3 (forward KL)"
         )
     if kind not in get_args(Estimator):
-        raise ValueError(f"kl_estimator must be k2 or k3, got {kind!r}")
+        raise ValueError(f"kl_estimator must be k2, k3 or k3_corrected, got {kind!r}")
 
 
 class KLRule:

@@ -24,7 +24,8 @@ class LossChoices:
 
     Args:
         objective: Ratio, surrogate, aggregation and clip range of the policy loss.
-        kl_estimator: ``k3`` (forward-KL gradient) or ``k2`` (reverse-KL gradient).
+        kl_estimator: ``k3`` (forward-KL gradient), ``k2`` (reverse-KL gradient) or
+            ``k3_corrected`` (that also off the policy).
         kl_coef: Coefficient of the KL penalty in the loss, >= 0; 0 computes none.
         entropy_coef: Coefficient of the entropy bonus; 0 computes none.
         mismatch: How rows are weighed that the policy itself would not have drawn as often.
@@ -34,7 +35,7 @@ class LossChoices:
     """
 
     objective: Objective = field(default_factory=Objective)
-    kl_estimator: Literal["k2", "k3"] = "k3"
+    kl_estimator: Literal["k2", "k3", "k3_corrected"] = "k3"
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
     mismatch: Mismatch = field(default_factory=Mismatch)
@@ -110,12 +111,13 @@ def micro_loss(
         old = torch.where(micro.old_known[:, None], old, logprobs.detach())
     # Only the policy loss is corrected for a sampler that is not the policy.
     shares = weights if micro.mismatch_weights is None else weights * micro.mismatch_weights
-    policy = policy_loss(logprobs, old, micro.advantages, micro.mask, shares, choices.objective)
+    rows = micro.advantages, micro.mask, shares
+    policy = policy_loss(logprobs, old, *rows, choices.objective, micro.picked)
     entropy_loss = kl_loss = policy.loss.new_zeros(())
     if entropy is not None and choices.entropy_coef != 0:
         entropy_loss = -choices.entropy_coef * (weights * entropy).sum()
     if micro.ref_logprobs is not None and choices.kl_coef > 0:
-        kl = kl_estimate(logprobs, micro.ref_logprobs, choices.kl_estimator)
+        kl = kl_estimate(logprobs, micro.ref_logprobs, choices.kl_estimator, old)
         kl_loss = choices.kl_coef * (weights * kl).sum()
     total = policy.loss + entropy_loss + kl_loss
     if value is not None:

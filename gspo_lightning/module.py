@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 
+from gspo_lightning.advantages import Kind
 from gspo_lightning.bounds import check_at_least, check_positive
 from gspo_lightning.collect import Collector
 from gspo_lightning.critic import Critic, CriticConfig, check_critic, fit_critic, load_critic
@@ -21,7 +22,8 @@ from gspo_lightning.curves import FigureLog
 from gspo_lightning.engine.mode import raise_flags
 from gspo_lightning.engine.rotary import fix_rotary
 from gspo_lightning.evaluation import Evaluation, Evaluator, describe
-from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel, check_reference
+from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel
+from gspo_lightning.frozen.models import check_kl_in_reward, check_reference
 from gspo_lightning.guards.faults import Faults
 from gspo_lightning.guards.health import Health
 from gspo_lightning.guards.ignored import check_trainer
@@ -112,7 +114,10 @@ class GSPOModule(LightningModule):
         overlong_ramp: Width in tokens of a penalty that falls to -1 at the limit, or below 1 as a
             share of the limit; ``None`` is off.
         kl_coef: Coefficient of the KL penalty; the ``AdaptiveKL`` callback takes it over.
-        kl_estimator: ``k3`` (forward-KL gradient) or ``k2`` (reverse-KL gradient).
+        kl_estimator: ``k3`` (forward-KL gradient), ``k2`` (reverse-KL gradient) or
+            ``k3_corrected`` (that also off the policy).
+        kl_in_reward: Without a critic: the KL penalty is taken off the rewards, before they are
+            compared, and is no term of the loss; with one, see ``critic.kl_in_reward``.
         entropy_coef: Coefficient of the entropy bonus.
         max_grad_norm: Gradients are scaled down to this norm; ``None`` only measures it.
         drop_flat_groups: Draw other prompts for groups whose rewards are all equal.
@@ -150,14 +155,13 @@ class GSPOModule(LightningModule):
         micro_batch_tokens: int | None = None,
         old_logprobs: Source = "auto",
         mismatch: Mismatch = Mismatch(),  # noqa: B008 - frozen
-        advantages: Literal[
-            "normalized", "relative", "leave_one_out", "batch_normalized", "gae"
-        ] = "normalized",
+        advantages: Kind | Literal["gae"] = "normalized",
         critic: CriticConfig | None = None,
         truncated: Literal["keep", "mask", "zero_reward"] = "keep",
         overlong_ramp: int | float | None = None,
         kl_coef: float = 0.0,
-        kl_estimator: Literal["k2", "k3"] = "k3",
+        kl_estimator: Literal["k2", "k3", "k3_corrected"] = "k3",
+        kl_in_reward: bool = False,
         entropy_coef: float = 0.0,
         max_grad_norm: float | None = 1.0,
         drop_flat_groups: bool = False,
@@ -188,7 +192,8 @@ class GSPOModule(LightningModule):
         if not math.isfinite(entropy_coef):
             raise ValueError(f"model.entropy_coef must be finite, got {entropy_coef}")
         apart = check_apart(sampler, mismatch.weighs, old_logprobs, drop_flat_groups)
-        check_reference(kl_coef, reference)
+        check_reference(kl_coef, reference, policy)
+        check_kl_in_reward(kl_in_reward, advantages, critic, reference)
         check_loss_kind(kl_estimator)
         check_critic(critic, advantages, sampler.group_size, drop_flat_groups)
         self.automatic_optimization = False
@@ -212,6 +217,7 @@ class GSPOModule(LightningModule):
         self.truncated = truncated
         self.overlong_ramp = ramp_tokens(overlong_ramp, sampler.max_new_tokens)
         self.kl_coef, self.kl_estimator = kl_coef, kl_estimator
+        self.kl_in_reward = kl_in_reward if critic is None else critic.kl_in_reward
         self.entropy_coef = entropy_coef
         self.max_grad_norm = max_grad_norm
         self.drop_flat_groups, self.max_draws = drop_flat_groups, max_draws
@@ -244,9 +250,8 @@ class GSPOModule(LightningModule):
 
     @property
     def choices(self) -> LossChoices:
-        """What the loss is made of now; with a critic the KL penalty may be in the rewards."""
-        in_reward = self.critic_config is not None and self.critic_config.kl_in_reward
-        coef = 0.0 if in_reward else self.kl_coef
+        """What the loss is made of now; the KL penalty may be in the rewards."""
+        coef = 0.0 if self.kl_in_reward else self.kl_coef
         known = self.objective, self.kl_estimator, coef, self.entropy_coef, self.mismatch
         return LossChoices(*known)
 
@@ -382,6 +387,8 @@ class GSPOModule(LightningModule):
     def on_fit_start(self) -> None:
         """Make the two halves of a step, now that the models are there, and watch the run."""
         self._fix_lengths()
+        if self.reference is not None:
+            self.reference.check_follows(self.policy.model)  # type: ignore[union-attr]
         raise_flags(self)
         old_logprobs = OldLogProbs(
             self.policy,
@@ -391,7 +398,7 @@ class GSPOModule(LightningModule):
             source=self.old_logprobs,
             num_epochs=self.num_epochs,
             num_minibatches=self.num_minibatches,
-            kl_in_reward=self.critic_config is not None and self.critic_config.kl_in_reward,
+            kl_in_reward=self.kl_in_reward,
         )
         self.collector = Collector(
             self.policy,
@@ -411,6 +418,7 @@ class GSPOModule(LightningModule):
             overlong_ramp=self.overlong_ramp,
             drop_flat_groups=self.drop_flat_groups,
             max_draws=self.max_draws,
+            kl_in_reward=self.kl_in_reward,
         )
         self.updater = Updater(
             self,
@@ -424,6 +432,7 @@ class GSPOModule(LightningModule):
             num_epochs=self.num_epochs,
             num_minibatches=self.num_minibatches,
             max_grad_norm=self.max_grad_norm,
+            reference=self.reference,
         )
         # Health begins behind the checkpoint: what it has said before a stop is not said again.
         self.health.begin(self.trainer.callbacks)  # type: ignore[attr-defined]
@@ -452,7 +461,7 @@ class GSPOModule(LightningModule):
                 term.fn.release()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what whitening has seen, faults in a row, sizes and what health has seen."""
+        """Note whitening, faults in a row, sizes, health and a reference that moves."""
         self.sizes.now |= self._reward_sizes()
         own = torch.tensor(self.sizes.numbers(), device=self.device)
         ranks: Any = self.all_gather(own)  # each halves its own sizes where its memory is short
@@ -462,6 +471,8 @@ class GSPOModule(LightningModule):
             "sizes": self.sizes.state(ranks.view(-1, len(own)).tolist()),
             "health": self.health.state_dict(),
         }
+        if self.reference is not None and (moved := self.reference.state()) is not None:
+            checkpoint["gspo"]["reference"] = moved
         if isinstance(self.sampler, AsyncSampler):
             checkpoint["gspo"]["under_way"] = self.sampler.state_dict()
 
@@ -479,6 +490,8 @@ class GSPOModule(LightningModule):
         fit_critic(checkpoint.get("state_dict", {}), self.critic_config, training)
         if not training:
             return
+        if self.reference is not None:
+            self.reference.load_state(saved.get("reference"))
         self.health.load_state_dict(saved.get("health", {}))
         self.faults.in_a_row = saved.get("faults_in_a_row", 0)
         if isinstance(self.sampler, AsyncSampler):

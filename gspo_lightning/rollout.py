@@ -210,6 +210,7 @@ class Rollout(Samples):
         advantages: Advantage of each token, (B, T).
         values: What a critic expected before each token, (B, T), or None without one.
         returns: What it should have expected, NaN where the reward is missing, (B, T), or None.
+        picked: Tokens that the objective treats apart, (B, T) bool; None where it picks none.
     """
 
     old_logprobs: Tensor
@@ -220,13 +221,14 @@ class Rollout(Samples):
     values: Tensor | None = None
     returns: Tensor | None = None
     old_known: Tensor | None = None
+    picked: Tensor | None = None
     mismatch_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         size, length = self.completion_ids.shape
         _check("old_logprobs", self.old_logprobs, (size, length))
-        for name in ("ref_logprobs", "values", "returns", "mismatch_weights"):
+        for name in ("ref_logprobs", "values", "returns", "picked", "mismatch_weights"):
             if getattr(self, name) is not None:
                 _check(name, getattr(self, name), (size, length))
         if self.old_known is not None:

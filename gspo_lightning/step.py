@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.profiler import record_function
 
 from gspo_lightning.guards.memory import peaks, reset_peaks
@@ -42,6 +43,15 @@ class Ranks:
     gather: Callable[[Tensor], Tensor]
     wait: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext
     weights: Whole = Whole()  # noqa: RUF009 - without state
+
+    def join(self, rows: Tensor) -> tuple[Tensor, slice]:
+        """Put the rows of all ranks, (n, C), under one another, and say which are this rank's."""
+        counts = self.gather(torch.tensor(len(rows))).reshape(-1).tolist()
+        padded = pad(rows, (0, 0, 0, max(counts) - len(rows)))
+        parts = self.gather(padded).to(rows.device).view(len(counts), -1, rows.shape[1])
+        first = sum(counts[: self.rank])
+        every = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        return every, slice(first, first + len(rows))
 
 
 class Clock:

@@ -142,3 +142,37 @@ def test_a_bad_argument_is_named(arguments, message):
 def test_an_infinite_reward_is_an_error():
     with pytest.raises(ValueError, match="rewards must be finite"):
         group_advantages(torch.tensor([[0.0, float("inf")]]))
+
+
+def test_opo_weighs_the_baseline_by_length():
+    """(3 * 1 + 1 * 0) / 4 = 0.75; a missing reward has no say."""
+    rewards = torch.tensor([[1.0, 0.0, NAN]])
+    advantages = group_advantages(rewards, "opo", lengths=torch.tensor([[3, 1, 9]]))
+    torch.testing.assert_close(advantages, torch.tensor([[0.25, -0.75, 0.0]]))
+    with pytest.raises(ValueError, match="kind opo needs lengths"):
+        group_advantages(rewards, "opo")
+
+
+def test_gpg_is_larger_by_the_groups_that_are_flat():
+    """One of two groups is flat: twice; three of four over two ranks: four times."""
+    rewards = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    expected = torch.tensor([[0.5, -0.5], [0.0, 0.0]])
+    torch.testing.assert_close(group_advantages(rewards, "gpg"), 2 * expected)
+    other = torch.tensor([4, 0])  # rewards of the other rank, and those in groups with a spread
+    four = group_advantages(rewards, "gpg", reduce=lambda counts: counts + other)
+    torch.testing.assert_close(four, 4 * expected)
+
+
+def test_pass_at_k_teaches_the_best_alone_by_its_lead():
+    """Deviation of [1, 0.5, 0] is 0.5; with two best ones nothing is learned."""
+    rewards = torch.tensor([[1.0, 0.5, 0.0], [1.0, 1.0, 0.0], [0.2, NAN, NAN]])
+    expected = torch.tensor([[1.0, 0.0, 0.0], [0.0] * 3, [0.0] * 3])
+    torch.testing.assert_close(group_advantages(rewards, "pass_at_k"), expected, atol=3e-6, rtol=0)
+
+
+def test_reinforce_plus_plus_has_no_groups():
+    rewards = torch.tensor([[1.0], [NAN]])
+    assert group_advantages(rewards, "reinforce_plus_plus").tolist() == [[1.0], [0.0]]
+    pair = torch.tensor([[1.0, 0.0]])
+    baseline = group_advantages(pair, "reinforce_plus_plus_baseline")
+    assert baseline.tolist() == [[0.5, -0.5]]

@@ -22,6 +22,7 @@ from gspo_lightning import (
     OptimizerConfig,
     PolicyConfig,
     PromptData,
+    ReferencePolicy,
     RewardTerm,
 )
 from support.repository import ROOT
@@ -37,6 +38,7 @@ INSIDE = {
     "evaluation": Evaluation,
     "critic": CriticConfig,
     "mismatch": Mismatch,
+    "reference": ReferencePolicy,
     "NAME": RewardTerm,
 }
 # Arguments that change what is written, shown or how fast it goes, and not what is trained.

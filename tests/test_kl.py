@@ -84,10 +84,24 @@ def test_only_k2_and_k3_may_be_a_loss():
     check_loss_kind("k3")
     with pytest.raises(ValueError, match="k1 cannot be a loss"):
         check_loss_kind("k1")
-    with pytest.raises(ValueError, match="must be k2 or k3, got 'k4'"):
+    with pytest.raises(ValueError, match="must be k2, k3 or k3_corrected, got 'k4'"):
         check_loss_kind("k4")
-    with pytest.raises(ValueError, match="kind must be one of k1, k2, k3, got 'k4'"):
+    with pytest.raises(ValueError, match="kind must be one of k1, k2, k3, k3_corrected, got 'k4'"):
         kl_estimate(torch.zeros(1), torch.zeros(1), "k4")
+
+
+def test_the_corrected_estimator_is_k3_times_the_ratio_with_the_gradient_of_k2_on_the_policy():
+    """d/dlp of r k3 = r (k3 + 1 - e^-d) = r d; at ratio 1 that is k2's."""
+    lp = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([-1.5, -1.0, -0.5], dtype=torch.float64)
+    old = lp.detach() - torch.tensor([0.0, 0.3, 0.0], dtype=torch.float64)
+    value = kl_estimate(lp, ref, "k3_corrected", old)
+    ratio = torch.tensor([1.0, math.exp(0.3), 1.0], dtype=torch.float64)
+    torch.testing.assert_close(value, ratio * kl_estimate(lp, ref))
+    slope = torch.autograd.grad(value.sum(), lp)[0]
+    torch.testing.assert_close(slope, ratio * (lp - ref).detach())
+    with pytest.raises(ValueError, match="k3_corrected needs old_logprobs"):
+        kl_estimate(lp, ref, "k3_corrected")
 
 
 def test_the_exponent_is_clamped_and_clamped_tokens_are_found():

@@ -10,10 +10,11 @@ from lightning.pytorch import Callback
 
 from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.evaluation import Evaluation
-from gspo_lightning.frozen.models import ReferencePolicy
+from gspo_lightning.frozen.models import ReferencePolicy, ReferenceSync
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.objectives import Objective
 from gspo_lightning.optim import OptimizerConfig
+from gspo_lightning.policy import LoRAConfig, PolicyConfig
 from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.sampling import GroupSampler
 from support.observers import Outputs, Steps
@@ -60,6 +61,19 @@ def test_gradient_is_the_same_for_every_micro_batch_size(tmp_path, model_dir, si
     whole = gradients_of(tmp_path, model_dir, micro_batch_size=8, **options)
     cut = gradients_of(tmp_path, model_dir, micro_batch_size=size, **options)
     torch.testing.assert_close(cut[0], whole[0], atol=1e-5, rtol=1e-5)  # float32
+
+
+def test_tokens_picked_by_statistics_of_a_mini_batch_do_not_depend_on_micro_batches(
+    tmp_path, model_dir
+):
+    """Fact 52."""
+    picking = Objective("token", pick="high_entropy", pick_share=0.3)
+    whole, cut, plain = (
+        gradients_of(tmp_path, model_dir, micro_batch_size=size, objective=objective)[0]
+        for size, objective in ((8, picking), (3, picking), (8, Objective("token")))
+    )
+    torch.testing.assert_close(cut, whole, atol=1e-5, rtol=1e-5)  # float32
+    assert (whole - plain).abs().max() > 1e-3
 
 
 def test_gradient_is_the_same_for_every_micro_batch_size_to_the_last_bits_in_float64(
@@ -435,6 +449,14 @@ def test_no_rollout_stays_half_trained_by_a_stop_iteration(tmp_path, model_dir):
         ({"kl_coef": 0.1}, "there is no reference"),
         ({"kl_coef": -0.1}, "model.kl_coef must be >= 0, got -0.1"),
         ({"kl_estimator": "k1"}, "k1"),
+        ({"kl_in_reward": True}, "needs something to compare; set model.reference"),
+        (
+            {
+                "policy": PolicyConfig("folder", lora=LoRAConfig()),
+                "reference": ReferencePolicy(sync=ReferenceSync()),
+            },
+            "reference.sync with policy.lora: the reference is the policy without its adapters",
+        ),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0"),
         ({"overlong_ramp": 99}, "overlong_ramp must be in"),
         ({"evaluation": Evaluation(correct="right")}, "evaluation.correct is 'right'"),

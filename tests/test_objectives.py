@@ -11,6 +11,7 @@ from gspo_lightning.objectives import (
     Objective,
     clipped,
     importance_log_ratio,
+    picked_tokens,
     policy_loss,
     token_weights,
 )
@@ -18,7 +19,8 @@ from support import two_ranks
 
 NAN = float("nan")
 LEVELS = ("sequence", "sequence_token", "token", "sequence_sum")
-AGGREGATIONS = ("sequence_mean", "token_mean", "fixed_length")
+AGGREGATIONS = ("sequence_mean", "token_mean", "fixed_length", "token_sum")
+CLIP_COV = {"ratio": "token", "pick": "clip_cov", "pick_share": 0.3}
 float64 = partial(torch.tensor, dtype=torch.float64)
 weights64 = partial(token_weights, dtype=torch.float64)
 
@@ -257,7 +259,7 @@ def test_cispo_by_hand(ratio, advantage, slope):
     """Fact 9: -min(r, 1.3) A lp; nothing loses its gradient."""
     lp = float64([[-1.0]]).requires_grad_()
     mask = torch.ones(1, 1, dtype=torch.bool)
-    objective = Objective("token", "cispo", "token_mean", clip_high=0.3)
+    objective = Objective("token", "cispo", "token_mean", clip_low=1.0, clip_high=0.3)
     old = lp.detach() - math.log(ratio)
     weights = weights64(mask, "token_mean")
     result = policy_loss(lp, old, float64([advantage]), mask, weights, objective)
@@ -301,6 +303,7 @@ def test_autodiff_equals_equation_10_of_the_paper():
         ("sequence_mean", [[0.25, 0.25, 0], [0.5, 0, 0], [0, 0, 0]]),
         ("token_mean", [[1 / 3, 1 / 3, 0], [1 / 3, 0, 0], [0, 0, 0]]),
         ("fixed_length", [[1 / 20, 1 / 20, 0], [1 / 20, 0, 0], [0, 0, 0]]),
+        ("token_sum", [[0.5, 0.5, 0], [0.5, 0, 0], [0, 0, 0]]),
     ],
 )
 def test_weights_by_hand(aggregation, expected):
@@ -354,7 +357,7 @@ def test_gradients_do_not_depend_on_micro_batches_row_order_or_padding(
 ):
     """Fact 13, in float64 through a model whose every operation is float64."""
     model, rollout = make_model("gpt2").double(), make_rollout()
-    level = "token" if aggregation == "token_mean" else "sequence"
+    level = "token" if aggregation in ("token_mean", "fixed_length") else "sequence"
     objective = Objective(level, aggregation=aggregation, clip_low=0.9, clip_high=20.0)
     whole = model_gradient(model, padded(rollout, 0, 0), objective, 6)
     assert whole.abs().max() > 1e-3
@@ -366,11 +369,13 @@ def test_gradients_do_not_depend_on_micro_batches_row_order_or_padding(
     same(model_gradient(model, padded(rollout, 2, 1), objective, 1))
 
 
-@pytest.mark.parametrize("level", ["sequence", "sequence_token", "sequence_sum"])
-def test_a_sequence_ratio_with_token_mean_is_refused_with_the_reason(level):
-    """Fact 13."""
+@pytest.mark.parametrize("aggregation", ["token_mean", "fixed_length"])
+@pytest.mark.parametrize("level", ["sequence", "sequence_token", "sequence_sum", "geometric"])
+def test_a_sequence_ratio_weighted_by_length_is_refused_with_the_reason(level, aggregation):
+    """Fact 51: one rule for both; token_sum says by its name that it is wanted."""
     with pytest.raises(ValueError, match="weighted by the sequence's length"):
-        Objective(level, aggregation="token_mean")
+        Objective(level, aggregation=aggregation)
+    assert Objective(level, aggregation="token_sum").aggregation == "token_sum"
 
 
 def test_two_ranks_with_half_of_the_rows_have_the_gradient_of_one(tmp_path):
@@ -412,12 +417,27 @@ def test_the_defaults_are_gspo_as_published():
     ("arguments", "message"),
     [
         ({"ratio": "word"}, "ratio must be one of sequence, .* got 'word'"),
-        ({"surrogate": "ppo"}, "surrogate must be one of clip, cispo, got 'ppo'"),
+        ({"surrogate": "ppo"}, "surrogate must be one of clip, cispo, soft, gamma, got 'ppo'"),
         ({"aggregation": "mean"}, "aggregation must be one of"),
-        ({"clip_low": -0.1}, r"clip_low must be in \[0, 1\), got -0.1"),
-        ({"clip_low": 1.0}, "clip_low"),
+        ({"clip_low": -0.1}, r"clip_low must be in \[0, 1\], got -0.1"),
+        ({"clip_low": 1.1}, "clip_low"),
         ({"clip_high": -1e-4}, "clip_high must be in"),
         ({"clip_high": NAN}, "clip_high"),
+        ({"pick": "some"}, "pick must be one of high_entropy, clip_cov, kl_cov, got 'some'"),
+        ({"pick": "high_entropy"}, r"pick_share must be in \(0, 1\), got None"),
+        ({"pick": "high_entropy", "pick_share": 1.0}, "pick_share"),
+        ({"pick_share": 0.5}, "pick_share 0.5 does nothing with pick null; set pick_share to null"),
+        ({"tau_pos": 1.0}, "tau_pos 1.0 does nothing with surrogate clip; .* surrogate to soft"),
+        ({"surrogate": "soft", "clip_dual": 3.0}, "clip_dual 3.0 does nothing with surrogate soft"),
+        ({"surrogate": "soft", "clip_low": 0.2}, "surrogate soft has no clip range"),
+        ({"ratio": "token", "surrogate": "soft", "tau_neg": 0.0}, "tau_neg must be > 0, got 0.0"),
+        ({"surrogate": "gamma"}, "gamma is for ratio sequence_sum, got ratio sequence"),
+        ({"clip_dual": 1.0}, r"clip_dual must be above 1 \+ clip_high, got 1.0"),
+        ({"ratio": "geometric", "clip_dual": 3.0}, "geometric is clipped token by token"),
+        ({"ratio": "geometric", "surrogate": "cispo"}, "geometric is clipped token by token"),
+        ({"off_policy_limit": 0.0}, "off_policy_limit must be > 0"),
+        ({"pick": "kl_cov", "pick_share": 0.1}, "kl_cov is for ratio token, got ratio sequence"),
+        ({**CLIP_COV, "cov_low": 6.0}, "cov_low must be below cov_high 5.0, got 6.0"),
     ],
 )
 def test_a_bad_objective_names_its_field(arguments, message):
@@ -456,5 +476,145 @@ def test_a_wrong_shape_is_named(name):
 def test_the_clip_width_is_the_narrower_side_or_the_only_one():
     assert Objective().clip_width == 3e-4
     assert Objective("token", clip_low=0.2, clip_high=0.1).clip_width == 0.1
-    cispo = Objective("token", "cispo", "token_mean", clip_low=0.0, clip_high=4.0)
+    cispo = Objective("token", "cispo", "token_mean", clip_low=1.0, clip_high=4.0)
     assert cispo.clip_width == 4.0
+    assert Objective("token", "soft", tau_neg=2.0).clip_width == 0.5
+
+
+# ---- the choices of other papers; tests/test_algorithms.py has their formulas
+
+
+SOFT = {"ratio": "token", "surrogate": "soft"}
+GAMMA = {"ratio": "sequence_sum", "surrogate": "gamma", "aggregation": "token_mean"}
+WIDE = {"ratio": "token", "clip_low": 0.2, "clip_high": 0.2}
+KL_COV = {"ratio": "token", "pick": "kl_cov", "pick_share": 0.2}
+
+
+def whole_loss(choices, lp, old, advantages, mask):
+    """The loss of a mini-batch, its entropies made up."""
+    objective = Objective(**choices)
+    weights, picked = weights64(mask, objective.aggregation, 5), None
+    if objective.pick is not None:
+        tokens = lp.detach(), old, old.abs(), advantages, mask
+        picked = picked_tokens(*tokens, objective, seed=0)
+    return policy_loss(lp, old, advantages, mask, weights, objective, picked)
+
+
+@pytest.mark.parametrize(
+    ("choices", "change"),
+    [
+        (WIDE, {"clip_dual": 1.5}),
+        (WIDE, {"off_policy_limit": 0.01}),
+        (WIDE, {"ratio": "geometric"}),
+        (WIDE | {"surrogate": "cispo"}, {"clip_low": 1.0}),
+        ({"ratio": "token"}, {"surrogate": "soft"}),
+        (SOFT, {"tau_pos": 2.0}),
+        (SOFT, {"tau_neg": 2.0}),
+        *((GAMMA, {name: 1.5}) for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg")),
+        ({}, {"aggregation": "token_sum"}),
+        (WIDE, {"pick": "high_entropy", "pick_share": 0.5}),
+        ({"pick": "high_entropy", "pick_share": 0.5}, {"pick_share": 0.1}),
+        (WIDE, CLIP_COV | {"cov_low": 0.01}),
+        (WIDE | CLIP_COV | {"cov_low": 0.01}, {"pick_share": 0.1}),
+        (WIDE | CLIP_COV | {"cov_low": 0.01}, {"cov_low": 1.0}),
+        (WIDE | CLIP_COV | {"cov_low": 0.01}, {"cov_high": 0.1}),
+        (WIDE, KL_COV),
+        (WIDE | KL_COV, {"cov_kl": 2.0}),
+    ],
+)
+def test_each_choice_changes_the_gradient_and_ignores_padding(choices, change):
+    lp, old, advantages, mask = batch(seed=2, spread=1.0)
+    one, two = (whole_loss(c, lp, old, advantages, mask) for c in (choices, choices | change))
+    slopes = [gradient(result.loss, lp) for result in (one, two)]
+    assert (slopes[0] - slopes[1]).abs().max() > 1e-4
+    dirty = lp.detach().masked_fill(~mask, NAN).requires_grad_()
+    other = whole_loss(choices | change, dirty, old.masked_fill(~mask, 1e4), advantages, mask)
+    assert other.loss == two.loss
+    assert torch.equal(gradient(other.loss, dirty), slopes[1])
+
+
+@pytest.mark.parametrize(
+    ("choices", "ratio", "advantage", "loss", "slope"),
+    [
+        (WIDE | {"clip_dual": 3.0}, 4.0, -2.0, 6.0, 0.0),  # fact 48: held at c
+        (WIDE | {"clip_dual": 3.0}, 2.0, -2.0, 4.0, 4.0),
+        (WIDE | {"clip_dual": 3.0}, 4.0, 2.0, -2.4, 0.0),  # a positive advantage is PPO's
+        (WIDE | {"surrogate": "cispo"}, 0.5, 3.0, 2.4, -2.4),  # held at 0.8
+        (SOFT, 1.0, 1.0, -2.0, -1.0),  # fact 49: 4 / tau sigma(0) = 2, and the slope of the ratio
+        (SOFT, 1.0, -1.0, 2 / 1.05, 1.0),
+        # at ratio 2: 4 sigma(1) (1 - sigma(1)) 2
+        (SOFT, 2.0, 1.0, -4 * 0.7310585786300049, -8 * 0.19661193324148185),
+        (GAMMA, 1.0, 1.0, 1.0, -1.0),  # w = 1 weighs 1, and the log-prob is -1
+        (GAMMA, 2.0, 1.0, 4 * math.exp(-3), -4 * math.exp(-3)),
+        (GAMMA, 2.0, -1.0, -8 * math.exp(-2), 8 * math.exp(-2)),
+        (WIDE | {"off_policy_limit": 0.1}, 0.9, -1.0, 0.0, 0.0),  # has fallen by 0.105
+        (WIDE | {"off_policy_limit": 0.11}, 0.9, -1.0, 0.9, 0.9),
+        (WIDE | {"off_policy_limit": 0.1}, 0.9, 1.0, -0.9, -0.9),
+        (WIDE | {"ratio": "geometric"}, 1.5, 1.0, -1.2, 0.0),
+        (WIDE | {"ratio": "geometric"}, 1.5, -1.0, 1.5, 1.5),
+    ],
+)
+def test_other_surrogates_by_hand(choices, ratio, advantage, loss, slope):
+    lp = float64([[-1.0]]).requires_grad_()
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    old = lp.detach() - math.log(ratio)
+    result = whole_loss(choices, lp, old, float64([advantage]), mask)
+    assert result.loss.item() == pytest.approx(loss)
+    assert gradient(result.loss, lp).item() == pytest.approx(slope)
+
+
+def test_a_geometric_ratio_clips_each_token_before_the_mean():
+    """Fact 50: log-ratios 1 and 0.1 with A > 0 are log 1.2 and 0.1; the first has no gradient."""
+    lp = float64([[1.0, 0.1]]).requires_grad_()
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    zeros = torch.zeros_like(lp)
+    result = whole_loss(WIDE | {"ratio": "geometric"}, lp, zeros, float64([1.0]), mask)
+    s = math.exp((math.log(1.2) + 0.1) / 2)
+    assert result.loss.item() == pytest.approx(-s)
+    assert gradient(result.loss, lp)[0].tolist() == pytest.approx([0.0, -s / 2])
+    assert result.clip_fraction_tokens == 0.5
+
+
+PICKS = ({"pick": "high_entropy", "pick_share": 0.5}, CLIP_COV | {"cov_low": 0.01}, KL_COV)
+
+
+@pytest.mark.parametrize("choices", PICKS)
+def test_two_ranks_pick_the_tokens_that_one_picks(choices):
+    """Fact 52: ranks of 9 and 6 tokens; the statistics are those of all 15."""
+    lp, old, advantages, mask = batch(spread=0.5)
+    entropy = old.abs() + torch.arange(6)[:, None]  # the second rank's tokens are less certain
+    tokens, objective = (lp.detach(), old, entropy, advantages, mask), Objective(**choices)
+    whole = picked_tokens(*tokens, objective, seed=7)
+    assert 0 < whole.sum() < 15 and not (whole & ~mask).any()
+    seen = []
+
+    def keep(rows):
+        seen.append(rows)
+        return rows, slice(None)
+
+    halves = [[tensor[rows] for tensor in tokens] for rows in (slice(0, 3), slice(3, 6))]
+    alone = [picked_tokens(*half, objective, 7, keep) for half in halves]
+    every, starts = torch.cat(seen), (0, len(seen[0]))
+    parts = [
+        picked_tokens(*half, objective, 7, lambda rows, s=s: (every, slice(s, s + len(rows))))
+        for half, s in zip(halves, starts, strict=True)
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(torch.cat(alone), whole)  # the statistics of half the rows are others
+
+
+def test_tokens_as_uncertain_as_the_last_one_picked_are_picked():
+    """Fact 52: the quantile of [1, 2, 2, 3, 0] that leaves two is 2."""
+    entropy = float64([[1.0, 2.0, 2.0, 3.0, 0.0]])
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    zeros = torch.zeros_like(entropy)
+    objective = Objective(pick="high_entropy", pick_share=0.4)
+    picked = picked_tokens(zeros, zeros, entropy, zeros, mask, objective, seed=0)
+    assert picked.tolist() == [[False, True, True, True, False]]
+
+
+def test_a_loss_that_picks_wants_its_tokens():
+    values, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    objective = Objective(pick="high_entropy", pick_share=0.2)
+    with pytest.raises(ValueError, match="pick high_entropy needs the tokens of picked_tokens"):
+        policy_loss(values, values, values, mask, values, objective)

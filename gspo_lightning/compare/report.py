@@ -199,7 +199,9 @@ def draw(path: Path, groups: Mapping[tuple[str, int], list[Run]]) -> None:
     picture = Figure(figsize=(12, 18), dpi=100, layout="constrained")
     several = len({updates for _, updates in groups}) > 1
     for row, (title, key) in zip(picture.subplots(len(PANELS), 2), PANELS, strict=True):
-        for colour, ((algorithm, updates), runs) in zip(COLOURS, groups.items(), strict=False):
+        for number, ((algorithm, updates), runs) in enumerate(groups.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            style = ("-", "--", ":")[number // len(COLOURS) % 3]
             found = [series(run, key) for run in runs]
             # as far as the shortest run of the group goes
             values = list(zip(*(of_run for _, _, of_run in found), strict=False))
@@ -212,7 +214,7 @@ def draw(path: Path, groups: Mapping[tuple[str, int], list[Run]]) -> None:
             label = f"{algorithm}, {updates}" if several else algorithm
             for place, axes in enumerate(row):
                 x = [mean(v) for v in zip(*(run[place] for run in found), strict=False)]
-                axes.plot(x, middle, color=colour, linewidth=1.6, label=label)
+                axes.plot(x, middle, style, color=colour, linewidth=1.6, label=label)
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         for axes, unit in zip(row, ("rollout", "seconds"), strict=True):
             axes.set_title(title, loc="left", fontsize=11, fontweight="bold")

@@ -92,7 +92,7 @@ def check_critic(
         raise ValueError(
             "model.advantages gae needs a critic; add --config algorithm/ppo, or model.critic"
         )
-    if config is None and group_size < 2:
+    if config is None and group_size < 2 and advantages != "reinforce_plus_plus":
         raise ValueError(
             f"sampler.group_size must be >= 2, got {group_size}: without a critic a completion is "
             "compared with the others of its group"

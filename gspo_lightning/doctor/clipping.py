@@ -24,7 +24,11 @@ FAR = 1.0  # spread of log s, beyond which most ratios lie outside of any clip r
 PAPER = 0.15  # of the tokens are clipped with GSPO: arXiv:2507.18071, section 5.3
 LOW, HIGH = 3.0, 4.0  # how the published range is shaped: 3e-4 below 1, 4e-4 above
 MOST = 0.8  # of the sequences: the trial clips none, so its steps go further than those of a run
-OPEN = {"clip_low": 0.999, "clip_high": 1000.0}  # clips nothing: what would be clipped is asked
+OPEN = {
+    "clip_low": 0.999,
+    "clip_high": 1000.0,
+    "clip_dual": None,
+}  # clips nothing: what would be clipped is asked
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,8 @@ def clipping(
     objective = module.objective
     rewards = totals[0] if totals else torch.zeros(len(samples))
     single = module.num_epochs * module.num_minibatches == 1
-    if objective.ratio not in ("sequence", "sequence_token") or single or samples.group_size == 1:
+    means = objective.ratio in ("sequence", "sequence_token") and objective.surrogate == "clip"
+    if not means or single or samples.group_size == 1:
         return []  # clips per token are no question of the length; one step is never clipped
     size = samples.group_size
     advantages = group_advantages(rewards.view(-1, size), "normalized")

@@ -26,6 +26,7 @@ from gspo_lightning.rollout import Rollout, Samples
 from gspo_lightning.sharding.ranks import weights_of
 
 DROPOUTS = tuple(kind for name, kind in vars(nn).items() if "Dropout" in name)
+UNPICKED = dict.fromkeys(("pick", "pick_share", "cov_low", "cov_high", "cov_kl"))
 ROWS = 16  # completions that noise and KL are measured on
 PADDING = 8  # tokens; with masked columns attention takes another path through its kernels
 GRADIENT_ROWS = 8  # completions whose gradient is computed in several cuts
@@ -145,8 +146,10 @@ def gradient(module: Any, rollout: Rollout, size: int, choices: LossChoices | No
     """The gradient of one optimizer step, ``size`` rows at a time, by the update's code.
 
     ``choices`` are the module's, unless others are given. Without gradients enabled there are none.
+    Tokens that a run picks by statistics of its mini-batches are treated as the others.
     """
     choices = choices or module.choices
+    choices = replace(choices, objective=replace(choices.objective, **UNPICKED))
     aggregation, limit = module.objective.aggregation, module.sampler.max_new_tokens
     weights = token_weights(rollout.mask, aggregation, limit)
     if choices.mismatch.weighs and rollout.logprobs is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from gspo_lightning.advantages import SCALED
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint.ranks import check_alike
 from gspo_lightning.frozen.reward_model import RewardModel, freeze
@@ -56,6 +57,30 @@ def resolve_device(key: str, word: str, policy_device: torch.device) -> torch.de
     return torch.device("cuda", index)
 
 
+@dataclass(frozen=True)
+class ReferenceSync:
+    """How a reference follows the policy: ref = mixup * policy + (1 - mixup) * ref.
+
+    Args:
+        mixup: Share of the policy's weights, in (0, 1].
+        every: Optimizer steps between two moves.
+
+    Raises:
+        ValueError: If a value is out of range.
+
+    Source:
+        TR-DPO, arXiv:2404.09656, section 3 (soft and hard update).
+    """
+
+    mixup: float = 0.6
+    every: int = 512
+
+    def __post_init__(self) -> None:
+        check_at_least(1, "reference.sync.", every=self.every)
+        if not 0 < self.mixup <= 1:
+            raise ValueError(f"reference.sync.mixup must be in (0, 1], got {self.mixup}")
+
+
 @dataclass
 class ReferencePolicy:
     """The policy as it was at the start, which the KL penalty holds on to.
@@ -65,6 +90,8 @@ class ReferencePolicy:
         device: ``cuda:1``, ``cuda:+1``, ``policy`` or ``cpu``.
         dtype: Type of the weights; ``None`` is the policy's, so that the KL starts at 0.
         batch_size: Sequences per forward pass.
+        sync: Lets the reference follow the policy; ``None`` keeps it as it is. Checkpoints then
+            hold its weights, too.
 
     Attributes:
         shared: Whether the model is the policy's own with its adapters off. Such a reference must
@@ -75,6 +102,7 @@ class ReferencePolicy:
     device: str = "cuda:1"
     dtype: Literal["float32", "bfloat16"] | None = None
     batch_size: int = 32
+    sync: ReferenceSync | None = None
     shared: bool = field(default=False, init=False, repr=False)
     model: Any = field(default=None, init=False, repr=False)
     fingerprint: str | None = field(default=None, init=False, repr=False)
@@ -115,6 +143,52 @@ class ReferencePolicy:
     def release(self) -> None:
         self.model, self.shared = None, False
 
+    def check_follows(self, policy: Any) -> None:
+        """Refuse to follow a model with other weights than the reference's own."""
+        if self.sync is None:
+            return
+        own, other = (
+            {name: tuple(p.shape) for name, p in model.named_parameters()}
+            for model in (self.model, policy)
+        )
+        if own != other:
+            name = sorted(n for n in own.keys() | other.keys() if own.get(n) != other.get(n))[0]
+            raise ValueError(
+                f"reference.sync: {self.path} cannot follow the policy, as {name} is of another "
+                "shape or missing; set reference.path to null, or leave sync out"
+            )
+
+    @torch.no_grad()
+    def follow(self, policy: Any, steps: int) -> None:
+        """Move the weights towards those of the policy's model, if it is time for that.
+
+        Args:
+            policy: A model with the same parameters.
+            steps: Optimizer steps that were taken.
+        """
+        if self.sync is None or steps % self.sync.every:
+            return
+        source = dict(policy.named_parameters())
+        for name, weight in self.model.named_parameters():
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            there = source[name].detach().to(weight.device, wide)
+            weight.copy_(weight.to(wide).lerp(there, self.sync.mixup))
+
+    def state(self) -> dict[str, Tensor] | None:
+        """The weights as they are, for a checkpoint, where they move."""
+        if self.sync is None or self.model is None:
+            return None
+        return {
+            name: weight.detach().cpu().clone() for name, weight in self.model.named_parameters()
+        }
+
+    def load_state(self, saved: dict[str, Tensor] | None) -> None:
+        """Take weights back from :meth:`state`; one that keeps still has none."""
+        if self.sync is not None and self.model is not None and saved is not None:
+            with torch.no_grad():
+                for name, weight in self.model.named_parameters():
+                    weight.copy_(saved[name])
+
     # no_grad, not inference_mode: the KL term saves these log-probs for its backward pass
     @torch.no_grad()
     def logprobs(
@@ -146,10 +220,52 @@ class ReferencePolicy:
         return torch.cat(parts)[back].to(samples.mask.device)
 
 
-def check_reference(kl_coef: float, reference: ReferencePolicy | None) -> None:
-    """Refuse a KL penalty that nothing is compared with."""
+def check_reference(kl_coef: float, reference: ReferencePolicy | None, policy: Any) -> None:
+    """Refuse a KL penalty that nothing is compared with, and a reference that cannot follow."""
     if kl_coef > 0 and reference is None:
         raise ValueError(f"kl_coef is {kl_coef} but there is no reference; set model.reference")
+    if reference is not None and reference.sync is not None and policy.lora is not None:
+        raise ValueError(
+            "reference.sync with policy.lora: the reference is the policy without its adapters, "
+            "which never moves; leave sync or lora out"
+        )
+
+
+def check_kl_in_reward(wanted: bool, advantages: str, critic: Any, reference: Any) -> None:
+    """Refuse a KL penalty in the rewards that could not do what it says.
+
+    Args:
+        wanted: Whether it is asked for, without a critic.
+        advantages: Their kind.
+        critic: If there is one: it has a setting of its own.
+        reference: If there is one.
+
+    Raises:
+        ValueError: Naming the settings and the way out.
+    """
+    if not wanted:
+        return
+    if critic is not None:
+        raise ValueError(
+            "model.kl_in_reward is for runs without a critic; set model.critic.kl_in_reward"
+        )
+    if reference is None:
+        raise ValueError("model.kl_in_reward needs something to compare; set model.reference")
+    if advantages in SCALED:
+        raise ValueError(
+            f"model.kl_in_reward with advantages {advantages}: in a group whose rewards are equal "
+            "the penalty alone would be scaled up to the size of a reward; use relative, "
+            "leave_one_out, opo or reinforce_plus_plus, or set kl_in_reward to false"
+        )
+
+
+def check_sync(reference: ReferencePolicy | None, cut: bool) -> None:
+    """Refuse a reference that would follow a policy of which each rank has a part alone."""
+    if cut and reference is not None and reference.sync is not None:
+        raise ValueError(
+            "reference.sync needs the whole policy on each rank; leave it out with fsdp2, or train "
+            "with ddp or on one device"
+        )
 
 
 @dataclass(eq=False)
@@ -193,6 +309,7 @@ class FrozenModels:
             ValueError: If a device is not there or a folder is broken, before any weight is read.
         """
         reference = self.reference if with_reference else None
+        check_sync(reference, self.mesh is not None)
         places = {key: model.device for key, model in self.reward_models.items()}
         if reference is not None:
             places["model.reference"] = reference.device

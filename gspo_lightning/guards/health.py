@@ -101,7 +101,7 @@ def spread_text(figures: Figures, run: History) -> str:
 def unclipped(figures: Figures, run: History) -> str | None:
     """Not one ratio was clipped, though there was something to learn and several steps."""
     clipped = figures.get("train/clip_fraction_sequences", 1.0)
-    if run.steps > 1 and clipped == 0 and figures.get(SPREAD, 1.0) > 0:
+    if run.steps > 1 and run.objective.clips and clipped == 0 and figures.get(SPREAD, 1.0) > 0:
         return (
             f"nothing was clipped for {PATIENCE} rollouts of {run.steps} steps each: the clip "
             f"range {run.clip_range} does nothing, or the steps are too small; for a sequence "
@@ -114,7 +114,8 @@ def unclipped(figures: Figures, run: History) -> str | None:
 def overclipped(figures: Figures, run: History) -> str | None:
     """Most ratios, in the unit that the ratio has, were clipped."""
     unit = "sequences" if run.objective.ratio.startswith("sequence") else "tokens"
-    if (share := figures.get(f"train/clip_fraction_{unit}", 0.0)) > MOST:
+    share = figures.get(f"train/clip_fraction_{unit}", 0.0)
+    if run.objective.clips and share > MOST:
         return (
             f"{share:.0%} of the ratios are clipped, so most of a rollout teaches nothing: its "
             f"steps are too large for the clip range {run.clip_range}; lower "
@@ -417,7 +418,8 @@ class Health:
         """Warn of a clip range that was meant for another kind of ratio; look for the KL rule."""
         objective = self.run.objective
         widest = max(objective.clip_low, objective.clip_high)
-        if objective.ratio in ("sequence", "sequence_token") and widest > WIDE:
+        mean = objective.ratio in ("sequence", "sequence_token")
+        if mean and objective.surrogate == "clip" and widest > WIDE:
             self._say_once(
                 "range",
                 f"a clip range of {widest} never clips a length-normalised ratio; GSPO "

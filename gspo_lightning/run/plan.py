@@ -201,9 +201,11 @@ def _clip(trainer: Any, module: Any) -> str:
     """The clip range, and whether rounding is of its size: measured is that later, by `doctor`."""
     objective, limit = module.objective, module.sampler.max_new_tokens
     low, high = objective.clip_low, objective.clip_high
-    bounds = f"capped at 1 + {high:g}"
-    if objective.surrogate == "clip":
-        bounds = f"within [1 - {low:g}, 1 + {high:g}]"
+    bounds = f"within [1 - {low:g}, 1 + {high:g}]"
+    if objective.surrogate == "cispo" and low == 1:
+        bounds = f"capped at 1 + {high:g}"
+    if objective.surrogate in ("soft", "gamma"):
+        return f"none: {objective.ratio} ratio, surrogate {objective.surrogate}"
     text = f"{objective.ratio} ratio {bounds}"
     if module.num_epochs * module.num_minibatches == 1:
         return f"{text}; never clipped: one optimizer step per rollout"

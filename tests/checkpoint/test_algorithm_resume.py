@@ -1,8 +1,9 @@
-"""Fact 42 for what carries state of its own: a critic, and prompts drawn beyond the rollout's."""
+"""Fact 42 where a critic, a reference that follows, a draw or more prompts belong to a run."""
 
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from support.demo_run import arguments, killed
@@ -31,10 +32,16 @@ model:
     objective: {ratio: token, aggregation: token_mean, clip_low: 0.2, clip_high: 0.2}
     advantages: gae
     critic: {learning_rate_ratio: 2.0}
-    reference: {device: cpu}
+    reference: {device: cpu, sync: {mixup: 0.5, every: 5}}
     kl_coef: 0.05
 """
-FLAT_GROUPS_OUT = "model: {init_args: {drop_flat_groups: true, max_draws: 6}}"
+FLAT_GROUPS_OUT = """
+model:
+  init_args:
+    drop_flat_groups: true
+    max_draws: 6
+    objective: {ratio: token, pick: clip_cov, pick_share: 0.1, cov_low: 1.0e-3}
+"""
 KINDS = {"ppo": [PPO], "dynamic": [FLAT_GROUPS_OUT], "both": [PPO, FLAT_GROUPS_OUT]}
 
 
@@ -75,6 +82,9 @@ def test_a_stopped_run_continues_bit_for_bit(stack, tmp_path):
         assert "critic.head.weight" in checkpoint["state_dict"]
         trained = [name for name in checkpoint["state_dict"] if "lm_head" not in name]  # tied
         assert len(checkpoint["optimizer_states"][0]["state"]) == len(trained)
+        start = state(straight, 2)["gspo"]["reference"]  # 4 steps: it moves after the fifth
+        moved = checkpoint["gspo"]["reference"]
+        assert any(not torch.equal(moved[name], start[name]) for name in moved)
     else:
         drawn = [value for _, value in figures(straight)["rollout/prompts_drawn"]]
         assert max(drawn) > 4  # else nothing was drawn beyond the rollouts' own prompts

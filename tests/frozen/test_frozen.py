@@ -17,7 +17,10 @@ from gspo_lightning.engine.rotary import rotary_limit
 from gspo_lightning.frozen.models import (
     FrozenModels,
     ReferencePolicy,
+    ReferenceSync,
     RewardModel,
+    check_kl_in_reward,
+    check_sync,
     fingerprint,
     resolve_device,
 )
@@ -474,3 +477,59 @@ def test_a_text_that_the_reward_model_cannot_read_is_an_error(reward_dir):
 def test_a_row_without_prompt_text_is_an_error(reward_dir):
     with pytest.raises(ValueError, match=r"reads the text in column 'prompt'; a row has \['q'\]"):
         load(reward_dir)([{"q": "1"}], ["1"])
+
+
+# ---- a reference that follows the policy
+
+
+def test_a_reference_moves_towards_the_policy_every_so_many_steps():
+    """0.75 * 2 + 0.25 * 1 = 1.75."""
+    reference = ReferencePolicy(device="cpu", sync=ReferenceSync(mixup=0.75, every=4))
+    reference.model, policy = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    for model, value in ((reference.model, 1.0), (policy, 2.0)):
+        for parameter in model.parameters():
+            parameter.data.fill_(value)
+    for steps in (1, 3, 5):
+        reference.follow(policy, steps)
+        assert reference.model.weight.item() == 1.0
+    reference.follow(policy, 8)
+    assert reference.model.weight.item() == 1.75 and policy.weight.item() == 2.0
+    saved = reference.state()
+    reference.follow(policy, 12)
+    reference.load_state(saved)
+    assert reference.model.weight.item() == 1.75
+    assert ReferencePolicy(device="cpu").state() is None  # one that keeps still is in no checkpoint
+
+
+def test_a_reference_that_cannot_follow_is_refused():
+    reference = ReferencePolicy(device="cpu", path=None, sync=ReferenceSync())
+    with pytest.raises(ValueError, match=r"reference\.sync needs the whole policy on each rank"):
+        check_sync(reference, cut=True)
+    check_sync(ReferencePolicy(device="cpu"), cut=True)
+    check_sync(reference, cut=False)
+    reference.model = torch.nn.Linear(1, 2)
+    with pytest.raises(ValueError, match="cannot follow the policy, as bias is of another shape"):
+        reference.check_follows(torch.nn.Linear(1, 3))
+    with pytest.raises(ValueError, match=r"reference.sync.mixup must be in \(0, 1\], got 1.5"):
+        ReferenceSync(mixup=1.5)
+    with pytest.raises(ValueError, match=r"sync\.every must be >= 1, got 0"):
+        ReferenceSync(every=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("relative", object(), object()), "set model.critic.kl_in_reward"),
+        (("relative", None, None), "needs something to compare; set model.reference"),
+        (
+            ("normalized", None, object()),
+            "kl_in_reward with advantages normalized",
+        ),
+        (("pass_at_k", None, object()), "kl_in_reward with advantages pass_at_k"),
+    ],
+)
+def test_a_penalty_in_the_rewards_that_could_not_do_what_it_says_is_refused(given, message):
+    check_kl_in_reward(False, *given)
+    with pytest.raises(ValueError, match=message):
+        check_kl_in_reward(True, *given)
+    check_kl_in_reward(True, "leave_one_out", None, object())

@@ -125,7 +125,7 @@ ROWS = {
         *("relative", 0.0, False, None, 4),
     ),
     "cispo": (
-        Objective("token", "cispo", "token_mean", 0.0, 4.0),
+        Objective("token", "cispo", "token_mean", 1.0, 4.0),
         *("normalized", 0.0, True, 205, 4),
     ),
     "gspo_sum": (
@@ -147,7 +147,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", ROWS)  # the others: test_algorithms holds their papers' numbers
 def test_an_algorithm_is_its_row(stack, name):
     # the limit of base.yaml, of which the slopes are a fifth
     long = ["--model.sampler.max_new_tokens", "1024"]
@@ -196,7 +196,7 @@ def test_every_task_and_every_kl_overlay_go_together(stack, task, kl):
     cli = stack(f"task/{task}", "hardware/cpu", "algorithm/gspo", f"kl/{kl}")
     assert (cli.model.reference is None) == (kl == "off")
     assert len(kl_callbacks(cli)) == (kl in ("adaptive", "origin"))
-    assert cli.model.kl_coef == (0.04 if kl == "fixed" else 0.0)
+    assert cli.model.kl_coef == (0.04 if kl in ("fixed", "following") else 0.0)
     assert len([c for c in cli.trainer.callbacks if type(c).__name__ == "CurvePlot"]) == 1
     if kl == "adaptive":
         assert kl_callbacks(cli)[0].rule == ProportionalKL(target=0.05, rollouts=2)
@@ -304,7 +304,7 @@ def test_a_machine_places_policy_reference_and_reward_model(
 
 def test_hardware_has_an_overlay_for_every_test_above():
     assert HARDWARE == ["cpu", "fsdp2", "one_gpu", "two_gpu"]
-    assert sorted(ROWS) == ALGORITHMS
+    assert set(ROWS) <= set(ALGORITHMS)
 
 
 @pytest.mark.parametrize("machine", [(), ("hardware/cpu",)])

@@ -65,7 +65,7 @@ def meant(wrong, right):
         ("--trainer.max_epochs three", "trainer.max_epochs: expected int, got three"),
         (
             "--model.kl_estimator k4",
-            "model.kl_estimator: expected one of k2, k3, got k4",
+            "model.kl_estimator: expected one of k2, k3, k3_corrected, got k4",
         ),
         (
             "--model.truncated zero_rewrd",
