@@ -129,7 +129,7 @@ class Collector:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards as the group statistics are to see them, and their parts, (B,) each."""
         with step.clock.timed("reward"):
-            lengths, finished = samples.mask.sum(1).cpu(), samples.finished.cpu()
+            lengths, finished = samples.lengths.cpu(), samples.finished.cpu()
             # Whitening learns from the first draw alone: later prompts were chosen by their reward.
             seed, learn = step.seed(f"reward/{draw}"), draw == 0
             rewards, parts, counts = score_or_keep(

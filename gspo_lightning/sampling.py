@@ -4,14 +4,16 @@ Decides which engine decodes, and what a seed means: one uniform number per (see
 so that a row's completion does not depend on which rows share its batch.
 """
 
+import copy
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from gspo_lightning.bounds import check_at_least
+from gspo_lightning.bounds import check_at_least, check_positive
 from gspo_lightning.engine.group_decoder import GroupDecoder, Wanted
 from gspo_lightning.engine.mode import mode_kept
 from gspo_lightning.engine.padded import unwrapped
@@ -20,7 +22,9 @@ from gspo_lightning.engine.probe import decoding
 from gspo_lightning.engine.products import ordered_weights
 from gspo_lightning.engine.rotary import check_rotary
 from gspo_lightning.engine.step_graphs import cuda_graph_recorder
-from gspo_lightning.engine.texts import Watch
+from gspo_lightning.engine.texts import Read, Watch
+from gspo_lightning.engine.turns import Turns
+from gspo_lightning.environments import COLUMN, Conversations, Environment, Messages, Turn
 from gspo_lightning.rollout import PromptBatch, Samples
 
 log = logging.getLogger(__name__)
@@ -45,6 +49,10 @@ class Sampler(Protocol):
         """Complete every prompt of ``batch`` G times; the same seed gives the same completions."""
         ...
 
+    def like(self, group_size: int, max_new_tokens: int, temperature: float) -> Self:
+        """The same sampler with other settings, for evaluation."""
+        ...
+
 
 class GroupSampler:
     """Sample in process, with the transformers model and its KV cache.
@@ -65,6 +73,18 @@ class GroupSampler:
             time. Sizes are then rounded up to powers of two; every rollout records each anew, at
             the cost of some three steps. Off a GPU, or where a recording fails, steps are computed
             one by one, and one line says so.
+        environment: Answers where the policy ends a turn, and its words become part of the
+            completion, which do not train; ``None`` is one turn. ``rewards`` needs an
+            ``EnvironmentReward`` then.
+        max_turns: Turns of the policy in a completion at most; one that has no more of them is
+            truncated.
+        environment_seconds: Longest time for the answers that are asked for at one time, in
+            seconds; a later one is an error of its completion. Then a run is no longer a function
+            of its seed alone, as the clock has a say. ``None`` waits.
+
+    Attributes:
+        messages: How the environment's messages become tokens.
+        environment_wait: Seconds that the newest rollout waited for the environment.
 
     Raises:
         ValueError: If a value is out of range.
@@ -77,16 +97,32 @@ class GroupSampler:
         temperature: float = 1.0,
         batch_size: int | None = None,
         cuda_graphs: bool = False,
+        environment: Environment | None = None,
+        max_turns: int = 8,
+        environment_seconds: float | None = None,
     ) -> None:
         counts = {"group_size": group_size, "max_new_tokens": max_new_tokens}
-        check_at_least(1, "sampler.", **counts, batch_size=batch_size)
+        check_at_least(1, "sampler.", **counts, batch_size=batch_size, max_turns=max_turns)
         check_at_least(0, "sampler.", temperature=temperature)
+        check_positive("sampler.", environment_seconds=environment_seconds)
         self.group_size = group_size
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.batch_size = batch_size
         self.cuda_graphs = cuda_graphs
+        self.environment = environment
+        self.max_turns = max_turns
+        self.environment_seconds = environment_seconds
+        self.messages = Messages()
+        self.environment_wait = 0.0
         self._told: set[str] = set()
+
+    def like(self, group_size: int, max_new_tokens: int, temperature: float) -> Self:
+        """The same sampler with other settings, its environment included."""
+        other = copy.copy(self)
+        other.group_size, other.max_new_tokens = group_size, max_new_tokens
+        other.temperature = temperature
+        return other
 
     @torch.no_grad()
     def sample(self, policy: Any, batch: PromptBatch, *, seed: int) -> Samples:
@@ -107,16 +143,49 @@ class GroupSampler:
         shape = (len(batch) * self.group_size, self.max_new_tokens)
         uniform = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
         uniform = uniform.to(batch.prompt_ids.device)
+        talk = turns = None
+        if self.environment is not None:
+            before = [prompt.tolist() for prompt in _prompts(batch) for _ in range(self.group_size)]
+            watch = Watch(policy.ends, list(before)) if policy.ends.strings else None
+            talk = self._conversations(policy, batch, before, seed)
+            turns = Turns(talk.answers, *shape, policy.eos_ids, watch)
         with mode_kept(policy.model), ordered_weights(policy.model) as computed:
             policy.model.eval()  # gradient checkpointing would switch the KV cache off otherwise
-            ids, logprobs = self._decode(policy, batch, uniform, computed)
+            ids, logprobs = self._decode(policy, batch, uniform, computed, turns)
         # at temperature 0 nothing is drawn from a distribution
-        return completed(
-            policy, batch, ids, self.group_size, logprobs if self.temperature else None
-        )
+        found = logprobs if self.temperature else None
+        if talk is None or turns is None:
+            return completed(policy, batch, ids, self.group_size, found)
+        self.environment_wait = talk.seconds
+        return conversed(batch, ids, self.group_size, found, turns, talk)
+
+    def _conversations(
+        self, policy: Any, batch: PromptBatch, before: list[list[int]], seed: int
+    ) -> Conversations:
+        """The episodes of a rollout; ``before`` has what stands before each row's turn."""
+
+        def read(row: int, ids: list[int]) -> tuple[str, str]:
+            found = policy.ends.read([before[row]], torch.tensor([ids]), policy.eos_ids, 1)
+            return found.texts[0], (found.special_texts or found.texts)[0]
+
+        def render(row: int, turn: Turn, ids: list[int]) -> list[int]:
+            ended = ids[-1] in policy.eos_ids
+            given = self.messages.ids(policy.tokenizer, turn, policy.eos_ids, ended)
+            before[row] = given or before[row]
+            return given
+
+        assert self.environment is not None
+        rows = [row for row in batch.rows for _ in range(self.group_size)]
+        settings = self.group_size, seed, self.max_turns, self.environment_seconds
+        return Conversations(self.environment, rows, *settings, read, render)
 
     def _decode(
-        self, policy: Any, batch: PromptBatch, uniform: Tensor, computed: Callable[[int], int]
+        self,
+        policy: Any,
+        batch: PromptBatch,
+        uniform: Tensor,
+        computed: Callable[[int], int],
+        turns: Turns | None,
     ) -> tuple[Tensor, Tensor]:
         """Token ids and log-probs, (B, T) each, by the engine that the model allows."""
         num_rows = min(self.batch_size or len(uniform), len(uniform))
@@ -129,8 +198,9 @@ class GroupSampler:
         group = torch.arange(len(batch), device=uniform.device).repeat_interleave(self.group_size)
 
         def watch(groups: Tensor) -> Watch | None:
-            texts = [prompts[g].tolist() for g in groups.tolist()] if policy.ends.strings else None
-            return None if texts is None else Watch(policy.ends, texts)
+            if turns is not None or not policy.ends.strings:
+                return None
+            return Watch(policy.ends, [prompts[g].tolist() for g in groups.tolist()])
 
         check_rotary(unwrapped(policy.model), max(map(len, prompts)) + self.max_new_tokens)
         way = decoding(policy.model, uniform.device)
@@ -146,15 +216,18 @@ class GroupSampler:
                 stopped=watch(group),
                 computed=computed,
                 record=record,
+                turns=turns,
             )
             return GroupDecoder(policy.model, wanted).run()
         known = policy, batch.prompt_ids, batch.prompt_mask
         alone = way == "alone"
         size = 1 if alone else num_rows
-        parts = [
-            decode_plainly(*known, rows, numbers, self.temperature, watch(rows), alone=alone)
-            for rows, numbers in zip(group.split(size), uniform.split(size), strict=True)
-        ]
+        parts = []
+        for first in range(0, len(group), size):
+            rows = group[first : first + size]
+            drawn = rows, uniform[first : first + size], self.temperature, watch(rows)
+            ways: dict[str, Any] = {"alone": alone, "turns": turns, "first_row": first}
+            parts.append(decode_plainly(*known, *drawn, **ways))
         ids, logprobs = zip(*parts, strict=True)
         return torch.cat(ids), torch.cat(logprobs)
 
@@ -179,9 +252,44 @@ def completed(
     """
     prompts = [prompt.tolist() for prompt in _prompts(batch)]
     read = policy.ends.read(prompts, ids, policy.eos_ids, group_size)
-    mask = read.mask
-    longest = int(mask.sum(1).max())
-    ids, mask = ids[:, :longest], mask[:, :longest]
+    return _samples(batch, ids, group_size, logprobs, read)
+
+
+def conversed(
+    batch: PromptBatch,
+    ids: Tensor,
+    group_size: int,
+    logprobs: Tensor | None,
+    turns: Turns,
+    talk: Conversations,
+) -> Samples:
+    """The samples that conversations make: ``mask`` has holes where tokens were given.
+
+    Args:
+        batch: P prompts.
+        ids: Tokens of P * G rows, drawn and given, padded on the right, (B, T) int64.
+        group_size: G.
+        logprobs: Of the tokens, (B, T) float32, arbitrary behind the end.
+        turns: Which of them were drawn.
+        talk: What was said.
+    """
+    for row, cut in enumerate(turns.open):
+        talk.leave(row, cut)
+    finished = torch.tensor(talk.finished, device=ids.device)
+    texts = ["\n".join(own) for own in talk.texts]
+    special = ["\n".join(turn["policy"] for turn in r["turns"]) for r in talk.records]
+    read = Read(turns.mask().to(ids.device), finished, texts, special)
+    samples = _samples(batch, ids, group_size, logprobs, read)
+    pairs = zip(samples.rows, talk.records, strict=True)
+    return replace(samples, rows=[row | {COLUMN: record} for row, record in pairs])
+
+
+def _samples(
+    batch: PromptBatch, ids: Tensor, group_size: int, logprobs: Tensor | None, read: Read
+) -> Samples:
+    """Samples of P * G rows, cut behind the longest completion."""
+    longest = int(read.mask.any(0).nonzero().max()) + 1
+    ids, mask = ids[:, :longest], read.mask[:, :longest]
     group = torch.arange(len(batch)).repeat_interleave(group_size)
     index = group.to(batch.prompt_ids.device)
     return Samples(

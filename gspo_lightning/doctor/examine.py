@@ -197,7 +197,7 @@ def earned(module: Any, samples: Samples, cap: int, totals: list[torch.Tensor]) 
     total, finished, lost = scores.total, samples.finished.cpu(), 0.0
     if cap == module.sampler.max_new_tokens:  # else a cut completion is none that hit the limit
         if module.overlong_ramp is not None:
-            lengths = samples.mask.sum(1).cpu()
+            lengths = samples.lengths.cpu()
             total = total + overlong_penalty(lengths, cap, module.overlong_ramp)
         if module.truncated != "keep":
             cut = 0.0 if module.truncated == "zero_reward" else torch.nan

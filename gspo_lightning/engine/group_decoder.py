@@ -21,6 +21,7 @@ from gspo_lightning.engine.drawing import NotDecodable, draw, listed
 from gspo_lightning.engine.group_attention import GroupAttention, Layout
 from gspo_lightning.engine.padded import forward_arguments, text_config, unwrapped
 from gspo_lightning.engine.step_graphs import Play, StepGraphs, rounded
+from gspo_lightning.engine.turns import Turns, with_given
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ class Wanted:
         computed: How many rows a step computes where so many run; what comes on top is not read.
         record: Makes a recording of a decode step of fixed shape; ``None`` computes each step
             anew, with no more rows and tokens than there are.
+        turns: Gives rows tokens where they end a turn, and knows stop strings then; ``None`` where
+            the first end of a row is its last.
     """
 
     prompts: list[Tensor]
@@ -57,6 +60,7 @@ class Wanted:
     stopped: Callable[[int, int], bool] | None = None
     computed: Callable[[int], int] = lambda count: count
     record: Callable[[Play], Play] | None = None
+    turns: Turns | None = None
 
 
 def check_decodable(model: Any) -> None:
@@ -227,12 +231,19 @@ class GroupDecoder:
         place = self.places[start : self.num]
         uniform = self.wanted.uniform.view(-1).index_select(0, place)
         token, logprob = draw(logits, uniform, self.wanted.temperature)
+        turns = self.wanted.turns
+        if turns is not None:
+            token, logprob = with_given(turns.given(self.running[start:]), token, logprob)
         self.ids.view(-1).scatter_(0, place, token)
         self.logprobs.view(-1).scatter_(0, place, logprob)
         self.tokens[start : self.num] = token
         place += 1
         self.lengths[start : self.num] += 1
         full = self.step - (self.ids.shape[1] - 1)  # rows that came in at this step have T tokens
+        if turns is not None:
+            over = turns.over(self.running[start:], listed(token))
+            ends = enumerate(over, start)
+            return [slot for slot, end in ends if end or self.admitted[slot] == full]
         stopped = self.wanted.stopped
         return [
             slot
