@@ -20,6 +20,13 @@ if TYPE_CHECKING:  # what type checkers and readers see
     from gspo_lightning.checkpoint import RolloutCheckpoint
     from gspo_lightning.critic import CriticConfig
     from gspo_lightning.data import PreferenceData, PromptData, SFTData
+    from gspo_lightning.environments import (
+        Environment,
+        EnvironmentReward,
+        Episode,
+        GuessNumber,
+        Turn,
+    )
     from gspo_lightning.evaluation import Evaluation
     from gspo_lightning.frozen import ReferencePolicy, RewardModel
     from gspo_lightning.module import GSPOModule
@@ -38,9 +45,13 @@ HOMES = {  # of each name: where it is imported from
     "AdaptiveKL": "callbacks",
     "CriticConfig": "critic",
     "CurvePlot": "callbacks",
+    "Environment": "environments",
+    "EnvironmentReward": "environments",
+    "Episode": "environments",
     "Evaluation": "evaluation",
     "FSDP2": "sharding",
     "GSPOModule": "module",
+    "GuessNumber": "environments",
     "GroupSampler": "sampling",
     "HFExport": "callbacks",
     "LoRAConfig": "policy",
@@ -61,6 +72,7 @@ HOMES = {  # of each name: where it is imported from
     "SFTData": "data",
     "SFTModule": "supervised",
     "SampleTable": "callbacks",
+    "Turn": "environments",
     "train": "run.from_python",
 }
 __all__ = list(HOMES)

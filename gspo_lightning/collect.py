@@ -120,9 +120,13 @@ class Collector:
 
         try:
             rows = len(batch) * self.sampler.group_size
-            return self.sizes.fit(SAMPLED, rows, f"{step.name}, sampling", work)
+            samples = self.sizes.fit(SAMPLED, rows, f"{step.name}, sampling", work)
         except FloatingPointError as error:  # every further rollout would be the same
             raise FloatingPointError(f"{step.name}: {error}; no completion can be drawn") from error
+        if samples.waited is not None:
+            seconds = step.clock.seconds
+            seconds["environment"] = seconds.get("environment", 0.0) + samples.waited
+        return samples
 
     def score(
         self, samples: Samples, step: Step, draw: int = 0

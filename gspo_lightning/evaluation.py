@@ -13,10 +13,11 @@ import torch
 from torchmetrics import MetricCollection
 
 from gspo_lightning.bounds import check_at_least
+from gspo_lightning.environments import COLUMN
 from gspo_lightning.metrics import PassAtK, RolloutMetrics
 from gspo_lightning.rewards.terms import RewardTerm, Scores, score
 from gspo_lightning.rollout import PromptBatch, Samples
-from gspo_lightning.sampling import GroupSampler
+from gspo_lightning.sampling import Sampler
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,12 @@ class Evaluation:
                 f"there are {sorted(terms)}"
             )
 
-    def samplers(self, max_new_tokens: int, batch_size: int | None) -> dict[str, GroupSampler]:
-        """The greedy sampler and the sampling one."""
-        limit = self.max_new_tokens or max_new_tokens
+    def samplers(self, training: Sampler) -> dict[str, Sampler]:
+        """The greedy sampler and the sampling one, with the engine that training samples with."""
+        limit = self.max_new_tokens or training.max_new_tokens
         return {
-            "greedy": GroupSampler(1, limit, 0.0, batch_size),
-            "sampled": GroupSampler(self.num_samples, limit, self.temperature, batch_size),
+            "greedy": training.like(1, limit, 0.0),
+            "sampled": training.like(self.num_samples, limit, self.temperature),
         }
 
 
@@ -101,7 +102,7 @@ class Evaluator(torch.nn.Module):
         self.passes.reset()
 
     def update(
-        self, policy: Any, batch: PromptBatch, samplers: Mapping[str, GroupSampler], seed: int
+        self, policy: Any, batch: PromptBatch, samplers: Mapping[str, Sampler], seed: int
     ) -> None:
         """Complete and score the prompts of one batch."""
         for kind, sampler in samplers.items():
@@ -143,7 +144,8 @@ def describe(samples: Samples, scores: Scores, prompts: list[str]) -> list[dict[
 
     Returns:
         Dicts with ``prompt`` and ``completions``, each completion with text, reward, reward parts
-        (``None`` where missing), length in tokens, and whether it ended by itself.
+        (``None`` where missing), length in tokens, whether it ended by itself, and its episode
+        where it had an environment.
     """
 
     def number(value: torch.Tensor) -> float | None:
@@ -157,6 +159,7 @@ def describe(samples: Samples, scores: Scores, prompts: list[str]) -> list[dict[
             "length": int(samples.mask[i].sum()),
             "finished": bool(samples.finished[i]),
         }
+        | {name: samples.rows[i][name] for name in (COLUMN,) if name in samples.rows[i]}
         for i, text in enumerate(samples.texts)
     ]
     size = samples.group_size

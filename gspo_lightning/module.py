@@ -18,6 +18,7 @@ from gspo_lightning.critic import Critic, CriticConfig, check_critic, fit_critic
 from gspo_lightning.curves import FigureLog
 from gspo_lightning.engine.mode import raise_flags
 from gspo_lightning.engine.rotary import fix_rotary
+from gspo_lightning.environments import check_rewards, check_start
 from gspo_lightning.evaluation import Evaluation, Evaluator, describe
 from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel, check_reference
 from gspo_lightning.guards.faults import Faults
@@ -169,6 +170,7 @@ class GSPOModule(LightningModule):
             max_draws=max_draws,
         )
         check_terms(rewards, truncated)
+        check_rewards(getattr(sampler, "environment", None), rewards)
         check_positive("sampler.", temperature=sampler.temperature)
         check_positive("model.", max_grad_norm=max_grad_norm)
         check_at_least(0, "model.", kl_coef=kl_coef)
@@ -216,7 +218,7 @@ class GSPOModule(LightningModule):
         self.tally = RolloutTally(rewards, count_names(rewards))
         self.figure_log = FigureLog()
         self.evaluator = Evaluator(evaluation, rewards)
-        self.eval_samplers = evaluation.samplers(sampler.max_new_tokens, sizes.get(SAMPLED))
+        self.eval_samplers = evaluation.samplers(sampler)
         self.health = Health(
             objective, num_epochs * num_minibatches, stop_when or (), sampler.max_new_tokens
         )
@@ -302,6 +304,7 @@ class GSPOModule(LightningModule):
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything set
         self.needs_critic = stage == "fit"
         check_present(self.rewards)
+        check_start(self.sampler, self.trainer.datamodule)  # type: ignore[attr-defined]
         if stage == "fit":
             check_data(self.trainer, self, self.sampler.group_size)
         device = self.trainer.strategy.root_device

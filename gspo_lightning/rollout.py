@@ -90,6 +90,7 @@ class Samples(Movable):
         logprobs: Log-softmax(logits / temperature) of each token as the sampler's own forward pass
             saw it, nats, (B, T) float32, 0 under a False mask; None where a sampler gives none.
         special_texts: The texts with special tokens kept; None where a sampler gives none.
+        waited: Seconds that the sampler waited for an environment; None without one.
 
     Raises:
         ValueError: If a shape or dtype does not fit; the message names the field.
@@ -105,6 +106,7 @@ class Samples(Movable):
     group_size: int
     logprobs: Tensor | None = field(kw_only=True, default=None)
     special_texts: list[str] | None = field(kw_only=True, default=None)
+    waited: float | None = field(kw_only=True, default=None)
 
     def __post_init__(self) -> None:
         if self.completion_ids.ndim != 2:

@@ -7,7 +7,6 @@ so that a row's completion does not depend on which rows share its batch.
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Protocol, Self
 
 import torch
@@ -22,9 +21,9 @@ from gspo_lightning.engine.probe import decoding
 from gspo_lightning.engine.products import ordered_weights
 from gspo_lightning.engine.rotary import check_rotary
 from gspo_lightning.engine.step_graphs import cuda_graph_recorder
-from gspo_lightning.engine.texts import Read, Watch
+from gspo_lightning.engine.texts import Watch
 from gspo_lightning.engine.turns import Turns
-from gspo_lightning.environments import COLUMN, Conversations, Environment, Messages, Turn
+from gspo_lightning.environments import Environment, Messages, Talk
 from gspo_lightning.rollout import PromptBatch, Samples
 
 log = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ class Sampler(Protocol):
         ...
 
     def like(self, group_size: int, max_new_tokens: int, temperature: float) -> Self:
-        """The same sampler with other settings, for evaluation."""
+        """A sampler with other settings and the same engine, which evaluations draw with."""
         ...
 
 
@@ -84,7 +83,6 @@ class GroupSampler:
 
     Attributes:
         messages: How the environment's messages become tokens.
-        environment_wait: Seconds that the newest rollout waited for the environment.
 
     Raises:
         ValueError: If a value is out of range.
@@ -114,7 +112,6 @@ class GroupSampler:
         self.max_turns = max_turns
         self.environment_seconds = environment_seconds
         self.messages = Messages()
-        self.environment_wait = 0.0
         self._told: set[str] = set()
 
     def like(self, group_size: int, max_new_tokens: int, temperature: float) -> Self:
@@ -143,41 +140,13 @@ class GroupSampler:
         shape = (len(batch) * self.group_size, self.max_new_tokens)
         uniform = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
         uniform = uniform.to(batch.prompt_ids.device)
-        talk = turns = None
-        if self.environment is not None:
-            before = [prompt.tolist() for prompt in _prompts(batch) for _ in range(self.group_size)]
-            watch = Watch(policy.ends, list(before)) if policy.ends.strings else None
-            talk = self._conversations(policy, batch, before, seed)
-            turns = Turns(talk.answers, *shape, policy.eos_ids, watch)
+        talk = None if self.environment is None else Talk(self, policy, batch, seed)
         with mode_kept(policy.model), ordered_weights(policy.model) as computed:
             policy.model.eval()  # gradient checkpointing would switch the KV cache off otherwise
-            ids, logprobs = self._decode(policy, batch, uniform, computed, turns)
+            ids, logprobs = self._decode(policy, batch, uniform, computed, talk and talk.turns)
         # at temperature 0 nothing is drawn from a distribution
         found = logprobs if self.temperature else None
-        if talk is None or turns is None:
-            return completed(policy, batch, ids, self.group_size, found)
-        self.environment_wait = talk.seconds
-        return conversed(batch, ids, self.group_size, found, turns, talk)
-
-    def _conversations(
-        self, policy: Any, batch: PromptBatch, before: list[list[int]], seed: int
-    ) -> Conversations:
-        """The episodes of a rollout; ``before`` has what stands before each row's turn."""
-
-        def read(row: int, ids: list[int]) -> tuple[str, str]:
-            found = policy.ends.read([before[row]], torch.tensor([ids]), policy.eos_ids, 1)
-            return found.texts[0], (found.special_texts or found.texts)[0]
-
-        def render(row: int, turn: Turn, ids: list[int]) -> list[int]:
-            ended = ids[-1] in policy.eos_ids
-            given = self.messages.ids(policy.tokenizer, turn, policy.eos_ids, ended)
-            before[row] = given or before[row]
-            return given
-
-        assert self.environment is not None
-        rows = [row for row in batch.rows for _ in range(self.group_size)]
-        settings = self.group_size, seed, self.max_turns, self.environment_seconds
-        return Conversations(self.environment, rows, *settings, read, render)
+        return completed(policy, batch, ids, self.group_size, found, talk)
 
     def _decode(
         self,
@@ -239,58 +208,32 @@ class GroupSampler:
 
 
 def completed(
-    policy: Any, batch: PromptBatch, ids: Tensor, group_size: int, logprobs: Tensor | None = None
+    policy: Any,
+    batch: PromptBatch,
+    ids: Tensor,
+    group_size: int,
+    logprobs: Tensor | None = None,
+    talk: Talk | None = None,
 ) -> Samples:
-    """The samples that drawn tokens make, cut behind the longest completion.
+    """The samples that tokens make, cut behind the longest completion.
 
     Args:
         policy: Has ``eos_ids`` and ``ends``.
         batch: P prompts.
-        ids: Drawn tokens of P * G rows, padded on the right, (B, T) int64.
+        ids: Tokens of P * G rows, padded on the right, (B, T) int64.
         group_size: G.
         logprobs: Of the tokens, (B, T) float32, arbitrary behind the end.
+        talk: The episodes of the rows, which say what was drawn; ``None`` where all was.
     """
-    prompts = [prompt.tolist() for prompt in _prompts(batch)]
-    read = policy.ends.read(prompts, ids, policy.eos_ids, group_size)
-    return _samples(batch, ids, group_size, logprobs, read)
-
-
-def conversed(
-    batch: PromptBatch,
-    ids: Tensor,
-    group_size: int,
-    logprobs: Tensor | None,
-    turns: Turns,
-    talk: Conversations,
-) -> Samples:
-    """The samples that conversations make: ``mask`` has holes where tokens were given.
-
-    Args:
-        batch: P prompts.
-        ids: Tokens of P * G rows, drawn and given, padded on the right, (B, T) int64.
-        group_size: G.
-        logprobs: Of the tokens, (B, T) float32, arbitrary behind the end.
-        turns: Which of them were drawn.
-        talk: What was said.
-    """
-    for row, cut in enumerate(turns.open):
-        talk.leave(row, cut)
-    finished = torch.tensor(talk.finished, device=ids.device)
-    texts = ["\n".join(own) for own in talk.texts]
-    special = ["\n".join(turn["policy"] for turn in r["turns"]) for r in talk.records]
-    read = Read(turns.mask().to(ids.device), finished, texts, special)
-    samples = _samples(batch, ids, group_size, logprobs, read)
-    pairs = zip(samples.rows, talk.records, strict=True)
-    return replace(samples, rows=[row | {COLUMN: record} for row, record in pairs])
-
-
-def _samples(
-    batch: PromptBatch, ids: Tensor, group_size: int, logprobs: Tensor | None, read: Read
-) -> Samples:
-    """Samples of P * G rows, cut behind the longest completion."""
+    group = torch.arange(len(batch)).repeat_interleave(group_size)
+    if talk is None:
+        prompts = [prompt.tolist() for prompt in _prompts(batch)]
+        read = policy.ends.read(prompts, ids, policy.eos_ids, group_size)
+        rows = [batch.rows[i] for i in group.tolist()]
+    else:
+        read, rows = talk.read(ids.device)
     longest = int(read.mask.any(0).nonzero().max()) + 1
     ids, mask = ids[:, :longest], read.mask[:, :longest]
-    group = torch.arange(len(batch)).repeat_interleave(group_size)
     index = group.to(batch.prompt_ids.device)
     return Samples(
         prompt_ids=batch.prompt_ids[index],
@@ -298,11 +241,12 @@ def _samples(
         completion_ids=ids,
         mask=mask,
         finished=read.finished,
-        rows=[batch.rows[i] for i in group.tolist()],
+        rows=rows,
         texts=read.texts,
         group_size=group_size,
         logprobs=None if logprobs is None else logprobs[:, :longest].masked_fill(~mask, 0),
         special_texts=read.special_texts,
+        waited=None if talk is None else talk.conversations.seconds,
     )
 
 

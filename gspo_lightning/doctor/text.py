@@ -226,10 +226,16 @@ def marked(tokenizer: Any, ids: list[int]) -> str:
 def example(policy: Any, samples: Any) -> list[Finding]:
     """The first prompt and completion as the policy sees them, special tokens marked."""
     prompt = samples.prompt_ids[0][samples.prompt_mask[0]].tolist()
-    completion = samples.completion_ids[0][samples.mask[0]].tolist()
-    texts = [marked(policy.tokenizer, ids) for ids in (prompt, completion)]
+    length = int(samples.lengths[0])
+    completion = samples.completion_ids[0][:length].tolist()
+    drawn = samples.mask[0][:length].tolist()
+    runs = itertools.groupby(zip(drawn, completion, strict=True), lambda pair: pair[0])
+    said = [(own, marked(policy.tokenizer, [i for _, i in run])) for own, run in runs]
+    spoken = "".join(text if own else f"[environment: {text}]" for own, text in said)
+    texts = [marked(policy.tokenizer, prompt), spoken]
     quoted = [repr(shortened(text, SHOWN)) for text in texts]
-    size = f"{len(completion)} tokens" + ("" if samples.finished[0] else ", cut off")
+    size = f"{sum(drawn)} tokens" + ("" if samples.finished[0] else ", cut off")
+    size += f", {length - sum(drawn)} of the environment" if not all(drawn) else ""
     legend = " (« » marks special tokens)" if "«" in texts[0] else ""
     return [
         Finding("prompt", "ok", f"{quoted[0]}{legend}", value=texts[0]),

@@ -10,4 +10,8 @@ from gspo_lightning.environments.episode import (
     shown,
     transcript,
 )
+from gspo_lightning.environments.games import GuessNumber
 from gspo_lightning.environments.messages import Messages
+from gspo_lightning.environments.scripted import ScriptedUser
+from gspo_lightning.environments.start import LeftOut, check_rewards, check_start
+from gspo_lightning.environments.talk import Talk
