@@ -13,7 +13,7 @@ import torch
 from torchmetrics import MetricCollection
 
 from gspo_lightning.bounds import check_at_least
-from gspo_lightning.environments import COLUMN
+from gspo_lightning.environments.episode import COLUMN
 from gspo_lightning.metrics import PassAtK, RolloutMetrics
 from gspo_lightning.rewards.terms import RewardTerm, Scores, score
 from gspo_lightning.rollout import PromptBatch, Samples

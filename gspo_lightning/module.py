@@ -18,7 +18,7 @@ from gspo_lightning.critic import Critic, CriticConfig, check_critic, fit_critic
 from gspo_lightning.curves import FigureLog
 from gspo_lightning.engine.mode import raise_flags
 from gspo_lightning.engine.rotary import fix_rotary
-from gspo_lightning.environments import check_rewards, check_start
+from gspo_lightning.environments.start import check_rewards, check_start
 from gspo_lightning.evaluation import Evaluation, Evaluator, describe
 from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel, check_reference
 from gspo_lightning.guards.faults import Faults

@@ -23,7 +23,9 @@ from gspo_lightning.engine.rotary import check_rotary
 from gspo_lightning.engine.step_graphs import cuda_graph_recorder
 from gspo_lightning.engine.texts import Watch
 from gspo_lightning.engine.turns import Turns
-from gspo_lightning.environments import Environment, Messages, Talk
+from gspo_lightning.environments.episode import Environment
+from gspo_lightning.environments.messages import Messages
+from gspo_lightning.environments.talk import Talk
 from gspo_lightning.rollout import PromptBatch, Samples
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gspo_lightning.advantages import flat_groups, group_advantages
 from gspo_lightning.critic.gae import ValueLoss
-from gspo_lightning.environments import COLUMN
+from gspo_lightning.environments.episode import COLUMN
 from gspo_lightning.kl import kl_clamped, kl_estimate
 from gspo_lightning.masked import masked_mean
 from gspo_lightning.metrics import RolloutMetrics

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gspo_lightning.checkpoint.quoted import markdown
 from gspo_lightning.curves import curve
-from gspo_lightning.environments import shown
+from gspo_lightning.environments.episode import shown
 
 LIGHT, DARK, RED = "#8fb4d9", "#1f5a96", "#c8553d"
 

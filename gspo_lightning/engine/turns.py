@@ -6,12 +6,10 @@ columns were drawn. Who answers is not known here: it is a function of token ids
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-from gspo_lightning.engine.texts import Watch
 
 DRAWN = -1  # in place of the id of a token that is not given
 
@@ -22,6 +20,18 @@ class Ended(NamedTuple):
     row: int
     ids: list[int]
     room: int
+
+
+class Watch(Protocol):
+    """Sees drawn tokens and looks for stop strings: ``texts.Watch``."""
+
+    def __call__(self, row: int, token: int) -> bool:
+        """Whether the turn ends with the next token of a row."""
+        ...
+
+    def go_on(self, row: int, ids: list[int]) -> None:
+        """Begin anew behind tokens that the row is given."""
+        ...
 
 
 # What each row is given, fewer tokens than its room; None where the row is over.
