@@ -89,6 +89,17 @@ class Environment(ABC):
             seed: The same for all completions of a prompt, which are compared with each other.
         """
 
+    def prepare(self, messages: Any) -> None:
+        """Look, once before a run, at how messages become tokens.
+
+        Args:
+            messages: ``Messages``; its ``template`` is the chat template, or None.
+
+        Raises:
+            ValueError: If that template does not take this environment's messages.
+        """
+        messages.check(Turn("MESSAGE"))
+
 
 class EnvironmentReward:
     """What an episode earned: the sum of its turns' rewards.

@@ -5,13 +5,13 @@ a mark for the policy's turn is rendered, and what the template writes behind th
 policy is given. The end of turn that the policy drew itself is not given once more.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from gspo_lightning.environments.episode import Turn
 
 MARK = "MARKEDTURN"  # letters alone: nothing that a template would escape, trim or split at
-MESSAGE = "MARKEDMESSAGE"
 QUESTION = {"role": "user", "content": "a"}
 
 
@@ -30,49 +30,24 @@ class Messages:
         template: Renders the messages; None where texts go in as they are.
     """
 
-    def __init__(self) -> None:
-        self.template: Template | None = None
-
-    def read(self, template: Template | None) -> None:
-        """Take the template that prompts are rendered with.
-
-        Raises:
-            ValueError: If it writes no message behind a turn of the policy, saying what it does.
-        """
+    def __init__(self, template: Template | None = None) -> None:
         self.template = template
-        if template is None:
-            return
-        try:
-            tail = self.behind(Turn(MESSAGE))
-        except ValueError as error:
-            raise ValueError(
-                f"sampler.environment: the chat template takes no message behind an answer: "
-                f"{error}; use a template that does, or data.chat_template: false"
-            ) from error
-        if tail.count(MESSAGE) != 1:
-            raise ValueError(
-                "sampler.environment: the chat template does not write a message behind an answer "
-                "once; use a template that does, or data.chat_template: false"
-            )
+        self._calls: dict[tuple[str, ...], bool] = {}  # of roles: do they follow a tool call?
 
-    def behind(self, turn: Turn) -> str:
-        """What the template writes behind an answer: its end, the message, the next turn's header.
+    def check(self, turn: Turn) -> None:
+        """Refuse a template that does not write such a message behind a turn of the policy.
+
+        Args:
+            turn: Its message is one word without quotes.
 
         Raises:
-            ValueError: If the template fails, or writes the answer more than once or not at all.
+            ValueError: Saying what the template does.
         """
-        assert self.template is not None
-        given = turn.message
-        new = given if isinstance(given, list) else [{"role": "user", "content": turn.text}]
-        answer: dict[str, Any] = {"role": "assistant", "content": MARK}
-        text = self.template.render([QUESTION, answer, *new], opens=True)
-        before, mark, behind = text.partition(MARK)
-        if not mark or MARK in behind:
-            raise ValueError("it does not write the answer once")
-        return behind
+        if self.template is not None:
+            self._behind(turn)
 
     def ids(
-        self, tokenizer: Any, turn: Turn, eos_ids: Sequence[int], ended: bool = True
+        self, tokenizer: Any, turn: Turn, eos_ids: Sequence[int], drawn: int | None
     ) -> list[int]:
         """Tokens of a message, up to where the policy's next turn begins.
 
@@ -80,17 +55,79 @@ class Messages:
             tokenizer: The policy's.
             turn: Its message is not None.
             eos_ids: All ids that end a completion.
-            ended: Whether the policy drew one of them at the end of its turn.
+            drawn: That of them with which the policy ended its turn; None where a stop string did.
         """
-        if self.template is None:
-            return tokenizer(turn.text, add_special_tokens=False)["input_ids"]
-        text = self.behind(turn)
-        ends = [tokenizer.convert_ids_to_tokens(i) for i in eos_ids] if ended else []
-        header = text.partition(turn.text)[0] if turn.text else text
-        found = [(header.find(end), end) for end in ends if end and end in header]
-        if not found:
+
+        def read(text: str) -> list[int]:
             return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        if self.template is None:
+            return read(turn.text)
+        closing, behind, calls = self._behind(turn)
+        names = [tokenizer.convert_ids_to_tokens(i) for i in eos_ids]
+        ends = [(closing.find(name), name) for name in names if name and name in closing]
+        if calls and (drawn is None or not ends):
+            raise ValueError(
+                f"the chat template ends a tool call with {closing!r}, and no end of sequence of "
+                "the policy is in it; set policy.stop_token_ids to the id of its last token"
+            )
+        if drawn is None:
+            return read(behind)
+        if not ends:  # what opens the next turn may itself be what ended this one
+            ids = read(behind)
+            return ids[1:] if ids[:1] == [drawn] else ids
+        place, name = min(ends)
+        if not behind.startswith(closing[: place + len(name)]):
+            return read(behind)[1:]  # an earlier turn ends with another token than the last one
         # From the end of turn on, so that no tokenizer puts a space where a text would begin.
-        ids = tokenizer(text[min(found)[0] :], add_special_tokens=False)["input_ids"]
-        first = next((place for place, i in enumerate(ids) if i in eos_ids), -1)
-        return ids[first + 1 :]
+        ids = read(behind[place:])
+        return ids[next(i for i, token in enumerate(ids) if token in eos_ids) + 1 :]
+
+    def _behind(self, turn: Turn) -> tuple[str, str, bool]:
+        """What ends a turn of the policy, what a message makes of that, and whether it is a call.
+
+        The message stands behind a text, or behind tool calls where the template writes it nowhere
+        else.
+        """
+        given = turn.message
+        new = given if isinstance(given, list) else [{"role": "user", "content": turn.text}]
+        roles = tuple(message["role"] for message in new)
+        if roles in self._calls:
+            return (*self._rendered(new, self._calls[roles]), self._calls[roles])
+        reasons = []
+        for calls in (False, True)[: 1 + ("tool" in roles)]:
+            probe = [{**message, "content": f"MARKED{i}"} for i, message in enumerate(new)]
+            try:
+                shown = self._rendered(probe, calls)[1]
+                if all(shown.count(message["content"]) == 1 for message in probe):
+                    self._calls[roles] = calls
+                    return (*self._rendered(new, calls), calls)
+                reasons.append("it does not write the message once")
+            except ValueError as error:
+                reasons.append(str(error))
+        raise ValueError(
+            f"the chat template takes no message of the role {roles[0]!r} behind an answer: "
+            f"{reasons[-1]}; use another template, or another role"
+        )
+
+    def _rendered(self, new: list[dict], calls: bool) -> tuple[str, str]:
+        assert self.template is not None
+        answer: dict[str, Any] = {"role": "assistant", "content": MARK}
+        if calls:
+            answer = {"role": "assistant", "content": "", "tool_calls": [*made_up_calls(new)]}
+        texts = []
+        for messages in ([QUESTION, answer], [QUESTION, answer, *new]):
+            opens = len(messages) > 2
+            before, mark, behind = self.template.render(messages, opens=opens).rpartition(MARK)
+            if not mark or (not calls and MARK in before):
+                raise ValueError("it does not write the answer once")
+            texts.append(behind)
+        return texts[0], texts[1]
+
+
+def made_up_calls(results: list[dict]) -> Iterator[dict]:
+    """Tool calls that messages may be the results of, each with the mark as its argument."""
+    for number, message in zip(itertools.count(), results, strict=False):
+        function = {"name": message.get("name", "tool"), "arguments": {"text": MARK}}
+        call_id = message.get("tool_call_id", f"call{number:05d}")
+        yield {"type": "function", "id": call_id, "function": function}

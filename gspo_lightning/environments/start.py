@@ -68,7 +68,11 @@ def check_start(sampler: Any, data: Any) -> None:
             f"the environment {environment.what} is not imported from a checkpoint; to train or "
             "evaluate, call load_from_checkpoint(path, sampler=GroupSampler(environment=...))"
         )
-    sampler.messages.read(getattr(data, "chat", None))
+    sampler.messages.template = getattr(data, "chat", None)
+    try:
+        environment.prepare(sampler.messages)
+    except ValueError as error:
+        raise ValueError(f"model.sampler.environment: {error}") from error
     examples: Mapping[str, Iterable[tuple[Any, dict]]] = getattr(data, "examples", {})
     for key, pairs in examples.items():
         for number, (_, row) in enumerate(pairs, start=1):

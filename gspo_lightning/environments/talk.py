@@ -58,7 +58,8 @@ class Talk:
     def _tokens(self, row: int, turn: Turn, ids: list[int]) -> list[int]:
         """A message behind what a row drew."""
         eos_ids = self.policy.eos_ids
-        given = self.messages.ids(self.policy.tokenizer, turn, eos_ids, ids[-1] in eos_ids)
+        drawn = ids[-1] if ids[-1] in eos_ids else None
+        given = self.messages.ids(self.policy.tokenizer, turn, eos_ids, drawn)
         self.before[row] = given or self.before[row]
         return given
 
