@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # what type checkers and readers see
         Environment,
         EnvironmentReward,
         Episode,
-        GuessNumber,
+        ToolEnvironment,
         Turn,
     )
     from gspo_lightning.evaluation import Evaluation
@@ -51,7 +51,6 @@ HOMES = {  # of each name: where it is imported from
     "Evaluation": "evaluation",
     "FSDP2": "sharding",
     "GSPOModule": "module",
-    "GuessNumber": "environments",
     "GroupSampler": "sampling",
     "HFExport": "callbacks",
     "LoRAConfig": "policy",
@@ -72,6 +71,7 @@ HOMES = {  # of each name: where it is imported from
     "SFTData": "data",
     "SFTModule": "supervised",
     "SampleTable": "callbacks",
+    "ToolEnvironment": "environments",
     "Turn": "environments",
     "train": "run.from_python",
 }

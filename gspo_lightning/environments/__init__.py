@@ -15,3 +15,5 @@ from gspo_lightning.environments.messages import Messages
 from gspo_lightning.environments.scripted import ScriptedUser
 from gspo_lightning.environments.start import LeftOut, check_rewards, check_start
 from gspo_lightning.environments.talk import Talk
+from gspo_lightning.environments.tool_environment import ToolEnvironment
+from gspo_lightning.environments.tools import PythonTool, SearchTool, calculate
