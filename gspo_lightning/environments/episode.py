@@ -89,6 +89,9 @@ class Environment(ABC):
             seed: The same for all completions of a prompt, which are compared with each other.
         """
 
+    def describe(self, chat: Any) -> None:  # noqa: B027 - most have nothing to say
+        """Give the chat template, ``policy.Chat``, what prompts must tell of the environment."""
+
     def prepare(self, messages: Any) -> None:
         """Look, once before a run, at how messages become tokens.
 

@@ -35,7 +35,7 @@ class ToolEnvironment(Environment):
             ``llama`` (Llama 3.1), ``mistral`` or ``gpt_oss``; ``None`` finds out how the chat
             template writes them.
         role: Who says the results: ``tool``, or ``user`` for templates without tools.
-        describe: Whether the chat template is given the tools; without it the prompts must tell.
+        described: Whether the chat template tells of the tools; without it the prompts must.
         longest: Characters of a result that are kept.
         call_reward: Earned by each call that works.
         error_reward: Earned by each call that goes wrong; below 0 to discourage.
@@ -49,7 +49,7 @@ class ToolEnvironment(Environment):
         tools: list[Callable[..., Any]],
         form: Form | None = None,
         role: Literal["tool", "user"] = "tool",
-        describe: bool = True,
+        described: bool = True,
         longest: int = 4000,
         call_reward: float = 0.0,
         error_reward: float = 0.0,
@@ -58,7 +58,7 @@ class ToolEnvironment(Environment):
         if not tools:
             raise ValueError("ToolEnvironment.tools is empty; name functions")
         self.tools = tools
-        self.form, self.role, self.describe, self.longest = form, role, describe, longest
+        self.form, self.role, self.described, self.longest = form, role, described, longest
         self.call_reward, self.error_reward = call_reward, error_reward
         self.schemas = [schema(tool) for tool in tools]
         names = [each["function"]["name"] for each in self.schemas]
@@ -66,6 +66,21 @@ class ToolEnvironment(Environment):
         if len(self.by_name) < len(tools):
             raise ValueError(f"ToolEnvironment.tools: two tools have the same name: {names}")
         self._read = None if form is None else FORMS[form]
+
+    def describe(self, chat: Any) -> None:
+        """Give the chat template the tools.
+
+        Raises:
+            ValueError: If it has no place for them.
+        """
+        if not self.described:
+            return
+        if not re.search(r"\btools\b", chat.source):
+            raise ValueError(
+                "model.sampler.environment: the chat template tells of no tools; set described: "
+                "false and tell of them in data.system_prompt, or use another template"
+            )
+        chat.arguments["tools"] = self.schemas
 
     def prepare(self, messages: Messages) -> None:
         """Find out in which form calls are written, and that results are.
