@@ -146,7 +146,7 @@ def test_stop_strings_end_turns(make_model, tokenizer):
         stopped += sum(text.endswith("+") for text in drawn)
         said = [turn["policy"] for turn in row[COLUMN]["turns"]]
         assert said == [text.removesuffix("+").removesuffix("<eos>") for text in drawn]
-    assert stopped > 8
+    assert stopped > 2
 
 
 def test_no_stop_string_goes_across_what_a_row_is_given(tokenizer):
