@@ -79,3 +79,13 @@ class Marked(Talker):
             return episode.step(text)
 
         return Step(step)
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers.
+
+    Args:
+        a: The first.
+        b: The second.
+    """
+    return a + b
