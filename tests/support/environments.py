@@ -1,8 +1,8 @@
 """Environments for tests: what they say depends on row, seed and what they are told."""
 
+import os
+import signal
 import threading
-import time
-from pathlib import Path
 
 from gspo_lightning.environments import Environment, Turn
 
@@ -58,24 +58,21 @@ class Says(Environment):
         return Step(step)
 
 
-class Marked(Talker):
-    """Talks, and touches a file at the step with a number, so that a test may end the process."""
+class Mortal(Talker):
+    """Talks; the step of a process with the number ``TURN_KILL`` kills it, between two others."""
 
-    def __init__(self, path: str = "", at: int = 0):
+    def __init__(self):
         super().__init__()
-        self.path, self.at, self.count = path, at, 0
-        self.lock = threading.Lock()
+        self.left, self.lock = int(os.environ.get("TURN_KILL", 0)), threading.Lock()
 
-    def begin(self, row: dict, seed: int):
+    def begin(self, row: dict, seed: int) -> Step:
         episode = super().begin(row, seed)
 
         def step(text):
             with self.lock:
-                self.count += 1
-                due = self.count == self.at
-            if due and self.path:
-                Path(self.path).touch()
-                time.sleep(60)
+                self.left -= 1
+                if self.left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
             return episode.step(text)
 
         return Step(step)
