@@ -26,6 +26,7 @@ from gspo_lightning.engine.turns import Turns, with_given
 log = logging.getLogger(__name__)
 
 REFILL_BELOW = 7 / 8  # share of running rows under which rows that wait come in
+LONG = 32  # given tokens that are read at once: fewer come beside the other rows' draws
 READ_AT_ONCE = 16_384  # prompt tokens of one forward pass, unless one prompt alone is longer
 
 
@@ -243,7 +244,9 @@ class GroupDecoder:
         if turns is not None:
             over = turns.over(self.running[start:], listed(token))
             ends = enumerate(over, start)
-            return [slot for slot, end in ends if end or self.admitted[slot] == full]
+            ended = [slot for slot, end in ends if end or self.admitted[slot] == full]
+            self._read_on(turns)
+            return ended
         stopped = self.wanted.stopped
         return [
             slot
@@ -252,6 +255,33 @@ class GroupDecoder:
             or self.admitted[slot] == full
             or (stopped is not None and stopped(self.running[slot], newest))
         ]
+
+    def _read_on(self, turns: Turns) -> None:
+        """Bring long messages into the cache at once; short ones come one token a step."""
+        size, wanted, limit = self.wanted.group_size, self.wanted, self.ids.shape[1]
+        news = [(slot, turns.long(row, LONG)) for slot, row in enumerate(self.running)]
+        news = [(slot, ids) for slot, ids in news if ids]
+        while news:
+            ends = itertools.accumulate(len(ids) for _, ids in news)
+            count = max(1, sum(end <= READ_AT_ONCE for end in ends))
+            now, news = news[:count], news[count:]
+            pieces, tokens, positions = [], [], []
+            for slot, ids in now:
+                row = self.running[slot]
+                prompt, start = len(wanted.prompts[row // size]), self.step - self.admitted[slot]
+                pieces.append((slot, self.groups.index(row // size), prompt, start, len(ids)))
+                tokens += [self.tokens[slot : slot + 1], self.ids.new_tensor(ids[:-1])]
+                positions.append(torch.arange(len(ids)) + prompt + start)
+                place = row * limit + start + 1
+                self.ids.view(-1)[place : place + len(ids)] = self.ids.new_tensor(ids)
+            last = torch.tensor([sum(map(len, positions)) - 1])  # logits that nobody reads
+            there = torch.cat(positions).to(self.ids.device), self.cache.going_on(pieces)
+            self._call(torch.cat(tokens), *there, last.to(self.ids.device))
+            for slot, ids in now:
+                self.tokens[slot] = ids[-1]
+                self.places[slot] += len(ids)
+                self.lengths[slot] += len(ids)
+                self.admitted[slot] -= len(ids)  # as if it had come in so many steps before
 
     def _drop(self, ended: list[int]) -> None:
         """Free slots: the last rows that run move into them."""

@@ -104,6 +104,14 @@ class Turns:
         if self.watch is not None:
             self.watch.go_on(row, ids)
 
+    def long(self, row: int, least: int) -> list[int]:
+        """Take all tokens that a row is given next, if there are so many: it has read them."""
+        waiting = self._given.get(row, ())
+        if len(waiting) < least:
+            return []
+        self.lengths[row] += len(waiting)
+        return [*self._given.pop(row)]
+
     def mask(self) -> Tensor:
         """True where a token was drawn, (B, T) bool."""
         mask = torch.arange(self.limit) < torch.tensor(self.lengths)[:, None]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gspo_lightning import sampling
+from gspo_lightning.engine import group_decoder
 from gspo_lightning.engine.drawing import draw
 from gspo_lightning.engine.texts import Ends, Watch
 from gspo_lightning.environments import COLUMN, Turn
@@ -269,3 +270,26 @@ def test_a_limit_of_tokens_holds_with_holes(policy):
 def test_lengths_are_those_of_masks_without_holes(make_rollout):
     rollout = make_rollout()
     assert rollout.lengths.tolist() == rollout.mask.sum(1).tolist() == [5, 3, 1, 4, 2, 5]
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [*("qwen3", "gemma2"), *(pytest.param(name, marks=pytest.mark.models) for name in FURTHER)],
+)
+@pytest.mark.parametrize("batch_size", [3, None])
+def test_long_messages_are_read_at_once_and_change_nothing(
+    make_model, tokenizer, monkeypatch, architecture, batch_size
+):
+    """Two tokens are long here, so that each message is read in a pass of its own."""
+    policy = policy_of(make_model(architecture), tokenizer)
+    expected = talked(policy, batch_size)
+    monkeypatch.setattr(group_decoder, "LONG", 2)
+    passes = []
+    policy.model.register_forward_pre_hook(
+        lambda _, __, kwargs: passes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    found = talked(policy, batch_size)
+    assert torch.equal(found.completion_ids, expected.completion_ids)
+    assert torch.equal(found.mask, expected.mask) and found.rows == expected.rows
+    torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-5, rtol=0)
+    assert architecture == "lfm2" or len(passes) > T
