@@ -145,7 +145,8 @@ class GroupSampler:
         talk = None if self.environment is None else Talk(self, policy, batch, seed)
         with mode_kept(policy.model), ordered_weights(policy.model) as computed:
             policy.model.eval()  # gradient checkpointing would switch the KV cache off otherwise
-            ids, logprobs = self._decode(policy, batch, uniform, computed, talk and talk.turns)
+            turns = None if talk is None else talk.turns
+            ids, logprobs = self._decode(policy, batch, uniform, computed, turns)
         # at temperature 0 nothing is drawn from a distribution
         found = logprobs if self.temperature else None
         return completed(policy, batch, ids, self.group_size, found, talk)
@@ -196,9 +197,9 @@ class GroupSampler:
         parts = []
         for first in range(0, len(group), size):
             rows = group[first : first + size]
-            drawn = rows, uniform[first : first + size], self.temperature, watch(rows)
+            numbers, stopped = uniform[first : first + size], watch(rows)
             ways: dict[str, Any] = {"alone": alone, "turns": turns, "first_row": first}
-            parts.append(decode_plainly(*known, *drawn, **ways))
+            parts.append(decode_plainly(*known, rows, numbers, self.temperature, stopped, **ways))
         ids, logprobs = zip(*parts, strict=True)
         return torch.cat(ids), torch.cat(logprobs)
 

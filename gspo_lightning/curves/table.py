@@ -170,7 +170,9 @@ TABLE = {
     # turns with an environment
     "env/turns": Curve("Turns", "turns, mean", "Turns of the policy in a completion."),
     "env/tokens": Curve(
-        "Words of the environment", "tokens, mean", "Of a completion; they are read and not trained."
+        "Words of the environment",
+        "tokens, mean",
+        "Of a completion; they are read and not trained.",
     ),
     "env/out_of_turns": Curve(
         "Out of turns", SHARE, "Episodes that `max_turns` ended; they count as truncated."

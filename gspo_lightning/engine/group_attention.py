@@ -232,9 +232,14 @@ class GroupAttention:
         first = 0
         for slot, prompt, length, start, count in pieces:
             new, there = slice(first, first + count), slice(start, start + count)
-            buffers.keys[slot, :, there], buffers.values[slot, :, there] = key[0, :, new], value[0, :, new]
+            buffers.keys[slot, :, there], buffers.values[slot, :, there] = (
+                key[0, :, new],
+                value[0, :, new],
+            )
             own = slice(0, start + count)
-            keys = torch.cat([buffers.prompt_keys[prompt, :, :length], buffers.keys[slot, :, own]], 1)
+            keys = torch.cat(
+                [buffers.prompt_keys[prompt, :, :length], buffers.keys[slot, :, own]], 1
+            )
             values = [buffers.prompt_values[prompt, :, :length], buffers.values[slot, :, own]]
             whole = keys[None], torch.cat(values, 1)[None]
             output[:, new] = attend_within(query[:, :, new], *whole, **options)

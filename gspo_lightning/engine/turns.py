@@ -120,9 +120,7 @@ class Turns:
         return mask
 
 
-def with_given(
-    given: list[int] | None, token: Tensor, logprob: Tensor
-) -> tuple[Tensor, Tensor]:
+def with_given(given: list[int] | None, token: Tensor, logprob: Tensor) -> tuple[Tensor, Tensor]:
     """Drawn tokens and their log-probs, (N,), where some are given: those have a log-prob of 0."""
     if given is None:
         return token, logprob

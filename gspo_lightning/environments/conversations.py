@@ -72,10 +72,7 @@ class Conversations:
         self.seconds = 0.0
         seeds = [stream_seed(seed, i // group_size, 0, "environment") for i in range(len(rows))]
         begun = self._ask(
-            [
-                partial(environment.begin, copy.deepcopy(row), seeds[i])
-                for i, row in enumerate(rows)
-            ]
+            [partial(environment.begin, copy.deepcopy(row), seeds[i]) for i, row in enumerate(rows)]
         )
         self.episodes = [outcome.value for outcome in begun]
         for i, outcome in enumerate(begun):

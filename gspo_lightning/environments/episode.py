@@ -73,8 +73,8 @@ class Episode(Protocol):
 class Environment(ABC):
     """Begins episodes, each a function of row, seed and what the policy writes.
 
-    Then a run that was killed continues bit for bit, as nothing of an episode has to be saved. Calls
-    of different rows run side by side in threads: episodes may share what they only read.
+    Then a run that was killed continues bit for bit, as nothing of an episode has to be saved.
+    Calls of different rows run side by side in threads: episodes may share what they only read.
 
     A base class and no protocol: of a protocol, a config would take only classes whose methods have
     the very same annotations.

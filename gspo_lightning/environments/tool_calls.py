@@ -33,7 +33,7 @@ def llama(text: str) -> list[ToolCall]:
     >>> llama('{"name": "add", "parameters": {"a": 1}}')
     [ToolCall(name='add', arguments={'a': 1}, error=None)]
     """
-    head, tag, rest = text.rpartition("<|python_tag|>")
+    _, tag, rest = text.rpartition("<|python_tag|>")
     body = (rest if tag else text).strip()
     if not body.startswith("{") or not (tag or re.match(r'\{\s*"(name|type)"\s*:', body)):
         return []
@@ -121,7 +121,8 @@ def _arguments(name: str, text: str) -> ToolCall:
 
 def _objects(text: str) -> list[str]:
     """JSON objects with semicolons between them; what cannot be read stays whole."""
-    parts, rest, decoder = [], text, json.JSONDecoder()
+    parts: list[str] = []
+    rest, decoder = text, json.JSONDecoder()
     while rest:
         try:
             end = decoder.raw_decode(rest)[1]

@@ -158,9 +158,7 @@ class ToolEnvironment(Environment):
 class ToolEpisode:
     """One conversation; has no state but the number of its calls."""
 
-    def __init__(
-        self, environment: ToolEnvironment, read: Callable[[str], list[ToolCall]]
-    ) -> None:
+    def __init__(self, environment: ToolEnvironment, read: Callable[[str], list[ToolCall]]) -> None:
         self.environment, self.read, self.count = environment, read, 0
 
     def step(self, text: str) -> Turn:

@@ -8,12 +8,14 @@ import os
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from gspo_lightning.bounds import check_at_least, check_positive
 from gspo_lightning.start.limited import run_program
 
-OPERATIONS = {
+OPERATIONS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -66,7 +68,7 @@ def calculate(expression: str) -> str:
 
 def _value(node: ast.expr) -> int | float:
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        value = node.value
+        value: Any = node.value
     elif isinstance(node, ast.UnaryOp) and type(node.op) in OPERATIONS:
         value = OPERATIONS[type(node.op)](_value(node.operand))
     elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):

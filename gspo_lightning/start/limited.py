@@ -74,7 +74,7 @@ def packages() -> list[str]:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """What a program sees of the environment: no keys, no tokens, the same order of sets each time."""
+    """What a program sees of it: no keys, no tokens, the same order of sets each time."""
     kept = {key: os.environ[key] for key in ("PATH", "LD_LIBRARY_PATH") if key in os.environ}
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
     fixed = {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "HOME": str(home), "TMPDIR": str(home)}

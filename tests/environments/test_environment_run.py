@@ -116,9 +116,7 @@ def fails(row, text):
     return OSError("no server") if "+" in row["prompt"] else Turn(None, len(text))
 
 
-def test_an_environment_that_fails_stops_the_run_and_its_completions_are_kept(
-    tmp_path, model_dir
-):
+def test_an_environment_that_fails_stops_the_run_and_its_completions_are_kept(tmp_path, model_dir):
     with pytest.raises(RewardError, match="the environment failed: OSError: no server"):
         run(tmp_path, model_dir, **settings(Says(fails)))
     lines = (tmp_path / "failed_rollout.jsonl").read_text().splitlines()
@@ -197,5 +195,5 @@ def test_a_checkpoint_imports_no_environment(trained, tmp_path):
     path = tmp_path / "a.ckpt"
     again = GSPOModule.load_from_checkpoint(path, rewards=module.rewards, weights_only=True)
     assert again.sampler.max_turns == 3
-    with pytest.raises(ValueError, match="environment support.environments.Talker is not imported"):
+    with pytest.raises(ValueError, match=r"environment support\.environments\.Talker is not"):
         make_trainer(tmp_path).validate(again, trainer.datamodule)

@@ -28,7 +28,13 @@ CASES = [
         "</tool_response><|im_end|>\n<|im_start|>assistant\n",
     ),
     # a stop string ended the turn: the template's end is given as well
-    ("qwen3", IM, None, "Hi", "<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
+    (
+        "qwen3",
+        IM,
+        None,
+        "Hi",
+        "<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+    ),
     # it drew another end than the template's, which stands in for it
     (
         *("qwen3", ["<|im_end|>", "<|endoftext|>"], 1, "Hi"),

@@ -33,15 +33,11 @@ def policy_of(model, tokenizer):
 @torch.no_grad()
 def loop(policy, batch, environment, max_turns, temperature=0.7):
     """Row by row and token by token: ids, drawn or not, log-probs, what was said, finished."""
-    uniform = torch.rand(
-        len(batch) * G, T, generator=torch.Generator().manual_seed(SEED)
-    )
+    uniform = torch.rand(len(batch) * G, T, generator=torch.Generator().manual_seed(SEED))
     rows = []
     for i in range(len(uniform)):
         prompt = batch.prompt_ids[i // G][batch.prompt_mask[i // G]].tolist()
-        episode = environment.begin(
-            batch.rows[i // G], stream_seed(SEED, i // G, 0, "environment")
-        )
+        episode = environment.begin(batch.rows[i // G], stream_seed(SEED, i // G, 0, "environment"))
         ids, drawn, logprobs, said, turn, reward, done = [], [], [], [], [], 0.0, False
         while len(ids) < T:
             logits = policy.model(torch.tensor([prompt + ids])).logits[:, -1]
