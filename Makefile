@@ -10,7 +10,7 @@ COMPILE := $(PY) -m compileall -qq -j 0 $(VENV)/lib
 # The demo's model is so small that a second thread costs more than it computes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-turns test test-core test-fast models lightning curves screenshots docs kills lint format clean
+.PHONY: demo demo-turns test test-core test-fast models lightning curves screenshots docs kills gpu-check lint format clean
 
 demo: $(VENV)/demo.stamp  ## train the embedded default to a rising reward
 	$(PY) train.py fit --config configs/arithmetic.yaml --trainer.default_root_dir $(RUN)
@@ -47,6 +47,9 @@ kills: $(VENV)/dev.stamp  ## kill runs of twelve configurations again and again,
 
 recipes: $(VENV)/dev.stamp  ## train the shipped models and the second demo anew
 	$(PY) -m pytest -q -n 2 --dist worksteal -m recipes
+
+gpu-check: $(VENV)/dev.stamp  ## measure what only a GPU can tell; ARGS=--dry tries the parts without one
+	PY=$(PY) benchmarks/gpu_check.sh $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .

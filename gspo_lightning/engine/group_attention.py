@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from gspo_lightning.engine.packed_attention import AT_ONCE, for_each_head
+
 Attend = Callable[..., Tensor]  # as ``attention.Attend``, which stands a floor higher
 
 
@@ -314,14 +316,19 @@ def attend_within(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> 
     Returns:
         (1, queries, heads, head size).
     """
-    length, heads = key.shape[2], key.shape[1]
-    before = length - query.shape[2]
-    window = length if options.get("sliding_window") is None else options["sliding_window"]
+    length, before = query.shape[2], key.shape[2] - query.shape[2]
+    whole = before + length
+    window = whole if options.get("sliding_window") is None else options["sliding_window"]
     plain = options.get("softcap") is None and options.get("s_aux") is None
     visible = None
-    if window < length or before or not plain:
-        visible = query.new_ones(query.shape[2], length, dtype=torch.bool)
+    if window < whole or before or not plain:
+        visible = query.new_ones(length, whole, dtype=torch.bool)
         visible = visible.tril_(before).triu_(before + 1 - window)
+    if query.is_cuda and (visible is not None or query.dtype == torch.float32):
+        # Beside a mask and in float32 its kernels take no grouped heads, and all scores of all
+        # heads would be written out: 1 GiB for 16 heads and 4,096 tokens.
+        key, value = for_each_head(query, key, value)
+    heads = key.shape[1]
     if plain:
         scale, grouped = options["scaling"], heads != query.shape[1]
         output = scaled_dot_product_attention(
@@ -330,9 +337,13 @@ def attend_within(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> 
         return output.transpose(1, 2)
     assert visible is not None
     bias = torch.zeros(visible.shape, device=query.device).masked_fill_(~visible, -torch.inf)
-    scores = query.unflatten(1, (heads, -1)) @ key[:, :, None].mT
-    weights = _softmax(scores, bias, **options).to(value.dtype)
-    return (weights @ value[:, :, None]).flatten(1, 2).transpose(1, 2)
+    output = query.new_empty(1, length, query.shape[1], value.shape[3])
+    for start in range(0, length, AT_ONCE):  # scores of a piece at a time
+        piece = slice(start, start + AT_ONCE)
+        scores = query[:, :, piece].unflatten(1, (heads, -1)) @ key[:, :, None].mT
+        weights = _softmax(scores, bias[piece], **options).to(value.dtype)
+        output[:, piece] = (weights @ value[:, :, None]).flatten(1, 2).transpose(1, 2)
+    return output
 
 
 def _softmax(scores: Tensor, bias: Tensor | None, scaling: float, **options: Any) -> Tensor:

@@ -5,12 +5,14 @@ its group. Sequences of similar length are padded to one another here, and only 
 """
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -19,6 +21,7 @@ except ImportError:
 
 PREFIX = "gspo_"  # of the attention implementations that take an attention of ours
 SIMILAR = 0.5  # sequences at least this long, relative to the longest, share a padded block
+AT_ONCE = 512  # queries whose scores are written out at the same time
 LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers whose masks are known here
 
 
@@ -50,6 +53,7 @@ class PackedAttention:
     blocks: list[list[Sequence]] = field(init=False)  # computed together, padded to their first
     masks: dict[Any, Tensor | None] = field(default_factory=dict, init=False)
     joined: tuple[Tensor, Tensor, Tensor, int, int] | None = field(default=None, init=False)
+    recomputed: bool = field(default=False, init=False)  # whether layers keep nothing for backward
 
     def __post_init__(self) -> None:
         self.blocks = _similar(self.sequences)
@@ -104,7 +108,7 @@ class PackedAttention:
             if plain:
                 grouped = q.shape[1] != k.shape[1]
                 if grouped and q.is_cuda:  # its fast kernels take no mask beside grouped heads
-                    k, v = _for_each_head(q, k, v)
+                    k, v = for_each_head(q, k, v)
                     grouped = False
                 output = scaled_dot_product_attention(
                     q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
@@ -163,12 +167,17 @@ class PackedAttention:
             self.joined = (keys, ends_q, ends_k, max(lengths_q), max(lengths_k))
         index_k, cu_q, cu_k, max_q, max_k = self.joined
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        k, v = k[index_k], v[index_k]
-        if q.shape[1] != k.shape[1]:
-            k, v = _for_each_head(q, k, v)
-        left = -1 if window is None else window - 1
-        borders = cu_q, cu_k, max_q, max_k
-        output: Any = varlen_attn(q, k, v, *borders, scale=scale, window_size=(left, 0))
+        options: dict[str, Any] = {"scale": scale}
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+        repeats = q.shape[1] // k.shape[1]
+        if repeats > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"], repeats = True, 1
+        for_rows = _ForRows(index_k, repeats)
+        k, v = for_rows(k), for_rows(v)
+        # Of hooks the innermost alone are asked: those of a recomputation would miss what it keeps.
+        kept = nullcontext() if self.recomputed else for_rows.kept_as_they_were()
+        with kept:
+            output: Any = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options)
         return output.unsqueeze(0)
 
 
@@ -204,6 +213,8 @@ def attend_explicitly(
 ) -> Tensor:
     """Attention written out, for scores that are capped or share their weight with a sink.
 
+    Long texts go piece by piece, each computed again in backward: no matrix of all scores is kept.
+
     Args:
         query: (n, heads, Q, d).
         key: (n, key-value heads, K, d); ``value`` likewise.
@@ -214,8 +225,20 @@ def attend_explicitly(
     Returns:
         (n, heads, Q, d).
     """
+    key, value = for_each_head(query, key, value)
+    if query.shape[2] <= AT_ONCE:
+        return _attend_explicitly(query, key, value, mask, options)
+    outputs = []
+    for q, part in zip(query.split(AT_ONCE, 2), mask.split(AT_ONCE), strict=True):
+        arguments = q, key, value, part, options
+        outputs.append(checkpoint(_attend_explicitly, *arguments, use_reentrant=False))
+    return torch.cat(outputs, 2)
+
+
+def _attend_explicitly(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: dict[str, Any]
+) -> Tensor:
     scale, softcap, sinks = (options.get(name) for name in ("scaling", "softcap", "s_aux"))
-    key, value = _for_each_head(query, key, value)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -230,7 +253,7 @@ def attend_explicitly(
     return weights.to(value.dtype) @ value
 
 
-def _for_each_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def for_each_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Repeat keys and values for the query heads that share them; heads are axis 1."""
     repeats = query.shape[1] // key.shape[1]
     return key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -257,6 +280,45 @@ class _Move(torch.autograd.Function):
         return grad, None, None, None
 
 
+class _ForRows:
+    """Keys or values of a packed row, given to each sequence that attends to them.
+
+    A prompt's are there once for each of its completions, which backward would keep: for 2,048
+    tokens and 8 completions, eight times what the row has. They are made again there instead.
+
+    Args:
+        index: The token behind each place, (K,).
+        repeats: Query heads that share a head of keys, where a kernel wants one for each.
+    """
+
+    def __init__(self, index: Tensor, repeats: int) -> None:
+        self.index, self.repeats = index, repeats
+        self.sources: dict[int, Tensor] = {}  # by where what was made of them lies
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of (N, heads, d), (K, heads * repeats, d)."""
+        made = self._make(x)
+        self.sources[made.data_ptr()] = x.detach()
+        return made
+
+    def _make(self, x: Tensor) -> Tensor:
+        picked = x.index_select(0, self.index)
+        return picked if self.repeats == 1 else picked.repeat_interleave(self.repeats, 1)
+
+    def kept_as_they_were(self) -> AbstractContextManager[Any]:
+        """Within, what backward needs of them is kept as their sources and made anew there."""
+
+        def pack(tensor: Tensor) -> Tensor | tuple[Tensor]:
+            source = self.sources.get(tensor.data_ptr())
+            same = source is not None and tensor.shape[0] == len(self.index)
+            return (source,) if same else tensor  # type: ignore[return-value]
+
+        def unpack(kept: Tensor | tuple[Tensor]) -> Tensor:
+            return kept if isinstance(kept, Tensor) else self._make(kept[0])
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
 def _has_varlen(query: Tensor) -> bool:
     """Whether torch has a kernel for unequal lengths for this; it is one of half precision."""
     return (
@@ -264,5 +326,6 @@ def _has_varlen(query: Tensor) -> bool:
         and query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0  # it refuses others, for which padded blocks are computed
         and "window_size" in inspect.signature(varlen_attn).parameters
     )

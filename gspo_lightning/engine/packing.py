@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gspo_lightning.engine.packed_attention import PackedAttention, Sequence
+from gspo_lightning.engine.padded import checkpoints
 
 
 class Row(NamedTuple):
@@ -83,7 +84,7 @@ def pack(
             sequences += [Sequence(first, prompt_length), *bodies]
     row_of = torch.cat(tokens).to(device)
     wanted = torch.cat(target).to(device)
-    kept = keep.flatten()[wanted]
+    kept = keep.flatten()[wanted].nonzero()[:, 0]  # a GPU is waited for here, and once
     return Row(
         ids=torch.cat([prompt_ids, completion_ids], 1).flatten()[row_of][None],
         position_ids=torch.cat(positions).to(device)[None],
@@ -110,6 +111,7 @@ def rows_of(row: Row, length: int) -> Tensor:
 
 def run_packed(model: nn.Module, row: Row, **options: Any) -> Any:
     """Run a model on a packed row; it must have an open attention."""
+    row.attend.recomputed = checkpoints(model)
     return model(
         input_ids=row.ids,
         # of four dimensions: the model passes such a mask on unread and makes none of its own

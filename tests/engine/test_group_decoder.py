@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gspo_lightning import sampling
-from gspo_lightning.engine import group_decoder
+from gspo_lightning.engine import group_attention, group_decoder
 from gspo_lightning.engine.attention import open_attention
 from gspo_lightning.engine.group_attention import GroupAttention
 from gspo_lightning.engine.products import filled
@@ -233,6 +233,17 @@ def test_prompts_are_read_in_parts_where_they_are_many(policy, monkeypatch):
     monkeypatch.setattr(group_decoder, "READ_AT_ONCE", 4)
     assert_same(GroupSampler(3, 5).sample(policy, batch_of(PROMPTS), seed=0), expected)
     assert counts[:3] == [5, 3, 3]  # the longest first, alone: it is longer than a part
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt_oss"])
+def test_long_prompts_are_attended_to_piece_by_piece(
+    make_model, tokenizer, monkeypatch, architecture
+):
+    """No matrix of all scores of all heads is written out, a gigabyte a layer for 4,096 tokens."""
+    policy = many_ends(Policy(tried(opened(make_model(architecture))), tokenizer))
+    expected = GroupSampler(3, 5).sample(policy, batch_of(PROMPTS), seed=0)
+    monkeypatch.setattr(group_attention, "AT_ONCE", 2)
+    assert_same(GroupSampler(3, 5).sample(policy, batch_of(PROMPTS), seed=0), expected)
 
 
 # --- what is kept --------------------------------------------------------------------------------

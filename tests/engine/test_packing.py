@@ -1,6 +1,9 @@
 """Packed rows: every token once, no padding, and the values and gradients of each text alone."""
 
+import gc
 import logging
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -261,6 +264,92 @@ def test_a_kernel_for_unequal_lengths_is_given_the_same_problem(
     )
     assert_same(everything(model, rollout), expected, 1e-11)
     assert len(calls) == 2  # one a layer
+
+
+class Saving(torch.autograd.Function):
+    """A kernel that keeps its inputs for backward, as the real one does; grouped heads or not."""
+
+    @staticmethod
+    def forward(ctx, options, q, k, v, *borders):
+        ctx.save_for_backward(q, k, v)
+        ctx.rest = options, borders
+        return Saving.compute(options, q, k, v, *borders)
+
+    @staticmethod
+    def compute(options, q, k, v, *borders):
+        if options.pop("enable_gqa", False):
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        return by_loop(q, k, v, *borders, **options)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        options, borders = ctx.rest
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            output = Saving.compute(dict(options), *inputs, *borders)
+        return (None, *torch.autograd.grad(output, inputs, gradient), *[None] * len(borders))
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("recomputed", [True, False])
+def test_a_prompt_is_not_kept_for_each_of_its_completions(
+    monkeypatch, float64, make_model, make_rollout, grouped, recomputed
+):
+    model, rollout = double(opened(make_model("qwen3"))), make_rollout()
+    expected = everything(model, rollout)
+    made = []
+
+    def kernel(q, k, v, *borders, **options):
+        assert ("enable_gqa" in options) == grouped
+        made.extend(map(weakref.ref, (k, v)))
+        return Saving.apply(dict(options), q, k, v, *borders)
+
+    def plain(q, k, v, *borders, scale, window_size):
+        return kernel(q, k, v, *borders, scale=scale, window_size=window_size)
+
+    def with_groups(q, k, v, *borders, scale, window_size, enable_gqa):
+        options = {"scale": scale, "window_size": window_size, "enable_gqa": enable_gqa}
+        return kernel(q, k, v, *borders, **options)
+
+    alive = []
+    monkeypatch.setattr(packed_attention, "_has_varlen", lambda query: True)
+    monkeypatch.setattr(packed_attention, "varlen_attn", with_groups if grouped else plain)
+    if recomputed:
+        checkpoint_activations(model.train())
+    backward = torch.Tensor.backward
+
+    def look(self, *arguments, **options):
+        gc.collect()
+        alive.append(sum(tensor() is not None for tensor in made))
+        return backward(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "backward", look)
+    assert_same(everything(model, rollout), expected, 1e-11)
+    assert alive == [0] and len(made) == (8 if recomputed else 4)
+
+
+def test_written_out_attention_goes_piece_by_piece(monkeypatch, float64, make_model, make_rollout):
+    """No matrix of all scores is kept, which would be a gigabyte a layer for 4,096 tokens."""
+    for architecture in ("gemma2", "gpt_oss"):
+        model, rollout = double(opened(make_model(architecture))), make_rollout()
+        expected = everything(model, rollout)
+        sizes = []
+        monkeypatch.setattr(packed_attention, "AT_ONCE", 2)
+        whole = packed_attention._attend_explicitly
+        monkeypatch.setattr(
+            packed_attention,
+            "_attend_explicitly",
+            lambda q, *rest, of=whole, seen=sizes: seen.append(q.shape[2]) or of(q, *rest),
+        )
+        assert_same(everything(model, rollout), expected, 1e-11)
+        assert max(sizes) == 2
+        monkeypatch.undo()
+
+
+def test_the_kernel_for_unequal_lengths_is_not_given_heads_that_it_refuses():
+    for size, taken in {64: True, 36: False, 256: True, 320: False}.items():
+        query = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 2, 3, size))
+        assert packed_attention._has_varlen(query) == taken
 
 
 @pytest.mark.gpu
