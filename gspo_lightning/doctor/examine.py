@@ -20,6 +20,7 @@ from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.doctor import memory, numbers, rewards, text
 from gspo_lightning.doctor.clipping import clipping
+from gspo_lightning.doctor.environment import episodes
 from gspo_lightning.doctor.findings import Finding, announced, as_json, as_lines, attempt, worst
 from gspo_lightning.rewards.terms import overlong_penalty
 from gspo_lightning.rollout import Samples, join_samples, stream_seed
@@ -93,6 +94,7 @@ def examine(
     cap = min(effort.max_new_tokens, limit)
     drawn: list[Samples] = []
     totals: list[torch.Tensor] = []
+    environment = getattr(module.sampler, "environment", None)
     checks: Checks = {
         "plan": lambda: plan(trainer, module),
         "memory": lambda: memory.memory(trainer, module),
@@ -102,7 +104,10 @@ def examine(
         "pad": lambda: text.padding(policy),
         "bos": lambda: text.bos(policy, data, prompts),
         "prompt end": lambda: text.prompt_end(policy, prompts),
-        "template": lambda: text.template(policy, data, examples),
+        "template": lambda: [
+            text.template(policy, data, examples),
+            *([text.history(data.chat)] if environment and data.chat_template else []),
+        ],
         "clip range": lambda: clip_range(module),
         "dropout": lambda: numbers.dropout(policy),
         "sampling": lambda: sampling(trainer, module, effort.num_prompts, cap, drawn),
@@ -112,6 +117,7 @@ def examine(
         return found
     samples = drawn[0]
     checks = {
+        **({"environment": lambda: episodes(environment, samples)} if environment else {}),
         "prompt": lambda: text.example(policy, samples),
         "truncated": lambda: rewards.truncation(samples.finished.cpu(), cap, limit),
         "rewards": lambda: earned(module, samples, cap, totals),

@@ -175,6 +175,31 @@ def template(policy: Any, data: Any, examples: list[tuple[list[int], dict]]) -> 
     return Finding("template", "ok", text, value=value)
 
 
+def history(chat: Any) -> Finding:
+    """Whether the chat template shows earlier answers as the policy drew them, thoughts included.
+
+    In a rollout of several turns they stay as they were drawn; a chat that is served is rendered.
+    """
+    question, more = {"role": "user", "content": "a"}, {"role": "user", "content": "b"}
+    thought = f"<think>\n{MARK}\n</think>\n\nc"
+    shown = [
+        chat.render([question, {"role": "assistant", "content": answer}, more], opens=True)
+        for answer in (thought, MARK)
+    ]
+    changes = []
+    if MARK not in shown[0]:
+        changes.append("takes the thoughts out of earlier answers")
+    opened = chat.render([question], opens=True)
+    before = shown[1].partition(MARK)[0]
+    if not before.startswith(opened) or "<think>" in before[len(opened) :]:
+        changes.append("begins earlier answers otherwise than it opens the next one")
+    if not changes:
+        return Finding("history", "ok", "earlier turns are shown as they were drawn", value=[])
+    text = f"the chat template {' and '.join(changes)}; in training they stay as they were drawn"
+    remedy = "serve the policy with a template that leaves them, or train without thoughts"
+    return Finding("history", "warning", text, remedy, changes)
+
+
 def vocabulary(policy: Any, prompts: list[list[int]]) -> Finding:
     """Compare sizes and count tokens that the tokenizer does not know."""
     size, unk = vocabulary_size(policy), policy.tokenizer.unk_token_id

@@ -1,7 +1,9 @@
 """Whole runs with an environment: what is logged, shown, refused, and evaluated."""
 
+import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from gspo_lightning import EnvironmentReward, GSPOModule, PromptData, Turn
 from gspo_lightning.callbacks.report import sample_rows
 from gspo_lightning.data.prompts import PromptData as Prompts
+from gspo_lightning.doctor.environment import episodes
 from gspo_lightning.doctor.text import example
 from gspo_lightning.environments import COLUMN, transcript
 from gspo_lightning.evaluation import Evaluation
@@ -197,3 +200,18 @@ def test_a_checkpoint_imports_no_environment(trained, tmp_path):
     assert again.sampler.max_turns == 3
     with pytest.raises(ValueError, match=r"environment support\.environments\.Talker is not"):
         make_trainer(tmp_path).validate(again, trainer.datamodule)
+
+
+def test_doctor_plays_an_episode_again(trained):
+    """An environment with a state of its own answers otherwise: a continued run would, too."""
+    rollout = trained[2][0]["rollout"]
+    found = episodes(Talker(), rollout)
+    assert found.status == "ok" and "asked again, it answers the same" in found.text
+    count = itertools.count()
+    found = episodes(Says(lambda row, text: Turn(str(next(count)))), rollout)
+    assert found.status == "warning" and "will not be exact" in found.text
+    broken = dict(rollout.rows[3])
+    broken[COLUMN] = broken[COLUMN] | {"error": "OSError: no server", "end": "error"}
+    rollout = replace(rollout, rows=[*rollout.rows[:3], broken, *rollout.rows[4:]])
+    found = episodes(Talker(), rollout)
+    assert found.status == "error" and "1 of 16 episodes failed: OSError: no" in found.text

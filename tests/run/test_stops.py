@@ -111,7 +111,7 @@ def test_the_overlay_for_few_shot_prompts_goes_on_top_of_a_run(folder):
 def test_evaluation_ends_where_training_does(tmp_path, model_dir):
     config = PolicyConfig(str(model_dir), stop_strings=["5", "="])
     policy, batch = load_policy(config), batch_of(PROMPTS)
-    for sampler in Evaluation().samplers(16, None).values():
+    for sampler in Evaluation().samplers(GroupSampler(2, 16)).values():
         drawn = sampler.sample(policy, batch, seed=0)
         assert not any("5" in text or "=" in text for text in drawn.texts)
     module = make_module(model_dir, policy=config)
