@@ -42,7 +42,7 @@ screenshots: $(VENV)/demo.stamp  ## make the pictures of docs/images anew; needs
 docs: $(VENV)/docs.stamp  ## build the pages as a site, build/site/index.html; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
-kills: $(VENV)/dev.stamp  ## kill runs of twelve configurations again and again, and continue them
+kills: $(VENV)/dev.stamp  ## kill runs of thirteen configurations again and again, and continue them
 	$(PY) -m pytest -q -n 2 --dist worksteal -m kills
 
 recipes: $(VENV)/dev.stamp  ## train the shipped models and the second demo anew

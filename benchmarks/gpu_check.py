@@ -206,6 +206,11 @@ def cards(check: Check) -> Found:
     yield "demo, single device", seconds_per_rollout(check.fit("single"))
     fsdp2 = ("--trainer.strategy", "fsdp2")
     yield "demo, fsdp2 on one card", seconds_per_rollout(check.fit("one", *fsdp2))
+    offload = check.out / "offload.yaml"
+    strategy = {"class_path": "gspo_lightning.FSDP2", "init_args": {"cpu_offload": True}}
+    offload.write_text(json.dumps({"trainer": {"strategy": strategy}}))  # JSON is YAML, too
+    folder = check.fit("offload", "--config", str(offload))
+    yield "demo, fsdp2 with cpu_offload", seconds_per_rollout(folder)
     if torch.cuda.device_count() < 2:
         return
     words = ("--config", "hardware/two_gpu")
@@ -249,6 +254,7 @@ DECIDES = {  # by part and figure: what is done about it
     "peak GiB": "whether the plan can be trusted to refuse a run",
     "demo, single device": "what FSDP2 on one card is compared with",
     "demo, fsdp2 on one card": "what FSDP2 costs where it is not needed",
+    "demo, fsdp2 with cpu_offload": "whether the pages may call it more than tried on a CPU",
     "preference demo, frozen models on a second card": "what two_gpu is worth",
     "demo, ddp on two cards": "the number of ranks that the README proposes for small policies",
     "demo, fsdp2 on two cards": "from which size on FSDP2 pays",

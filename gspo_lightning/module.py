@@ -5,7 +5,9 @@ Decides the settings, what Lightning's hooks do, and what is logged of a step.
 
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +27,14 @@ from gspo_lightning.guards.faults import Faults
 from gspo_lightning.guards.health import Health
 from gspo_lightning.guards.ignored import check_trainer
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED, TOKENS, Sizes
-from gspo_lightning.guards.rank_watch import tell_phase, together, watch_for
-from gspo_lightning.guards.trainer import check_batch, check_data, leave_out_noise, whole
+from gspo_lightning.guards.rank_watch import gradient_wait, tell_phase, together, watch_for
+from gspo_lightning.guards.trainer import (
+    check_batch,
+    check_data,
+    leave_out_noise,
+    tell_loading,
+    whole,
+)
 from gspo_lightning.kl import check_loss_kind
 from gspo_lightning.loss import LossChoices
 from gspo_lightning.objectives import Objective
@@ -59,7 +67,7 @@ from gspo_lightning.rewards import (
 )
 from gspo_lightning.rollout import PromptBatch, Rollout, stream_seed
 from gspo_lightning.sampling import GroupSampler, Sampler
-from gspo_lightning.sharding import cuts, share_out, weights_of
+from gspo_lightning.sharding import mesh_of, share_out, weights_of
 from gspo_lightning.step import Clock, Ranks, Step
 from gspo_lightning.tally import RolloutTally
 from gspo_lightning.update import Updater
@@ -257,7 +265,10 @@ class GSPOModule(LightningModule):
         reduce = trainer.strategy.reduce
         add = together(trainer, clock, lambda x: reduce(x.to(self.device), reduce_op="sum"))
         gather = together(trainer, clock, lambda x: self.all_gather(x.to(self.device)))
-        ranks = Ranks(self.global_rank, trainer.world_size, add, gather, weights_of(trainer))
+        weights = weights_of(trainer)
+        # Ranks that share the policy wait for one another within each pass, where nothing tells it.
+        wait: Any = nullcontext if weights.sharded else partial(gradient_wait, trainer, clock)
+        ranks = Ranks(self.global_rank, trainer.world_size, add, gather, wait, weights)
         known = self.tally, self.choices, self.kl_coef
         self.step = Step(index, self.seed, ranks, clock, *known)
         return self.step
@@ -292,6 +303,10 @@ class GSPOModule(LightningModule):
         if self.step is not None:
             self.updater.settle_gradient(optimizer, self.step)
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Let gradients go, which callbacks have seen: as much memory as the weights take."""
+        self.optimizers().zero_grad()  # type: ignore[union-attr]
+
     # --- Lightning's hooks around training -----------------------------------------------------
 
     def configure_callbacks(self) -> list[Any]:
@@ -311,13 +326,15 @@ class GSPOModule(LightningModule):
         examples = getattr(self.trainer.datamodule, "examples", {})  # type: ignore[attr-defined]
         held_out = self.eval_samplers["greedy"].max_new_tokens
         check_lengths(self.policy_config, examples, self.sampler.max_new_tokens, held_out)
+        if stage == "fit":
+            tell_loading(self.trainer, self)
         self.frozen.load(self.policy_config, device, with_reference=stage == "fit")
 
     def configure_model(self) -> None:
         """Load the policy, once, where Lightning wants it."""
         if self.policy is None:
-            as_stored = cuts(self._trainer)  # widened part by part, as each rank gets its own
-            self.policy = load_policy(self.policy_config, self.tokenizer, as_stored)
+            mesh = mesh_of(self._trainer)  # of ranks that cut the policy
+            self.policy = load_policy(self.policy_config, self.tokenizer, mesh)
             self.policy.train()  # computes as in eval mode, but recomputes activations where set
             share_out(self.policy, self._trainer)
         if self.critic_config is not None and self.needs_critic and self.critic is None:
@@ -517,6 +534,8 @@ class GSPOModule(LightningModule):
 
     def export(self, path: str | Path) -> None:
         """Write the policy as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
-        state = weights_of(self._trainer).state(self.policy.model, self.global_rank == 0)  # type: ignore[union-attr]
-        if self.global_rank == 0:
-            self.policy.export(path, state)  # type: ignore[union-attr]
+        policy: Any = self.policy
+        first = self.global_rank == 0
+        state = weights_of(self._trainer).state_beside(policy.model, first, Path(path))
+        if first:
+            policy.export(path, state)

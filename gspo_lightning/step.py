@@ -6,8 +6,9 @@ streams are named, and how its seconds and its peak memory are measured.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class Ranks:
         count: How many there are.
         sum: Sums a tensor over all of them; every rank must call.
         gather: Stacks the tensors of all of them; every rank must call.
+        wait: Measures how long the backward pass of a loss, made within, waits for the others.
         weights: How they hold the policy.
     """
 
@@ -38,6 +40,7 @@ class Ranks:
     count: int
     sum: Callable[[Tensor], Tensor]
     gather: Callable[[Tensor], Tensor]
+    wait: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext
     weights: Whole = Whole()  # noqa: RUF009 - without state
 
 

@@ -4,6 +4,7 @@ Decides when a step is skipped, what is counted of it, and what is done again wh
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,7 +180,8 @@ class Updater:
                 self.faults.look("ratio", log_ratio.exp())
                 self.faults.look("loss", loss.total)
                 step.synced = last
-                self.shell.manual_backward(loss.total)
+                with step.ranks.wait(loss.total) if last else nullcontext():
+                    self.shell.manual_backward(loss.total)
             entropy = None if found.entropy is None else found.entropy.detach()
             found = LogProbs(found.logprobs.detach(), entropy)
             value = value and value._replace(loss=value.loss.detach())

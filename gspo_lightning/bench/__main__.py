@@ -8,7 +8,9 @@ gspo bench loss                   log-probs against full logits
 gspo bench checkpoint             seconds to write a checkpoint and to go on
 gspo bench memory                 memory, files and threads over 500 rollouts
 gspo bench ranks                  one rank and two: seconds, and what is waiting
+gspo bench shards                 host memory of ranks that share a policy
 gspo bench start                  seconds to the first line and first rollout
+gspo bench needs                  what a policy takes on each card and machine, by ranks
 
 A case is MODEL/PROMPT/LENGTH/GROUP, `/kl` behind it for a reference policy: the model's size (S, M,
 0.6B), the longest prompt in tokens (the shortest is 5/8 of it), `geo` for completions whose lengths
@@ -25,7 +27,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gspo_lightning.bench import cases, memory, parts, ranks, scaling, start, worker
+from gspo_lightning.bench import (
+    cases,
+    memory,
+    needs,
+    parts,
+    ranks,
+    scaling,
+    shards,
+    start,
+    worker,
+)
 from gspo_lightning.bench.report import Run, report
 from gspo_lightning.run.terminal_log import say
 from gspo_lightning.start.typed import program
@@ -79,6 +91,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     start.add_arguments(command("start", start.start, text))
     text = "seconds of a rollout with one rank and with several, and the share that is waiting"
     ranks.add_arguments(command("ranks", ranks.ranks, text))
+    text = "host memory of ranks that cut a policy, while it is loaded and exported"
+    shards.add_arguments(command("shards", shards.shards, text))
+    text = "memory of each card and each machine for several numbers of ranks; nothing is loaded"
+    needs.add_arguments(command("needs", needs.needs, text))
     worker.add_arguments(command("worker", worker.print_run, "one run, JSON on the last line"))
     known = {"-h", "--help", *commands.choices}
     return parser.parse_args(argv if argv and argv[0] in known else ["compare", *argv])

@@ -35,6 +35,7 @@ from gspo_lightning.checkpoint.quoted import json_line
 from gspo_lightning.curves import PICTURE, curve
 from gspo_lightning.kl import KLRule, MultiplicativeKL
 
+WEIGHTS = "model*.safetensors*"  # in one file, or in several with their index
 ACCURACY, HELD_OUT = "val/accuracy_greedy", "val/reward"
 
 
@@ -131,10 +132,15 @@ def export_whole(
             if all(file.is_dir() for file in beside.rglob("*")):
                 raise CheckpointError(f"export {folder} was not written: the model wrote no file")
             dress(beside)
-            for file in (file for file in beside.rglob("*") if not file.is_dir()):
+            written = [file for file in beside.rglob("*") if not file.is_dir()]
+            for file in written:
                 target = folder / file.relative_to(beside)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, target)
+            if names := {file.name for file in written if file.match(WEIGHTS)}:
+                for file in folder.glob(WEIGHTS):  # one of all weights would win over new ones
+                    if file.name not in names:
+                        file.unlink()
     except OSError as error:
         raise CheckpointError(
             f"export {folder} was not written: {describe(error, folder)}; the checkpoints written "

@@ -46,3 +46,15 @@ def reasons(trainer: Trainer) -> list[str]:
 
 def _settings(stop: EarlyStopping) -> dict[str, Any]:
     return {name: getattr(stop, name) for name in _SETTINGS}
+
+
+def agree_to_stop(trainer: Any) -> None:
+    """Stop all ranks when a callback has stopped one: the others would wait for it for ever."""
+    if trainer.state.fn != "fit" or trainer.sanity_checking:
+        return
+    progress = trainer.fit_loop.epoch_loop.batch_progress.total
+    if trainer.world_size > 1 and progress.processed < progress.ready:
+        # The other ranks are in the middle of the rollout: this question would meet their sums.
+        raise RuntimeError("a StopIteration in a hook has ended the training of this rank alone")
+    if trainer.strategy.reduce_boolean_decision(trainer.should_stop, all=False):
+        trainer.should_stop = True

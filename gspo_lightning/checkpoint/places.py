@@ -33,6 +33,8 @@ FILES = (
 )
 FOLDERS = ("checkpoints", "faults", "profile", "source", "source.resume-*", "earlier-*")
 TOKEN_SECONDS = 5.0  # for a new file to be seen through a network file system
+MOUNTS = Path("/proc/self/mountinfo")
+_OF_THIS_MACHINE = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"}
 
 
 def local_folder(path: str | Path | None, key: str = KEY) -> Path:
@@ -124,7 +126,7 @@ def check_shared(trainer: Any, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         token.touch()
     trainer.strategy.barrier("run folder")
-    end = time.monotonic() + TOKEN_SECONDS
+    end = time.monotonic() + (0 if is_local(root) else TOKEN_SECONDS)
     # A new name is asked for at once: a network file system may list the folder from its memory.
     seen = token.exists()
     while not (seen := seen or _holds(root, token.name)) and time.monotonic() < end:
@@ -140,6 +142,22 @@ def check_shared(trainer: Any, root: Path) -> None:
             f"writes there is {'' if seen else 'not '}seen by rank {trainer.global_rank}; name one "
             "on a file system that all machines share"
         )
+
+
+def is_local(path: Path) -> bool:
+    """Whether a path is on a disk of this machine, where a new file is seen at once or never.
+
+    False where the system does not tell.
+    """
+    try:
+        lines = MOUNTS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    mounts = [line.partition(" - ") for line in lines]
+    kinds = {left.split()[4]: right.split()[0] for left, _, right in mounts}
+    path = path.resolve()
+    nearest = next((str(p) for p in (path, *path.parents) if str(p) in kinds), "")
+    return kinds.get(nearest) in _OF_THIS_MACHINE
 
 
 def _fits(path: str, longest: int) -> bool:

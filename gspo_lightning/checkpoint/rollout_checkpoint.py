@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint import early_stops
+from gspo_lightning.checkpoint.early_stops import agree_to_stop
 from gspo_lightning.checkpoint.event_files import (
     cut_event_files,
     drop_unused,
@@ -413,18 +414,6 @@ def _at_limit(trainer: Trainer) -> bool:
 def _stops(trainer: Trainer) -> bool:
     """Whether the run ends here by somebody's decision, which a minimum may put off."""
     return trainer.should_stop and trainer.fit_loop._can_stop_early
-
-
-def agree_to_stop(trainer: Trainer) -> None:
-    """Stop all ranks when a callback has stopped one: the others would wait for it for ever."""
-    if trainer.state.fn != "fit" or trainer.sanity_checking:
-        return
-    progress = trainer.fit_loop.epoch_loop.batch_progress.total
-    if trainer.world_size > 1 and progress.processed < progress.ready:  # type: ignore[attr-defined]
-        # The other ranks are in the middle of the rollout: this question would meet their sums.
-        raise RuntimeError("a StopIteration in a hook has ended the training of this rank alone")
-    if trainer.strategy.reduce_boolean_decision(trainer.should_stop, all=False):
-        trainer.should_stop = True
 
 
 def _stopped_by_signal(trainer: Trainer) -> bool:

@@ -240,11 +240,17 @@ PATTERNS = {
         "Highest memory in the phase `{0}`; of another device than the "
         "policy's where the name ends with one.",
     ),
+    "time/waiting_gradient": Curve(
+        "Waiting, gradient",
+        SECONDS,
+        "Part of the third phase: for the mean of gradients over ranks, what is left of it when "
+        "this rank has computed its own. With ddp; fsdp2 waits within its passes, unmeasured.",
+    ),
     r"time/waiting_(\w+)": Curve(
         "Waiting, {0}",
         SECONDS,
-        "In sums and gathers over all ranks in the phase `{0}`, most of it for the slowest; "
-        "without the mean of the gradient. Where there are several ranks.",
+        "In sums and gathers over all ranks in the phase `{0}`, most of it for the slowest. Where "
+        "there are several ranks.",
     ),
     r"reward/(.+)": Curve(
         "Reward {0}",

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -139,8 +140,15 @@ class TokenizedData(LightningDataModule):
         if not examples:
             return []
         dataset: Any = examples  # a list is a map-style dataset
+        trainer: Any = self.trainer
+        sampler, ranks = None, trainer.world_size
+        # Fewer examples than ranks are evaluated by each of them: one without a batch would leave
+        # out the evaluation, and the others would wait for it.
+        if 1 < ranks <= len(examples):
+            kind = UnrepeatedDistributedSampler  # none twice, so that ranks may have unequal parts
+            sampler = kind(dataset, ranks, trainer.global_rank, shuffle=False)
         # Lightning makes a loader again for ``predict``, and cannot if batch_size has no keyword
-        return DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
+        return DataLoader(dataset, batch_size=batch_size, collate_fn=collate, sampler=sampler)
 
     def _check_alike(self, **examples: list) -> None:
         """Refuse ranks that have read other examples, before anything depends on their number."""

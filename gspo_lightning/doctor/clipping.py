@@ -70,13 +70,13 @@ class Trial:
 @contextmanager
 def undone(parameters: list[Tensor]) -> Iterator[None]:
     """Give the parameters their values back in the end; the copies take no memory of a card."""
-    kept = [p.detach().to("cpu", copy=True) for p in parameters]
+    own = [numbers.own_part(p.detach()) for p in parameters]
+    kept = [part.to("cpu", copy=True) for part in own]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, kept, strict=True):
-                parameter.copy_(value)
+        for part, value in zip(own, kept, strict=True):
+            part.copy_(value)
 
 
 def trial(module: Any, rollout: Rollout, size: int, most: int) -> Trial:

@@ -2,7 +2,8 @@
 
 Decides what is examined and in which order, how it is printed, and the exit code. Everything is set
 up by ``fit`` itself, by the same parser, on the same devices, up to the first batch; then a few
-prompts are completed and looked at from all sides. Nothing is written, no weight changes.
+prompts are completed and looked at from all sides. Nothing is written, no weight changes. Of
+several ranks each examines prompts of its own; the first one speaks for all.
 """
 
 import contextlib
@@ -15,21 +16,31 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from gspo_lightning.bounds import check_at_least
 from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.doctor import memory, numbers, rewards, text
 from gspo_lightning.doctor.clipping import clipping
 from gspo_lightning.doctor.environment import episodes
-from gspo_lightning.doctor.findings import Finding, announced, as_json, as_lines, attempt, worst
+from gspo_lightning.doctor.findings import (
+    Finding,
+    announced,
+    as_json,
+    as_lines,
+    as_list,
+    attempt,
+    worst,
+)
 from gspo_lightning.rewards.terms import overlong_penalty
 from gspo_lightning.rollout import Samples, join_samples, stream_seed
 from gspo_lightning.run.plan import kl_speed, plan_lines, too_slow
 from gspo_lightning.run.terminal_log import say
-from gspo_lightning.sharding import FSDP2
+from gspo_lightning.sharding.ranks import weights_of
 
 Checks = dict[str, Callable[[], Finding | list[Finding]]]
 DRAWS = ("sample/0", "doctor")  # groups per prompt; the first are drawn as in the first rollout
+TOGETHER = ("sampling", "kl", "ratio noise", "gradient", "clipping")  # passes of all ranks
 WIDTH = 14  # columns of a check's name: lines are printed before all names are known
 
 
@@ -112,7 +123,7 @@ def examine(
         "dropout": lambda: numbers.dropout(policy),
         "sampling": lambda: sampling(trainer, module, effort.num_prompts, cap, drawn),
     }
-    found = run_checks(checks, show)
+    found = run_checks(checks, trainer, show)
     if not drawn:
         return found
     samples = drawn[0]
@@ -128,18 +139,40 @@ def examine(
         ),
         "clipping": lambda: clipping(module, data, samples, totals, effort.trial_rows),
     }
-    return found + run_checks(checks, show)
+    return found + run_checks(checks, trainer, show)
 
 
-def run_checks(checks: Checks, show: Callable[[list[Finding]], None]) -> list[Finding]:
+def run_checks(
+    checks: Checks, trainer: Any, show: Callable[[list[Finding]], None]
+) -> list[Finding]:
     """One after the other, each named as it begins and shown as it ends."""
     found = []
     for name, check in checks.items():
         with announced(name):
-            part = attempt(name, check)
+            # An error in passes that ranks make together ends them all: the others wait in one.
+            if name in TOGETHER and trainer.world_size > 1:
+                part = as_list(check())
+            else:
+                part = attempt(name, check)
+            part = of_all_ranks(trainer, part)
         show(part)
         found += part
     return found
+
+
+def of_all_ranks(trainer: Any, found: list[Finding]) -> list[Finding]:
+    """What rank 0 has found, and what is worse on another one; the same on every rank."""
+    if trainer.world_size == 1:
+        return found
+    everyone: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(everyone, found)
+    told = list(everyone[0])
+    for rank, part in enumerate(everyone[1:], start=1):
+        for finding in part:
+            same = [each for each in told if each.check == finding.check]
+            if finding.status != "ok" and worst([*same, finding]) != worst(same):
+                told.append(replace(finding, text=f"rank {rank}: {finding.text}"))
+    return told
 
 
 def plan(trainer: Any, module: Any) -> list[Finding]:
@@ -177,7 +210,8 @@ def sampling(
     batch = trainer.datamodule.draw([num_prompts] * trainer.world_size).to(module.device)
     seeds = [stream_seed(module.seed, 0, module.global_rank, purpose) for purpose in DRAWS]
     start = time.perf_counter()
-    parts = [sampler.sample(module.policy, batch, seed=seed) for seed in seeds]
+    with weights_of(trainer).apart():
+        parts = [sampler.sample(module.policy, batch, seed=seed) for seed in seeds]
     seconds = time.perf_counter() - start
     rows = torch.arange(len(DRAWS) * num_prompts * sampler.group_size)
     order = rows.view(len(DRAWS), num_prompts, sampler.group_size).transpose(0, 1).flatten()
@@ -243,12 +277,6 @@ def set_up_and_examine(
     check_at_least(1, **asked)
     if not (hasattr(model, "sampler") and hasattr(model, "objective")):
         raise ValueError(f"doctor examines GSPOModule, and the model is {type(model).__name__}")
-    if isinstance(trainer.strategy, FSDP2):
-        raise ValueError(
-            "doctor computes with the whole policy, and fsdp2 leaves each rank a part; examine the "
-            "config with --trainer.strategy auto --trainer.devices 1, on a smaller model of the "
-            "same kind if the policy fits no device"
-        )
     if not (hasattr(datamodule, "draw") and hasattr(datamodule, "examples")):
         raise ValueError(f"doctor needs PromptData, and the data is {type(datamodule).__name__}")
     found: list[Finding] = []
@@ -259,11 +287,14 @@ def set_up_and_examine(
         with trainer.strategy.precision_plugin.train_step_context():  # as around a training step
             found.extend(examine(trainer, module, effort, show))
 
+    first = memory.First(found, show)
     trainer.instead_of_training = look
+    trainer.callbacks.append(first)
     try:
         trainer.fit(model, datamodule=datamodule)
     finally:
         trainer.instead_of_training = None
+        trainer.callbacks.remove(first)
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from gspo_lightning.guards.out_of_memory import is_out_of_memory
 from gspo_lightning.run.terminal_log import say
 
 Status = Literal["ok", "warning", "error"]
@@ -106,7 +107,12 @@ def attempt(check: str, examine: Callable[[], Finding | list[Finding]]) -> list[
         text = " ".join(str(error).split())[:400] or type(error).__name__
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         remedy = "GSPO_TRACEBACK=1 shows where"
-        if "out of memory" in text:
+        if is_out_of_memory(error):
             remedy = "lower model.micro_batch_size and sampler.batch_size, or use a larger device"
         return [Finding(check, "error", f"{kind}{text}", remedy)]
+    return as_list(found)
+
+
+def as_list(found: Finding | list[Finding]) -> list[Finding]:
+    """One finding as a list of it."""
     return found if isinstance(found, list) else [found]

@@ -1,54 +1,56 @@
 """Examines whether a run fits: the plan's memory estimate against what each device has left."""
 
-import contextlib
-import os
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 
 from gspo_lightning.doctor.findings import Finding
-from gspo_lightning.run.plan import IN_TURN, policy_memory, size_text
+from gspo_lightning.guards.memory import available
+from gspo_lightning.run.memory import before_loading, memory_line, needs, shortages
+from gspo_lightning.sharding.memory import CACHE, GRADIENTS, IN_UPDATE, size_text
 
 TIGHT = 0.8  # of what is available: allocators lose a part, and other processes grow
-_MEMINFO = Path("/proc/meminfo")
-_V2, _V1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")  # versions of cgroups
-_CGROUPS = (  # limit and use of a container
-    (_V2 / "memory.max", _V2 / "memory.current"),
-    (_V1 / "memory.limit_in_bytes", _V1 / "memory.usage_in_bytes"),
-)
 
 
-def available(device: torch.device) -> int | None:
-    """Bytes that this process can still take on a device; ``None`` where nobody says."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        # What the allocator of this process holds and does not use is free for this process alone.
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    found = []
-    with contextlib.suppress(OSError):
-        for line in _MEMINFO.read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-    if not found:
-        with contextlib.suppress(OSError, ValueError):
-            found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for limit, use in _CGROUPS:
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
-            found.append(int(limit.read_text()) - int(use.read_text()))
-    return min(found) if found else None
+class First(Callback):
+    """Examines what a run will take before any weight is read.
+
+    Args:
+        found: Takes what was found.
+        show: Called with it.
+    """
+
+    def __init__(self, found: list[Finding], show: Callable[[list[Finding]], None]) -> None:
+        self.found, self.show = found, show
+
+    def before_loading(self, trainer: Any, module: Any) -> None:
+        """Called by the module before it loads the first model."""
+        needs = before_loading(trainer, module)
+        if needs is None:
+            return
+        value = {**needs.card, **needs.host}
+        short = [Finding("needs", "error", *pair, value) for pair in shortages(module, needs)]
+        said = memory_line(module, needs) or ""
+        part = short or [Finding("needs", "ok", said, value=value)]
+        self.found += part
+        self.show(part)
 
 
-def needs(trainer: Any, module: Any) -> dict[torch.device, dict[str, float]] | None:
+def wanted(trainer: Any, module: Any) -> dict[torch.device, dict[str, float]] | None:
     """Bytes by part that training will take on each device beyond the weights, already there.
 
     ``None`` if the model's config does not name its sizes.
     """
-    parts = policy_memory(trainer, module)
-    if parts is None:
+    run = needs(trainer, module)
+    if run is None:
         return None
-    largest = max(IN_TURN, key=parts.__getitem__)
-    own = {name: parts[name] for name in ("gradients", "Adam", largest)}
+    parts = run.card
+    update = max(IN_UPDATE, key=parts.__getitem__)
+    beside = [CACHE] if parts[CACHE] > parts[GRADIENTS] + parts[update] else [GRADIENTS, update]
+    always = [name for name in parts if name not in ("weights", CACHE, GRADIENTS, *IN_UPDATE)]
+    own = {name: parts[name] for name in (*always, *beside)}
     device = trainer.strategy.root_device
     if device.type == "cpu":  # the ranks of a run share one memory
         own = {name: size * trainer.world_size for name, size in own.items()}
@@ -66,11 +68,11 @@ def needs(trainer: Any, module: Any) -> dict[torch.device, dict[str, float]] | N
 
 def memory(trainer: Any, module: Any) -> list[Finding]:
     """One finding per device."""
-    wanted = needs(trainer, module)
-    if wanted is None:
+    found = wanted(trainer, module)
+    if found is None:
         text = "not estimated: the model's config does not name its sizes"
         return [Finding("memory", "warning", text, "watch the first rollouts")]
-    return [device_memory(device, parts) for device, parts in wanted.items()]
+    return [device_memory(device, parts) for device, parts in found.items()]
 
 
 def device_memory(device: torch.device, parts: dict[str, float]) -> Finding:

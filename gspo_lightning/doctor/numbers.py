@@ -1,12 +1,15 @@
 """Examines the numbers an update starts from: ratio, KL, noise, and the gradient's invariance.
 
 Everything goes through the module's own forward and backward passes, in the precision of the run.
-Decides the tolerances. Takes no step and leaves no gradient behind. Advantages are made up, since
-flat groups would leave no gradient to compare.
+Of several ranks each makes as many of them as the others, on completions of its own. Decides the
+tolerances. Takes no step and leaves no gradient behind. Advantages are made up, since flat groups
+would leave no gradient to compare.
 """
 
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ from gspo_lightning.loss import LossChoices, micro_loss
 from gspo_lightning.masked import masked_mean
 from gspo_lightning.objectives import importance_log_ratio, token_weights
 from gspo_lightning.rollout import Rollout, Samples
+from gspo_lightning.sharding.ranks import weights_of
 
 DROPOUTS = tuple(kind for name, kind in vars(nn).items() if "Dropout" in name)
 ROWS = 16  # completions that noise and KL are measured on
@@ -49,9 +53,28 @@ def dtype_of(module: Any, trainer: Any) -> torch.dtype:
 
 
 def configured_size(module: Any, data: Any) -> int:
-    """Completions per forward and backward pass in the run."""
+    """Completions per forward and backward pass in the run; of ranks that differ, the fewest."""
     minibatch = data.prompts_per_rollout * module.sampler.group_size // module.num_minibatches
-    return max(1, min(module.micro_batch_size or minibatch, minibatch))
+    own = max(1, min(module.micro_batch_size or minibatch, minibatch))
+    return int(-over_ranks(module, -own))
+
+
+def over_ranks(module: Any, number: float) -> float:
+    """The largest of the numbers of all ranks; NaN if one is. Every rank must call."""
+    if getattr(module._trainer, "world_size", 1) == 1:
+        return number
+    return module.all_gather(torch.tensor(float(number), device=module.device)).max().item()
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, in the same memory."""
+    return cast(Any, tensor).to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def largest_entry(tensors: Iterable[Tensor]) -> float:
+    """The largest absolute value in what this rank holds of tensors; NaN if one is there."""
+    entries = [part.abs().max() for part in map(own_part, tensors) if part.numel()]
+    return torch.stack(entries).max().item() if entries else 0.0
 
 
 def dropout(policy: Any) -> Finding:
@@ -95,7 +118,7 @@ def as_rollout(
     if advantages is None:
         advantages = torch.linspace(-1, 1, len(samples))
     advantages = advantages.to(samples.mask.device)
-    with torch.no_grad():
+    with torch.no_grad(), weights_of(module._trainer).apart():
         old = logprobs_in_run(module, samples).logprobs
         ref = None
         if with_ref and module.reference is not None:
@@ -129,18 +152,21 @@ def gradient(module: Any, rollout: Rollout, size: int, choices: LossChoices | No
     parameters = [p for p in module.policy.parameters() if p.requires_grad and wanted]
     module.policy.zero_grad(set_to_none=True)
     log_ratios, clipped = [], 0.0
+    # Without a backward pass ranks would keep whole weights, which an optimizer must not see.
+    passes = nullcontext() if wanted else weights_of(module._trainer).apart()
     try:
-        for micro, part in zip(rollout.micro_batches(size), weights.split(size), strict=True):
-            found = logprobs_in_run(module, micro, with_entropy=True)
-            value = None
-            if module.critic is not None:
-                value = module.critic.loss(module.policy.model, micro, part).loss
-            loss = micro_loss(*found, micro, part, choices, value)
-            if wanted:
-                module.manual_backward(loss.total)
-            own = found.logprobs.detach(), loss.old, micro.mask
-            log_ratios.append(importance_log_ratio(*own, "sequence")[:, 0].float().cpu())
-            clipped = max(clipped, loss.clip.clip_fraction_sequences.item())
+        with passes:
+            for micro, part in zip(rollout.micro_batches(size), weights.split(size), strict=True):
+                found = logprobs_in_run(module, micro, with_entropy=True)
+                value = None
+                if module.critic is not None:
+                    value = module.critic.loss(module.policy.model, micro, part).loss
+                loss = micro_loss(*found, micro, part, choices, value)
+                if wanted:
+                    module.manual_backward(loss.total)
+                own = found.logprobs.detach(), loss.old, micro.mask
+                log_ratios.append(importance_log_ratio(*own, "sequence")[:, 0].float().cpu())
+                clipped = max(clipped, loss.clip.clip_fraction_sequences.item())
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     finally:
         module.policy.zero_grad(set_to_none=True)
@@ -177,7 +203,7 @@ def start_ratio(ratios: Tensor, clipped: float) -> Finding:
 
 def invariance(whole: Cut, cuts: Any, trainer: Any, module: Any) -> Finding:
     """Compare gradients of the same rows: cuts and padding must not matter."""
-    largest = max(g.abs().max().item() for g in whole.gradients)
+    largest = over_ranks(module, largest_entry(whole.gradients))
     tolerance = TOLERANCE[dtype_of(module, trainer)]
     rows = len(whole.log_ratios)
     if not largest > 0:
@@ -187,7 +213,8 @@ def invariance(whole: Cut, cuts: Any, trainer: Any, module: Any) -> Finding:
     differences = {}
     for cut in cuts:  # one at a time: each is as large as the model
         pairs = zip(whole.gradients, cut.gradients, strict=True)
-        differences[cut.size] = max((a - b).abs().max().item() for a, b in pairs) / largest
+        own = largest_entry(own_part(a) - own_part(b) for a, b in pairs)
+        differences[cut.size] = over_ranks(module, own) / largest
     worst = max(differences.values(), default=0.0)
     value = {"rows": rows, "differences": differences, "tolerance": tolerance}
     sizes = " and ".join(map(str, differences))
@@ -238,17 +265,18 @@ def noise(module: Any, data: Any, samples: Samples, most: int = ROWS) -> Finding
     rows = rows_of(spread(len(samples) // group, max(1, most // group)), group)[:most]
     same: list[Tensor] = []
     other: list[Tensor] = []
-    for part in (samples.select(index) for index in rows.split(size)):
-        graph = logprobs_in_run(module, part).logprobs.detach()
-        with torch.no_grad():
-            again = logprobs_in_run(module, part, with_entropy=True).logprobs
-            longer = with_longer_prompt(part)
-            # Run the rows padded: packed ones have the same bits whatever else is in the batch.
-            apart = logprobs_in_run(module, longer, packed=False).logprobs[:-1]
-        for values, moved in ((same, again), (other, apart)):
-            log_ratio = importance_log_ratio(graph, moved, part.mask, level)
-            whole = level.startswith("sequence")  # then every column holds the same
-            values.append(log_ratio[:, 0] if whole else log_ratio[part.mask])
+    with weights_of(module._trainer).apart():
+        for part in (samples.select(index) for index in rows.split(size)):
+            graph = logprobs_in_run(module, part).logprobs.detach()
+            with torch.no_grad():
+                again = logprobs_in_run(module, part, with_entropy=True).logprobs
+                longer = with_longer_prompt(part)
+                # Run the rows padded: packed ones have the same bits whatever else is in the batch.
+                apart = logprobs_in_run(module, longer, packed=False).logprobs[:-1]
+            for values, moved in ((same, again), (other, apart)):
+                log_ratio = importance_log_ratio(graph, moved, part.mask, level)
+                whole = level.startswith("sequence")  # then every column holds the same
+                values.append(log_ratio[:, 0] if whole else log_ratio[part.mask])
     width = module.objective.clip_width
     here, there = (torch.cat(v).square().mean().sqrt().item() for v in (same, other))
     tokens = samples.select(rows).mask.sum(1).float().mean().item()
@@ -270,8 +298,9 @@ def start_kl(module: Any, trainer: Any, samples: Samples, rows: int = ROWS) -> F
     if module.reference is None:
         return Finding("kl", "ok", "no reference, so no KL is measured")
     part = samples.select(spread(len(samples), rows))
-    old = torch.cat([logprobs_in_run(module, row).logprobs for row in part.micro_batches(1)])
-    ref = module.reference.logprobs(part, module.sampler.temperature).to(old.device)
+    with weights_of(module._trainer).apart():
+        old = torch.cat([logprobs_in_run(module, row).logprobs for row in part.micro_batches(1)])
+        ref = module.reference.logprobs(part, module.sampler.temperature).to(old.device)
     kl = masked_mean(kl_estimate(old, ref, "k3"), part.mask, dim=1).mean().item()
     types = [dtype_of(module, trainer), next(module.reference.model.parameters()).dtype]
     tolerance = max(KL_TOLERANCE[dtype] for dtype in types)

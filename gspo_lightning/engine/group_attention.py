@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from gspo_lightning.engine.packed_attention import AT_ONCE, for_each_head
-
+AT_ONCE = 512  # queries of a text whose scores are written out at the same time
 Attend = Callable[..., Tensor]  # as ``attention.Attend``, which stands a floor higher
 
 
@@ -327,7 +326,8 @@ def attend_within(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> 
     if query.is_cuda and (visible is not None or query.dtype == torch.float32):
         # Beside a mask and in float32 its kernels take no grouped heads, and all scores of all
         # heads would be written out: 1 GiB for 16 heads and 4,096 tokens.
-        key, value = for_each_head(query, key, value)
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
     heads = key.shape[1]
     if plain:
         scale, grouped = options["scaling"], heads != query.shape[1]

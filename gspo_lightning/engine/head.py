@@ -19,6 +19,15 @@ from gspo_lightning.engine.linear_logprobs import LinearLogprobs, Logits, is_pla
 CHUNK = 256  # tokens whose float32 logits exist at the same time; on a CPU more are no faster
 CHUNK_ELSEWHERE = 1024  # a GPU is only busy with larger products
 CHUNK_BYTES = 2**27  # of a chunk's logits on a CPU at most: large vocabularies take fewer tokens
+# What the CPU's allocator, and CUDA and its libraries outside of torch's own allocator, say in a
+# plain RuntimeError when memory is short: cublasCreate returns CUBLAS_STATUS_ALLOC_FAILED.
+FULL = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "status_alloc_failed",
+)
 
 
 class Head:
@@ -126,9 +135,13 @@ def is_full(error: BaseException) -> bool:
     """Whether an error says that the device is full; "a single memory location" does not."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # The CPU's allocator, and CUDA outside of torch's own, raise a plain RuntimeError.
-    words = "out of memory", "can't allocate memory"
-    return isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower()
+    if any(words in text for words in FULL):
+        return True
+    # A recording of a CUDA graph that an error has ended raises once more as it is closed.
+    return "captur" in text and error.__context__ is not None and is_full(error.__context__)
 
 
 @contextmanager

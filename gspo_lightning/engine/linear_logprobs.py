@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gspo_lightning.engine.products import Linear, inner_product, linear, uses_onednn
 
 Logits = Callable[[Tensor], Tensor]
+PART = 8192  # words whose gradient of half precision is made at once
 
 
 def is_plain(embedding: Any) -> bool:
@@ -168,7 +169,7 @@ class _Chunk:
 def _add_product(total: Tensor, d: Tensor, h: Tensor) -> None:
     """Add d.T @ h, in place; of a lower precision by parts, so that there is no second copy."""
     if d.dtype != total.dtype:
-        for columns in _slices(len(total), 8192):
+        for columns in _slices(len(total), PART):
             total[columns] += d[:, columns].t() @ h
     elif uses_onednn(total):
         total += inner_product(d, h)

@@ -108,7 +108,7 @@ class PackedAttention:
             if plain:
                 grouped = q.shape[1] != k.shape[1]
                 if grouped and q.is_cuda:  # its fast kernels take no mask beside grouped heads
-                    k, v = for_each_head(q, k, v)
+                    k, v = _for_each_head(q, k, v)
                     grouped = False
                 output = scaled_dot_product_attention(
                     q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
@@ -225,7 +225,7 @@ def attend_explicitly(
     Returns:
         (n, heads, Q, d).
     """
-    key, value = for_each_head(query, key, value)
+    key, value = _for_each_head(query, key, value)
     if query.shape[2] <= AT_ONCE:
         return _attend_explicitly(query, key, value, mask, options)
     outputs = []
@@ -253,7 +253,7 @@ def _attend_explicitly(
     return weights.to(value.dtype) @ value
 
 
-def for_each_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _for_each_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Repeat keys and values for the query heads that share them; heads are axis 1."""
     repeats = query.shape[1] // key.shape[1]
     return key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)

@@ -18,6 +18,7 @@ from gspo_lightning.frozen.reward_model import RewardModel, freeze
 from gspo_lightning.logprobs import samples_logprobs
 from gspo_lightning.policy.folder import check_model_folder, check_model_path, reason
 from gspo_lightning.policy.policy import LoRAPolicy, Policy, PolicyConfig, fingerprint
+from gspo_lightning.policy.shards import compute_device
 from gspo_lightning.rollout import Samples
 from gspo_lightning.start.shipped import find_data
 
@@ -92,13 +93,13 @@ class ReferencePolicy:
         """Take the policy's own weights, without a copy."""
         self.shared, self.model, self.fingerprint = True, policy.model, policy.start
 
-    def load(self, policy: PolicyConfig, device: torch.device, as_stored: bool = False) -> None:
+    def load(self, policy: PolicyConfig, device: torch.device, mesh: Any = None) -> None:
         """Load the weights.
 
         Args:
             policy: What ``path: null`` and ``dtype: null`` stand for.
             device: From :func:`resolve_device`.
-            as_stored: See :meth:`PolicyConfig.load`.
+            mesh: See :meth:`PolicyConfig.load`.
 
         Raises:
             ValueError: If the policy starts from random weights, which no folder holds.
@@ -107,7 +108,7 @@ class ReferencePolicy:
             raise ValueError("reference.path: a policy with random weights is in no folder")
         policy.check_device("reference.device", device)
         key = "policy.path" if self.path is None else "reference.path"
-        model = policy.load(key, AutoModelForCausalLM, self.path, self.dtype, as_stored)
+        model = policy.load(key, AutoModelForCausalLM, self.path, self.dtype, mesh)
         self.model = freeze(model, device)
         self.fingerprint = fingerprint(self.model)
 
@@ -129,7 +130,7 @@ class ReferencePolicy:
         Returns:
             (B, T) float32 nats, on the device of ``samples``.
         """
-        device = next(self.model.parameters()).device
+        device = compute_device(self.model)
         # Groups sorted by length: little padding. Whole ones, as their prompt is computed once.
         size, batch_size = samples.group_size, batch_size or self.batch_size
         lengths = (samples.prompt_mask.sum(1) + samples.lengths).cpu()
@@ -162,14 +163,15 @@ class FrozenModels:
             each.
 
     Attributes:
-        cuts_reference: Whether ranks share out a reference on the policy's device among them.
-        model_to_cut: Such a reference, whole in host memory until that is done.
+        mesh: Ranks that share out a reference on the policy's device among them; ``None`` if each
+            has its own.
+        model_to_cut: Such a reference, in host memory until that is done.
     """
 
     reference: ReferencePolicy | None
     reward_models: dict[str, RewardModel]
     device: str | None = None
-    cuts_reference: bool = False
+    mesh: Any = None
     model_to_cut: Any = field(default=None, init=False, repr=False)
     awaits_policy: bool = False  # the reference is to be the policy with its adapters off
     devices: dict[str, torch.device] = field(default_factory=dict)  # of loaded models, by setting
@@ -215,8 +217,8 @@ class FrozenModels:
             place = devices["model.reference"]
             self.awaits_policy = place == device and reference.can_share(policy)
             if not self.awaits_policy:
-                if self.cuts_reference and place == device:
-                    reference.load(policy, torch.device("cpu"), as_stored=True)
+                if self.mesh is not None and place == device:
+                    reference.load(policy, torch.device("cpu"), self.mesh)
                     self.model_to_cut = reference.model
                 else:
                     reference.load(policy, place)

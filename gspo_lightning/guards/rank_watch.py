@@ -8,14 +8,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from socket import gethostname
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
+from torch import Tensor
+from torch.autograd import Variable
+
+from gspo_lightning.checkpoint.early_stops import agree_to_stop
 
 SECONDS = 60.0  # without a word, or behind the others, before something is said
 PERIOD = 5.0  # seconds between two words
@@ -33,15 +38,16 @@ class Word:
 
     @property
     def place(self) -> tuple[int, int, bool]:
-        """Rollout, phase, and whether it waits there: the least one is behind."""
+        """Rollout or batch, phase, and whether it waits there: the least one is behind."""
         told = json.loads(self.text)
-        return told["rollout"], told["phase"], told["waits"]
+        return told["number"], told["phase"], told["waits"]
 
     def __str__(self) -> str:
         """Where the rank is, in words."""
-        rollout, phase, _ = self.place
+        number, phase, _ = self.place
         name = PHASES[phase]
-        where = f"rollout {rollout}, " if rollout and name != "set-up" else ""
+        unit = json.loads(self.text)["unit"]
+        where = f"{unit} {number}, " if number and name != "set-up" else ""
         return f"{where}{WORDS.get(name, name)}"
 
 
@@ -112,6 +118,49 @@ def tell_phase(trainer: Any, name: str, index: int) -> None:
             on_phase(name, index)
 
 
+def _watch_of(trainer: Any) -> "RankWatch | None":
+    return next((c for c in trainer.callbacks if isinstance(c, RankWatch)), None)
+
+
+@contextmanager
+def gradient_wait(trainer: Any, clock: Any, loss: Tensor) -> Iterator[None]:
+    """Measure, in the backward pass within, what is left of it once this rank's own part is done.
+
+    That is the rest of the mean of gradients over ranks, which DDP sends while it still computes:
+    what computing has not hidden, most of it waiting for a slower rank.
+
+    Args:
+        trainer: The Trainer; without a :class:`RankWatch` nothing is measured.
+        clock: Of the step.
+        loss: What the pass begins with.
+    """
+    watch = _watch_of(trainer)
+    if watch is None:
+        yield
+        return
+    waiting, begun = ExitStack(), []
+
+    def wait() -> None:
+        begun.append(_now(clock.device))
+        waiting.enter_context(watch.wait())
+
+    # What is put into this queue first is done first, behind all that the pass computes; DDP puts
+    # its own wait there as the last gradient is ready.
+    queue: Any = Variable._execution_engine
+    loss.register_hook(lambda _: queue.queue_callback(wait))
+    with waiting:
+        yield
+    key, end = "waiting_gradient", _now(clock.device)
+    clock.seconds[key] = clock.seconds.get(key, 0.0) + sum(end - start for start in begun)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        # Not the whole device: the mean of gradients has a stream of its own.
+        torch.cuda.current_stream(device).synchronize()
+    return time.perf_counter()
+
+
 def together(trainer: Any, clock: Any, collective: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """The same function of all ranks, its seconds measured by phase: most of them are waiting.
 
@@ -120,7 +169,7 @@ def together(trainer: Any, clock: Any, collective: Callable[[Any], Any]) -> Call
         clock: Of the step.
         collective: What all ranks do together.
     """
-    watch = next((c for c in trainer.callbacks if isinstance(c, RankWatch)), None)
+    watch = _watch_of(trainer)
     if watch is None:
         return collective
 
@@ -144,7 +193,8 @@ class RankWatch(Callback):
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self.seconds = seconds
-        self._place = {"rollout": 0, "phase": 0, "waits": False}
+        self._place = {"number": 0, "phase": 0, "waits": False}
+        self._unit = "rollout"  # what a batch of the module is
         self._ended = threading.Event()
         self._asked: float | None = None  # since when the store has not answered
         self._threads: list[threading.Thread] = []
@@ -166,7 +216,7 @@ class RankWatch(Callback):
             self._threads.append(thread)
 
     def _tell(self, store: Any, rank: int, count: int) -> None:
-        text = json.dumps(self._place | {"count": count, "host": gethostname()})
+        text = json.dumps(self._place | {"unit": self._unit, "count": count, "host": gethostname()})
         store.set(f"gspo_lightning/word/{rank}", text)
 
     def _exchange(self, store: Any, silence: Silence) -> None:
@@ -196,13 +246,13 @@ class RankWatch(Callback):
                 print(line, file=sys.stderr, flush=True)
 
     def on_phase(self, name: str, index: int) -> None:
-        """Note that a rollout has come to its next phase.
+        """Note that a rollout, or a batch of another module, has come to its next phase.
 
         Args:
             name: One of ``PHASES``.
             index: Rollouts before this one.
         """
-        self._place = {"rollout": index + 1, "phase": PHASES.index(name), "waits": False}
+        self._place = {"number": index + 1, "phase": PHASES.index(name), "waits": False}
 
     @property
     def phase(self) -> str:
@@ -213,14 +263,25 @@ class RankWatch(Callback):
     def wait(self) -> Iterator[None]:
         """While this rank waits for others in its phase."""
         self._place = self._place | {"waits": True}
-        yield
+        yield  # an error ends the run
         self._place = self._place | {"waits": False}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if pl_module.automatic_optimization:  # others tell their phases by themselves
+            self._unit = "batch"
+            self.on_phase("optimise", trainer.fit_loop.total_batch_idx)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self.on_phase("validation", trainer.fit_loop.total_batch_idx)
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        """Note where the rank is, and have all of them stop if one is to."""
         self.on_phase("boundary", trainer.fit_loop.total_batch_idx)
+        agree_to_stop(trainer)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Have all ranks stop if one is to: nobody would meet the others any more."""
+        agree_to_stop(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._ended.set()

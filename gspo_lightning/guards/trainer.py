@@ -129,3 +129,10 @@ def whole(step: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
             raise RuntimeError(f"a StopIteration left {step.__qualname__}") from error
 
     return run
+
+
+def tell_loading(trainer: Any, module: Any) -> None:
+    """Let callbacks with ``before_loading`` look at a run of which no model is loaded yet."""
+    for callback in trainer.callbacks:
+        if before_loading := getattr(callback, "before_loading", None):
+            before_loading(trainer, module)

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from gspo_lightning.engine.padded import forward_arguments
 from gspo_lightning.engine.rotary import fix_rotary
 from gspo_lightning.policy.chat import Chat, checked
+from gspo_lightning.policy.shards import compute_device
 from gspo_lightning.rollout import PromptBatch
 from gspo_lightning.sampling import GroupSampler
 
@@ -70,7 +71,7 @@ def complete(
         ids.append(torch.tensor(found))
     longest = max(map(len, ids)) + max_new_tokens
     mask = pad_sequence([torch.ones_like(x).bool() for x in ids], True, padding_side="left")
-    device = next(policy.model.parameters()).device
+    device = compute_device(policy.model)
     if not in_run:
         fix_rotary(policy.model, longest)
     padded = pad_sequence(ids, True, padding_side="left")

@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from gspo_lightning.checkpoint.quoted import kind_of_value
+from gspo_lightning.policy.shards import whole_tensor
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -218,19 +219,6 @@ def read_json(key: str, file: Path) -> dict[str, Any]:
     return found
 
 
-def half_precision_of(path: Path) -> torch.dtype | None:
-    """The type of the weights in a folder, where all of them are stored in the same half precision.
-
-    Looks at the headers of safetensors files alone; None of other files and of a name on the hub.
-    """
-    found = set()
-    for file in sorted(Path(os.path.expanduser(path)).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
-    half = {"BF16": torch.bfloat16, "F16": torch.float16}
-    return half.get(found.pop()) if len(found) == 1 else None
-
-
 def weight_files(key: str, folder: Path) -> list[Path]:
     """The files that transformers would read, each of which is there."""
     for name in (SAFE, PICKLED):
@@ -314,15 +302,18 @@ def check_values(where: str, model: torch.nn.Module) -> None:
     for name, weight in model.named_parameters():
         if not weight.is_floating_point() or not weight.numel() or weight.is_meta:
             continue
-        total = weight.detach().sum(dtype=torch.float32)  # finite only where every number is
-        if not total.isfinite() and not (finite := weight.isfinite()).all():
-            bad = finite.numel() - int(finite.sum())
-            raise ValueError(
-                f"{where} has NaN or infinite weights: {bad} of {finite.numel()} in {name}; {AGAIN}"
-            )
+        # Each rank has read its rows, and all must come to the same.
+        total = whole_tensor(weight.detach().sum(dtype=torch.float32))  # finite where every one is
+        if not total.isfinite():
+            finite = int(whole_tensor(weight.isfinite().sum()))
+            if bad := weight.numel() - finite:
+                raise ValueError(
+                    f"{where} has NaN or infinite weights: {bad} of {weight.numel()} in {name}; "
+                    f"{AGAIN}"
+                )
         if weight.ndim > 1 and not name.endswith("bias"):  # experts have theirs in one matrix
             count += 1
-            if total == 0 and not weight.any():
+            if total == 0 and not whole_tensor(weight.abs().amax()):
                 empty.append(name)
     if 2 * len(empty) > count:  # a few may be meant: added layers begin as if they were not there
         warnings.warn(

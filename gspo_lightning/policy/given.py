@@ -31,7 +31,7 @@ class LoadedPolicy(PolicyConfig):
 
     model: Any
 
-    def own(self, as_stored: bool = False) -> Any:
+    def own(self, mesh: Any = None) -> Any:
         """The model itself."""
         return opened(self.model)
 
@@ -41,11 +41,11 @@ class LoadedPolicy(PolicyConfig):
         auto: Any,
         path: str | None = None,
         dtype: str | None = None,
-        as_stored: bool = False,
+        mesh: Any = None,
     ) -> Any:
         """A copy of the model, or of its body alone; a path leads to another model."""
         if path is not None:
-            return super().load(key, auto, path, dtype, as_stored)
+            return super().load(key, auto, path, dtype, mesh)
         model = deepcopy(self.model.base_model if auto is AutoModel else self.model)
         return opened(model).to(DTYPES[dtype or self.dtype])
 

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from gspo_lightning.bounds import check_at_least, check_positive
 from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.policy.four_bits import full_weights
+from gspo_lightning.policy.shards import standing_in
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def add_adapters(model: Any, config: LoRAConfig) -> Any:
         use_rslora=config.use_rslora,
         modules_to_save=whole or None,
     )
-    with warnings.catch_warnings(), _names_as_given():
+    inside = standing_in([model.get_submodule(name) for name in layers])
+    with warnings.catch_warnings(), _names_as_given(), inside:
         # GPT-2 stores its matrices the other way round; peft sees that by itself and says so
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
         # peft 0.21 reads what transformers 5.23 has renamed
@@ -276,7 +278,8 @@ def merged_weights(model: Any, state: dict[str, Tensor] | None = None) -> dict[s
 
     Args:
         model: A causal language model with adapters.
-        state: Its state dict, where its own tensors are but parts of weights.
+        state: Copies of its state dict's tensors, which are merged in place, where its own are but
+            parts of weights.
 
     Returns:
         A state dict under the names that the model had before it got adapters; weights without
@@ -284,7 +287,7 @@ def merged_weights(model: Any, state: dict[str, Tensor] | None = None) -> dict[s
     """
     from peft.tuners.lora import LoraLayer
 
-    base = unwrapped(model)
+    base, copied = unwrapped(model), state is not None
     state = base.state_dict() if state is None else state
     named = {name.removeprefix("base_model.model."): weight for name, weight in state.items()}
     weights = full_weights(base, named)
@@ -294,7 +297,8 @@ def merged_weights(model: Any, state: dict[str, Tensor] | None = None) -> dict[s
         inside = [n for n, _ in layer.named_parameters() if n.startswith("lora_")]
         adapters = {f"layer.{n}": weights[f"{name}.{n}"] for n in inside}
         delta = torch.func.functional_call(_Change(layer), adapters, ())
-        weights[f"{name}.base_layer.weight"] = (own.to(delta.dtype) + delta.detach()).to(own.dtype)
+        merged = (own.to(delta.dtype) + delta.detach()).to(own.dtype)
+        weights[f"{name}.base_layer.weight"] = own.copy_(merged) if copied else merged
     return {
         re.sub(r"\.base_layer\.|\.modules_to_save\.[^.]+\.", ".", name): weight
         for name, weight in weights.items()

@@ -23,9 +23,11 @@ from gspo_lightning.engine.products import speed_up, uses_onednn
 from gspo_lightning.engine.texts import ends_of
 from gspo_lightning.policy import folder, four_bits
 from gspo_lightning.policy.lora import LoRAConfig, add_adapters, merged_weights
+from gspo_lightning.policy.shards import reading_parts, whole_tensor
 from gspo_lightning.start.shipped import find_data
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LARGEST_FILE = "5GB"  # of weights; what is written of one file may be in memory at once
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "spiece*")
 
 
@@ -86,11 +88,11 @@ class PolicyConfig:
             options["quantization_config"] = four_bits.rounding(options["dtype"])
         return options
 
-    def own(self, as_stored: bool = False) -> Any:
-        """The model that is trained."""
+    def own(self, mesh: Any = None) -> Any:
+        """The model that is trained; for ``mesh`` see :meth:`load`."""
         if self.weights == "random":
             return _random_model(self)
-        return self.load("policy.path", AutoModelForCausalLM, as_stored=as_stored)
+        return self.load("policy.path", AutoModelForCausalLM, mesh=mesh)
 
     def model_config(self) -> Any:
         """The config of the model, without its weights."""
@@ -108,7 +110,7 @@ class PolicyConfig:
         auto: Any,
         path: str | None = None,
         dtype: str | None = None,
-        as_stored: bool = False,
+        mesh: Any = None,
     ) -> Any:
         """Load a model with this policy's options, its attention open to ours.
 
@@ -117,16 +119,15 @@ class PolicyConfig:
             auto: An auto class of transformers.
             path: Folder or hub name; ``None`` is the policy's own, in its revision.
             dtype: Type of the weights; ``None`` is the policy's own.
-            as_stored: Leave weights in the type of a file of half its width: they stay in the file,
-                which all processes of a machine map, until they are made wider.
+            mesh: Ranks that cut the model among them, each of which reads its part alone; ``None``
+                reads all.
 
         Raises:
             ValueError: If the model cannot be loaded, naming key and path.
         """
         options = self.options(dtype) | ({"revision": self.revision} if path is None else {})
-        if as_stored and self.lora is None and options["dtype"] is torch.float32:
-            options["dtype"] = folder.half_precision_of(Path(path or self.path)) or torch.float32
-        model = folder.load_weights(key, auto, path or self.path, **options)
+        with reading_parts(mesh):
+            model = folder.load_weights(key, auto, path or self.path, **options)
         return opened(model)
 
 
@@ -162,9 +163,9 @@ class Policy(nn.Module):
 
         Args:
             path: The folder.
-            state: The model's weights, where this rank has but a part of them.
+            state: Copies of the model's weights, where this rank has but a part of them.
         """
-        self.model.save_pretrained(path, state_dict=state)
+        self.model.save_pretrained(path, state_dict=state, max_shard_size=LARGEST_FILE)
         self.tokenizer.save_pretrained(path)
 
 
@@ -200,7 +201,7 @@ class LoRAPolicy(Policy):
             base, weights = unwrapped(self.model), merged_weights(self.model, state)
             if any(map(four_bits.is_rounded, base.parameters())):
                 base = four_bits.plain_model(base, base.get_input_embeddings().weight.dtype)
-            base.save_pretrained(path, state_dict=weights)
+            base.save_pretrained(path, state_dict=weights, max_shard_size=LARGEST_FILE)
         self.tokenizer.save_pretrained(path)
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -242,12 +243,14 @@ def _expect_adapters(policy: LoRAPolicy, incompatible: Any) -> None:
 def fingerprint(model: nn.Module) -> str:
     """A short hash of a model's weights: every tensor's name, shape and all its values.
 
-    Values count as float32, so that weights which were only stored wider are the same ones.
+    Values count as float32, so that weights which were only stored wider are the same ones. Of
+    weights that were read in parts one after the other is gathered: all ranks must call.
     """
     digest = hashlib.blake2b(digest_size=8)  # fast on every CPU: about a second per GiB
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        for part in tensor.flatten().split(2**22):  # 16 MiB at a time leave the device
+        values = whole_tensor(tensor).flatten()
+        for part in values.split(2**22):  # 16 MiB at a time leave the device
             digest.update(part.float().cpu().numpy())
     return digest.hexdigest()
 
@@ -274,11 +277,11 @@ def load_tokenizer(config: PolicyConfig) -> Any:
     return tokenizer
 
 
-def load_policy(config: PolicyConfig, tokenizer: Any = None, as_stored: bool = False) -> Policy:
+def load_policy(config: PolicyConfig, tokenizer: Any = None, mesh: Any = None) -> Policy:
     """Load a policy in the dtype and with the attention that ``config`` asks for.
 
-    Without a tokenizer, :func:`load_tokenizer` loads the policy's own. ``as_stored`` leaves it to
-    the caller to make weights as wide as the config asks; see :meth:`PolicyConfig.load`.
+    Without a tokenizer, :func:`load_tokenizer` loads the policy's own. Of a ``mesh`` of ranks each
+    reads its part, which is left to the caller to cut; see :meth:`PolicyConfig.load`.
 
     Raises:
         ValueError: If weights or tokenizer cannot be read, no end-of-sequence id is known or the
@@ -286,7 +289,7 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None, as_stored: bool = F
     """
     if tokenizer is None:
         tokenizer = load_tokenizer(config)
-    model = config.own(as_stored)
+    model = config.own(mesh)
     # Recurrent models (Mamba, RWKV) have no cache to sample with; some also read the padding on the
     # left as text, so every log-prob would be wrong. Sampling sees what no signature shows.
     if "past_key_values" not in inspect.signature(model.forward).parameters:

@@ -40,6 +40,7 @@ from gspo_lightning.run import (
     folder,
     launch,
     lock,
+    memory,
     one_line,
     progress,
     start_checks,
@@ -73,6 +74,10 @@ class Watch(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             start_checks.check_interval(trainer)
+
+    def before_loading(self, trainer: Trainer, module: LightningModule) -> None:
+        if getattr(trainer, "instead_of_training", None) is None:  # the doctor says it itself
+            memory.say_before_loading(trainer, module)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         self.begun = True

@@ -1,12 +1,12 @@
-"""What a run will do, what memory it needs, and how it is continued.
+"""What a run will do, and how it is continued.
 
-Decides how the estimate is made. Modules and trainers are read by attribute, so a warm start, or a
+Decides which lines a plan has. Modules and trainers are read by attribute, so a warm start, or a
 module of one's own, gets the lines that apply.
 """
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from pickle import UnpicklingError
 from typing import Any
@@ -16,19 +16,15 @@ from lightning.pytorch.callbacks import Timer
 
 from gspo_lightning.checkpoint.files import checkpoint_number, list_checkpoints
 from gspo_lightning.critic.critic import decoder
-from gspo_lightning.engine.head import tokens_of_chunk
-from gspo_lightning.engine.padded import checkpoints
 from gspo_lightning.engine.probe import plainer_ways, reading
 from gspo_lightning.optim import OptimizerConfig, learning_rate_factor
-from gspo_lightning.policy.folder import sizes
 from gspo_lightning.policy.policy import multiplies_by_onednn
+from gspo_lightning.policy.shards import compute_device
+from gspo_lightning.run.memory import cuts, memory_line, needs
 from gspo_lightning.sampling import GroupSampler
-from gspo_lightning.sharding.memory import per_rank
-from gspo_lightning.sharding.ranks import Sharded, weights_of
 from gspo_lightning.start.short import SHORT
 from gspo_lightning.start.typed import again
 
-IN_TURN = ("KV cache", "micro-batch", "optimizer step")  # of memory, never held together
 # Nats by which half precision rounds the log-prob of a token: 7e-3 (the demo's policy) to 3e-2 (270
 # million parameters).
 HALF_ROUNDING = 1e-2
@@ -48,7 +44,7 @@ def plan_lines(trainer: Any, module: Any) -> list[str]:
         "scoring": _frozen(module) or None,
         "clip": _clip(trainer, module) if hasattr(module, "objective") else None,
         "penalty": _penalty(trainer, module) if hasattr(module, "sampler") else None,
-        "memory": _memory(trainer, module),
+        "memory": memory_line(module, needs(trainer, module)),
         "run": trainer.default_root_dir,
     }
     return [f"{name:<9} {text}" for name, text in lines.items() if text is not None]
@@ -198,7 +194,7 @@ def furthest(config: OptimizerConfig, total: int, whole: int | None = None) -> f
 def shares_prompts(module: Any) -> bool:
     """Whether rows of a group that share a pass share their prompt, too."""
     model = module.policy.model
-    return reading(model, next(model.parameters()).device) in ("packed", "shared")
+    return reading(model, compute_device(model)) in ("packed", "shared")
 
 
 def _clip(trainer: Any, module: Any) -> str:
@@ -270,7 +266,7 @@ def _policy(trainer: Any, module: Any) -> str:
     place = str(trainer.strategy.root_device)
     if trainer.world_size > 1:
         place += f" and {trainer.world_size - 1} more"
-    place += ", a part on each" if weights_of(trainer).sharded else ""
+    place += ", a part on each" if cuts(trainer.strategy) else ""
     text = f"{count:,} parameters, {share}, {types} on {place}, precision {trainer.precision}"
     text += _surplus(model)
     exact = trainer.precision == "32-true" and trainer.strategy.root_device.type == "cpu"
@@ -289,7 +285,7 @@ def _passes(trainer: Any, module: Any) -> str | None:
     }
 
     def found(model: Any, sampled: bool) -> list[str]:
-        return plainer_ways(model, next(model.parameters()).device, sampled=sampled)
+        return plainer_ways(model, compute_device(model), sampled=sampled)
 
     reasons = found(model, isinstance(getattr(module, "sampler", None), GroupSampler))
     for name, other in others.items():
@@ -325,186 +321,6 @@ def _frozen(module: Any) -> str:
         place = f" on {moved or term.fn.device}" if hasattr(term.fn, "device") else ""
         parts.append(f"reward {name}{place}")
     return ", ".join(parts)
-
-
-def policy_memory(trainer: Any, module: Any) -> dict[str, float] | None:
-    """``memory_parts`` of a run; None without a model, or if its config does not give its sizes."""
-    model = getattr(getattr(module, "policy", None), "model", None)
-    if model is None or not hasattr(module, "sampler"):
-        return None
-    data, sampler = trainer.datamodule, module.sampler
-    sequences = data.prompts_per_rollout * sampler.group_size
-    minibatch = sequences // module.num_minibatches
-    rows = min(module.micro_batch_size or minibatch, minibatch)
-    ranks = weights_of(trainer)
-    parts = memory_parts(
-        model,
-        prompt_tokens=data.longest_prompt,
-        new_tokens=sampler.max_new_tokens,
-        decoded=min(getattr(sampler, "batch_size", None) or sequences, sequences),
-        tokens_at_once=_tokens_at_once(module, rows, data.longest_prompt),
-        half_precision="16" in str(trainer.precision),
-        checkpointing=checkpoints(model),
-        by_layer=ranks.sharded,
-    )
-    if parts is None or not isinstance(ranks, Sharded):
-        return parts
-    wide = next(model.parameters()).element_size()
-    width = 2 if "16" in str(trainer.precision) else wide
-    return per_rank(parts, model, trainer.world_size, width, gathers=bool(ranks.gathered))
-
-
-def _memory(trainer: Any, module: Any) -> str | None:
-    parts = policy_memory(trainer, module)
-    if parts is None:
-        return None
-    peak = sum(parts.values()) - sum(sorted(parts[name] for name in IN_TURN)[:-1])
-    shares = ", ".join(f"{name} {size_text(value)}" for name, value in parts.items())
-    ranks = trainer.world_size if weights_of(trainer).sharded else 1
-    each = "" if ranks == 1 else f" on each of {ranks} ranks"
-    text = f"about {size_text(peak)} for the policy{each}: {shares}"
-    reference = getattr(module, "reference", None)
-    if reference is not None and not getattr(reference, "shared", False):
-        cut = module.frozen.model_to_cut is not None
-        text += f"; reference {size_text(parts['weights'] * (1 if cut else ranks))}"
-    critic = getattr(module, "critic", None)
-    if critic is not None and critic.backbone is not None:
-        size = 4 * _bytes(critic.parameters())  # weights, gradients and Adam's two moments
-        text += f"; critic {size_text(size)} and its activations"
-    return text
-
-
-def _bytes(parameters: Iterable[Any]) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
-
-
-def _tokens_at_once(module: Any, rows: int, prompt_tokens: int) -> int:
-    """Tokens of the largest micro-batch: packed rows share a prompt within their group."""
-    model = module.policy.model
-    packed = reading(model, next(model.parameters()).device) == "packed"
-    prompts = math.ceil(rows / module.sampler.group_size) if packed else rows
-    new_tokens = module.sampler.max_new_tokens
-    tokens = prompts * prompt_tokens + rows * new_tokens
-    limit = tokens if module.micro_batch_tokens is None else module.micro_batch_tokens
-    return min(tokens, max(limit, prompt_tokens + new_tokens))  # no limit cuts a single row
-
-
-def memory_parts(
-    model: Any,
-    *,
-    prompt_tokens: int,
-    new_tokens: int,
-    decoded: int,
-    tokens_at_once: int,
-    half_precision: bool = False,
-    checkpointing: bool = False,
-    by_layer: bool = False,
-) -> dict[str, float] | None:
-    """Estimate what training needs, part by part; the allocator's own losses come on top.
-
-    Of the cache, a micro-batch and an optimizer step only one is there at a time, so the peak is
-    the sum of weights, gradients and Adam's state, and the largest of those three. With S = prompt
-    + new tokens, K layers, D hidden, I units of the feed-forward part, V vocabulary, e bytes per
-    value and C = V times the tokens of a chunk of logits:
-
-    - KV cache = decoded * S * K * 2 * (key-value heads) * (head size) * e
-    - micro-batch = the largest of three moments:
-      activations + 2 C * 4, logits and what their entropy is made of;
-      activations + C * 4 + V * D * 4, logits and the gradient of their matrix, before it is added
-      to that of other micro-batches; and
-      the gradient of the embedding, V * D * 4, twice where the two are one (tied): both are whole
-      matrices before they are added
-    - activations = tokens * K * (12 D w + 4 I e), what backward needs from a layer, or
-      tokens * (K D w + 12 D w + 4 I e) with checkpointing: each layer's input and one layer's
-      activations (attention matrices are not counted: fused kernels keep none); w is the bytes of
-      a weight, for autocast leaves norms and the sums between layers as wide as those
-    - optimizer step = what AdamW makes beside its state: twice the largest tensor on a CPU, where
-      it goes from one to the next, and once all of them elsewhere
-
-    With half precision a chunk is there a second time in two bytes, and so is the logits' matrix;
-    under autocast so are the matrices of the layers, which it casts once a step and keeps.
-    12 D + 4 I is counted, not derived: Llama, Qwen3 and GPT-2 keep this to about a tenth, under
-    autocast Qwen3 and Llama 6 and 20 % less, GPT-2 a third.
-
-    Args:
-        model: A transformers model.
-        prompt_tokens: Longest prompt.
-        new_tokens: Longest completion.
-        decoded: Completions decoded at the same time.
-        tokens_at_once: Tokens of a micro-batch.
-        half_precision: Whether activations take two bytes whatever the weights take.
-        checkpointing: Whether activations are recomputed.
-        by_layer: Whether weights are cast and let go layer by layer, as sharded ones are.
-
-    Returns:
-        Bytes by part, or None if the config does not name its sizes.
-    """
-    config = model.config.get_text_config()
-
-    def most(name: str) -> int | None:
-        return max((x for x in sizes(config, name) if x is not None), default=None)
-
-    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
-    layers, hidden, heads, vocabulary = map(most, names)
-    if layers is None or hidden is None or heads is None or vocabulary is None:
-        return None
-    head_size = most("head_dim") or hidden // heads
-    parameters = list(model.parameters())
-    device = parameters[0].device
-    trained = [p for p in parameters if p.requires_grad]
-    wide = parameters[0].element_size()
-    width = 2 if half_precision else wide
-    key_value_heads = most("num_key_value_heads") or heads
-    per_layer = 2 * key_value_heads * head_size * width  # bytes of a token's keys and values
-    inner = most("intermediate_size") or 4 * hidden
-    layer = 12 * hidden * wide + 4 * inner * width
-    kept = layers * hidden * wide + layer if checkpointing else layers * layer
-    activations = tokens_at_once * kept
-    if width < wide and not by_layer:
-        activations += width * _in_layers(model)
-    step = max((p.numel() * p.element_size() for p in trained), default=0) * 2
-    return {
-        "weights": _bytes(parameters),
-        "gradients": _bytes(trained),
-        "Adam": 2 * _bytes(trained),
-        "KV cache": decoded * (prompt_tokens + new_tokens) * layers * per_layer,
-        "micro-batch": _largest_moment(model, activations, vocabulary, width),
-        "optimizer step": step if device.type == "cpu" else _bytes(trained),
-    }
-
-
-def _in_layers(model: Any) -> int:
-    """Values in all matrices but the embeddings."""
-    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-    ends = {id(getattr(found, "weight", None)) for found in embeddings}
-    return sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in ends)
-
-
-def _largest_moment(model: Any, activations: float, vocabulary: int, width: int) -> float:
-    """Bytes of a micro-batch at their most: forward or backward of the head, or the embedding's."""
-    embedding, head = (
-        getattr(found, "weight", torch.empty(0))  # a head that is no matrix has no gradient of one
-        for found in (model.get_input_embeddings(), model.get_output_embeddings())
-    )
-    device = next(model.parameters()).device
-    values = tokens_of_chunk(vocabulary, device) * vocabulary
-    rounded = 0 if width == 4 else (values + head.numel()) * 2
-    of_head = head.numel() * 4 if head.requires_grad else 0
-    of_embedding = embedding.numel() * 4 if embedding.requires_grad else 0
-    return max(
-        activations + rounded + 2 * values * 4,
-        activations + rounded + values * 4 + of_head,
-        of_embedding + (of_head if head is embedding else 0),
-    )
-
-
-def size_text(size: float) -> str:
-    """Bytes for people.
-
-    >>> size_text(3 * 2**19), size_text(5 * 2**29)
-    ('2 MiB', '2.5 GiB')
-    """
-    return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
 
 
 def weights_in_use(trainer: Any, module: Any) -> str:

@@ -3,15 +3,14 @@
 Decides what is a unit that is gathered at once: each layer, and one more of all that is no layer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
-    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -22,6 +21,13 @@ from gspo_lightning.checkpoint.parts import Parted
 from gspo_lightning.engine.head import find_head
 from gspo_lightning.engine.padded import unwrapped
 from gspo_lightning.engine.probe import plainer_ways, some_ids
+from gspo_lightning.policy.shards import (
+    compute_device,
+    give_parts,
+    take_parts,
+    units,
+    whole_tensor,
+)
 
 
 def cut(
@@ -30,7 +36,6 @@ def cut(
     computed: torch.dtype | None,
     reshard: bool,
     cpu_offload: bool,
-    held: torch.dtype | None = None,
 ) -> None:
     """Leave this rank its part of every weight of a causal language model.
 
@@ -38,12 +43,12 @@ def cut(
     the backward is over: log-probs are made of the head's weight behind the model's forward.
 
     Args:
-        model: In wrappers of adapters or without; all ranks hold the same weights.
+        model: In wrappers of adapters or without. All ranks hold the same weights, or of some
+            matrices their parts already; see ``policy.shards``.
         mesh: The ranks, of one dimension.
         computed: Type that weights are gathered in; ``None`` is their own.
         reshard: Whether a layer's weights are let go between forward and backward.
         cpu_offload: Whether the parts, and so gradients and moments, are kept in host memory.
-        held: Type that the parts are made; ``None`` leaves them as they are.
     """
     base = unwrapped(model)
     options: dict[str, Any] = {
@@ -57,11 +62,11 @@ def cut(
         ),
         "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
     }
+    parts = take_parts(base)
     for layer in decoder_layers(base):
         fully_shard(layer, reshard_after_forward=reshard, **options)
     fully_shard(base, reshard_after_forward=False, **options)
-    if held is not None:
-        base.to(held)
+    give_parts(base, parts, torch.device("cpu") if cpu_offload else compute_device(base))
     if base is not model:
         # The wrapper of adapters calls the model's forward past the hooks that gather weights.
         model.base_model.forward = base.__call__
@@ -102,18 +107,6 @@ def one_token(model: nn.Module) -> None:
     model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
 
 
-def compute_device(model: nn.Module) -> torch.device:
-    """Where a sharded model computes, which is not where an offloaded one keeps its parts."""
-    for group in units(model):
-        return group._get_fsdp_state()._device
-    return next(model.parameters()).device
-
-
-def units(model: nn.Module) -> list[Any]:
-    """What is gathered at once; nothing in a model that is not sharded."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
 def reshard_all(model: nn.Module) -> None:
     """Let go of every weight but this rank's parts."""
     for unit in units(model):
@@ -145,13 +138,18 @@ def gathered(model: nn.Module) -> Iterator[None]:
         reshard_all(model)
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """A tensor that is no part of one; all ranks must call."""
-    return cast(Any, tensor).full_tensor() if isinstance(tensor, DTensor) else tensor
+def in_memory(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, also of what is there already: a single rank's part is the weight."""
+    return tensor.to("cpu", copy=True)
 
 
-def whole_state(state: Any, wanted: bool, done: dict[int, Tensor] | None = None) -> Any:
-    """The same nested dicts and lists with every sharded tensor whole, on the CPU.
+def whole_state(
+    state: Any,
+    wanted: bool,
+    keep: Callable[[Tensor], Tensor] = in_memory,
+    done: dict[int, Tensor] | None = None,
+) -> Any:
+    """The same nested dicts and lists with a whole copy of every sharded tensor, on the CPU.
 
     One tensor after the other is gathered, so that no device ever holds two of them whole. Tied
     weights, the same tensor under two names, stay the same tensor. All ranks must call.
@@ -159,18 +157,19 @@ def whole_state(state: Any, wanted: bool, done: dict[int, Tensor] | None = None)
     Args:
         state: As ``state_dict(keep_vars=True)`` gives it, which has tied weights as one tensor.
         wanted: Whether this rank reads the result; the others get a dict that lacks the tensors.
+        keep: Copies a tensor to where it is kept.
         done: Tensors that were gathered, by the identity of their part.
     """
     done = {} if done is None else done
     if isinstance(state, DTensor):
         if id(state) not in done:
             full = whole_tensor(state.detach())
-            done[id(state)] = full.cpu() if wanted else full.new_empty(0, device="cpu")
+            done[id(state)] = keep(full) if wanted else full.new_empty(0, device="cpu")
         return done[id(state)]
     if isinstance(state, dict):
-        return type(state)((k, whole_state(v, wanted, done)) for k, v in state.items())
+        return type(state)((k, whole_state(v, wanted, keep, done)) for k, v in state.items())
     if isinstance(state, (list, tuple)):
-        return type(state)(whole_state(part, wanted, done) for part in state)
+        return type(state)(whole_state(part, wanted, keep, done) for part in state)
     return state.detach() if isinstance(state, Tensor) else state
 
 
@@ -193,7 +192,9 @@ def part_of(full: Any, like: Any) -> Any:
         first = min(rank * size, full.shape[0])
         part = full.rows(first, min(size, full.shape[0] - first))
         mesh, shape = like.device_mesh, {"shape": full.shape, "stride": like.stride()}
-        return DTensor.from_local(part, mesh, like.placements, run_check=False, **shape)  # type: ignore[arg-type]
-    if not isinstance(like, DTensor) or isinstance(full, DTensor) or full.shape != like.shape:
+        found = DTensor.from_local(part, mesh, like.placements, run_check=False, **shape)  # type: ignore[arg-type]
+    elif not isinstance(like, DTensor) or isinstance(full, DTensor) or full.shape != like.shape:
         return full
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+    else:
+        found = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+    return found.to(like.device)  # made on the ranks' devices, where offloaded parts have no room

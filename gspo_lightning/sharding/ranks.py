@@ -4,8 +4,9 @@ Decides what a rank may do with the policy alone. A sharded model may only be ca
 once, and ranks have different work: completions of other lengths, other micro-batches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gspo_lightning.engine.padded import unwrapped
-from gspo_lightning.sharding.cut import gathered, one_token, reshard_all, whole_state
+from gspo_lightning.sharding.cut import gathered, in_memory, one_token, reshard_all, whole_state
+from gspo_lightning.sharding.room import Room
 from gspo_lightning.sharding.whole import Whole
 
 
@@ -26,9 +28,13 @@ class Sharded(Whole):
 
     Args:
         device: Where this rank computes.
+
+    Attributes:
+        large: Whether the policy is too large to be held whole in host memory.
     """
 
     sharded = True
+    large = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -73,6 +79,29 @@ class Sharded(Whole):
     def state(self, module: nn.Module, wanted: bool = True) -> dict[str, Any]:
         return whole_state(module.state_dict(keep_vars=True), wanted)
 
+    def state_beside(self, module: nn.Module, wanted: bool, path: Path) -> dict[str, Any]:
+        """The state dict of a module to be written to ``path``, kept on that disk if it is large.
+
+        Raises:
+            OSError: On every rank, if the disk has no room for it.
+        """
+        state = module.state_dict(keep_vars=True)
+        if not self.large:
+            return whole_state(state, wanted)
+        keep: Callable[[Tensor], Tensor] = in_memory
+        reason = None
+        try:
+            if wanted:
+                different = {id(t): t for t in state.values() if isinstance(t, Tensor)}
+                keep = Room(path.parent, different.values()).hold
+        except OSError as error:  # said by all: ranks that go on would wait for this one
+            reason = error
+        full = torch.tensor(reason is not None, device=self.device, dtype=torch.long)
+        dist.all_reduce(full)
+        if full:
+            raise reason or OSError("another rank has found no room on the disk")
+        return whole_state(state, wanted, keep)
+
     def _take_turn(self, number: int) -> None:
         """Let a call of a model begin as soon as all ranks call that one."""
         while self.is_apart and (called := self._ask(number)) != number:
@@ -101,6 +130,11 @@ def weights_of(trainer: Any) -> Whole:
 def cuts(trainer: Any) -> bool:
     """Whether a trainer's strategy leaves each rank a part of the policy."""
     return hasattr(trainer and trainer.strategy, "share_out")
+
+
+def mesh_of(trainer: Any) -> Any:
+    """The ranks among which a trainer's strategy cuts the policy; None where each has all of it."""
+    return trainer.strategy.device_mesh["data_parallel"] if cuts(trainer) else None
 
 
 def share_out(policy: Any, trainer: Any) -> None:

@@ -18,11 +18,9 @@ from torch.optim import Optimizer
 from gspo_lightning.checkpoint.io import AtomicCheckpointIO, CheckpointError, seal_of
 from gspo_lightning.checkpoint.parts import KEY, free_folder, tensors_of
 from gspo_lightning.guards.out_of_memory import MICRO, REFERRED, SAMPLED
-from gspo_lightning.policy.policy import DTYPES
 from gspo_lightning.sharding.cut import cut, part_of, try_ways, whole_state
+from gspo_lightning.sharding.memory import LARGEST_FILE
 from gspo_lightning.sharding.ranks import Sharded
-
-LARGEST_FILE = 32 * 2**30  # bytes of weights and moments that rank 0 writes alone
 
 
 class FSDP2(ModelParallelStrategy):
@@ -37,6 +35,7 @@ class FSDP2(ModelParallelStrategy):
             False saves sending them again, for memory.
         checkpoints: ``file`` writes one file, gathered on rank 0; ``parts`` a file of each rank, in
             a folder beside the checkpoint; ``auto`` is parts above 32 GiB of weights and moments.
+            With parts an export is gathered on the disk, too, not in the memory of rank 0.
         cpu_offload: Keep weights, gradients and moments in host memory, and update there.
         timeout: How long a rank waits for the others, as of Lightning's other strategies; the
             option --rank_timeout of a command sets it for each of them.
@@ -79,12 +78,12 @@ class FSDP2(ModelParallelStrategy):
         """Make one group of all ranks; Lightning's own choice would be a policy per node."""
         self._check()
         module: Any = self.lightning_module
-        module.frozen.cuts_reference = True
         if self.cpu_offload:
             self._process_group_backend = self._process_group_backend or "cpu:gloo,cuda:nccl"
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
+        module.frozen.mesh = self.device_mesh["data_parallel"]
 
     def _check(self) -> None:
         """Refuse what cannot be cut, before anything is loaded."""
@@ -106,35 +105,41 @@ class FSDP2(ModelParallelStrategy):
             )
         if self.cpu_offload and self.root_device.type == "cpu":
             raise ValueError("FSDP2.cpu_offload: the policy is on the CPU already; leave it out")
+        backend = self._process_group_backend
+        if self.cpu_offload and backend is not None and "gloo" not in backend:
+            raise ValueError(
+                f"FSDP2.process_group_backend is {backend}, which adds up nothing in host memory, "
+                "where FSDP2.cpu_offload has the gradients; leave it out, or set cpu:gloo,cuda:nccl"
+            )
 
     def model_to_device(self) -> None:
         """Move what has not been cut: parts stay where they were put."""
-        assert self.lightning_module is not None
-        for name, part in self.lightning_module.named_children():
-            if name != "policy":
-                part.to(self.root_device)
+        module: Any = self.lightning_module
+        policy, module.policy = module.policy, None
+        try:
+            module.to(self.root_device)  # whole: the module's own device is set by it, too
+        finally:
+            module.policy = policy
 
     def share_out(self, policy: Any) -> None:
         """Leave this rank its part of a policy, and of a reference on the same device."""
         module: Any = self.lightning_module
         self.weights = Sharded(self.root_device)
-        config, gathers = module.policy_config, self.rollout == "gathered"
-        own = DTYPES[config.dtype] if config.lora is None else torch.bfloat16  # the narrowest
-        self._cut(policy.model, own, gather=gathers, cpu_offload=self.cpu_offload)
+        gathers = self.rollout == "gathered"
+        self._cut(policy.model, gather=gathers, cpu_offload=self.cpu_offload)
         # A pass that ranks share cannot be done again by one of them.
         module.sizes.shared = () if gathers else (SAMPLED, MICRO)
         if (model := module.frozen.model_to_cut) is not None:
-            self._cut(model, DTYPES[module.reference.dtype or config.dtype], gather=False)
+            self._cut(model, gather=False)
             module.sizes.shared += (REFERRED,)
+        self.weights.large = self._in_parts()
 
-    def _cut(self, model: Any, held: torch.dtype, gather: bool, cpu_offload: bool = False) -> None:
+    def _cut(self, model: Any, gather: bool, cpu_offload: bool = False) -> None:
         assert self.lightning_module is not None and self.weights is not None
         mixed = str(self.lightning_module.trainer.precision) == "bf16-mixed"
         computed = torch.bfloat16 if mixed else None
         mesh = self.device_mesh["data_parallel"]
-        # Only weights that were left as narrow as their file are made wider, never narrower.
-        wide = held if next(model.parameters()).dtype.itemsize < held.itemsize else None
-        cut(model, mesh, computed, self.reshard_after_forward, cpu_offload, wide)
+        cut(model, mesh, computed, self.reshard_after_forward, cpu_offload)
         trained = any(p.requires_grad for p in model.parameters())
         try_ways(model, sampled=trained, gather=gather)
         self.weights.add(model, gather)

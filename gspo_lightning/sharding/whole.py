@@ -1,6 +1,7 @@
 """A policy that is whole on each rank: what sharded ones are called through, too."""
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +29,10 @@ class Whole:
         would wait for ever.
         """
         return [(rows, True) for rows in pieces]
+
+    def state_beside(self, module: nn.Module, wanted: bool, path: Path) -> dict[str, Any] | None:
+        """A copy of a module's state dict, to be written to a folder; None where it is whole."""
+        return None
 
     def state(self, module: nn.Module, wanted: bool = True) -> dict[str, Any]:
         """The state dict of a module, to be read where ``wanted``; every rank must call."""

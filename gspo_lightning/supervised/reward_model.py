@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from gspo_lightning.engine.mode import raise_flags
 from gspo_lightning.engine.rotary import check_rotary
+from gspo_lightning.guards.rank_watch import watch_for
 from gspo_lightning.guards.trainer import whole
 from gspo_lightning.optim import (
     OptimizerConfig,
@@ -129,6 +130,10 @@ class RewardModelModule(LightningModule):
         if self.model is None:
             self.model = load_classifier(self.policy_config, self.tokenizer)
             self.model.train()  # computes as in eval mode, but recomputes activations where set
+
+    def configure_callbacks(self) -> list[Any]:
+        """Have ranks that wait for another one say so."""
+        return watch_for(self.trainer)
 
     def on_fit_start(self) -> None:
         """Show Lightning a module in train mode, as it asks for."""

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from gspo_lightning.engine.mode import raise_flags
 from gspo_lightning.engine.rotary import fix_rotary
+from gspo_lightning.guards.rank_watch import watch_for
 from gspo_lightning.guards.trainer import whole
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.masked import masked_mean
@@ -59,6 +60,10 @@ class SFTModule(LightningModule):
         if self.policy is None:
             self.policy = load_policy(self.policy_config, self.tokenizer)
             self.policy.train()  # computes as in eval mode, but recomputes activations where set
+
+    def configure_callbacks(self) -> list[Any]:
+        """Have ranks that wait for another one say so."""
+        return watch_for(self.trainer)
 
     def on_validation_start(self) -> None:
         """Make all texts alike to rotary embeddings that depend on the longest one."""

@@ -1,10 +1,14 @@
 """The bench of a long run: what its lines say, and that the run makes all that a run can leave."""
 
+from argparse import Namespace
+from queue import SimpleQueue
+
 import pytest
 
 from gspo_lightning.bench import __main__ as bench
-from gspo_lightning.bench import memory
+from gspo_lightning.bench import memory, shards
 from gspo_lightning.run import command
+from support.forked import free_port, on_ranks
 
 
 def look(rollout, resident, files=8, threads=4):
@@ -43,3 +47,20 @@ def test_a_number_below_one_is_refused(option, capsys):
     with pytest.raises(SystemExit):
         bench.main(["memory", option])
     assert "must be >= 1" in capsys.readouterr().err
+
+
+def one_rank(number, root, address, parted):
+    answers = SimpleQueue()
+    shards.rank(number, 2, address, str(root), parted, 1, answers)
+    return answers.get()
+
+
+@pytest.mark.slow
+def test_ranks_export_the_same_from_memory_and_from_the_disk(tmp_path):
+    size = shards.make_model(tmp_path / "policy", Namespace(hidden=256, layers=2))
+    for parted in (False, True):
+        address = f"tcp://127.0.0.1:{free_port()}"
+        (first, found), _ = on_ranks(one_rank, tmp_path, address, parted)
+        assert first == 0 and size / 2 < found["loading"] < 4 * size and found["s export"] > 0
+    one, other = (tmp_path / f"export{parted}" / "model.safetensors" for parted in (False, True))
+    assert one.read_bytes() == other.read_bytes()

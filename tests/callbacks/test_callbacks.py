@@ -19,6 +19,7 @@ from gspo_lightning.callbacks import (
     PredictionWriter,
     SampleTable,
 )
+from gspo_lightning.callbacks.files import export_whole
 from gspo_lightning.callbacks.report import (
     chosen_rows,
     draw_curves,
@@ -385,6 +386,22 @@ def test_the_export_holds_the_final_policy(tmp_path):
 def test_two_callbacks_cannot_write_to_one_place(tmp_path):
     with pytest.raises(ValueError, match=r"path '\./a' is that of two callbacks"):
         fit(tmp_path, [CurvePlot(path="./a"), HFExport("a")], num_rollouts=3)
+
+
+def test_weights_of_an_earlier_export_do_not_stay_beside_new_ones(tmp_path):
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    new = [*names, "model.safetensors.index.json"]
+
+    def export(path):
+        path.mkdir()
+        for name in new:
+            (path / name).touch()
+
+    (tmp_path / "export").mkdir()
+    for name in ("model.safetensors", "notes.md"):  # one file of all weights would be loaded first
+        (tmp_path / "export" / name).touch()
+    export_whole(SimpleNamespace(global_rank=0, export=export), tmp_path, "export")
+    assert sorted(os.listdir(tmp_path / "export")) == [*new, "notes.md"]
 
 
 def test_an_export_replaces_a_link_and_not_what_it_leads_to(tmp_path):

@@ -1,6 +1,7 @@
 """Ranks that differ on purpose: none trains, or all of them end alike."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -15,12 +16,15 @@ from gspo_lightning.evaluation import Evaluation
 from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.kl import MultiplicativeKL
 from gspo_lightning.rewards.terms import RewardTerm
+from gspo_lightning.sharding import FSDP2
 from support.forked import on_ranks
 from support.tiny_models import build_model
 from support.tiny_run import make_module, make_trainer, write_prompts
 
+DDP = partial(DDPStrategy, process_group_backend="gloo")
 
-def fit(root, model_dir, prompts, callbacks=(), data=None, **settings):
+
+def fit(root, model_dir, prompts, callbacks=(), data=None, strategy=DDP, **settings):
     """Train on this rank of two; the module as it ended."""
     torch.set_num_threads(1)
     module = make_module(model_dir, **settings)
@@ -28,9 +32,9 @@ def fit(root, model_dir, prompts, callbacks=(), data=None, **settings):
         root,
         callbacks=[*callbacks],
         devices=2,
-        strategy=DDPStrategy(process_group_backend="gloo"),
+        strategy=strategy(),
         use_distributed_sampler=False,
-        enable_checkpointing=True,
+        enable_checkpointing=any(isinstance(c, RolloutCheckpoint) for c in callbacks),
     )
     sizes = {"prompts_per_rollout": 2, "num_rollouts": 2} | (data or {})
     trainer.fit(module, PromptData(str(prompts), **sizes))
@@ -154,6 +158,7 @@ uneven.calls = 0
 
 def uneven_ranks(rank, root, model_dir):
     prompts = write_prompts(root / f"prompts{rank}.jsonl")
+    held_out = write_prompts(root / f"held_out{rank}.jsonl", 5)  # two batches for rank 0, one for 1
     keep = Uneven(stop_after=2)
     kl = AdaptiveKL(MultiplicativeKL(target=1e-4), initial=0.1)
     module = fit(
@@ -161,7 +166,7 @@ def uneven_ranks(rank, root, model_dir):
         model_dir,
         prompts,
         [keep, kl, RolloutCheckpoint(every_n_rollouts=1)],
-        {"num_rollouts": 4, "val_path": str(prompts), "val_batch_size": 4},
+        {"num_rollouts": 4, "val_path": str(held_out), "val_batch_size": 2},
         rewards={"uneven": RewardTerm(uneven, whiten=True)},
         micro_batch_size=[3, 1][rank],
         drop_flat_groups=True,
@@ -183,6 +188,34 @@ def halfway_ranks(rank, root, model_dir):
 
     prompts = write_prompts(root / f"prompts{rank}.jsonl")
     fit(root / "run", model_dir, prompts, [Halfway(), RolloutCheckpoint()])
+
+
+def ending_ranks(rank, root, model_dir):
+    """Rank 1 is stopped alone, without a checkpoint that all would meet at; then it fails alone."""
+
+    def fails(rows, completions):
+        if rank == 1:
+            raise KeyError("gold")
+        return [0.0] * len(completions)
+
+    prompts = write_prompts(root / f"prompts{rank}.jsonl")
+    held_out = write_prompts(root / f"held_out{rank}.jsonl", 1)  # fewer than there are ranks
+    data = {"num_rollouts": 3, "val_path": str(held_out)}
+    stop = Uneven(stop_after=1)
+    trainer = fit(root / "run", model_dir, prompts, [stop], data, strategy=FSDP2).trainer
+    figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+    told = [trainer.fit_loop.total_batch_idx + 1, figures]
+    try:
+        fit(root / "run", model_dir, prompts, rewards={"fails": RewardTerm(fails)}, strategy=FSDP2)
+    except Exception as error:
+        return [*told, str(error)]
+
+
+@pytest.mark.slow
+def test_ranks_of_which_one_is_stopped_or_fails_end_together(tmp_path, model_dir):
+    first, second = on_ranks(ending_ranks, tmp_path, model_dir)
+    assert first[:2] == second[:2] and first[0] == 1 and first[1]["val/response_length"] > 0
+    assert "gold" in second[2] and "gloo" in first[2]
 
 
 @pytest.mark.slow

@@ -182,6 +182,21 @@ def test_validation_serves_every_held_out_prompt_in_order(prompts, tokenizer):
     assert [n for batch in data.val_dataloader() for n in numbers(batch)] == list(range(10))
 
 
+SHARES = [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(3, SHARES), (11, [[*range(10)]] * 3)])
+def test_ranks_share_held_out_prompts_out_unless_one_would_get_none(
+    prompts, tokenizer, ranks, expected
+):
+    data = attach(PromptData(prompts, val_path=prompts, val_batch_size=2), tokenizer)
+    data.setup("validate")
+    data.trainer.world_size, served = ranks, []
+    for data.trainer.global_rank in range(3):
+        served.append([n for batch in data.val_dataloader() for n in numbers(batch)])
+    assert served == expected
+
+
 def test_without_held_out_prompts_validation_is_off_and_validate_is_refused(prompts, tokenizer):
     data = attach(PromptData(prompts), tokenizer)
     data.setup("fit")

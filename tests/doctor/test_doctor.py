@@ -1,7 +1,6 @@
 """The doctor: a healthy config, broken ones, and that it leaves no trace."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -526,20 +525,3 @@ def test_truncation_is_known_only_at_the_limit():
     assert "raise sampler.max_new_tokens" in truncation(finished, 8, 8).remedy
     assert "is not known" in truncation(finished, 8, 9).text
     assert truncation(~finished, 8, 8).status == "ok"
-
-
-def test_available_memory_is_the_least_that_anyone_allows(monkeypatch, tmp_path):
-    meminfo, limit, use = (tmp_path / name for name in ("meminfo", "max", "current"))
-    meminfo.write_text("MemTotal: 900 kB\nMemAvailable:    700 kB\n")
-    monkeypatch.setattr(doctor_memory, "_MEMINFO", meminfo)
-    monkeypatch.setattr(doctor_memory, "_CGROUPS", ((limit, use),))
-    cpu = torch.device("cpu")
-    assert doctor_memory.available(cpu) == 700 * 1024  # no container
-    limit.write_text("max\n")
-    use.write_text("100000\n")
-    assert doctor_memory.available(cpu) == 700 * 1024
-    limit.write_text("500000\n")
-    assert doctor_memory.available(cpu) == 400000
-    meminfo.unlink()
-    limit.unlink()
-    assert doctor_memory.available(cpu) == os.sysconf("SC_AVPHYS_PAGES") * 4096

@@ -1,10 +1,12 @@
 import gc
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from gspo_lightning.frozen.models import ReferencePolicy
+from gspo_lightning.guards import memory
 from gspo_lightning.guards.memory import peaks, reset_peaks
 from support.tiny_run import run
 
@@ -74,3 +76,21 @@ def test_nothing_grows_over_fifty_rollouts(tmp_path, model_dir):
     growth = sum(last) / 10 - sum(first) / 10
     assert growth < 8, f"{growth:.1f} MiB over 40 rollouts"
     assert len(set(resident.tensors)) == 1  # a kept rollout of this size is no megabyte
+
+
+def test_available_memory_is_the_least_that_anyone_allows(monkeypatch, tmp_path):
+    meminfo, limit, use = (tmp_path / name for name in ("meminfo", "max", "current"))
+    meminfo.write_text("MemTotal: 900 kB\nMemAvailable:    700 kB\n")
+    monkeypatch.setattr(memory, "_MEMINFO", meminfo)
+    monkeypatch.setattr(memory, "_CGROUPS", ((limit, use),))
+    cpu = torch.device("cpu")
+    assert memory.available(cpu) == 700 * 1024  # no container
+    assert memory.capacity(cpu) == 900 * 1024
+    limit.write_text("max\n")
+    use.write_text("100000\n")
+    assert memory.available(cpu) == 700 * 1024
+    limit.write_text("500000\n")
+    assert memory.available(cpu) == 400000 and memory.capacity(cpu) == 500000
+    meminfo.unlink()
+    limit.unlink()
+    assert memory.available(cpu) == os.sysconf("SC_AVPHYS_PAGES") * 4096

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gspo_lightning.checkpoint.files import find_checkpoint
 from gspo_lightning.checkpoint.rollout_checkpoint import RolloutCheckpoint
@@ -368,9 +370,93 @@ def test_the_memory_of_a_failed_pass_is_free_before_the_next():
     assert len(held) == 3
 
 
+class Made(TorchDispatchMode):
+    """Keeps weak references to the memory of all tensors that are made within."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        found = function(*arguments, **(options or {}))
+        tensors = [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
+        self.storages += [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
+        return found
+
+
+@pytest.mark.filterwarnings(SHORT)
+@pytest.mark.parametrize("trains", [True, False], ids=["update", "old log-probs"])
+def test_nothing_of_a_failed_pass_is_held_while_it_is_repeated(
+    tmp_path, model_dir, monkeypatch, trains
+):
+    """Not by the error, whose traceback has all frames, and not until garbage is collected."""
+    made, alive, calls = Made(), [], []
+
+    def fail(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory")  # with frames of its own
+
+    def make(forward):
+        def second_fails(model, *arguments, **options):
+            concerned = torch.is_grad_enabled() == trains and not alive
+            calls.append(concerned)
+            if not concerned or sum(calls) == 1:  # in the first one the model is tried out
+                return forward(model, *arguments, **options)
+            if made.storages:  # the pass that is made again
+                kept = {id(storage()): storage() for storage in made.storages}
+                alive.append(len(kept.keys() - {id(None)} - weights(model)))
+                return forward(model, *arguments, **options)
+            with made:
+                found = forward(model, *arguments, **options)
+                if not trains:
+                    fail(None)
+            found.logprobs.register_hook(fail)
+            return found
+
+        return second_fails
+
+    def weights(model):
+        return {id(p.untyped_storage()) for p in (*model.parameters(), *model.buffers())}
+
+    replace_policy_passes(monkeypatch, make)
+    options = {"old_logprobs": "recompute", "num_epochs": 2, "micro_batch_size": 4}
+    run(tmp_path, model_dir, 1, **options)
+    assert len(made.storages) > 50 and alive == [0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        CUDA,
+        CPU,
+        MemoryError(),
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("unable to mmap 9 bytes from file <w>: Cannot allocate memory (12)"),
+    ],
+)
+def test_want_of_memory_has_many_names(error):
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(("reason", "short"), [(CUDA, True), (ValueError("shape"), False)])
+def test_want_of_memory_in_a_recording_hides_behind_its_end(reason, short):
+    """``torch.cuda.graph`` ends the capture on its way out, which fails in turn."""
+    with pytest.raises(RuntimeError) as ended:
+        try:
+            raise reason
+        finally:
+            text = "CUDA error: operation failed due to a previous error during capture"
+            raise RuntimeError(text)
+    assert is_out_of_memory(ended.value) == short
+
+
 def test_other_errors_are_no_want_of_memory():
-    assert is_out_of_memory(CUDA) and is_out_of_memory(CPU) and is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("shapes do not fit"))
+    try:
+        raise CUDA
+    except RuntimeError:
+        assert not is_out_of_memory(KeyError("out of memory"))
     with pytest.raises(KeyError):
         Sizes({"x": 4}).fit("x", 4, "a test", lambda: {}["y"])
 

@@ -7,15 +7,25 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from gspo_lightning.guards.rank_watch import PHASES, RankWatch, Silence, together, watch_for
+from gspo_lightning.guards.rank_watch import (
+    PHASES,
+    RankWatch,
+    Silence,
+    Word,
+    gradient_wait,
+    together,
+    watch_for,
+)
+from gspo_lightning.step import Clock
 from support.forked import on_ranks
 
 
 def word(rollout, phase, count, waits=False):
-    place = {"rollout": rollout, "phase": PHASES.index(phase), "waits": waits}
-    return json.dumps(place | {"count": count, "host": "node"})
+    place = {"number": rollout, "phase": PHASES.index(phase), "waits": waits}
+    return json.dumps(place | {"unit": "rollout", "count": count, "host": "node"})
 
 
 def told(times, rank=0, seconds=60.0):
@@ -62,6 +72,14 @@ def test_a_rank_that_comes_back_is_forgiven():
     assert list(said) == [60, 130]
 
 
+def test_where_a_batch_is_no_rollout_the_line_says_batch():
+    watch = RankWatch()
+    shell = SimpleNamespace(fit_loop=SimpleNamespace(total_batch_idx=6))
+    watch.on_train_batch_start(shell, SimpleNamespace(automatic_optimization=True), None, 6)
+    text = json.dumps(watch._place | {"unit": watch._unit, "count": 1, "host": "node"})
+    assert str(Word(text, 0, 0)) == "batch 7, update"
+
+
 def test_only_a_run_of_several_ranks_is_watched_and_once():
     def callbacks(ranks, *there):
         return watch_for(SimpleNamespace(world_size=ranks, callbacks=list(there)))
@@ -92,15 +110,29 @@ def watched(rank):
         if rank == 1:
             threading.Event().wait(1.2)
         meet(rank)
+        seconds = gradient_seconds(trainer, rank)
         watch.teardown(trainer, None, "fit")
         dist.barrier()
-    return said.getvalue(), timed
+    return said.getvalue(), timed, seconds
+
+
+def gradient_seconds(trainer, rank):
+    """What a rank waits for the gradients of another one that computes 0.5 s longer."""
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1))
+    if rank == 1:
+        model.module.bias.register_hook(lambda grad: threading.Event().wait(0.5) or None)
+    clock = Clock(torch.device("cpu"))
+    loss = model(torch.ones(3, 2)).sum()
+    with gradient_wait(trainer, clock, loss):
+        loss.backward()
+    return clock.seconds["waiting_gradient"]
 
 
 @pytest.mark.slow
 def test_real_ranks_say_who_is_waited_for():
-    (first, timed), (second, _) = on_ranks(watched)
+    (first, timed, waited), (second, _, computed) = on_ranks(watched)
     assert "rank 1 (" in first and "keeps the others waiting: " in first
     assert first.splitlines()[0].endswith("s in rollout 7, scoring")
     assert second == ""
     assert timed == ["waiting_score"]
+    assert computed < waited / 2  # nobody waits for the rank that computes longest

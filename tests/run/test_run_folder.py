@@ -360,3 +360,14 @@ def test_ranks_that_do_not_see_one_folder_are_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
     check_shared(*rank(0, "new"))
     assert os.listdir(tmp_path / "new") == []
+
+
+def test_only_a_folder_of_a_network_is_waited_for(tmp_path, monkeypatch):
+    mounts = tmp_path / "mountinfo"
+    monkeypatch.setattr(places, "MOUNTS", mounts)
+    assert not places.is_local(tmp_path)
+    mounts.write_text(
+        f"27 1 8:1 / / rw,relatime shared:1 - ext4 /dev/a rw\n"
+        f"31 27 0:9 / {tmp_path}/net rw - nfs4 host:/runs rw\n"
+    )
+    assert places.is_local(tmp_path / "own/run") and not places.is_local(tmp_path / "net/run")

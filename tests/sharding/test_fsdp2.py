@@ -3,11 +3,13 @@
 import shutil
 import warnings
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from gspo_lightning.checkpoint.files import find_checkpoint
 from gspo_lightning.checkpoint.io import damage
@@ -20,9 +22,9 @@ from gspo_lightning.frozen.models import ReferencePolicy
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.lora import LoRAConfig
 from gspo_lightning.policy.policy import PolicyConfig
-from gspo_lightning.run.plan import policy_memory
+from gspo_lightning.run.memory import needs
 from gspo_lightning.sampling import GroupSampler
-from gspo_lightning.sharding import FSDP2, whole_state
+from gspo_lightning.sharding import FSDP2, cut, whole_state
 from gspo_lightning.sharding.ranks import Sharded
 from support.fault_injection import NAN, every
 from support.forked import on_ranks
@@ -119,7 +121,7 @@ def fit(root, name, model_dir, strategy, ckpt=None, precision="32-true", callbac
         "moments": [s[k] for s in state.values() for k in ("exp_avg", "exp_avg_sq", "step")],
         "figures": {k: float(v) for k, v in trainer.callback_metrics.items() if "val/" in k},
         "way": reading(module.policy.model, module.device),
-        "planned": policy_memory(trainer, module)["weights"],
+        "planned": needs(trainer, module).card["weights"],
     }
 
 
@@ -133,15 +135,19 @@ def work(root, rank):
         go = partial(fit, root, model_dir=root / ("untied" if lora else kind), lora=lora)
         found[kind] = {
             "ddp": go(f"{kind}-ddp", strategy=DDP),
-            "fsdp2": go(f"{kind}-fsdp2", strategy=FSDP2 if lora else PARTS),
+            "fsdp2": go(f"{kind}-fsdp2", strategy=PARTS),
         }
     del asked[:]
     go = partial(fit, root, model_dir=root / "tied")
     found["in step"] = go("in-step", strategy=IN_STEP)
     found["company"] = len(asked)
-    for name, strategy in {"ddp": FSDP2, "fsdp2": DDP}.items():
-        ckpt = root / f"tied-{name}" / "checkpoints" / "rollout=000001.ckpt"
-        found[f"from {name}"] = go(f"from-{name}", strategy=strategy, ckpt=ckpt)
+    first = "checkpoints/rollout=000001.ckpt"
+    found["from fsdp2"] = go("from-fsdp2", strategy=DDP, ckpt=root / "tied-fsdp2" / first)
+    # parts in "host memory": nothing tells it from a device's here, but every step is taken
+    pages = partial(CPUOffloadPolicy, pin_memory=False)
+    with mock.patch.object(FSDP2, "_check"), mock.patch.object(cut, "CPUOffloadPolicy", pages):
+        offloaded = partial(FSDP2, cpu_offload=True, process_group_backend="gloo")
+        found["from ddp"] = go("from-ddp", strategy=offloaded, ckpt=root / "tied-ddp" / first)
     fault = every([(1, 1)] if rank == 1 else [], "loss", NAN)
     size = 1 + 2 * (rank == 0)
     found["fault"] = go("fault", strategy=FSDP2, callbacks=[fault], micro_batch_size=size)
@@ -189,16 +195,22 @@ def test_a_part_on_each_rank_trains_what_the_whole_does(ranks, root, kind):
         # a forgotten reshard would pass all else
         assert ddp["planned"] == 2 * fsdp2["planned"]
         assert ddp["shares"] == [1, 1] and max(fsdp2["shares"]) < 0.52
-    one, other = (root / f"{kind}-{name}/export" for name in ("ddp", "fsdp2"))
+    exports(root, f"{kind}-ddp", f"{kind}-fsdp2")  # gathered on the disk
+
+
+def exports(root, *names):
+    """Whether two trainings have exported the same, to the byte."""
+    one, other = (root / name / "export" for name in names)
     files = sorted(path.name for path in one.iterdir())
     assert files == sorted(path.name for path in other.iterdir())
     assert all((one / name).read_bytes() == (other / name).read_bytes() for name in files)
 
 
-def test_ranks_in_step_draw_what_they_draw_apart(ranks):
+def test_ranks_in_step_draw_what_they_draw_apart(ranks, root):
     for rank in ranks:
         assert same(rank["tied"]["fsdp2"], rank["in step"])
         assert max(rank["in step"]["shares"]) < 0.52
+    exports(root, "tied-ddp", "in-step")  # gathered in memory
     assert sum(rank["company"] for rank in ranks) > 0  # ranks have needed unequal numbers of steps
 
 

@@ -5,12 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 
 from gspo_lightning.guards.ignored import check_strategy
 from gspo_lightning.guards.out_of_memory import SAMPLED, OutOfMemory, Sizes
-from gspo_lightning.sharding import FSDP2, per_rank
-from gspo_lightning.sharding.cut import decoder_layers
-from support.tiny_models import build_model
+from gspo_lightning.sharding import FSDP2
 
 
 def checked(critic=None, four_bits=False, device="cuda", **options):
@@ -29,6 +28,10 @@ def checked(critic=None, four_bits=False, device="cuda", **options):
         ({"critic": object()}, "model.critic: fsdp2 shares out no critic"),
         ({"four_bits": True}, "policy.load_in_4bit"),
         ({"cpu_offload": True, "device": "cpu"}, "FSDP2.cpu_offload: the policy is on the CPU"),
+        (
+            {"cpu_offload": True, "process_group_backend": "nccl"},
+            "FSDP2.process_group_backend is nccl, .* set cpu:gloo,cuda:nccl",
+        ),
         ({"rollout": "alone"}, "FSDP2.rollout must be gathered or in_step, got 'alone'"),
         ({"checkpoints": "zip"}, "FSDP2.checkpoints must be auto, file or parts"),
         ({"timeout": timedelta(0)}, "FSDP2.timeout must be > 0, got 0:00:00"),
@@ -45,6 +48,18 @@ def test_a_module_without_a_policy_of_ours_is_refused():
     strategy._lightning_module = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match=r"not what Linear trains; set trainer\.strategy to auto"):
         strategy._check()
+
+
+def test_all_but_the_parts_is_moved_and_the_module_knows_where_it_is():
+    module = LightningModule()
+    module.policy, module.other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    strategy = FSDP2()
+    strategy._lightning_module = module
+    strategy.cluster_environment = SimpleNamespace(local_rank=lambda: 0)
+    strategy.parallel_devices = [torch.device("meta")]
+    strategy.model_to_device()
+    assert module.device.type == module.other.weight.device.type == "meta"
+    assert module.policy.weight.device.type == "cpu"
 
 
 @pytest.mark.parametrize("name", ["fsdp", "deepspeed_stage_3", "ModelParallelStrategy"])
@@ -66,19 +81,3 @@ def test_a_pass_that_ranks_share_is_not_made_again():
     with pytest.raises(OutOfMemory, match=r"sampler.batch_size 8\), in a pass that other ranks"):
         sizes.fit(SAMPLED, 16, "rollout 3, sampling", work)
     assert calls == [1]
-
-
-def test_a_rank_needs_its_part_and_what_is_gathered():
-    model = build_model("qwen3", tie_word_embeddings=True)
-    sizes = dict.fromkeys(("weights", "gradients", "Adam", "optimizer step"), 40.0)
-    parts = sizes | {"KV cache": 5.0, "micro-batch": 7.0}
-    total = sum(p.numel() for p in model.parameters())
-    layers = decoder_layers(model)
-    layer = sum(p.numel() for p in layers[0].parameters())
-    rest = total - len(layers) * layer  # embeddings and the last norm
-    gathered = per_rank(parts, model, ranks=4, width=2, gathers=True)
-    in_step = per_rank(parts, model, ranks=4, width=2, gathers=False)
-    assert all(gathered[name] == in_step[name] == 10 for name in sizes)
-    assert gathered["KV cache"] == 5 + 2 * total
-    assert in_step["KV cache"] == 5 + 2 * (rest + 2 * layer)
-    assert gathered["micro-batch"] == in_step["micro-batch"] == 7 + 4 * (rest + 2 * layer)

@@ -14,6 +14,7 @@ MADE_UP = {"reward/(.+)": "reward/NAME", r"val/reward_(.+)": "val/reward_NAME"}
 MADE_UP |= {r"val/pass_at_(\d+)": "val/pass_at_K"}
 MADE_UP |= {r"memory/(\w+?)_gib(?:_(\w+))?": "memory/PHASE_gib"}
 MADE_UP |= {r"time/waiting_(\w+)": "time/waiting_PHASE"}
+MADE_UP |= {name: name for name in PATTERNS if name == "time/waiting_gradient"}
 
 
 def page() -> str:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 
 from gspo_lightning.guards.trainer import leave_out_noise
@@ -46,3 +47,45 @@ def on_ranks(function, *arguments, count=2, seconds=30):
             rank.kill()
             rank.join()
     return [found[number] for number in range(count)]
+
+
+def _ended(number, count, port, answers, function, arguments, log):
+    with open(log, "w") as file:  # what a killed run says is no news of the test
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        _one(number, count, port, answers, function, arguments)
+        raise SystemExit(int(isinstance(answers.answer, str)))
+
+
+class _Kept:
+    """Takes the answer of a rank for its exit code."""
+
+    answer = None
+
+    def put(self, pair):
+        self.answer = pair[1]
+
+
+def exit_codes(function, *arguments, logs, count=2, seconds=300):
+    """How ``function(rank, *arguments)`` ended on each rank: 0, 1 after an error, or -9 if killed.
+
+    The ranks are a process group of their own; what each says is in ``logs``, ``rank0.txt`` ...
+    """
+    fork = multiprocessing.get_context("fork")
+    common = (count, free_port(), _Kept(), function, arguments)
+    ranks = [
+        fork.Process(target=_ended, args=(number, *common, logs / f"rank{number}.txt"))
+        for number in range(count)
+    ]
+    end = time.monotonic() + seconds
+    for rank in ranks:
+        rank.start()
+        os.setpgid(rank.pid, ranks[0].pid)
+    for rank in ranks:
+        rank.join(max(0.0, end - time.monotonic()))
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    assert None not in codes, f"a rank that lost another one did not end: {codes}"
+    return codes
