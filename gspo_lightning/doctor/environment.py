@@ -1,10 +1,11 @@
 """Examines the environment of a rollout: its errors, and whether it answers the same again.
 
-Decides what of it would spoil a run: a continued one is exact only if answers are a function of row,
-seed and what the policy wrote.
+Decides what of it would spoil a run: a continued one is exact only if answers are a function of
+row, seed and what the policy wrote.
 """
 
 import copy
+from functools import partial
 from typing import Any
 
 from gspo_lightning.doctor.findings import Finding
@@ -20,7 +21,7 @@ def played(environment: Environment, row: dict) -> list[Any]:
     if begun.error is not None:
         return [begun.error]
     texts = [turn["policy"] for turn in row[COLUMN]["turns"]]
-    return [outcome(lambda text=text: begun.value.step(text)) for text in texts]
+    return [outcome(partial(begun.value.step, text)) for text in texts]
 
 
 def episodes(environment: Environment, samples: Samples) -> Finding:
@@ -29,8 +30,8 @@ def episodes(environment: Environment, samples: Samples) -> Finding:
     size = len(records)
     errors = [record["error"] for record in records if record["error"] is not None]
     turns = sum(len(record["turns"]) for record in records) / size
-    ends = {end: sum(record["end"] == end for record in records) / size for end in ("turns", "done")}
-    value = {"turns": turns, "errors": len(errors), **ends}
+    done = sum(record["end"] == "done" for record in records) / size
+    value = {"turns": turns, "errors": len(errors), "done": done}
     if errors:
         text = f"{len(errors)} of {size} episodes failed: {errors[0]}"
         return Finding("environment", "error", text, "mend the environment", value)
@@ -39,5 +40,5 @@ def episodes(environment: Environment, samples: Samples) -> Finding:
             text = "asked the same again, it answers otherwise: a continued run will not be exact"
             remedy = "let its answers depend on row, seed and texts alone"
             return Finding("environment", "warning", text, remedy, value)
-    text = f"{turns:.1f} turns on average, {ends['done']:.0%} of the episodes ended by themselves"
+    text = f"{turns:.1f} turns on average, {done:.0%} of the episodes ended by themselves"
     return Finding("environment", "ok", f"{text}; asked again, it answers the same", value=value)

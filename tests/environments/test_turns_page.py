@@ -15,9 +15,7 @@ from support.environments import add
 from support.repository import ROOT
 
 PAGE = (ROOT / "docs" / "turns.md").read_text()
-BLOCKS = {
-    kind: re.findall(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL) for kind in ("python", "yaml")
-}
+BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL) for kind in ("python", "yaml")}
 
 
 def ran(number):
