@@ -121,7 +121,8 @@ class GroupDecoder:
         """Decode all rows.
 
         Returns:
-            Token ids (B, T) and their log-probs (B, T) float32, 0 behind the end.
+            Token ids (B, T) and their log-probs (B, T) float32, 0 behind the end, arbitrary where a
+            token was given.
 
         Raises:
             NotDecodable: If a layer did not attend as the model's config says.
@@ -234,7 +235,7 @@ class GroupDecoder:
         token, logprob = draw(logits, uniform, self.wanted.temperature)
         turns = self.wanted.turns
         if turns is not None:
-            token, logprob = with_given(turns.given(self.running[start:]), token, logprob)
+            token = with_given(turns.given(self.running[start:]), token)
         self.ids.view(-1).scatter_(0, place, token)
         self.logprobs.view(-1).scatter_(0, place, logprob)
         self.tokens[start : self.num] = token

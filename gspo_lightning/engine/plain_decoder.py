@@ -86,7 +86,7 @@ def decode_plainly(
         token, logprob = draw(logits, uniform[rows, t], temperature)
         if turns is not None:
             numbers = [first_row + row for row in rows.tolist()]
-            token, logprob = with_given(turns.given(numbers), token, logprob)
+            token = with_given(turns.given(numbers), token)
         newest = listed(token)
         ids[rows[running], t] = token[running]
         logprobs[rows[running], t] = logprob[running]

@@ -120,10 +120,9 @@ class Turns:
         return mask
 
 
-def with_given(given: list[int] | None, token: Tensor, logprob: Tensor) -> tuple[Tensor, Tensor]:
-    """Drawn tokens and their log-probs, (N,), where some are given: those have a log-prob of 0."""
+def with_given(given: list[int] | None, token: Tensor) -> Tensor:
+    """Drawn tokens, (N,), with those in their places that are given."""
     if given is None:
-        return token, logprob
+        return token
     ids = token.new_tensor(given)
-    drawn = ids == DRAWN
-    return torch.where(drawn, token, ids), logprob.masked_fill(~drawn, 0)
+    return torch.where(ids == DRAWN, token, ids)
