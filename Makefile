@@ -11,11 +11,14 @@ COMPILE := $(PY) -m compileall -qq -j 0 $(VENV)/lib
 # The demo's model is so small that a second thread costs more than it computes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-core test-fast models lightning curves screenshots docs kills gpu-check lint format clean \
+.PHONY: demo demo-turns test test-core test-fast models lightning curves screenshots docs kills gpu-check lint format clean \
 	vllm vllm-test
 
 demo: $(VENV)/demo.stamp  ## train the embedded default to a rising reward
 	$(PY) train.py fit --config configs/arithmetic.yaml --trainer.default_root_dir $(RUN)
+
+demo-turns: $(VENV)/demo.stamp  ## train on conversations with a scripted user
+	$(PY) train.py fit --config configs/turns.yaml --trainer.default_root_dir $(RUN)
 
 test: $(VENV)/dev.stamp  ## every test but those of the three targets below; gpu ones are skipped without one
 	$(PY) -m pytest -q -n 2 --dist worksteal --durations 5 -m "not models and not kills and not recipes"

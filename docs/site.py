@@ -18,6 +18,7 @@ BESIDE = {  # of each file of the repository: the page that it is
     "data/arithmetic/README.md": "data_arithmetic.md",
     "data/preference/README.md": "data_preference.md",
     "data/scenarios/README.md": "data_scenarios.md",
+    "data/turns/README.md": "data_turns.md",
 }
 LINK = re.compile(r"(!?)\[((?:[^\]`]|`[^`]*`)*)\]\(([^)\s]+)\)")
 

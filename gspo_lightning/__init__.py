@@ -20,6 +20,13 @@ if TYPE_CHECKING:  # what type checkers and readers see
     from gspo_lightning.checkpoint import RolloutCheckpoint
     from gspo_lightning.critic import CriticConfig
     from gspo_lightning.data import PreferenceData, PromptData, SFTData
+    from gspo_lightning.environments import (
+        Environment,
+        EnvironmentReward,
+        Episode,
+        ToolEnvironment,
+        Turn,
+    )
     from gspo_lightning.evaluation import Evaluation
     from gspo_lightning.frozen import ReferencePolicy, RewardModel
     from gspo_lightning.mismatch import Mismatch
@@ -42,6 +49,9 @@ HOMES = {  # of each name: where it is imported from
     "AsyncSampler": "vllm.ahead",
     "CriticConfig": "critic",
     "CurvePlot": "callbacks",
+    "Environment": "environments",
+    "EnvironmentReward": "environments",
+    "Episode": "environments",
     "Evaluation": "evaluation",
     "FSDP2": "sharding",
     "GSPOModule": "module",
@@ -66,6 +76,8 @@ HOMES = {  # of each name: where it is imported from
     "SFTData": "data",
     "SFTModule": "supervised",
     "SampleTable": "callbacks",
+    "ToolEnvironment": "environments",
+    "Turn": "environments",
     "VLLMSampler": "vllm.sampler",
     "train": "run.from_python",
 }

@@ -135,16 +135,20 @@ class Collector:
 
         try:
             rows = len(batch) * self.sampler.group_size
-            return self.sizes.fit(SAMPLED, rows, f"{step.name}, sampling", work)
+            samples = self.sizes.fit(SAMPLED, rows, f"{step.name}, sampling", work)
         except FloatingPointError as error:  # every further rollout would be the same
             raise FloatingPointError(f"{step.name}: {error}; no completion can be drawn") from error
+        if samples.waited is not None:
+            seconds = step.clock.seconds
+            seconds["environment"] = seconds.get("environment", 0.0) + samples.waited
+        return samples
 
     def score(
         self, samples: Samples, step: Step, draw: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards as the group statistics are to see them, and their parts, (B,) each."""
         with step.clock.timed("reward"):
-            lengths, finished = samples.mask.sum(1).cpu(), samples.finished.cpu()
+            lengths, finished = samples.lengths.cpu(), samples.finished.cpu()
             # Whitening learns from the first draw alone: later prompts were chosen by their reward.
             seed, learn = step.seed(f"reward/{draw}"), draw == 0
             rewards, parts, counts = score_or_keep(

@@ -13,6 +13,7 @@ import torch
 from torchmetrics import MetricCollection
 
 from gspo_lightning.bounds import check_at_least
+from gspo_lightning.environments.episode import COLUMN
 from gspo_lightning.metrics import PassAtK, RolloutMetrics
 from gspo_lightning.rewards.terms import RewardTerm, Scores, score
 from gspo_lightning.rollout import PromptBatch, Samples
@@ -143,7 +144,8 @@ def describe(samples: Samples, scores: Scores, prompts: list[str]) -> list[dict[
 
     Returns:
         Dicts with ``prompt`` and ``completions``, each completion with text, reward, reward parts
-        (``None`` where missing), length in tokens, and whether it ended by itself.
+        (``None`` where missing), length in tokens, whether it ended by itself, and its episode
+        where it had an environment.
     """
 
     def number(value: torch.Tensor) -> float | None:
@@ -157,6 +159,7 @@ def describe(samples: Samples, scores: Scores, prompts: list[str]) -> list[dict[
             "length": int(samples.mask[i].sum()),
             "finished": bool(samples.finished[i]),
         }
+        | {name: samples.rows[i][name] for name in (COLUMN,) if name in samples.rows[i]}
         for i, text in enumerate(samples.texts)
     ]
     size = samples.group_size

@@ -21,6 +21,7 @@ from gspo_lightning.critic import Critic, CriticConfig, check_critic, fit_critic
 from gspo_lightning.curves import FigureLog
 from gspo_lightning.engine.mode import raise_flags
 from gspo_lightning.engine.rotary import fix_rotary
+from gspo_lightning.environments.start import check_rewards, check_start
 from gspo_lightning.evaluation import Evaluation, Evaluator, describe
 from gspo_lightning.frozen import FrozenModels, ReferencePolicy, RewardModel
 from gspo_lightning.frozen.models import check_kl_in_reward, check_reference
@@ -186,6 +187,7 @@ class GSPOModule(LightningModule):
             max_draws=max_draws,
         )
         check_terms(rewards, truncated)
+        check_rewards(getattr(sampler, "environment", None), rewards)
         check_positive("sampler.", temperature=sampler.temperature)
         check_positive("model.", max_grad_norm=max_grad_norm)
         check_at_least(0, "model.", kl_coef=kl_coef)
@@ -347,6 +349,7 @@ class GSPOModule(LightningModule):
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything set
         self.needs_critic = stage == "fit"
         check_present(self.rewards)
+        check_start(self.sampler, self.trainer.datamodule)  # type: ignore[attr-defined]
         if stage == "fit":
             check_data(self.trainer, self, self.sampler.group_size)
         device = self.trainer.strategy.root_device

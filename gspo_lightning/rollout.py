@@ -80,14 +80,17 @@ class Samples(Movable):
         prompt_ids: Token ids, padded on the left, each prompt repeated G times, (B, L) int64.
         prompt_mask: True on real prompt tokens, (B, L) bool.
         completion_ids: Token ids, padded on the right, (B, T) int64.
-        mask: True on completion tokens up to and including the one that ends it, (B, T) bool.
-        finished: True where the policy ended the completion itself, (B,) bool.
+        mask: True on completion tokens up to and including the one that ends it, (B, T) bool;
+            False on those that an environment said between them.
+        finished: True where the policy ended the completion itself, or its environment did, (B,)
+            bool.
         rows: The data row behind each completion, length B.
         texts: The completions as they continue their prompts, without what ended them, length B.
         group_size: G. Rows g * G to g * G + G - 1 share a prompt; 1 promises nothing.
         logprobs: Log-softmax(logits / temperature) of each token as the sampler's own forward pass
             saw it, nats, (B, T) float32, 0 under a False mask; None where a sampler gives none.
         special_texts: The texts with special tokens kept; None where a sampler gives none.
+        waited: Seconds that the sampler waited for an environment; None without one.
 
     Raises:
         ValueError: If a shape or dtype does not fit; the message names the field.
@@ -103,6 +106,7 @@ class Samples(Movable):
     group_size: int
     logprobs: Tensor | None = field(kw_only=True, default=None)
     special_texts: list[str] | None = field(kw_only=True, default=None)
+    waited: float | None = field(kw_only=True, default=None)
 
     def __post_init__(self) -> None:
         if self.completion_ids.ndim != 2:
@@ -125,6 +129,12 @@ class Samples(Movable):
 
     def __len__(self) -> int:
         return len(self.completion_ids)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens up to the last that was drawn, those of an environment included, (B,) int64."""
+        columns = torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)
+        return torch.where(self.mask, columns, 0).amax(1)
 
     def select(self, index: Tensor) -> Self:
         """Return the given rows, every quantity of a row with it.
@@ -183,7 +193,7 @@ class Samples(Movable):
         Returns:
             Row numbers, int64; together every row exactly once.
         """
-        prompts, lengths = self.prompt_mask.sum(1).tolist(), self.mask.sum(1).tolist()
+        prompts, lengths = self.prompt_mask.sum(1).tolist(), self.lengths.tolist()
         pieces = cut_rows(prompts, lengths, self.group_size, size, tokens)
         return [torch.tensor(piece) for piece in pieces]
 

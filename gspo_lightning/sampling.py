@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from gspo_lightning.bounds import check_at_least
+from gspo_lightning.bounds import check_at_least, check_positive
 from gspo_lightning.engine.group_decoder import GroupDecoder, Wanted
 from gspo_lightning.engine.mode import mode_kept
 from gspo_lightning.engine.padded import unwrapped
@@ -22,6 +22,10 @@ from gspo_lightning.engine.products import ordered_weights
 from gspo_lightning.engine.rotary import check_rotary
 from gspo_lightning.engine.step_graphs import cuda_graph_recorder
 from gspo_lightning.engine.texts import Watch
+from gspo_lightning.engine.turns import Turns
+from gspo_lightning.environments.episode import Environment
+from gspo_lightning.environments.messages import Messages
+from gspo_lightning.environments.talk import Talk
 from gspo_lightning.rollout import PromptBatch, Samples
 
 log = logging.getLogger(__name__)
@@ -71,6 +75,17 @@ class GroupSampler:
             time. Sizes are then rounded up to powers of two; every rollout records each anew, at
             the cost of some three steps. Off a GPU, or where a recording fails, steps are computed
             one by one, and one line says so.
+        environment: Answers where the policy ends a turn, and its words become part of the
+            completion, which do not train; ``None`` is one turn. ``rewards`` needs an
+            ``EnvironmentReward`` then.
+        max_turns: Turns of the policy in a completion at most; one that has no more of them is
+            truncated.
+        environment_seconds: Longest time for the answers that are asked for at one time, in
+            seconds; a later one is an error of its completion. Then a run is no longer a function
+            of its seed alone, as the clock has a say. ``None`` waits.
+
+    Attributes:
+        messages: How the environment's messages become tokens.
 
     Raises:
         ValueError: If a value is out of range.
@@ -83,19 +98,27 @@ class GroupSampler:
         temperature: float = 1.0,
         batch_size: int | None = None,
         cuda_graphs: bool = False,
+        environment: Environment | None = None,
+        max_turns: int = 8,
+        environment_seconds: float | None = None,
     ) -> None:
         counts = {"group_size": group_size, "max_new_tokens": max_new_tokens}
-        check_at_least(1, "sampler.", **counts, batch_size=batch_size)
+        check_at_least(1, "sampler.", **counts, batch_size=batch_size, max_turns=max_turns)
         check_at_least(0, "sampler.", temperature=temperature)
+        check_positive("sampler.", environment_seconds=environment_seconds)
         self.group_size = group_size
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.batch_size = batch_size
         self.cuda_graphs = cuda_graphs
+        self.environment = environment
+        self.max_turns = max_turns
+        self.environment_seconds = environment_seconds
+        self.messages = Messages()
         self._told: set[str] = set()
 
     def like(self, group_size: int, max_new_tokens: int, temperature: float) -> Self:
-        """The same sampler with other settings."""
+        """The same sampler with other settings, its environment included."""
         other = copy.copy(self)
         other.group_size, other.max_new_tokens = group_size, max_new_tokens
         other.temperature = temperature
@@ -120,16 +143,22 @@ class GroupSampler:
         shape = (len(batch) * self.group_size, self.max_new_tokens)
         uniform = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
         uniform = uniform.to(batch.prompt_ids.device)
+        talk = None if self.environment is None else Talk(self, policy, batch, seed)
         with mode_kept(policy.model), ordered_weights(policy.model) as computed:
             policy.model.eval()  # gradient checkpointing would switch the KV cache off otherwise
-            ids, logprobs = self._decode(policy, batch, uniform, computed)
+            turns = None if talk is None else talk.turns
+            ids, logprobs = self._decode(policy, batch, uniform, computed, turns)
         # at temperature 0 nothing is drawn from a distribution
-        return completed(
-            policy, batch, ids, self.group_size, logprobs if self.temperature else None
-        )
+        found = logprobs if self.temperature else None
+        return completed(policy, batch, ids, self.group_size, found, talk)
 
     def _decode(
-        self, policy: Any, batch: PromptBatch, uniform: Tensor, computed: Callable[[int], int]
+        self,
+        policy: Any,
+        batch: PromptBatch,
+        uniform: Tensor,
+        computed: Callable[[int], int],
+        turns: Turns | None,
     ) -> tuple[Tensor, Tensor]:
         """Token ids and log-probs, (B, T) each, by the engine that the model allows."""
         num_rows = min(self.batch_size or len(uniform), len(uniform))
@@ -142,8 +171,9 @@ class GroupSampler:
         group = torch.arange(len(batch), device=uniform.device).repeat_interleave(self.group_size)
 
         def watch(groups: Tensor) -> Watch | None:
-            texts = [prompts[g].tolist() for g in groups.tolist()] if policy.ends.strings else None
-            return None if texts is None else Watch(policy.ends, texts)
+            if turns is not None or not policy.ends.strings:
+                return None
+            return Watch(policy.ends, [prompts[g].tolist() for g in groups.tolist()])
 
         check_rotary(unwrapped(policy.model), max(map(len, prompts)) + self.max_new_tokens)
         way = decoding(policy.model, uniform.device)
@@ -159,15 +189,18 @@ class GroupSampler:
                 stopped=watch(group),
                 computed=computed,
                 record=record,
+                turns=turns,
             )
             return GroupDecoder(policy.model, wanted).run()
         known = policy, batch.prompt_ids, batch.prompt_mask
         alone = way == "alone"
         size = 1 if alone else num_rows
-        parts = [
-            decode_plainly(*known, rows, numbers, self.temperature, watch(rows), alone=alone)
-            for rows, numbers in zip(group.split(size), uniform.split(size), strict=True)
-        ]
+        parts = []
+        for first in range(0, len(group), size):
+            rows = group[first : first + size]
+            numbers, stopped = uniform[first : first + size], watch(rows)
+            ways: dict[str, Any] = {"alone": alone, "turns": turns, "first_row": first}
+            parts.append(decode_plainly(*known, rows, numbers, self.temperature, stopped, **ways))
         ids, logprobs = zip(*parts, strict=True)
         return torch.cat(ids), torch.cat(logprobs)
 
@@ -179,23 +212,32 @@ class GroupSampler:
 
 
 def completed(
-    policy: Any, batch: PromptBatch, ids: Tensor, group_size: int, logprobs: Tensor | None = None
+    policy: Any,
+    batch: PromptBatch,
+    ids: Tensor,
+    group_size: int,
+    logprobs: Tensor | None = None,
+    talk: Talk | None = None,
 ) -> Samples:
-    """The samples that drawn tokens make, cut behind the longest completion.
+    """The samples that tokens make, cut behind the longest completion.
 
     Args:
         policy: Has ``eos_ids`` and ``ends``.
         batch: P prompts.
-        ids: Drawn tokens of P * G rows, padded on the right, (B, T) int64.
+        ids: Tokens of P * G rows, padded on the right, (B, T) int64.
         group_size: G.
         logprobs: Of the tokens, (B, T) float32, arbitrary behind the end.
+        talk: The episodes of the rows, which say what was drawn; ``None`` where all was.
     """
-    prompts = [prompt.tolist() for prompt in _prompts(batch)]
-    read = policy.ends.read(prompts, ids, policy.eos_ids, group_size)
-    mask = read.mask
-    longest = int(mask.sum(1).max())
-    ids, mask = ids[:, :longest], mask[:, :longest]
     group = torch.arange(len(batch)).repeat_interleave(group_size)
+    if talk is None:
+        prompts = [prompt.tolist() for prompt in _prompts(batch)]
+        read = policy.ends.read(prompts, ids, policy.eos_ids, group_size)
+        rows = [batch.rows[i] for i in group.tolist()]
+    else:
+        read, rows = talk.read(ids.device)
+    longest = int(read.mask.any(0).nonzero().max()) + 1
+    ids, mask = ids[:, :longest], read.mask[:, :longest]
     index = group.to(batch.prompt_ids.device)
     return Samples(
         prompt_ids=batch.prompt_ids[index],
@@ -203,11 +245,12 @@ def completed(
         completion_ids=ids,
         mask=mask,
         finished=read.finished,
-        rows=[batch.rows[i] for i in group.tolist()],
+        rows=rows,
         texts=read.texts,
         group_size=group_size,
         logprobs=None if logprobs is None else logprobs[:, :longest].masked_fill(~mask, 0),
         special_texts=read.special_texts,
+        waited=None if talk is None else talk.conversations.seconds,
     )
 
 

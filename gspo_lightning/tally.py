@@ -5,12 +5,14 @@ says so) of all mini-batches and ranks.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 from gspo_lightning.advantages import flat_groups, group_advantages
 from gspo_lightning.critic.gae import ValueLoss
+from gspo_lightning.environments.episode import COLUMN
 from gspo_lightning.kl import kl_clamped, kl_estimate
 from gspo_lightning.masked import masked_mean
 from gspo_lightning.metrics import RolloutMetrics
@@ -41,6 +43,9 @@ MEANS = (
     "policy/sampler_noise",
     "sampler/noise_after_sync",
     "rollout/truncated_fraction",
+    "env/turns",
+    "env/tokens",
+    "env/out_of_turns",
     "rollout/flat_best_fraction",
     "rollout/flat_worst_fraction",
     "reward/overlong",
@@ -64,6 +69,8 @@ TOTALS = (
     "rollout/prompts_drawn",
     "rollout/flat_groups_kept",
     "rollout/tokens",
+    "env/errors",
+    "env/timeouts",
     "optim/skipped_steps",
     "optim/faults",
     "policy/kl_clamped_tokens",
@@ -101,6 +108,14 @@ class RolloutTally(RolloutMetrics):
         self.update("rollout/prompts_drawn", len(samples) // samples.group_size, 1)
         self.update("rollout/tokens", samples.mask.sum(), 1)
         self.update("reward/missing", rewards.isnan().sum(), 1)
+        episodes = [row[COLUMN] for row in samples.rows if COLUMN in row]
+        if episodes:
+            ends = Counter(episode["end"] for episode in episodes)
+            self.update("env/turns", sum(len(e["turns"]) for e in episodes), len(episodes))
+            self.update("env/tokens", sum(e["tokens"] for e in episodes), len(episodes))
+            self.update("env/out_of_turns", ends["turns"], len(episodes))
+            self.update("env/errors", ends["error"], 1)
+            self.update("env/timeouts", ends["timeout"], 1)
 
     def count_rewards(
         self, samples: Samples, rewards: Tensor, parts: dict[str, Tensor], advantages: Tensor

@@ -40,6 +40,8 @@ LOOP = (
 ORDER = [
     ("maths", "start"),
     ("engine", "checkpoint", "curves"),
+    ("environments",),
+    ("faces",),
     ("policy", "guards"),
     ("sharding",),
     ("frozen", "critic", "rewards", "data", "supervised", "callbacks", "vllm"),
@@ -53,7 +55,7 @@ NEVERS = {
     *(("callbacks", room) for room in ("guards", "engine")),
     ("run", "supervised"),
 }
-WITHOUT_LIGHTNING = ("engine", "policy", "frozen", "critic", "rewards")
+WITHOUT_LIGHTNING = ("engine", "environments", "faces", "policy", "frozen", "critic", "rewards")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -62,7 +64,7 @@ def room(path):
     inside = path.relative_to(PACKAGE).with_suffix("").parts
     if len(inside) == 2:
         return inside[0]
-    for name, stems in (("maths", MATHS), ("engine", ("logprobs", "sampling")), ("loop", LOOP)):
+    for name, stems in (("maths", MATHS), ("faces", ("logprobs", "sampling")), ("loop", LOOP)):
         if inside[0] in stems:
             return name
     return "root" if inside[0] in ("__init__", "__main__") else None
@@ -211,7 +213,7 @@ def test_a_face_says_what_its_room_decides_and_defines_nothing():
 def test_the_front_can_be_read_in_an_evening():
     front = sorted(PACKAGE.glob("*.py"))
     assert len(front) <= 22
-    assert sum(len(path.read_text().splitlines()) for path in front) <= 4180
+    assert sum(len(path.read_text().splitlines()) for path in front) <= 4350
 
 
 # ---- public paths --------------------------------------------------------------------------------

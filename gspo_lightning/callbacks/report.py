@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gspo_lightning.checkpoint.quoted import markdown
 from gspo_lightning.curves import curve
+from gspo_lightning.environments.episode import shown
 
 LIGHT, DARK, RED = "#8fb4d9", "#1f5a96", "#c8553d"
 
@@ -154,7 +155,7 @@ def sample_rows(
             "rollout": outputs["index"] + 1,
             "group": i // size + 1,
             "prompt": tokenizer.decode(rollout.prompt_ids[i][rollout.prompt_mask[i]].tolist()),
-            "completion": rollout.texts[i],
+            "completion": shown(rollout.rows[i], rollout.texts[i]),
             "reward": rollout.rewards[i],
             "parts": {name: part[i] for name, part in rollout.reward_parts.items()},
             "advantage": rollout.advantages[i, 0],

@@ -212,9 +212,32 @@ TABLE = {
     "optim/faults": Curve(
         "Faults", "optimizer steps", "Skipped for NaN or infinities; each is written to `faults/`."
     ),
+    # turns with an environment
+    "env/turns": Curve("Turns", "turns, mean", "Turns of the policy in a completion."),
+    "env/tokens": Curve(
+        "Words of the environment",
+        "tokens, mean",
+        "Of a completion; they are read and not trained.",
+    ),
+    "env/out_of_turns": Curve(
+        "Out of turns", SHARE, "Episodes that `max_turns` ended; they count as truncated."
+    ),
+    "env/errors": Curve(
+        "Errors of the environment",
+        "completions per rollout",
+        "Each costs its own completion; `on_error` of the `EnvironmentReward` decides.",
+    ),
+    "env/timeouts": Curve(
+        "Timeouts of the environment",
+        "completions per rollout",
+        "Episodes that gave no answer in `environment_seconds`.",
+    ),
     # time
     "time/tokens_per_second": Curve("Sampling speed", "tokens per second", "Of the first phase."),
     "time/rollout": Curve("Sampling", SECONDS, "First phase: completions are sampled."),
+    "time/environment": Curve(
+        "Environment", SECONDS, "Part of the first phase: waiting for an environment's answers."
+    ),
     "time/score": Curve("Scoring", SECONDS, "Second phase: rewards, reference, old log-probs."),
     "time/optimise": Curve("Optimising", SECONDS, "Third phase: the optimizer steps."),
     "time/sync": Curve(
@@ -324,6 +347,7 @@ LAYOUT = {
         "noise of log-ratios": ["policy/.*_noise$"],
         "sampler and policy": ["sampler/(kl|ess|log_ratio_std)$"],
         "pass@k": ["val/pass_at_"],
+        "turns": ["env/turns$"],
         "reward terms": ["reward/(?!group_std|missing|overlong)"],
     },
     "Losses": {

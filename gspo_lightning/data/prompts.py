@@ -217,6 +217,10 @@ class PromptData(TokenizedData):
         self.chat = Chat(
             self.tokenizer, self.chat_template_arguments, self.started, self.longest_text
         )
+        sampler = getattr(self.trainer.lightning_module, "sampler", None)
+        describe = getattr(getattr(sampler, "environment", None), "describe", None)
+        if describe is not None:  # its tools stand in the prompts
+            describe(self.chat)
 
     def _read(self, which: str) -> list[tuple[list[int], dict]]:
         key, source, prompt = f"data.{which}", self.paths[which], self.prompt_column

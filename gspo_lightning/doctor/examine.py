@@ -23,6 +23,7 @@ from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.doctor import memory, numbers, rewards, text
 from gspo_lightning.doctor.clipping import clipping
 from gspo_lightning.doctor.engine import engine
+from gspo_lightning.doctor.environment import episodes
 from gspo_lightning.doctor.findings import (
     Finding,
     announced,
@@ -106,6 +107,7 @@ def examine(
     cap = min(effort.max_new_tokens, limit)
     drawn: list[Samples] = []
     totals: list[torch.Tensor] = []
+    environment = getattr(module.sampler, "environment", None)
     checks: Checks = {
         "plan": lambda: plan(trainer, module),
         "memory": lambda: memory.memory(trainer, module),
@@ -115,7 +117,10 @@ def examine(
         "pad": lambda: text.padding(policy),
         "bos": lambda: text.bos(policy, data, prompts),
         "prompt end": lambda: text.prompt_end(policy, prompts),
-        "template": lambda: text.template(policy, data, examples),
+        "template": lambda: [
+            text.template(policy, data, examples),
+            *([text.history(data.chat)] if environment and data.chat_template else []),
+        ],
         "clip range": lambda: clip_range(module),
         "dropout": lambda: numbers.dropout(policy),
         **({"engine": lambda: engine(module, prompts)} if hasattr(module.sampler, "about") else {}),
@@ -126,6 +131,7 @@ def examine(
         return found
     samples = drawn[0]
     checks = {
+        **({"environment": lambda: episodes(environment, samples)} if environment else {}),
         "prompt": lambda: text.example(policy, samples),
         "truncated": lambda: rewards.truncation(samples.finished.cpu(), cap, limit),
         "rewards": lambda: earned(module, samples, cap, totals),
@@ -234,7 +240,7 @@ def earned(module: Any, samples: Samples, cap: int, totals: list[torch.Tensor]) 
     total, finished, lost = scores.total, samples.finished.cpu(), 0.0
     if cap == module.sampler.max_new_tokens:  # else a cut completion is none that hit the limit
         if module.overlong_ramp is not None:
-            lengths = samples.mask.sum(1).cpu()
+            lengths = samples.lengths.cpu()
             total = total + overlong_penalty(lengths, cap, module.overlong_ramp)
         if module.truncated != "keep":
             cut = 0.0 if module.truncated == "zero_reward" else torch.nan

@@ -175,6 +175,31 @@ def template(policy: Any, data: Any, examples: list[tuple[list[int], dict]]) -> 
     return Finding("template", "ok", text, value=value)
 
 
+def history(chat: Any) -> Finding:
+    """Whether the chat template shows earlier answers as the policy drew them, thoughts included.
+
+    In a rollout of several turns they stay as they were drawn; a chat that is served is rendered.
+    """
+    question, more = {"role": "user", "content": "a"}, {"role": "user", "content": "b"}
+    thought = f"<think>\n{MARK}\n</think>\n\nc"
+    shown = [
+        chat.render([question, {"role": "assistant", "content": answer}, more], opens=True)
+        for answer in (thought, MARK)
+    ]
+    changes = []
+    if MARK not in shown[0]:
+        changes.append("takes the thoughts out of earlier answers")
+    opened = chat.render([question], opens=True)
+    before = shown[1].partition(MARK)[0]
+    if not before.startswith(opened) or "<think>" in before[len(opened) :]:
+        changes.append("begins earlier answers otherwise than it opens the next one")
+    if not changes:
+        return Finding("history", "ok", "earlier turns are shown as they were drawn", value=[])
+    text = f"the chat template {' and '.join(changes)}; in training they stay as they were drawn"
+    remedy = "serve the policy with a template that leaves them, or train without thoughts"
+    return Finding("history", "warning", text, remedy, changes)
+
+
 def vocabulary(policy: Any, prompts: list[list[int]]) -> Finding:
     """Compare sizes and count tokens that the tokenizer does not know."""
     size, unk = vocabulary_size(policy), policy.tokenizer.unk_token_id
@@ -226,10 +251,16 @@ def marked(tokenizer: Any, ids: list[int]) -> str:
 def example(policy: Any, samples: Any) -> list[Finding]:
     """The first prompt and completion as the policy sees them, special tokens marked."""
     prompt = samples.prompt_ids[0][samples.prompt_mask[0]].tolist()
-    completion = samples.completion_ids[0][samples.mask[0]].tolist()
-    texts = [marked(policy.tokenizer, ids) for ids in (prompt, completion)]
+    length = int(samples.lengths[0])
+    completion = samples.completion_ids[0][:length].tolist()
+    drawn = samples.mask[0][:length].tolist()
+    runs = itertools.groupby(zip(drawn, completion, strict=True), lambda pair: pair[0])
+    said = [(own, marked(policy.tokenizer, [i for _, i in run])) for own, run in runs]
+    spoken = "".join(text if own else f"[environment: {text}]" for own, text in said)
+    texts = [marked(policy.tokenizer, prompt), spoken]
     quoted = [repr(shortened(text, SHOWN)) for text in texts]
-    size = f"{len(completion)} tokens" + ("" if samples.finished[0] else ", cut off")
+    size = f"{sum(drawn)} tokens" + ("" if samples.finished[0] else ", cut off")
+    size += f", {length - sum(drawn)} of the environment" if not all(drawn) else ""
     legend = " (« » marks special tokens)" if "«" in texts[0] else ""
     return [
         Finding("prompt", "ok", f"{quoted[0]}{legend}", value=texts[0]),

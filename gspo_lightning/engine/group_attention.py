@@ -209,6 +209,44 @@ class GroupAttention:
             output[:, start:end] = attend_within(query[:, :, start:end], keys, values, **options)
         return output
 
+    def going_on(self, pieces: Sequence[tuple[int, int, int, int, int]]) -> Attend:
+        """For a forward pass that brings several tokens of some rows, one row after the other.
+
+        Args:
+            pieces: Of each row its slot, its prompt's slot, the prompt's tokens, how many of its
+                own are in the cache, and how many come.
+        """
+        return partial(self._go_on, pieces)
+
+    def _go_on(
+        self,
+        pieces: Sequence[tuple[int, int, int, int, int]],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **options: Any,
+    ) -> Tensor:
+        """Attend from the new tokens of each row to its prompt, to its own and to each other."""
+        buffers: Buffers = self.layers[module.layer_idx]  # type: ignore[index]
+        output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+        first = 0
+        for slot, prompt, length, start, count in pieces:
+            new, there = slice(first, first + count), slice(start, start + count)
+            buffers.keys[slot, :, there], buffers.values[slot, :, there] = (
+                key[0, :, new],
+                value[0, :, new],
+            )
+            own = slice(0, start + count)
+            keys = torch.cat(
+                [buffers.prompt_keys[prompt, :, :length], buffers.keys[slot, :, own]], 1
+            )
+            values = [buffers.prompt_values[prompt, :, :length], buffers.values[slot, :, own]]
+            whole = keys[None], torch.cat(values, 1)[None]
+            output[:, new] = attend_within(query[:, :, new], *whole, **options)
+            first += count
+        return output
+
     def extending(self, layout: Layout, lengths: Tensor, longest: int, equal: bool) -> Attend:
         """For a forward pass that brings one token of each row; see :class:`DecodeStep`."""
         if self._arranged is None or layout is not self._arranged.layout:
@@ -266,23 +304,25 @@ class GroupAttention:
 
 
 def attend_within(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """Causal attention within one text of S tokens.
+    """Causal attention of the last tokens of one text, or of all its S.
 
     Args:
-        query: (1, heads, S, head size).
+        query: (1, heads, at most S, head size).
         key: (1, key-value heads, S, head size).
         value: Likewise.
         options: Those of :class:`gspo_lightning.engine.attention.Attend`.
 
     Returns:
-        (1, S, heads, head size).
+        (1, queries, heads, head size).
     """
-    length = query.shape[2]
-    window = length if options.get("sliding_window") is None else options["sliding_window"]
+    length, before = query.shape[2], key.shape[2] - query.shape[2]
+    whole = before + length
+    window = whole if options.get("sliding_window") is None else options["sliding_window"]
     plain = options.get("softcap") is None and options.get("s_aux") is None
     visible = None
-    if window < length or not plain:
-        visible = query.new_ones(length, length, dtype=torch.bool).tril_().triu_(1 - window)
+    if window < whole or before or not plain:
+        visible = query.new_ones(length, whole, dtype=torch.bool)
+        visible = visible.tril_(before).triu_(before + 1 - window)
     if query.is_cuda and (visible is not None or query.dtype == torch.float32):
         # Beside a mask and in float32 its kernels take no grouped heads, and all scores of all
         # heads would be written out: 1 GiB for 16 heads and 4,096 tokens.

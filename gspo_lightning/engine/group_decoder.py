@@ -21,10 +21,12 @@ from gspo_lightning.engine.drawing import NotDecodable, draw, listed
 from gspo_lightning.engine.group_attention import GroupAttention, Layout
 from gspo_lightning.engine.padded import forward_arguments, text_config, unwrapped
 from gspo_lightning.engine.step_graphs import Play, StepGraphs, rounded
+from gspo_lightning.engine.turns import Turns, with_given
 
 log = logging.getLogger(__name__)
 
 REFILL_BELOW = 7 / 8  # share of running rows under which rows that wait come in
+LONG = 32  # given tokens that are read at once: fewer come beside the other rows' draws
 READ_AT_ONCE = 16_384  # prompt tokens of one forward pass, unless one prompt alone is longer
 
 
@@ -45,6 +47,8 @@ class Wanted:
         computed: How many rows a step computes where so many run; what comes on top is not read.
         record: Makes a recording of a decode step of fixed shape; ``None`` computes each step
             anew, with no more rows and tokens than there are.
+        turns: Gives rows tokens where they end a turn, and knows stop strings then; ``None`` where
+            the first end of a row is its last.
     """
 
     prompts: list[Tensor]
@@ -57,6 +61,7 @@ class Wanted:
     stopped: Callable[[int, int], bool] | None = None
     computed: Callable[[int], int] = lambda count: count
     record: Callable[[Play], Play] | None = None
+    turns: Turns | None = None
 
 
 def check_decodable(model: Any) -> None:
@@ -116,7 +121,8 @@ class GroupDecoder:
         """Decode all rows.
 
         Returns:
-            Token ids (B, T) and their log-probs (B, T) float32, 0 behind the end.
+            Token ids (B, T) and their log-probs (B, T) float32, 0 behind the end, arbitrary where a
+            token was given.
 
         Raises:
             NotDecodable: If a layer did not attend as the model's config says.
@@ -227,12 +233,21 @@ class GroupDecoder:
         place = self.places[start : self.num]
         uniform = self.wanted.uniform.view(-1).index_select(0, place)
         token, logprob = draw(logits, uniform, self.wanted.temperature)
+        turns = self.wanted.turns
+        if turns is not None:
+            token = with_given(turns.given(self.running[start:]), token)
         self.ids.view(-1).scatter_(0, place, token)
         self.logprobs.view(-1).scatter_(0, place, logprob)
         self.tokens[start : self.num] = token
         place += 1
         self.lengths[start : self.num] += 1
         full = self.step - (self.ids.shape[1] - 1)  # rows that came in at this step have T tokens
+        if turns is not None:
+            over = turns.over(self.running[start:], listed(token))
+            ends = enumerate(over, start)
+            ended = [slot for slot, end in ends if end or self.admitted[slot] == full]
+            self._read_on(turns)
+            return ended
         stopped = self.wanted.stopped
         return [
             slot
@@ -241,6 +256,33 @@ class GroupDecoder:
             or self.admitted[slot] == full
             or (stopped is not None and stopped(self.running[slot], newest))
         ]
+
+    def _read_on(self, turns: Turns) -> None:
+        """Bring long messages into the cache at once; short ones come one token a step."""
+        size, wanted, limit = self.wanted.group_size, self.wanted, self.ids.shape[1]
+        news = [(slot, turns.long(row, LONG)) for slot, row in enumerate(self.running)]
+        news = [(slot, ids) for slot, ids in news if ids]
+        while news:
+            ends = itertools.accumulate(len(ids) for _, ids in news)
+            count = max(1, sum(end <= READ_AT_ONCE for end in ends))
+            now, news = news[:count], news[count:]
+            pieces, tokens, positions = [], [], []
+            for slot, ids in now:
+                row = self.running[slot]
+                prompt, start = len(wanted.prompts[row // size]), self.step - self.admitted[slot]
+                pieces.append((slot, self.groups.index(row // size), prompt, start, len(ids)))
+                tokens += [self.tokens[slot : slot + 1], self.ids.new_tensor(ids[:-1])]
+                positions.append(torch.arange(len(ids)) + prompt + start)
+                place = row * limit + start + 1
+                self.ids.view(-1)[place : place + len(ids)] = self.ids.new_tensor(ids)
+            last = torch.tensor([sum(map(len, positions)) - 1])  # logits that nobody reads
+            there = torch.cat(positions).to(self.ids.device), self.cache.going_on(pieces)
+            self._call(torch.cat(tokens), *there, last.to(self.ids.device))
+            for slot, ids in now:
+                self.tokens[slot] = ids[-1]
+                self.places[slot] += len(ids)
+                self.lengths[slot] += len(ids)
+                self.admitted[slot] -= len(ids)  # as if it had come in so many steps before
 
     def _drop(self, ended: list[int]) -> None:
         """Free slots: the last rows that run move into them."""

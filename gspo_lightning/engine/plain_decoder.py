@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gspo_lightning.engine.drawing import NotDecodable, draw, listed
 from gspo_lightning.engine.padded import forward_arguments
+from gspo_lightning.engine.turns import Turns, with_given
 
 COMPACT_BELOW = 7 / 8  # share of running rows under which finished rows leave the batch
 
@@ -27,6 +28,8 @@ def decode_plainly(
     stopped: Callable[[int, int], bool] | None = None,
     *,
     alone: bool = False,
+    turns: Turns | None = None,
+    first_row: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Complete prompts, each read once.
 
@@ -39,6 +42,9 @@ def decode_plainly(
         temperature: Divides the logits.
         stopped: Told each row's new token, whether a stop string ends the row there.
         alone: Leave mask and positions of a single row to the model, as some know no others.
+        turns: Gives rows tokens where they end a turn, and knows stop strings then; ``None`` where
+            the first end of a row is its last.
+        first_row: The number in ``turns`` of the first of these rows.
 
     Returns:
         Token ids (N, T) and their log-probs (N, T) float32, both arbitrary behind the end.
@@ -78,10 +84,19 @@ def decode_plainly(
     running = torch.ones_like(rows, dtype=torch.bool)
     for t in range(limit):
         token, logprob = draw(logits, uniform[rows, t], temperature)
+        if turns is not None:
+            numbers = [first_row + row for row in rows.tolist()]
+            token = with_given(turns.given(numbers), token)
         newest = listed(token)
         ids[rows[running], t] = token[running]
         logprobs[rows[running], t] = logprob[running]
-        running = running & ~torch.isin(token, eos)
+        if turns is not None:
+            going = running.nonzero()[:, 0].tolist()
+            over = turns.over([numbers[i] for i in going], [newest[i] for i in going])
+            for i, end in zip(going, over, strict=True):
+                running[i] = not end
+        else:
+            running = running & ~torch.isin(token, eos)
         if stopped is not None:
             news = zip(running.tolist(), rows.tolist(), newest, strict=True)
             goes_on = [on and not stopped(row, token_id) for on, row, token_id in news]

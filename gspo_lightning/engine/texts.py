@@ -216,6 +216,11 @@ class Watch:
         ids.append(token)
         return self.ends.completed(self.prompts[row], ids, len(ids))
 
+    def go_on(self, row: int, ids: list[int]) -> None:
+        """Begin anew behind tokens that the row is given: no stop string goes across them."""
+        self.prompts[row] = [*self.prompts[row], *self.drawn[row], *ids]
+        self.drawn[row] = []
+
 
 def special_ids(tokenizer: Any) -> set[int]:
     """Ids of the tokens that decoding leaves out of a text."""

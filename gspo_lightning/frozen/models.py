@@ -207,7 +207,7 @@ class ReferencePolicy:
         device = compute_device(self.model)
         # Groups sorted by length: little padding. Whole ones, as their prompt is computed once.
         size, batch_size = samples.group_size, batch_size or self.batch_size
-        lengths = (samples.prompt_mask.sum(1) + samples.mask.sum(1)).cpu()
+        lengths = (samples.prompt_mask.sum(1) + samples.lengths).cpu()
         groups = lengths.view(-1, size).amax(1).argsort(stable=True)
         order = (groups[:, None] * size + torch.arange(size)).flatten()
         whole = batch_size - batch_size % size

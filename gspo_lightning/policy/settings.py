@@ -20,6 +20,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from gspo_lightning.checkpoint.fingerprints import flat
 from gspo_lightning.checkpoint.io import read_without_tensors
 from gspo_lightning.checkpoint.parts import KEY
+from gspo_lightning.environments.start import LeftOut
 from gspo_lightning.kl import KLRule
 
 OWN = "gspo_lightning."
@@ -198,7 +199,10 @@ def _made(hint: Any, value: Any) -> Any:
             return resolve_name(SAMPLER)(**{name: value["init_args"][name] for name in names})
         if value["class_path"] != SAMPLER:
             raise ValueError(f"{value['class_path']} is not made from a checkpoint")
-        return resolve_name(SAMPLER)(**value["init_args"])
+        settings = dict(value["init_args"])
+        if settings.get("environment") is not None:
+            settings["environment"] = LeftOut(settings["environment"]["class_path"])
+        return resolve_name(SAMPLER)(**settings)
     for kind in (hint, *get_args(hint)):
         if is_dataclass(kind) and isinstance(value, dict):
             hints = _hints(kind)

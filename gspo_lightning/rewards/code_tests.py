@@ -5,14 +5,9 @@ and write whatever its user may, and use the network. Run what you do not trust 
 """
 
 import ast
-import os
 import secrets
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
-import time
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +16,12 @@ from typing import Any, Literal, NamedTuple
 
 from gspo_lightning.bounds import check_at_least, check_positive
 from gspo_lightning.rewards.verifiers import AnswerVerifier, Missing, Patterns
+from gspo_lightning.start.limited import run_program
 
-WORKER = Path(__file__).with_name("one_test.py")
 # Behind a program many a model shows how to start it and what it prints, in blocks of their own: a
 # block that says Python counts before all others.
 PYTHON_BLOCK = r"```[ \t]{0,9}(?i:python3?|py)\b[^\n]{0,99}\n(.*?)```"
 BLOCK = r"```[ \t]{0,9}\r?\n(.*?)```"
-LARGEST_FILE = 4 << 20  # bytes of output, and of each file that a program writes
 PARSING = threading.Lock()  # filters of warnings are those of all threads
 
 
@@ -157,8 +151,6 @@ def run_test(
     program: str, test: CodeTest, folder: Path, seconds: float, memory: int
 ) -> bool | None:
     """Run one test in an empty folder; None if it took longer than ``seconds``."""
-    work, output = folder / "work", folder / "output"
-    work.mkdir()
     (folder / "solution.py").write_text(program, encoding="utf-8", errors="replace")
     (folder / "test.py").write_text(test.code, encoding="utf-8", errors="replace")
     # What stands in front of the tests must not pass them by ending early, so that they say a word
@@ -166,56 +158,13 @@ def run_test(
     word = secrets.token_hex(16)
     given_text = word if test.expected is None else test.given
     (folder / "input").write_text(given_text, encoding="utf-8", errors="replace")
-    kind = "check" if test.expected is None else "program"
-    limits = [str(memory), str(int(seconds) + 2), str(LARGEST_FILE)]
-    with (folder / "input").open("rb") as given, output.open("w+b") as printed:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-S", "-B", WORKER, kind, folder, *limits, *packages()],
-            stdin=given,
-            stdout=printed,  # a file, whose end no process left behind can keep open
-            stderr=subprocess.DEVNULL,
-            cwd=work,
-            env=environment(work),
-            start_new_session=True,
-        )
-        in_time = wait(process, seconds)
-        printed.seek(0)  # not by its name: a program may delete the folder
-        said = printed.read(LARGEST_FILE + 1).decode(errors="replace")
-    if not in_time:
+    with (folder / "input").open("rb") as given:
+        said, code = run_program(folder, given, seconds, memory, check=test.expected is None)
+    if said is None:
         return None
     if test.expected is None:
         return word in said
-    return process.returncode == 0 and lines(said) == lines(test.expected)
-
-
-def wait(process: subprocess.Popen, seconds: float) -> bool:
-    """Wait for a process, then kill its session; whether it ended by itself in time."""
-    end = time.monotonic() + seconds
-    pause = 0.002
-    ended = None
-    try:
-        while ended is None and time.monotonic() < end:
-            time.sleep(pause)
-            pause = min(2 * pause, 0.05)
-            # WNOWAIT: until it is waited for, no other process can get the number that is killed
-            ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return ended is not None
-
-
-def packages() -> list[str]:
-    """Folders of installed packages: all that a test can import beside the standard library."""
-    return [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-
-
-def environment(home: Path) -> dict[str, str]:
-    """What a test sees of the environment: no keys, no tokens, the same order of sets each time."""
-    kept = {key: os.environ[key] for key in ("PATH", "LD_LIBRARY_PATH") if key in os.environ}
-    threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
-    fixed = {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "HOME": str(home), "TMPDIR": str(home)}
-    return kept | threads | fixed
+    return code == 0 and lines(said) == lines(test.expected)
 
 
 def lines(text: str) -> list[str]:

@@ -313,6 +313,35 @@ def test_a_killed_run_of_any_kind_is_the_straight_run_bit_for_bit(warm, tmp_path
     assert_same_run(runs.root, straight.root, TWELVE)
 
 
+EPISODES = """    rewards: {earned: {fn: {class_path: gspo_lightning.EnvironmentReward}}}
+"""
+
+
+@pytest.mark.kills
+def test_a_run_killed_in_the_middle_of_an_episode_is_the_straight_run_bit_for_bit(warm, tmp_path):
+    """By its environment, between two steps of a group: an episode leaves nothing to continue."""
+    talk = "max_new_tokens: 20, environment: {class_path: support.environments.Mortal}"
+    overlay = (SHORT + POLICY).replace("max_new_tokens: 12", talk) + EPISODES + DATA
+    overlay = overlay.replace("correct: correct", "correct: earned")
+    folders = [tmp_path / "straight", tmp_path / "killed"]
+    for folder in folders:
+        folder.mkdir()
+    straight, runs = (Runs(warm, folder, DEMO, overlay) for folder in folders)
+    ended = straight.fit()
+    assert ended.code == 0, ended.output
+    died = []
+    for step in (9, 150, 70):  # counted from the start of each process
+        ended = runs.fit("--ckpt_path=auto", TURN_KILL=str(step))
+        assert ended.code == -9, ended
+        died.append(runs.phase())
+    assert died.count("rollout") == 2, died
+    assert list_checkpoints(runs.root)
+    ended = runs.fit("--ckpt_path=auto")
+    assert ended.code == 0, ended.output
+    assert_same_run(runs.root, straight.root, TWELVE)
+    assert "[environment: " in (straight.root / "samples.jsonl").read_text()
+
+
 # ---- full disks ----------------------------------------------------------------------------------
 
 

@@ -65,6 +65,7 @@ def test_special_tokens_are_marked_and_a_long_prompt_keeps_its_end():
         ids = torch.tensor([policy.tokenizer(prompt)["input_ids"]])
         samples = SimpleNamespace(prompt_ids=ids, prompt_mask=ids >= 0, completion_ids=ids[:, :3])
         samples.mask, samples.finished = samples.completion_ids >= 0, torch.tensor([False])
+        samples.lengths = samples.mask.sum(1)
         shown.append(text.example(policy, samples))
     (first, completion), (long, _) = shown
     assert first.value == (

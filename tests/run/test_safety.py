@@ -131,7 +131,7 @@ FILES = [ROOT / "train.py", *sorted((ROOT / "gspo_lightning").rglob("*.py"))]
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_no_file_runs_what_it_reads(path):
-    runs_programs = path.stem == "one_test"  # the process of CodeTests, which is asked to
+    runs_programs = path.stem == "one_program"  # the process of CodeTests, which is asked to
     for name, call in calls(path):
         running = {"eval", "exec", "compile", "__import__", "os.system"}
         assert name not in running or (runs_programs and name in ("exec", "compile")), name

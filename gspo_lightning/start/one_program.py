@@ -1,6 +1,7 @@
-"""The process of one test of ``code_tests``: limits itself, then runs the program and its test.
+"""The process of ``limited``: limits itself, then runs a program, and a test behind it if asked.
 
-Run as a program, with the standard library alone: what is imported here costs time in every test.
+Run as a program, with the standard library alone: what is imported here costs time in every
+program.
 """
 
 import os
