@@ -27,7 +27,7 @@ CONFIG = [
     key("temperature nan", ("temperature", "nan"), "--model.sampler.temperature .nan"),
     key("no new tokens", ("max_new_tokens", ">= 1", "0"), "--model.sampler.max_new_tokens 0"),
     key("text for a number", ("group_size", "int", "many"), "--model.sampler.group_size many"),
-    key("clip below 0", ("clip_low", "[0, 1)", "-0.1"), "--model.objective.clip_low -0.1"),
+    key("clip below 0", ("clip_low", "[0, 1]", "-0.1"), "--model.objective.clip_low -0.1"),
     key("clip nan", ("clip_high", "nan"), "--model.objective.clip_high .nan"),
     key(
         "unknown ratio",
