@@ -4,7 +4,8 @@ One call per completion is what the script did that this project replaces, one c
 most trainers do.
 """
 
-from typing import Any
+import copy
+from typing import Any, Self
 
 import torch
 
@@ -27,6 +28,13 @@ class GenerateSampler:
         self.group_size = group_size
         self.max_new_tokens = max_new_tokens
         self.one_by_one = one_by_one
+
+    def like(self, group_size: int, max_new_tokens: int, temperature: float) -> Self:
+        """The same way of sampling with other settings."""
+        other = copy.copy(self)
+        other.group_size, other.max_new_tokens = group_size, max_new_tokens
+        other.temperature = temperature
+        return other
 
     @torch.no_grad()
     def sample(self, policy: Any, batch: PromptBatch, *, seed: int) -> Samples:

@@ -290,7 +290,7 @@ def set_up_and_examine(
         with trainer.strategy.precision_plugin.train_step_context():  # as around a training step
             found.extend(examine(trainer, module, effort, show))
 
-    first = memory.First(found, show)
+    first = memory.First(found, show, of_all_ranks)
     trainer.instead_of_training = look
     trainer.callbacks.append(first)
     try:

@@ -20,10 +20,16 @@ class First(Callback):
     Args:
         found: Takes what was found.
         show: Called with it.
+        of_all: Makes what a rank finds what all of them find.
     """
 
-    def __init__(self, found: list[Finding], show: Callable[[list[Finding]], None]) -> None:
-        self.found, self.show = found, show
+    def __init__(
+        self,
+        found: list[Finding],
+        show: Callable[[list[Finding]], None],
+        of_all: Callable[[Any, list[Finding]], list[Finding]],
+    ) -> None:
+        self.found, self.show, self.of_all = found, show, of_all
 
     def before_loading(self, trainer: Any, module: Any) -> None:
         """Called by the module before it loads the first model."""
@@ -33,7 +39,7 @@ class First(Callback):
         value = {**needs.card, **needs.host}
         short = [Finding("needs", "error", *pair, value) for pair in shortages(module, needs)]
         said = memory_line(module, needs) or ""
-        part = short or [Finding("needs", "ok", said, value=value)]
+        part = self.of_all(trainer, short or [Finding("needs", "ok", said, value=value)])
         self.found += part
         self.show(part)
 

@@ -45,7 +45,7 @@ def examined(rank, root, model_dir, strategy):
     before = []
 
     def show(found):
-        if not before:
+        if not before and module.policy is not None:  # something is found before it is loaded
             before.append(copy.deepcopy(state(module)))
 
     data = PromptData(str(root / "prompts.jsonl"), prompts_per_rollout=2, num_rollouts=2)
