@@ -150,6 +150,9 @@ def check_tool(words):
     if (own := ours(words)) is not None:
         path, _ = entry.COMMANDS[own[0]]
         return reaches_its_work(TOOLS.get(own[0], path), own[1:])
+    if program == "python" and rest[0].endswith(".py"):
+        assert len(rest) == 1 and (ROOT / rest[0]).exists()
+        return None
     if program == "python" and rest[1].startswith(("gspo_lightning.", "support.")):
         inside = find_spec(rest[1]).submodule_search_locations
         return reaches_its_work(f"{rest[1]}{'.__main__' if inside else ''}:main", rest[2:])
