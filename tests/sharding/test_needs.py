@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from gspo_lightning.engine import head, norms, packed_attention
+from gspo_lightning.engine import head, norms, packed_attention, products
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.optim import OptimizerConfig, build_optimizer
 from gspo_lightning.policy.policy import checkpoint_activations, opened
@@ -131,6 +131,12 @@ SIZES = {
 }
 GPT2 = {"vocab_size": 64, "n_embd": 96, "n_layer": 3, "n_head": 4, "n_inner": 256}
 DTYPES = {"float32": torch.float32, "mixed": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture(autouse=True)
+def plain_products(monkeypatch):
+    """OneDNN holds weights in a form of its own, which is no memory of a card."""
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
 
 
 def of_kind(kind, precision="float32", **changes):
