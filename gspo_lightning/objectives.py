@@ -126,7 +126,11 @@ class Objective:
             ("clip_low", 0 <= self.clip_low <= 1, "in [0, 1]"),
             ("clip_high", 0 <= self.clip_high < most, f"in [0, {most:.0f})"),
             ("clip_dual", dual is None or 1 + self.clip_high < dual < most, "above 1 + clip_high"),
-            ("pick_share", self.pick is None or 0 < (self.pick_share or 0) < 1, "in (0, 1)"),
+            (
+                "pick_share",
+                self.pick is None or 0 < (self.pick_share or 0) < 1,
+                f"in (0, 1) with pick {self.pick}",
+            ),
         ]
         for name in (*NUMBERS, "off_policy_limit"):
             value = getattr(self, name)

@@ -51,7 +51,7 @@ class Sampler(Protocol):
         """Complete every prompt of ``batch`` G times; the same seed gives the same completions."""
         ...
 
-    def like(self, group_size: int, max_new_tokens: int, temperature: float) -> Self:
+    def like(self, group_size: int, max_new_tokens: int, temperature: float) -> Any:
         """A sampler with other settings and the same engine, which evaluations draw with."""
         ...
 

@@ -424,7 +424,10 @@ def test_the_defaults_are_gspo_as_published():
         ({"clip_high": -1e-4}, "clip_high must be in"),
         ({"clip_high": NAN}, "clip_high"),
         ({"pick": "some"}, "pick must be one of high_entropy, clip_cov, kl_cov, got 'some'"),
-        ({"pick": "high_entropy"}, r"pick_share must be in \(0, 1\), got None"),
+        (
+            {"pick": "high_entropy"},
+            r"pick_share must be in \(0, 1\) with pick high_entropy, got None",
+        ),
         ({"pick": "high_entropy", "pick_share": 1.0}, "pick_share"),
         ({"pick_share": 0.5}, "pick_share 0.5 does nothing with pick null; set pick_share to null"),
         ({"tau_pos": 1.0}, "tau_pos 1.0 does nothing with surrogate clip; .* surrogate to soft"),

@@ -247,7 +247,7 @@ def _what(reasons: list[str], value: str) -> str:
         if match := _UNKNOWN.search(reason):
             return match[0]
     for reason in reasons:
-        if found := _import_trouble(reason):
+        if found := _import_trouble(reason, value):
             return found
     types = [_expected(reason) for reason in reasons if reason.startswith("Expected a ")]
     if types and len(types) == len(reasons):
@@ -276,7 +276,7 @@ def written(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]} ..."
 
 
-def _import_trouble(reason: str) -> str | None:
+def _import_trouble(reason: str, value: str) -> str | None:
     """What is wrong with a class_path, if that is what a reason is about."""
     if match := re.search(r"Subclasses are disabled for (\w+), thus '(\S+)' is", reason):
         import gspo_lightning
@@ -297,9 +297,15 @@ def _import_trouble(reason: str) -> str | None:
     if match := re.search(r"(?:argument of|unhashable) type:? '(\w+)'", reason):
         kind = "null" if match[1] == "NoneType" else f"a value of type {match[1]}"
         return f"class_path must be a dotted name such as gspo_lightning.GSPOModule, got {kind}"
-    no_such = r"Import path (\S+) does not (?:correspond to a subclass of|implement protocol) (\w+)"
-    if match := re.search(no_such, reason):
-        return f"{match[1]} is no {match[2]}; give the class_path of one"
+    no_such = (
+        r"Import path ?(\S*) does not (?:correspond to a subclass of|implement protocol) (\w+)"
+    )
+    if match := re.search(no_such, reason):  # without the path where it came by an option
+        advice = "give the class_path of one"
+        if match[2] == "Sampler":
+            advice += ": sample and like have the parameters of gspo_lightning.sampling.Sampler, "
+            advice += "with the same type hints"
+        return f"{match[1] or value} is no {match[2]}; {advice}"
     if match := re.search(r"function or a callable class: .*but got (.*?)\. Got value", reason):
         return f"expected the import path of a function or of a callable class, got {match[1]}"
     if match := re.search(r"callable class: Expected '(\S+)' to be", reason):

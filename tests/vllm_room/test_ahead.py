@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.strategies import DDPStrategy
@@ -17,6 +18,7 @@ from gspo_lightning.compare.lag import AtOnce
 from gspo_lightning.data.prompts import PromptData
 from gspo_lightning.rollout import stream_seed
 from gspo_lightning.run.tracing import RolloutProfile
+from gspo_lightning.sampling import Sampler
 from support.apart import ForkedSampler
 from support.forked import on_ranks
 from support.observers import Outputs
@@ -172,7 +174,10 @@ def test_two_ranks_share_one_mean_of_weights_and_go_on_each_with_its_own(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"inner": GroupSampler()}, r"sampler.inner: GroupSampler samples in this process"),
+        (
+            {"inner": GroupSampler()},
+            r"sampler.inner: GroupSampler samples in this process",
+        ),
         ({"inner": ForkedSampler(), "lag": 2}, r"sampler.lag must be 0 or 1, got 2"),
     ],
 )
@@ -192,3 +197,12 @@ def test_what_does_not_go_with_it_is_refused(model_dir, options, message):
     with pytest.raises(ValueError, match=message):
         make_module(model_dir, sampler=AsyncSampler(ForkedSampler()), **options)
     make_module(model_dir, sampler=AsyncSampler(GroupSampler(), lag=0), **options)
+
+
+def test_a_config_may_name_it():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--sampler", type=Sampler)
+    inner = {"class_path": "gspo_lightning.GroupSampler", "init_args": {"group_size": 3}}
+    asked = {"class_path": "gspo_lightning.AsyncSampler", "init_args": {"inner": inner, "lag": 0}}
+    made = parser.instantiate(parser.parse_object({"sampler": asked})).sampler
+    assert isinstance(made, AsyncSampler) and made.group_size == 3
