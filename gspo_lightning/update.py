@@ -139,8 +139,8 @@ class Updater:
             old = self.old_logprobs.find(rollout, step)
             rollout = replace(rollout, old_logprobs=old.logprobs, old_known=old.known)
             # Neither asks other ranks again: they do not repeat their passes.
-            known = {"mismatch_weights": minibatch.mismatch_weights, "picked": minibatch.picked}
-            minibatch = replace(rollout.select(rows), **known)
+            row, picked = minibatch.mismatch_weights, minibatch.picked
+            minibatch = replace(rollout.select(rows), mismatch_weights=row, picked=picked)
         for part in passes if self._first_epoch(step) else ():
             micro = minibatch.select(part.rows)
             if part.found.entropy is not None:

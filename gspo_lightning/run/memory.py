@@ -30,7 +30,6 @@ from gspo_lightning.sharding.memory import (
     bytes_of,
     size_text,
 )
-from gspo_lightning.vllm.sampler import VLLMSampler
 
 ENGINE = "vLLM"
 WORTH_SAYING = 2**30  # bytes: weights of that size take long to load, so the plan comes before
@@ -104,7 +103,7 @@ def needs(trainer: Any, module: Any, model: Any = None) -> Needs | None:
 def _engine(module: Any, device: torch.device) -> tuple[float, bool]:
     """Bytes of a card that vLLM in this process may take, and whether it lets go of them."""
     sampler = module.sampler
-    if not isinstance(sampler, VLLMSampler) or sampler.server is not None or device.type == "cpu":
+    if getattr(sampler, "server", "") is not None or device.type == "cpu":
         return 0.0, False
     share = sampler.engine.gpu_memory_utilization * (capacity(device) or 0)
     return share, sampler.engine.sleep is not False
@@ -115,7 +114,8 @@ def _work(trainer: Any, module: Any, packed: bool) -> Work:
     sequences = data.prompts_per_rollout * sampler.group_size
     minibatch = sequences // module.num_minibatches
     decoded = min(getattr(sampler, "batch_size", None) or sequences, sequences)
-    if hasattr(getattr(sampler, "inner", sampler), "take_weights"):  # an engine decodes apart
+    drawing = getattr(sampler, "inner", sampler)
+    if hasattr(drawing, "take_weights") or getattr(drawing, "apart", False):  # by an engine
         decoded = 0
     return Work.of_rows(
         data.longest_prompt,
