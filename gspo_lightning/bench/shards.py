@@ -73,7 +73,7 @@ def make_model(path: Path, options: argparse.Namespace) -> int:
         tie_word_embeddings=True,
     )
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     model.save_pretrained(path)
     return sum(4 * p.numel() for p in model.parameters())
 

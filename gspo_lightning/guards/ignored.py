@@ -207,10 +207,16 @@ def figures_of(module: Any) -> set[str] | None:
         names |= {"time/values"}
     if module.sampler.group_size == 1:
         absent |= {name for name in names if "flat_" in name} | {"reward/group_std"}
-    if hasattr(module.sampler, "lag"):
+    if hasattr(module.sampler, "take_weights"):  # its engine is apart from the policy
         names |= {"time/sync"}
     else:
+        absent |= {"sampler/noise_after_sync"}
+    if not hasattr(module.sampler, "lag"):
         absent |= {"sampler/version_lag"}
+    if getattr(module.sampler, "environment", None) is None:
+        absent |= {name for name in names if name.startswith("env/")}
+    else:
+        names |= {"time/environment"}
     if not module.mismatch.weighs:
         absent |= {f"sampler/{name}" for name in ("weight_mean", "capped", "masked")}
     if module.overlong_ramp is None:

@@ -12,10 +12,12 @@ from gspo_lightning import (
     AsyncSampler,
     CriticConfig,
     CurvePlot,
+    EnvironmentReward,
     Evaluation,
     GroupSampler,
     Mismatch,
     ReferencePolicy,
+    RewardTerm,
     RolloutCheckpoint,
     SampleTable,
 )
@@ -28,6 +30,7 @@ from gspo_lightning.metrics import CURVES
 from gspo_lightning.run.progress import RolloutProgress
 from gspo_lightning.supervised import RewardModelModule, SFTModule
 from support.curves_page import PAGE, written
+from support.environments import Talker
 from support.rollout_dummies import events
 from support.run_folder import scalars
 from support.tiny_run import PromptData, make_module, make_trainer, write_prompts
@@ -172,7 +175,9 @@ def test_there_is_no_figure_without_a_description(run, model_dir):
     names = run[1] | figures_of(make_module(model_dir, **options))
     options = {"sampler": AsyncSampler(GroupSampler(), lag=0), "mismatch": Mismatch("mean")}
     names |= figures_of(make_module(model_dir, **options))
-    names.add("time/environment")  # of a run with an environment
+    sampler = GroupSampler(3, 4, environment=Talker())
+    rewards = {"earned": RewardTerm(EnvironmentReward())}
+    names |= figures_of(make_module(model_dir, sampler=sampler, rewards=rewards))
     names |= {*SFTModule.figures, *RewardModelModule.figures, *(f"train/{c}" for c in CURVES)}
     assert {name for name in names if curve(name) is None} == set()
     assert {name for name in PICTURE if name not in TABLE} == set()

@@ -133,6 +133,12 @@ GPT2 = {"vocab_size": 64, "n_embd": 96, "n_layer": 3, "n_head": 4, "n_inner": 25
 DTYPES = {"float32": torch.float32, "mixed": torch.float32, "bfloat16": torch.bfloat16}
 
 
+@pytest.fixture(autouse=True)
+def plain_products(monkeypatch):
+    """OneDNN holds weights in a form of its own, which is no memory of a card."""
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+
+
 def of_kind(kind, precision="float32", **changes):
     sizes = (GPT2 if kind == "gpt2" else SIZES) | changes
     ids = {"bos_token_id": 1, "eos_token_id": 1}
