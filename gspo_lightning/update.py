@@ -123,6 +123,7 @@ class Updater:
         weights = weights * step.ranks.count  # undoes the mean of gradients over ranks
         optimizer = self.shell.optimizers()
         while True:  # until the passes fit into memory
+            step.synced = False
             try:
                 minibatch = self._with_picks(minibatch, step)
                 passes = self._accumulate(minibatch, weights, step)
@@ -168,7 +169,6 @@ class Updater:
         optimizer = self.shell.optimizers()
         optimizer.zero_grad()
         self.faults.begin(minibatch, with_reference=step.choices.kl_coef > 0)
-        step.synced = False
         minibatch = self._with_own_pass(minibatch, step)
         # Rows that are seen for the first time: their entropy is counted.
         wanted = step.choices.entropy_coef != 0 or self._first_epoch(step)
