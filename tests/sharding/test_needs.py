@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from gspo_lightning.engine import head, norms, packed_attention
+from gspo_lightning.engine import head, norms, packed_attention, products
 from gspo_lightning.logprobs import completion_logprobs
 from gspo_lightning.optim import OptimizerConfig, build_optimizer
 from gspo_lightning.policy.policy import checkpoint_activations, opened
