@@ -123,6 +123,7 @@ class Updater:
         weights = weights * step.ranks.count  # undoes the mean of gradients over ranks
         optimizer = self.shell.optimizers()
         while True:  # until the passes fit into memory
+            step.synced = False
             try:
                 minibatch = self._with_picks(minibatch, step)
                 passes = self._accumulate(minibatch, weights, step)
@@ -138,8 +139,9 @@ class Updater:
             # In the batches of the update again, or rounding would look like a ratio that moved.
             old = self.old_logprobs.find(rollout, step)
             rollout = replace(rollout, old_logprobs=old.logprobs, old_known=old.known)
-            row = minibatch.mismatch_weights  # asks no rank again
-            minibatch = replace(rollout.select(rows), mismatch_weights=row)
+            # Neither asks other ranks again: they do not repeat their passes.
+            row, picked = minibatch.mismatch_weights, minibatch.picked
+            minibatch = replace(rollout.select(rows), mismatch_weights=row, picked=picked)
         for part in passes if self._first_epoch(step) else ():
             micro = minibatch.select(part.rows)
             if part.found.entropy is not None:
@@ -167,7 +169,6 @@ class Updater:
         optimizer = self.shell.optimizers()
         optimizer.zero_grad()
         self.faults.begin(minibatch, with_reference=step.choices.kl_coef > 0)
-        step.synced = False
         minibatch = self._with_own_pass(minibatch, step)
         # Rows that are seen for the first time: their entropy is counted.
         wanted = step.choices.entropy_coef != 0 or self._first_epoch(step)
@@ -209,15 +210,16 @@ class Updater:
         the same micro-batches. It makes an update longer by about a third.
         """
         objective = step.choices.objective
-        if objective.pick is None:
+        if objective.pick is None or minibatch.picked is not None:
             return minibatch
         own = self._with_own_pass(minibatch, step)
-        logprobs, entropy = own.old_logprobs.clone(), torch.zeros_like(own.old_logprobs)
+        logprobs, entropy = (torch.zeros_like(own.old_logprobs) for _ in range(2))
         for rows, counts in step.ranks.weights.even(self.sizes.pieces(own)):
             micro, temperature = own.select(rows), self.sampler.temperature
             found = samples_logprobs(self.policy.model, micro, temperature, with_entropy=True)
             if counts:
-                logprobs[rows], entropy[rows] = found.logprobs.to(logprobs), found.entropy  # type: ignore[assignment]
+                for kept, new in ((logprobs, found.logprobs), (entropy, found.entropy)):
+                    kept[rows] = new.to(kept)  # type: ignore[union-attr]
         old = own.old_logprobs
         if own.old_known is not None:
             old = torch.where(own.old_known[:, None], old, logprobs)

@@ -22,10 +22,17 @@ _FREE = re.compile(
     r"|val_batch_size|split|val_split|name)"
     r"|model\.init_args\.(?:optimizer|evaluation)\..*"
     r"|model\.init_args\.(?:learning_rate|frozen_device|policy\.path|policy\.revision"
-    r"|micro_batch_size|micro_batch_tokens|sampler\.init_args\.(?:batch_size|server|transport|folder"
-    r"|timeout|start_timeout|noise_limit|engine\.(?!dtype$).*)|max_faults|stop_when"
+    r"|micro_batch_size|micro_batch_tokens|sampler\.init_args\.(?:inner\.init_args\.)?"
+    r"(?:batch_size|server|transport|folder|timeout|start_timeout|noise_limit"
+    r"|engine\.(?!dtype$).*)|max_faults|stop_when"
     r"|reference\.(?:path|device|batch_size)|rewards\..*\.(?:device|batch_size)))"
 )
+# What was so before there was a setting, where that is neither null nor false.
+_BEFORE = {
+    "model.init_args.mismatch.correction": "none",
+    "model.init_args.mismatch.cap": 2.0,
+    "model.init_args.sampler.init_args.max_turns": 8,
+}
 _COMPARED = ("model.", "data.", "trainer.precision")
 _MARK = re.compile(r"[0-9a-f]{16}")  # what `digest` returns
 LONGEST_VALUE = 60  # characters
@@ -118,6 +125,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ['data.path has other content', 'kl 0.1 -> 0.2']
     """
     saved = {key: moved(v) if isinstance(v, str) else v for key, v in saved.items()}
+    saved = {key: value for key, value in _BEFORE.items() if key in now} | saved
     # a switch that came after the checkpoint was written is off in its run
     saved, now = ({k: v for k, v in marks.items() if v is not False} for marks in (saved, now))
     keys = [key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key)]

@@ -7,7 +7,6 @@ several ranks each examines prompts of its own; the first one speaks for all.
 """
 
 import contextlib
-import copy
 import sys
 import time
 from collections import Counter
@@ -208,8 +207,8 @@ def sampling(
     Twice, so that n = 2 G completions of a prompt tell what groups of G are like. The groups of a
     prompt follow one another.
     """
-    sampler = copy.copy(module.sampler)  # not deep: an engine behind it stays the same one
-    sampler.max_new_tokens = cap
+    own = module.sampler
+    sampler = own.like(own.group_size, cap, own.temperature)
     batch = trainer.datamodule.draw([num_prompts] * trainer.world_size).to(module.device)
     seeds = [stream_seed(module.seed, 0, module.global_rank, purpose) for purpose in DRAWS]
     start = time.perf_counter()

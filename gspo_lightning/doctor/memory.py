@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 
 from gspo_lightning.doctor.findings import Finding
 from gspo_lightning.guards.memory import available
-from gspo_lightning.run.memory import before_loading, memory_line, needs, shortages
+from gspo_lightning.run.memory import ENGINE, before_loading, memory_line, needs, shortages
 from gspo_lightning.sharding.memory import CACHE, GRADIENTS, IN_UPDATE, size_text
 
 TIGHT = 0.8  # of what is available: allocators lose a part, and other processes grow
@@ -55,7 +55,8 @@ def wanted(trainer: Any, module: Any) -> dict[torch.device, dict[str, float]] | 
     parts = run.card
     update = max(IN_UPDATE, key=parts.__getitem__)
     beside = [CACHE] if parts[CACHE] > parts[GRADIENTS] + parts[update] else [GRADIENTS, update]
-    always = [name for name in parts if name not in ("weights", CACHE, GRADIENTS, *IN_UPDATE)]
+    there = ("weights", ENGINE)  # already
+    always = [name for name in parts if name not in (*there, CACHE, GRADIENTS, *IN_UPDATE)]
     own = {name: parts[name] for name in (*always, *beside)}
     device = trainer.strategy.root_device
     if device.type == "cpu":  # the ranks of a run share one memory

@@ -34,7 +34,7 @@ def check_rewards(environment: Environment | None, terms: Mapping[str, Any]) -> 
     if environment is None and own:
         raise ValueError(
             f"reward {next(iter(own))!r} is an EnvironmentReward, and the sampler has no "
-            "environment; set model.sampler.environment, or take the term out"
+            "environment; set model.sampler.environment (of GroupSampler), or take the term out"
         )
     if environment is not None and not own:
         raise ValueError(

@@ -37,6 +37,7 @@ FIGURES = ("val/accuracy_greedy", "val/accuracy_sampled", "val/reward", "train/r
 METHODS = ("sample", "like")  # of a sampler
 SAMPLER = "gspo_lightning.sampling.GroupSampler"  # by its name: it stands high above this file
 APART = "gspo_lightning.vllm.sampler.VLLMSampler"
+AHEAD = "gspo_lightning.vllm.ahead.AsyncSampler"
 
 
 def plain(value: Any) -> Any:
@@ -194,6 +195,8 @@ def _hints(owner: Any) -> dict[str, Any]:
 def _made(hint: Any, value: Any) -> Any:
     """A value of the hinted type from its plain form; what is no plain form stays as it is."""
     if isinstance(value, dict) and "class_path" in value:
+        if value["class_path"] == AHEAD:  # nothing is ahead of a model that is loaded alone
+            return _made(hint, value["init_args"]["inner"])
         if value["class_path"] == APART:  # a server is no part of what a checkpoint may choose
             names = ("group_size", "max_new_tokens", "temperature")
             return resolve_name(SAMPLER)(**{name: value["init_args"][name] for name in names})

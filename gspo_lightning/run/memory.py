@@ -31,6 +31,7 @@ from gspo_lightning.sharding.memory import (
     size_text,
 )
 
+ENGINE = "vLLM"
 WORTH_SAYING = 2**30  # bytes: weights of that size take long to load, so the plan comes before
 HEADROOM = 0.9  # of a card: what libraries take of it, and what its allocator loses
 
@@ -92,18 +93,34 @@ def needs(trainer: Any, module: Any, model: Any = None) -> Needs | None:
     card = memory.on_card(known, _work(trainer, module, packed), ranks)
     if card is None:
         return None
+    engine, sleeps = _engine(module, device)
+    part = CACHE if sleeps else ENGINE  # which lets go of the card while the policy is updated
+    card |= {part: card.get(part, 0.0) + engine} if engine else {}
     host = memory.on_host(known, ranks, device.type)
     return Needs(known, ranks, device, card, host, *_reference(trainer, module, known))
+
+
+def _engine(module: Any, device: torch.device) -> tuple[float, bool]:
+    """Bytes of a card that vLLM in this process may take, and whether it lets go of them."""
+    sampler = module.sampler
+    if getattr(sampler, "server", "") is not None or device.type == "cpu":
+        return 0.0, False
+    share = sampler.engine.gpu_memory_utilization * (capacity(device) or 0)
+    return share, sampler.engine.sleep is not False
 
 
 def _work(trainer: Any, module: Any, packed: bool) -> Work:
     data, sampler = trainer.datamodule, module.sampler
     sequences = data.prompts_per_rollout * sampler.group_size
     minibatch = sequences // module.num_minibatches
+    decoded = min(getattr(sampler, "batch_size", None) or sequences, sequences)
+    drawing = getattr(sampler, "inner", sampler)
+    if hasattr(drawing, "take_weights") or getattr(drawing, "apart", False):  # by an engine
+        decoded = 0
     return Work.of_rows(
         data.longest_prompt,
         sampler.max_new_tokens,
-        decoded=min(getattr(sampler, "batch_size", None) or sequences, sequences),
+        decoded=decoded,
         rows=min(module.micro_batch_size or minibatch, minibatch),
         group_size=sampler.group_size,
         limit=module.micro_batch_tokens,
@@ -274,6 +291,8 @@ def _remedy(module: Any, found: Needs) -> str:
     if parts[CACHE] >= parts[GRADIENTS] + parts[update]:
         whole = found.ranks.sharded and found.ranks.gathers
         gathered = bytes_of(found.model.parameters()) / 2 if whole else 0.0
+        if _engine(module, found.device)[0] > parts[CACHE] / 2:
+            return "lower sampler.engine.gpu_memory_utilization"
         if gathered > parts[CACHE] / 2:
             return "set trainer.strategy.init_args.rollout: in_step, or lower sampler.batch_size"
         return "lower sampler.batch_size or sampler.max_new_tokens"

@@ -86,6 +86,8 @@ def server_of(config: dict[str, Any], number: int, python: str) -> tuple[str, li
     model, data = config["model"]["init_args"], config["data"]["init_args"]
     sampler = model.get("sampler") or {"class_path": "GroupSampler"}
     name, settings = sampler["class_path"], sampler.get("init_args", {})
+    if name.endswith(".AsyncSampler"):
+        name, settings = settings["inner"]["class_path"], settings["inner"].get("init_args", {})
     if not name.endswith(".VLLMSampler") or settings.get("server_class"):
         raise ValueError(
             f"model.sampler is {name}, which asks no vLLM; add --config sampler/vllm_server"

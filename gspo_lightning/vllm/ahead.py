@@ -61,7 +61,8 @@ class AsyncSampler:
         figures: What is logged of the newest rollout, by name, with what ``inner`` has to say.
 
     Raises:
-        ValueError: If ``lag`` is neither 0 nor 1, or ``inner`` cannot sample beside an update.
+        ValueError: If ``lag`` is neither 0 nor 1, or ``inner`` cannot sample beside an update, or
+            has an environment.
     """
 
     def __init__(self, inner: Sampler, lag: int = 1) -> None:
@@ -71,6 +72,11 @@ class AsyncSampler:
             raise ValueError(
                 f"sampler.inner: {type(inner).__name__} samples in this process, from the very "
                 "weights that are being updated; AsyncSampler needs an engine in another one"
+            )
+        if getattr(inner, "environment", None) is not None:  # its episodes would be lost
+            raise ValueError(
+                "sampler.inner.environment: AsyncSampler keeps no episodes; take the environment "
+                "out, or make the inner sampler the run's sampler"
             )
         self.inner: Any = inner
         self.lag = lag

@@ -282,6 +282,14 @@ def test_a_class_path_from_before_the_rooms_is_no_change():
     assert len(differences(saved, now | {weight: 2.0})) == 1
 
 
+def test_a_setting_that_came_later_is_no_change_unless_it_is_used():
+    new = {"mismatch.correction": "none", "mismatch.cap": 2.0, "sampler.init_args.max_turns": 8}
+    now = {f"model.init_args.{name}": value for name, value in new.items()}
+    assert differences({}, now) == []
+    key = "model.init_args.mismatch.correction"
+    assert differences({}, now | {key: "mean"}) == [f'{key} "none" -> "mean"']
+
+
 @pytest.mark.parametrize("old, new", sorted(MOVED.items()))
 def test_what_has_moved_is_where_the_table_says(old, new):
     names = {

@@ -25,7 +25,10 @@ from gspo_lightning.guards.out_of_memory import (
     Sizes,
     is_out_of_memory,
 )
+from gspo_lightning.logprobs import LogProbs
+from gspo_lightning.loss import LossChoices
 from gspo_lightning.micro_batches import cut_rows
+from gspo_lightning.objectives import Objective
 from gspo_lightning.old_logprobs import Found
 from gspo_lightning.rewards.terms import RewardTerm, score
 from gspo_lightning.sampling import GroupSampler
@@ -465,14 +468,30 @@ def test_other_errors_are_no_want_of_memory():
 
 
 @pytest.mark.parametrize("synced", [True, False])
-def test_a_pass_that_ranks_share_is_not_repeated(synced, make_rollout):
-    """Another rank may have the half of a gradient that this one was sending."""
-    step = make_step(index=3, ranks=one_rank(count=2))
-    tries = []
+def test_a_pass_that_ranks_share_is_not_repeated(synced, make_rollout, monkeypatch):
+    """Another rank may have the half of a gradient that this one was sending.
+
+    Nor is asked again which tokens are picked: the other ranks would not answer.
+    """
+    tries, asked, picked = [], [], []
+
+    def gather(value):
+        asked.append(value)
+        return value[None]
+
+    choices = LossChoices(Objective("token", pick="high_entropy", pick_share=0.3))
+    step = make_step(choices, index=3, ranks=one_rank(count=2, gather=gather))
+
+    def double(model, micro, *_, **__):  # as of a policy in float64
+        values = torch.rand(micro.mask.shape, dtype=torch.float64)
+        return LogProbs(-values, values)
+
+    monkeypatch.setattr("gspo_lightning.update.samples_logprobs", double)
 
     class Breaks(Updater):
         def _accumulate(self, minibatch, weights, step):
             tries.append(step.num_updates)
+            picked.append(minibatch.picked)
             step.synced = synced
             raise CUDA if len(tries) == 1 else KeyboardInterrupt
 
@@ -483,7 +502,7 @@ def test_a_pass_that_ranks_share_is_not_repeated(synced, make_rollout):
         optimizers=lambda: SimpleNamespace(zero_grad=lambda: None),
         untoggle_optimizer=lambda optimizer: None,
     )
-    parts = (None, None, GroupSampler(2, 5), old, sizes, Faults(1), {})
+    parts = (SimpleNamespace(model=None), None, GroupSampler(2, 5), old, sizes, Faults(1), {})
     updater = Breaks(shell, *parts, num_epochs=1, num_minibatches=1, max_grad_norm=None)
     if synced:
         with pytest.raises(OutOfMemory, match=r"rollout 4, optimizer step 1.* other ranks share"):
@@ -492,7 +511,8 @@ def test_a_pass_that_ranks_share_is_not_repeated(synced, make_rollout):
     else:
         with pytest.warns(UserWarning, match="4 -> 2"), pytest.raises(KeyboardInterrupt):
             updater.learn(rollout, step)
-        assert tries == [1, 1] and sizes.now[MICRO] == 2
+        assert tries == [1, 1] and sizes.now[MICRO] == 2 and picked[0].equal(picked[1])
+    assert len(asked) == 2  # how many tokens each has, and the tokens
 
 
 # --- continuing ----------------------------------------------------------------------------------

@@ -14,6 +14,9 @@ from gspo_lightning.run.command import Watch
 from gspo_lightning.run.memory import Needs, before_loading, memory_line, needs, shortages
 from gspo_lightning.sharding import FSDP2
 from gspo_lightning.sharding.memory import Ranks
+from gspo_lightning.vllm.ahead import AsyncSampler
+from gspo_lightning.vllm.local import EngineConfig
+from gspo_lightning.vllm.sampler import VLLMSampler
 from support.tiny_models import build_model
 from support.tiny_run import make_module, make_trainer, write_prompts
 
@@ -124,6 +127,22 @@ def test_a_host_that_is_short_names_what_takes_most(
     ((text, said),) = shortages(make_module(model_dir), found)
     assert "of this machine's memory" in text and remedy in said
     assert ("for 8 ranks" in text) == (ranks.count == 8)
+
+
+def test_an_engine_apart_needs_no_cache_here_and_one_in_this_process_its_share(model_dir, machine):
+    def card(server=None, around=lambda sampler: sampler, **engine):
+        sampler = VLLMSampler(4, 6, server=server, engine=EngineConfig(**engine))
+        return before_loading(trainer_on(), make_module(model_dir, sampler=around(sampler))).card
+
+    url = "http://127.0.0.1:8000"
+    assert card(url)["KV cache"] == card(url, AsyncSampler)["KV cache"] == 0
+    asleep, awake = card(gpu_memory_utilization=0.25), card(sleep=False)
+    assert (asleep["KV cache"], "vLLM" in asleep) == (2**38, False)
+    assert (awake["KV cache"], awake["vLLM"]) == (0, 0.4 * 2**40)
+    module = make_module(model_dir, sampler=VLLMSampler(4, 6))
+    machine(left=2**30)
+    ((_, said),) = shortages(module, before_loading(trainer_on(), module))
+    assert said == "lower sampler.engine.gpu_memory_utilization"
 
 
 def test_a_reference_counts_where_it_is(model_dir, machine):

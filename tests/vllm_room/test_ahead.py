@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from gspo_lightning import FSDP2, AsyncSampler, GroupSampler, Mismatch, RolloutCheckpoint
 from gspo_lightning.compare.lag import AtOnce
 from gspo_lightning.data.prompts import PromptData
+from gspo_lightning.environments.games import GuessNumber
 from gspo_lightning.rollout import stream_seed
 from gspo_lightning.run.tracing import RolloutProfile
 from gspo_lightning.sampling import Sampler
@@ -179,6 +180,10 @@ def test_two_ranks_share_one_mean_of_weights_and_go_on_each_with_its_own(
             r"sampler.inner: GroupSampler samples in this process",
         ),
         ({"inner": ForkedSampler(), "lag": 2}, r"sampler.lag must be 0 or 1, got 2"),
+        (
+            {"inner": GroupSampler(environment=GuessNumber()), "lag": 0},
+            r"sampler.inner.environment: AsyncSampler keeps no episodes; take",
+        ),
     ],
 )
 def test_what_cannot_be_ahead_is_refused(options, message):

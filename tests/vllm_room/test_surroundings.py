@@ -12,11 +12,13 @@ import torch
 
 from gspo_lightning.checkpoint.fingerprints import settings
 from gspo_lightning.doctor.engine import engine
+from gspo_lightning.doctor.examine import sampling
 from gspo_lightning.policy.policy import Policy, PolicyConfig
 from gspo_lightning.policy.settings import _made, plain
 from gspo_lightning.run import vllm_serve
 from gspo_lightning.sampling import GroupSampler, Sampler
 from gspo_lightning.vllm import serve
+from gspo_lightning.vllm.ahead import AsyncSampler
 from gspo_lightning.vllm.local import EngineConfig
 from gspo_lightning.vllm.sampler import VLLMSampler
 from support import fake_sglang
@@ -34,15 +36,18 @@ def test_a_run_may_go_on_with_another_server_and_not_with_another_dtype():
     }
     kept = [key.removeprefix("model.init_args.sampler.init_args.") for key in settings(flat)]
     assert kept == ["engine.dtype", "group_size"]
+    inner = {key.replace("sampler.init", "sampler.init_args.inner.init"): 1 for key in flat}
+    assert len(settings(inner)) == 2  # the same where AsyncSampler is around it
 
 
 def test_a_checkpoint_leads_to_no_server():
     sampler = VLLMSampler(4, 12, 0.5, server="http://1.2.3.4:5", engine=EngineConfig("bfloat16"))
     kept = json.loads(json.dumps(plain(sampler)))
     assert kept["init_args"]["engine"]["dtype"] == "bfloat16"
-    made = _made(Sampler, kept)
-    assert type(made) is GroupSampler
-    assert (made.group_size, made.max_new_tokens, made.temperature) == (4, 12, 0.5)
+    ahead = json.loads(json.dumps(plain(AsyncSampler(sampler))))
+    for made in (_made(Sampler, kept), _made(Sampler, ahead)):
+        assert type(made) is GroupSampler
+        assert (made.group_size, made.max_new_tokens, made.temperature) == (4, 12, 0.5)
 
 
 def config_of(**sampler):
@@ -72,6 +77,11 @@ def test_a_server_is_started_as_the_run_wants_it():
     assert pairs["--tensor-parallel-size"] == "2"
     assert {"--enable-sleep-mode", "--trust-remote-code", "--enable-scale-out"} <= {*words}
     assert "--enforce-eager" not in words
+    ahead = config_of()
+    inner = ahead["model"]["init_args"]["sampler"]
+    around = {"class_path": "gspo_lightning.AsyncSampler", "init_args": {"inner": inner, "lag": 1}}
+    ahead["model"]["init_args"]["sampler"] = around
+    assert vllm_serve.server_of(ahead, 0, "python") == (url, words)
     line = serve.written(words)
     assert line.startswith("VLLM_SERVER_DEV_MODE=1 ") and "--model 'a b' " in line
 
@@ -125,6 +135,17 @@ def test_it_is_said_when_a_server_is_ready_and_nothing_of_it_is_left(capfd):
     server.server_close()
     out, err = capfd.readouterr()
     assert code == 3 and out.startswith(f"ready  {url}") and "warning" not in err
+
+
+def test_the_doctor_shortens_what_a_sampler_around_another_draws(tokenizer):
+    policy = Policy(build_model("qwen3"), tokenizer)
+    known = {"seed": 0, "global_rank": 0, "device": "cpu"}
+    sampler = AsyncSampler(GroupSampler(2, 12), lag=0)
+    module = SimpleNamespace(sampler=sampler, policy=policy, **known)
+    data, drawn = SimpleNamespace(draw=lambda counts: batch_of(PROMPTS)), []
+    trainer = SimpleNamespace(world_size=1, datamodule=data, strategy=None)
+    sampling(trainer, module, len(PROMPTS), 3, drawn)
+    assert drawn[0].completion_ids.shape[1] == 3
 
 
 @pytest.mark.parametrize(
