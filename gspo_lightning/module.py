@@ -311,7 +311,9 @@ class GSPOModule(LightningModule):
             figures["train/kl_coef"] = step.kl_coef
         figures |= {f"time/{name}": seconds for name, seconds in step.clock.seconds.items()}
         figures |= {f"memory/{name}": gib for name, gib in step.clock.peak_memory.items()}
-        seconds = step.clock.seconds["rollout"]
+        # A sampler that is ahead draws during the whole step before.
+        phases = ("rollout", "score", "optimise") if is_ahead(self.sampler) else ("rollout",)
+        seconds = sum(step.clock.seconds[name] for name in phases)
         figures["time/tokens_per_second"] = figures["rollout/tokens"] / seconds
         figures["policy/clip_range"] = self.health.width
         figures["optim/learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]

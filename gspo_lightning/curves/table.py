@@ -233,7 +233,11 @@ TABLE = {
         "Episodes that gave no answer in `environment_seconds`.",
     ),
     # time
-    "time/tokens_per_second": Curve("Sampling speed", "tokens per second", "Of the first phase."),
+    "time/tokens_per_second": Curve(
+        "Sampling speed",
+        "tokens per second",
+        "Of the first phase; of all three with `AsyncSampler`.",
+    ),
     "time/rollout": Curve("Sampling", SECONDS, "First phase: completions are sampled."),
     "time/environment": Curve(
         "Environment", SECONDS, "Part of the first phase: waiting for an environment's answers."
