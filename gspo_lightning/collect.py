@@ -89,7 +89,8 @@ class Collector:
             samples, rewards, parts = self.replace_flat_groups(samples, rewards, parts, step)
             scores = rewards, parts
         step.lengths = samples.mask.sum(1).cpu()
-        drawn = samples
+        # Copied before the policy's pass: rewards would wait behind it for their lengths.
+        drawn = samples.to("cpu")
         if self.truncated == "mask":
             samples = replace(samples, mask=samples.mask & samples.finished[:, None])
         with step.clock.phase("score"), Passes() as passes:
