@@ -16,7 +16,7 @@ def test_every_sub_command_is_a_function_and_is_listed(capsys):
     assert max(map(len, shown)) <= 100
     for name, (path, text) in entry.COMMANDS.items():
         assert callable(resolve_name(path)), name
-        assert f"  {name:<10}{text}" in shown
+        assert f"  {name:<12}{text}" in shown
     assert set(entry.LIGHT) < set(entry.COMMANDS)
 
 
