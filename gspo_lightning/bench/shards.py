@@ -108,7 +108,8 @@ def rank(
     mesh = init_device_mesh("cpu", (count,))
     file = str(Path(root, "policy"))
     with torch.device("meta"):  # imports what a model needs
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(file))
+        config = AutoConfig.from_pretrained(file, trust_remote_code=False)
+        AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     own = anonymous()
     found: dict[str, float] = {}
     with peak(found, "loading", own):
