@@ -84,7 +84,9 @@ def test_a_finished_run_made_longer_is_the_longer_run_bit_for_bit(overlay, tmp_p
     assert_same_run(short, long)
 
 
-@pytest.mark.parametrize("config", ["sft_arithmetic", "reward_model"])
+@pytest.mark.parametrize(
+    "config", ["sft_arithmetic", pytest.param("reward_model", marks=pytest.mark.recipes)]
+)
 def test_a_supervised_fit_continues_bit_for_bit_over_its_epochs(tmp_path, config):
     def run(folder, *options):
         command = ["fit", "--config", f"configs/{config}.yaml", "--trainer.max_epochs=3"]
@@ -108,7 +110,9 @@ def test_a_supervised_fit_continues_bit_for_bit_over_its_epochs(tmp_path, config
     assert_same(curves(tmp_path / "stopped"), curves(tmp_path / "straight"))
 
 
-@pytest.mark.parametrize("config", ["sft_arithmetic", "reward_model"])
+@pytest.mark.parametrize(
+    "config", ["sft_arithmetic", pytest.param("reward_model", marks=pytest.mark.recipes)]
+)
 def test_a_supervised_fit_that_dies_right_behind_a_save_loses_no_point(
     tmp_path, monkeypatch, config
 ):

@@ -206,7 +206,7 @@ def test_a_second_signal_waits_for_no_reward_in_another_process(
     assert "once more stops at once" in first and last.startswith(NAMES[number])
 
 
-@pytest.mark.parametrize("number", [TERM, INT], ids=["TERM", "INT"])
+@pytest.mark.parametrize("number", [TERM, pytest.param(INT, marks=pytest.mark.kills)])
 def test_the_process_ends_though_a_reward_is_at_work(tmp_path, model_dir, number):
     """Python itself joins threads when it ends."""
     write_prompts(tmp_path / "prompts.jsonl")
