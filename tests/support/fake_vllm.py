@@ -115,6 +115,13 @@ class FakeVLLM:
         return {"choices": choices[::-1]}  # in no order that anybody may rely on
 
 
+class Server(ThreadingHTTPServer):
+    """Says nothing of clients that went away, in whatever test runs by then."""
+
+    def handle_error(self, request, client_address):
+        pass
+
+
 @contextmanager
 def serving(model):
     """A fake server with its address, ``fake.url``, until the block ends."""
@@ -142,7 +149,7 @@ def serving(model):
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     fake.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
