@@ -319,7 +319,7 @@ def test_an_exception_in_a_rollout_saves_nothing_and_names_the_last_good_checkpo
 @pytest.mark.parametrize(
     ("error", "rank", "expected"),
     [
-        ("one line", 0, "error: the loss is nan"),
+        pytest.param("one line", 0, "error: the loss is nan", marks=pytest.mark.kills),
         (
             "killed",
             1,
