@@ -59,7 +59,7 @@ TIED = LAYERS | {  # two gradients of one large matrix decide
 }
 
 
-@pytest.mark.recipes  # bytes are counted in tests/sharding/test_needs.py; this is a process as it is
+@pytest.mark.recipes  # tests/sharding/test_needs.py counts bytes; this is a real process
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
     ("shape", "precision", "new_tokens"),
