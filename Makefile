@@ -47,7 +47,7 @@ docs: $(VENV)/docs.stamp  ## build the pages as a site, build/site/index.html; a
 kills: $(VENV)/dev.stamp  ## kill runs of thirteen configurations again and again, and continue them
 	$(PY) -m pytest -q -n 2 --dist worksteal -m kills
 
-recipes: $(VENV)/dev.stamp  ## train the shipped models and the second demo anew
+recipes: $(VENV)/dev.stamp  ## train the shipped models and the other demos anew
 	$(PY) -m pytest -q -n 2 --dist worksteal -m recipes
 
 gpu-check: $(VENV)/dev.stamp  ## measure what only a GPU can tell; ARGS=--dry tries the parts without one

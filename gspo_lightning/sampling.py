@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from gspo_lightning.bounds import check_at_least, check_positive
+from gspo_lightning.bounds import check_at_least
 from gspo_lightning.engine.group_decoder import GroupDecoder, Wanted
 from gspo_lightning.engine.mode import mode_kept
 from gspo_lightning.engine.padded import unwrapped
@@ -25,6 +25,7 @@ from gspo_lightning.engine.texts import Watch
 from gspo_lightning.engine.turns import Turns
 from gspo_lightning.environments.episode import Environment
 from gspo_lightning.environments.messages import Messages
+from gspo_lightning.environments.start import MAX_TURNS, check_turns
 from gspo_lightning.environments.talk import Talk
 from gspo_lightning.rollout import PromptBatch, Samples
 
@@ -99,13 +100,13 @@ class GroupSampler:
         batch_size: int | None = None,
         cuda_graphs: bool = False,
         environment: Environment | None = None,
-        max_turns: int = 8,
+        max_turns: int = MAX_TURNS,
         environment_seconds: float | None = None,
     ) -> None:
         counts = {"group_size": group_size, "max_new_tokens": max_new_tokens}
-        check_at_least(1, "sampler.", **counts, batch_size=batch_size, max_turns=max_turns)
+        check_at_least(1, "sampler.", **counts, batch_size=batch_size)
         check_at_least(0, "sampler.", temperature=temperature)
-        check_positive("sampler.", environment_seconds=environment_seconds)
+        check_turns(environment, max_turns, environment_seconds)
         self.group_size = group_size
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature

@@ -100,3 +100,17 @@ def test_validate_gives_the_figures_of_the_last_validation(demo):
     assert again.returncode == 0, again.stderr
     accuracy = float(re.search(r"val/accuracy_sampled\W+([\d.]+)", again.stdout)[1])
     assert accuracy == pytest.approx(float(FIGURES.search(process.stdout)[4]), abs=1e-3)
+
+
+@pytest.mark.recipes
+def test_the_demo_of_several_turns_learns_without_a_warning(tmp_path):
+    """Three seeds of it stand in docs/turns.md; of one, that a right answer is remembered."""
+    process = train_py("fit", "--config", "configs/turns.yaml", "--run_folder", tmp_path / "run")
+    assert process.returncode == 0, process.stderr
+    greedy_before, greedy, sampled_before, sampled = map(
+        float, FIGURES.search(process.stdout).groups()
+    )
+    assert max(greedy_before, sampled_before) < 0.1
+    assert min(greedy, sampled) > 0.5
+    for text in (process.stdout, process.stderr):
+        assert not re.search("warn|deprecat|error|Tip:", text, re.IGNORECASE), text

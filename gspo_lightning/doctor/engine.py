@@ -34,7 +34,9 @@ def engine(module: Any, prompts: list[list[int]]) -> Finding:
     how = 1, min(TOKENS, sampler.max_new_tokens), 0.0
     with weights_of(getattr(module, "_trainer", None)).apart():
         own = GroupSampler(*how).sample(policy, batch, seed=0)
-        found = sampler.like(*how).sample(policy, batch, seed=0)
+        asked = sampler.like(*how)
+        asked.environment = None  # one turn, which the policy's is compared with
+        found = asked.sample(policy, batch, seed=0)
     same = sum(a == b for a, b in zip(own.texts, found.texts, strict=True))
     noise, width = sampler.figures["sampler/noise_after_sync"], module.health.width
     said = f"{sampler.about}; greedy like the policy on {same} of {len(few)} prompts; noise "

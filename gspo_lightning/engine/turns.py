@@ -74,23 +74,38 @@ class Turns:
 
     def over(self, rows: Sequence[int], tokens: Sequence[int]) -> list[bool]:
         """Take the next token of each row; whether the row is over, its limit aside."""
-        ended: list[tuple[int, Ended]] = []
-        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            self.lengths[row] += 1
-            if row in self._given:
-                self._given[row].popleft()
-                if not self._given[row]:
-                    del self._given[row]
-                continue
-            self.open[row].append(token)
-            if token in self.eos_ids or (self.watch is not None and self.watch(row, token)):
-                room = self.limit - self.lengths[row]
-                ended.append((place, Ended(row, self.open[row], room)))
-        over = [False] * len(rows)
-        if ended:
-            answers = self.answer([turn for _, turn in ended])
-            for (place, turn), ids in zip(ended, answers, strict=True):
-                over[place] = ids is None
+        return self._answered([self._take(*each) for each in zip(rows, tokens, strict=True)])
+
+    def over_with(self, rows: Sequence[int], runs: Sequence[Sequence[int]]) -> list[bool]:
+        """As ``over``, of tokens that rows drew at once: of each row up to the end of its turn."""
+        ended: list[Ended | None] = []
+        for row, run in zip(rows, runs, strict=True):
+            taken = (self._take(row, token) for token in run)
+            ended.append(next(filter(None, taken), None))
+        return self._answered(ended)
+
+    def _take(self, row: int, token: int) -> Ended | None:
+        """Take a row's next token; the turn that ends with it."""
+        self.lengths[row] += 1
+        if row in self._given:
+            self._given[row].popleft()
+            if not self._given[row]:
+                del self._given[row]
+            return None
+        self.open[row].append(token)
+        if token in self.eos_ids or (self.watch is not None and self.watch(row, token)):
+            return Ended(row, self.open[row], self.limit - self.lengths[row])
+        return None
+
+    def _answered(self, ended: Sequence[Ended | None]) -> list[bool]:
+        """Ask for answers to the turns that ended, all at once; whether the rows are over."""
+        asked = [turn for turn in ended if turn is not None]
+        answers = iter(self.answer(asked) if asked else [])
+        over = []
+        for turn in ended:
+            ids = [] if turn is None else next(answers)
+            over.append(ids is None)
+            if turn is not None:
                 self._begin(turn.row, ids or [])
         return over
 

@@ -1,16 +1,20 @@
 """What is refused before a run with an environment begins.
 
-Decides that what an episode earns must be scored, and that a checkpoint imports no environment.
+Decides that what an episode earns must be scored, that settings of turns must be read by somebody,
+and that a checkpoint imports no environment.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from gspo_lightning.bounds import check_at_least, check_positive
 from gspo_lightning.environments.episode import COLUMN, Environment, EnvironmentReward, Episode
+
+MAX_TURNS = 8  # unless a sampler is told otherwise
 
 
 class LeftOut(Environment):
-    """Stands where an environment stood, in a sampler that is made from a checkpoint.
+    """Stands for an environment that only its name is known of.
 
     Args:
         what: Its class.
@@ -21,7 +25,23 @@ class LeftOut(Environment):
 
     def begin(self, row: dict, seed: int) -> Episode:
         """Refuse."""
-        raise ValueError(f"{self.what} is not loaded with a checkpoint")
+        raise ValueError(f"the environment {self.what} is named here and not imported")
+
+
+def check_turns(environment: Environment | None, max_turns: int, seconds: float | None) -> None:
+    """Refuse settings of a sampler's turns that are out of range, or that nothing would read.
+
+    Raises:
+        ValueError: Naming the setting.
+    """
+    check_at_least(1, "sampler.", max_turns=max_turns)
+    check_positive("sampler.", environment_seconds=seconds)
+    if environment is None and (max_turns != MAX_TURNS or seconds is not None):
+        name = "environment_seconds" if max_turns == MAX_TURNS else "max_turns"
+        raise ValueError(
+            f"sampler.{name} is for turns with an environment, and there is none; set "
+            f"sampler.environment, or take {name} out"
+        )
 
 
 def check_rewards(environment: Environment | None, terms: Mapping[str, Any]) -> None:
@@ -30,11 +50,13 @@ def check_rewards(environment: Environment | None, terms: Mapping[str, Any]) -> 
     Raises:
         ValueError: Naming the setting.
     """
+    if isinstance(environment, LeftOut):  # refused where something is to be drawn
+        return
     own = {name: term for name, term in terms.items() if isinstance(term.fn, EnvironmentReward)}
     if environment is None and own:
         raise ValueError(
             f"reward {next(iter(own))!r} is an EnvironmentReward, and the sampler has no "
-            "environment; set model.sampler.environment (of GroupSampler), or take the term out"
+            "environment; set model.sampler.environment, or take the term out"
         )
     if environment is not None and not own:
         raise ValueError(
@@ -65,8 +87,9 @@ def check_start(sampler: Any, data: Any) -> None:
         return
     if isinstance(environment, LeftOut):
         raise ValueError(
-            f"the environment {environment.what} is not imported from a checkpoint; to train or "
-            "evaluate, call load_from_checkpoint(path, sampler=GroupSampler(environment=...))"
+            f"the environment {environment.what} is named here and not imported: checkpoints, and "
+            "configs of train(...), do no more; set model.sampler.environment, or call "
+            "train(environment=...) or load_from_checkpoint(path, sampler=...)"
         )
     sampler.messages.template = getattr(data, "chat", None)
     try:

@@ -197,12 +197,12 @@ def _made(hint: Any, value: Any) -> Any:
     if isinstance(value, dict) and "class_path" in value:
         if value["class_path"] == AHEAD:  # nothing is ahead of a model that is loaded alone
             return _made(hint, value["init_args"]["inner"])
-        if value["class_path"] == APART:  # a server is no part of what a checkpoint may choose
-            names = ("group_size", "max_new_tokens", "temperature")
-            return resolve_name(SAMPLER)(**{name: value["init_args"][name] for name in names})
-        if value["class_path"] != SAMPLER:
+        if value["class_path"] not in (SAMPLER, APART):
             raise ValueError(f"{value['class_path']} is not made from a checkpoint")
         settings = dict(value["init_args"])
+        if value["class_path"] == APART:  # a server is no part of what a checkpoint may choose
+            known = _hints(resolve_name(SAMPLER))
+            settings = {name: item for name, item in settings.items() if name in known}
         if settings.get("environment") is not None:
             settings["environment"] = LeftOut(settings["environment"]["class_path"])
         return resolve_name(SAMPLER)(**settings)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gspo_lightning.policy.settings import plain
+from gspo_lightning.policy.settings import OWN, plain
 from gspo_lightning.rewards.terms import RewardTerm
 
 
@@ -69,6 +69,8 @@ def in_config(fn: Callable[..., Any]) -> str | dict[str, Any]:
         own = [c for c in code.co_consts if not inspect.iscode(c)]
         told = repr((code.co_code, code.co_names, own)).encode()
         what = f"{what}, code {hashlib.sha256(told).hexdigest()[:8]}"
+    elif not isinstance(what, str) and what["class_path"].startswith(OWN) and not what["init_args"]:
+        return {"class_path": what["class_path"]}
     elif not isinstance(what, str):
         what = json.dumps(what)
     kind = f"{GivenInPython.__module__}.{GivenInPython.__qualname__}"

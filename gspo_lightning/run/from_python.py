@@ -22,6 +22,8 @@ from gspo_lightning.callbacks import HFExport
 from gspo_lightning.checkpoint.files import list_checkpoints
 from gspo_lightning.data import PromptData
 from gspo_lightning.data.sources import Given, check_source, in_words
+from gspo_lightning.environments.episode import Environment
+from gspo_lightning.environments.start import LeftOut
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy import PolicyConfig
 from gspo_lightning.policy.given import GivenPolicy, GivenTokenizer, as_policy
@@ -31,7 +33,9 @@ from gspo_lightning.rewards.left_out import in_config
 from gspo_lightning.run import ending, launch
 from gspo_lightning.run.command import GSPOCLI, Watch, taken_over
 from gspo_lightning.run.one_line import OneLineParser, quiet, unknown, whole_key
+from gspo_lightning.sampling import GroupSampler
 from gspo_lightning.start import short, typed
+from gspo_lightning.vllm.sampler import VLLMSampler
 
 _ELSEWHERE = {  # keywords of TRL's trainer and of others
     "model": "policy",
@@ -44,6 +48,7 @@ _ELSEWHERE = {  # keywords of TRL's trainer and of others
     "output_dir": "run_folder",
     "resume_from_checkpoint": "ckpt_path",
     "args": "settings",
+    "environment_factory": "environment",
 }
 
 
@@ -81,6 +86,7 @@ def train(
     reward: "GivenRewards | str",
     *,
     val: Given | None = None,
+    environment: Environment | None = None,
     tokenizer: GivenTokenizer = None,
     rollouts: int | None = None,
     prompts_per_rollout: int | None = None,
@@ -105,6 +111,7 @@ def train(
         reward: A function of rows and completions, a ``RewardTerm``, a list or a dict of them, or
             the import path of a function.
         val: Held-out prompts, of the same kinds.
+        environment: Answers the policy's turns; ``reward`` then has an ``EnvironmentReward``.
         tokenizer: Of a loaded model that comes from no folder; a path, or a loaded one.
         rollouts: Length of the run. What is not given, here and below, is the config's.
         prompts_per_rollout: Prompts, per rank.
@@ -140,6 +147,7 @@ def train(
             words += [f"--{name}", str(given[name])]
     made = _Made()
     words += made.policy(policy, tokenizer) + made.prompts(prompts, val) + made.rewards(reward)
+    words += made.environment(environment)
     if ckpt_path is not None:
         words += ["--ckpt_path", str(ckpt_path)]
     taken = {word.partition("=")[0] for word in short.written_out(words)}
@@ -193,10 +201,12 @@ class _Made:
     def __init__(self) -> None:
         self.module: dict[str, Any] = {}
         self.data: dict[str, Any] = {}
+        self.sampler: dict[str, Any] = {}
 
     def whole(self) -> tuple[str, ...]:
         """Keys of which no part can be set beside the object that is given."""
-        return tuple(f"model.{name}." for name in self.module)
+        names = (*self.module, *(f"sampler.{name}" for name in self.sampler))
+        return tuple(f"model.{name}." for name in names)
 
     def policy(self, policy: Any, tokenizer: Any) -> list[str]:
         """Words for the policy and its tokenizer."""
@@ -237,6 +247,23 @@ class _Made:
         told = {name: plain(term) | {"fn": in_config(term.fn)} for name, term in terms.items()}
         return [f"--model.rewards={json.dumps(told)}"]
 
+    def environment(self, environment: Any) -> list[str]:
+        """Words for the environment."""
+        if environment is None:
+            return []
+        if not isinstance(environment, Environment):
+            got = f"the class {environment.__name__}" if isinstance(environment, type) else None
+            raise ValueError(
+                f"environment: expected an Environment; got {got or repr(environment)}"
+            )
+        self.sampler["environment"] = environment
+        kind = type(environment)
+        stand_in = {
+            "class_path": f"{LeftOut.__module__}.{LeftOut.__qualname__}",
+            "init_args": {"what": f"{kind.__module__}.{kind.__qualname__}"},
+        }
+        return [f"--model.sampler.environment={json.dumps(stand_in)}"]
+
 
 class _Parser(OneLineParser):
     """Raises where a command would end."""
@@ -255,8 +282,11 @@ class _CLI(GSPOCLI):
         super().__init__(words, watch)
 
     def instantiate_classes(self) -> None:
-        """Make module and data of the config's settings and of what the program has given."""
-        for kind, given in ((GSPOModule, self.made.module), (PromptData, self.made.data)):
+        """Make what a config names of its settings and of what the program has given."""
+        made = self.made
+        takers = (GSPOModule, PromptData, GroupSampler, VLLMSampler)
+        parts = (made.module, made.data, made.sampler, made.sampler)
+        for kind, given in zip(takers, parts, strict=True):
             make = partial(_make, given)
             self.parser.add_instantiator(make, kind, subclasses=True, prepend=True)
         super().instantiate_classes()

@@ -10,8 +10,10 @@ import hashlib
 import math
 import os
 import socket
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pkgutil import resolve_name
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
@@ -21,12 +23,17 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from gspo_lightning.bounds import check_at_least, check_positive
+from gspo_lightning.environments.episode import Environment
+from gspo_lightning.environments.messages import Messages
+from gspo_lightning.environments.start import MAX_TURNS, check_turns
+from gspo_lightning.environments.talk import Talk
 from gspo_lightning.logprobs import samples_logprobs
 from gspo_lightning.rollout import PromptBatch, Samples
 from gspo_lightning.sampling import completed
 from gspo_lightning.vllm.engine import Completion, Engine, EngineError, Limits, beside, shape_of
 from gspo_lightning.vllm.local import EngineConfig, InProcess
 from gspo_lightning.vllm.server import Servers
+from gspo_lightning.vllm.turns import Asked, drawn_in_turns
 from gspo_lightning.vllm.weights import Weights
 
 FEW, SHORT = 4, 16  # prompts whose completions show the noise, and tokens of each
@@ -85,6 +92,14 @@ class VLLMSampler:
         engine: How vLLM is made.
         server_class: Import path of an ``Engine`` for servers of another kind, which is called with
             the address and ``timeout``; see docs/vllm.md.
+        environment: Answers where the policy ends a turn, as with ``GroupSampler``. The engine is
+            asked for one turn of all rows at a time, so that each waits for the longest of them.
+        max_turns: Turns of the policy in a completion at most.
+        environment_seconds: Longest time for the answers that are asked for at one time, in
+            seconds; ``None`` waits.
+
+    Attributes:
+        messages: How the environment's messages become tokens.
 
     Raises:
         ValueError: If a value is out of range.
@@ -104,11 +119,15 @@ class VLLMSampler:
         noise_limit: float | None = None,
         engine: EngineConfig = EngineConfig(),  # noqa: B008 - frozen
         server_class: str | None = None,
+        environment: Environment | None = None,
+        max_turns: int = MAX_TURNS,
+        environment_seconds: float | None = None,
     ) -> None:
         check_at_least(1, "sampler.", group_size=group_size, max_new_tokens=max_new_tokens)
         check_at_least(0, "sampler.", temperature=temperature)
         check_positive("sampler.", timeout=timeout, start_timeout=start_timeout)
         check_positive("sampler.", noise_limit=noise_limit)
+        check_turns(environment, max_turns, environment_seconds)
         if transport not in ("disk", "broadcast"):
             raise ValueError(f"sampler.transport must be disk or broadcast, got {transport!r}")
         for url in _listed(server):
@@ -127,10 +146,13 @@ class VLLMSampler:
         self.timeout, self.start_timeout = timeout, start_timeout
         self.noise_limit = noise_limit
         self.engine = engine
+        self.environment = environment
+        self.max_turns, self.environment_seconds = max_turns, environment_seconds
+        self.messages = Messages()
         self._shared = _Shared()
 
     def like(self, group_size: int, max_new_tokens: int, temperature: float) -> Self:
-        """A sampler with other settings and the same engine."""
+        """A sampler with other settings, the same engine and the same environment."""
         other = copy.copy(self)
         other.group_size, other.max_new_tokens = group_size, max_new_tokens
         other.temperature = temperature
@@ -253,7 +275,7 @@ class VLLMSampler:
         """Complete every prompt of ``batch`` G times.
 
         Args:
-            policy: Has ``model``, ``eos_ids``, ``ends`` and ``pad_id``.
+            policy: Has ``model``, ``tokenizer``, ``eos_ids``, ``ends`` and ``pad_id``.
             batch: The prompts.
             seed: The completions are a function of it, of the prompts and of the weights.
 
@@ -293,15 +315,38 @@ class VLLMSampler:
         shared = self._shared
         if shared.engine is None or not shared.version:
             raise ValueError("VLLMSampler: take_weights() was not called")
-        version = shared.version
         prompts = [
             ids[keep].tolist()
             for ids, keep in zip(batch.prompt_ids, batch.prompt_mask, strict=True)
         ]
+        talk = None if self.environment is None else Talk(self, policy, batch, seed)
+        if talk is None:
+            asked = [(ids, self.max_new_tokens, str(p)) for p, ids in enumerate(prompts)]
+            drawn = self._complete(policy, asked, self.group_size, seed)
+            tokens = [each.ids for each in drawn]
+            logprobs = [each.logprobs for each in drawn]
+        else:
+            histories = [ids for ids in prompts for _ in range(self.group_size)]
+            complete = partial(self._complete, policy, size=1, seed=seed)
+            tokens, logprobs = drawn_in_turns(talk.turns, histories, complete)
+        device = batch.prompt_ids.device
+        rows = [torch.tensor(each, dtype=torch.long) for each in tokens]
+        ids = pad_sequence(rows, batch_first=True, padding_value=policy.pad_id).to(device)
+        found = None
+        if self.temperature:
+            found = pad_sequence([torch.tensor(each) for each in logprobs], batch_first=True)
+            found = found.to(device)
+        return completed(policy, batch, ids, self.group_size, found, talk)
+
+    def _complete(
+        self, policy: Any, asked: Sequence[Asked], size: int, seed: int
+    ) -> list[Completion]:
+        """Let the engine complete token ids ``size`` times each."""
+        assert self._shared.engine is not None
+        version = self._shared.version
         how = {
-            "n": self.group_size,
+            "n": size,
             "temperature": self.temperature,
-            "max_tokens": self.max_new_tokens,
             "top_p": 1.0,
             "top_k": 0,
             "min_p": 0.0,
@@ -313,31 +358,26 @@ class VLLMSampler:
             "include_stop_str_in_output": True,
             "detokenize": bool(policy.ends.strings),
         }
-        params = [how | {"seed": self._seed(seed, p)} for p in range(len(prompts))]
-        groups = shared.engine.complete(prompts, params)
+        params = [
+            how | {"max_tokens": room, "seed": self._seed(f"{seed}/{name}")}
+            for _, room, name in asked
+        ]
+        groups = self._shared.engine.complete([ids for ids, *_ in asked], params)
         drawn = [each for group in groups for each in group]
-        if len(drawn) != len(prompts) * self.group_size:
+        if len(drawn) != len(asked) * size:
             raise EngineError(
-                f"sampler: the engine gave {len(drawn)} completions for {len(prompts)} prompts of "
-                f"{self.group_size}"
+                f"sampler: the engine gave {len(drawn)} completions for {len(asked)} prompts of "
+                f"{size}"
             )
         for each in drawn:
             self._check(each, version)
-        device = batch.prompt_ids.device
-        ids = [torch.tensor(each.ids, dtype=torch.long) for each in drawn]
-        padded = pad_sequence(ids, batch_first=True, padding_value=policy.pad_id).to(device)
-        logprobs = None
-        if self.temperature:
-            rows = [torch.tensor(each.logprobs) for each in drawn]
-            logprobs = pad_sequence(rows, batch_first=True).to(device)
-        return completed(policy, batch, padded, self.group_size, logprobs)
+        return drawn
 
-    def _seed(self, seed: int, prompt: int) -> int | None:
+    def _seed(self, of: str) -> int | None:
         if not self.temperature:
             return None
         # vLLM draws completion g with seed + g, so the seeds of two prompts must lie far apart
-        digest = hashlib.sha256(f"{seed}/{prompt}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") >> 2
+        return int.from_bytes(hashlib.sha256(of.encode()).digest()[:8], "big") >> 2
 
     def _check(self, drawn: Completion, version: str) -> None:
         """Refuse a completion that is of other weights, or was not drawn to its end."""
@@ -370,6 +410,7 @@ class VLLMSampler:
         shared.measured = True
         few = PromptBatch(batch.prompt_ids[:FEW], batch.prompt_mask[:FEW], batch.rows[:FEW])
         probe = self.like(1, min(SHORT, self.max_new_tokens), self.temperature or 1.0)
+        probe.environment = None
         samples = probe.draw(policy, few, seed=0)
         again = samples_logprobs(policy.model, samples, probe.temperature).logprobs
         assert samples.logprobs is not None

@@ -18,6 +18,7 @@ from gspo_lightning.evaluation import Evaluation
 from gspo_lightning.rewards.calls import RewardError
 from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.sampling import GroupSampler
+from gspo_lightning.vllm.sampler import VLLMSampler
 from support.environments import Says, Talker
 from support.observers import Outputs
 from support.tiny_run import make_module, make_trainer, run, write_prompts
@@ -171,6 +172,15 @@ def test_the_sampler_names_the_bad_argument(options, text):
         GroupSampler(environment=Talker(), **options)
 
 
+@pytest.mark.parametrize("sampler", [GroupSampler, VLLMSampler])
+@pytest.mark.parametrize("options", [{"max_turns": 4}, {"environment_seconds": 2.0}])
+def test_settings_of_turns_want_an_environment(sampler, options):
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"sampler\.{name} is for turns .* or take {name} out"):
+        sampler(**options)
+    sampler(max_turns=8)
+
+
 def refused(tmp_path, module, rows, **options):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -198,7 +208,9 @@ def test_a_checkpoint_imports_no_environment(trained, tmp_path):
     path = tmp_path / "a.ckpt"
     again = GSPOModule.load_from_checkpoint(path, rewards=module.rewards, weights_only=True)
     assert again.sampler.max_turns == 3
-    with pytest.raises(ValueError, match=r"environment support\.environments\.Talker is not"):
+    with pytest.raises(
+        ValueError, match=r"environment support\.environments\.Talker is named here"
+    ):
         make_trainer(tmp_path).validate(again, trainer.datamodule)
 
 

@@ -1,5 +1,6 @@
 """docs/turns.md: its programs run, its configs are parsed, and doctor warns of what it says."""
 
+import json
 import re
 from importlib.resources import files
 from types import SimpleNamespace
@@ -37,6 +38,19 @@ def test_the_five_lines_are_a_tool():
     environment = ToolEnvironment([ran(1)["area"]], form="hermes")
     call = '<tool_call>{"name": "area", "arguments": {"width": 2, "height": 1.5}}</tool_call>'
     assert environment.begin({}, 0).step(call).text == "3.0"
+
+
+def test_a_call_trains_with_it(model_dir, tmp_path):
+    """In the page's words, but for the files."""
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few = f"run_folder={str(tmp_path / 'run')!r}, rollouts=1, prompts_per_rollout=2, devices=1"
+    few += ", group_size=2, max_new_tokens=6, settings={'trainer.accelerator': 'cpu'}"
+    code = BLOCKS["python"][2].replace("Qwen/Qwen3-0.6B", str(model_dir))
+    code = code.replace("rows.jsonl", str(tmp_path / "rows.jsonl"))
+    code = code.replace("environment=GuessDigit()", f"environment=GuessDigit(), {few}")
+    exec(code, ran(0))
+    assert "what: builtins.GuessDigit" in (tmp_path / "run" / "config.yaml").read_text()
 
 
 def test_the_configs_are_some(at_the_root, tmp_path):

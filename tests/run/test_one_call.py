@@ -10,9 +10,10 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import train as command
-from gspo_lightning import PolicyConfig, RewardTerm, train
+from gspo_lightning import EnvironmentReward, PolicyConfig, RewardTerm, Turn, train
 from gspo_lightning.checkpoint import find_checkpoint
 from gspo_lightning.rewards.left_out import in_config
+from support.environments import Says
 from support.repository import ROOT
 from support.reward_functions import digits
 from support.tiny_run import write_prompts
@@ -142,6 +143,9 @@ def test_what_a_program_has_in_its_hands_goes_on_exactly_or_is_refused(here, mod
         ({"settings": {"model.rewards.digits.weight": 2}}, ValueError, "is set by a keyword"),
         ({"config": "nowhere"}, ValueError, "config: there is no file nowhere"),
         ({"prompts": 3}, ValueError, "data.path: expected a file, .* got int"),
+        ({"environment": Says}, ValueError, "environment: expected .*; got the class Says"),
+        ({"environment_factory": Says}, TypeError, "did you mean `environment`"),
+        ({"environment": Says(0)}, ValueError, "sampler.environment needs a term"),
         ({"reward": [digits, 3]}, ValueError, "model.rewards: expected RewardTerm .*, got int"),
         ({"reward": "no.such"}, ValueError, "model.rewards.fn: there is no module no"),
         ({"ckpt_path": "last"}, ValueError, "no checkpoint.*; leave ckpt_path out .* run_folder$"),
@@ -184,3 +188,26 @@ def test_a_config_of_a_call_says_what_it_lacks(here, model_dir, capsys):
     (here / "made.yaml").write_text(yaml.safe_dump(text))
     assert command.main(["fit", "--config", "made.yaml", "--trainer.accelerator=cpu"]) == 2
     assert "was given by a Python program; call train there" in capsys.readouterr().err
+
+
+def test_an_environment_is_given_as_it_is_and_the_config_names_it(here, model_dir, capsys):
+    heard = []
+
+    def answer(row, text):  # of this call alone: nothing could import it
+        heard.append(text)
+        return Turn("+" if len(heard) % 2 else None, reward=1.0)
+
+    (here / "bare.yaml").write_text(BARE)
+    known = {"rollouts": 2, "config": "bare.yaml", "environment": Says(answer)} | FEW
+    settings = {"model.sampler.max_turns": 2, "model.policy.stop_token_ids": list(range(1, 19))}
+    prompts, reward = str(write_prompts(here / "p.jsonl")), EnvironmentReward()
+    run = train(str(model_dir), prompts, reward, settings=settings, **known)
+    assert run.module.sampler.environment is known["environment"] and len(heard) > 16
+    assert run.trainer.callback_metrics["train/reward"] > 0.5
+    written = run.folder / "config.yaml"
+    assert "what: support.environments.Says" in written.read_text()
+    words = ["fit", "--config", str(written), "--trainer.default_root_dir=other"]
+    assert command.main(words) == 2
+    said = capsys.readouterr().err
+    assert "support.environments.Says is named here and not imported" in said
+    assert "train(environment=...)" in said

@@ -1,9 +1,14 @@
 """What a real engine is put through; as a program, vLLM in a process that it has for itself."""
 
+import json
+
 import torch
 
+from gspo_lightning.environments import ScriptedUser
+from gspo_lightning.logprobs import samples_logprobs
 from gspo_lightning.policy.policy import PolicyConfig, load_policy
 from gspo_lightning.rollout import PromptBatch
+from gspo_lightning.sampling import GroupSampler
 from gspo_lightning.vllm.local import EngineConfig
 from gspo_lightning.vllm.sampler import VLLMSampler
 from support.prompts import batch_of
@@ -67,7 +72,32 @@ def shows_its_worth(sampler):
     assert first.texts[: sampler.group_size] == alone.texts
 
 
+def talks_like_the_policy(sampler):
+    """Conversations with a scripted user: greedily those of the policy's own sampler."""
+    policy = policy_of()
+    lines = (ROOT / "data/turns/heldout.jsonl").read_text().splitlines()[:32]
+    rows = [json.loads(line) for line in lines]
+    ids = batch_of([policy.tokenizer(row["prompt"])["input_ids"] for row in rows])
+    batch = PromptBatch(ids.prompt_ids, ids.prompt_mask, rows)
+    sampler.environment, sampler.max_turns = ScriptedUser(), 4
+    sampler.take_weights(policy, 0, anew=True)
+    expected = GroupSampler(1, 40, 0.0, environment=ScriptedUser(), max_turns=4)
+    expected = expected.sample(policy, batch, seed=0)
+    found = sampler.like(1, 40, 0.0).sample(policy, batch, seed=0)
+    assert found.rows == expected.rows and torch.equal(found.mask, expected.mask)
+    assert torch.equal(found.completion_ids, expected.completion_ids)
+    turns = sum(len(row["episode"]["turns"]) for row in found.rows)
+    assert turns > 2 * len(rows)
+    first, again = (sampler.sample(policy, batch, seed=7) for _ in range(2))
+    assert first.rows == again.rows and torch.equal(first.logprobs, again.logprobs)
+    own = samples_logprobs(policy.model, first, 1.0).logprobs
+    off = (own - first.logprobs)[first.mask].abs().max().item()
+    print(f"{turns} turns in {len(rows)} conversations; log-probs off by {off:.1e} nats at most")
+    assert off < 1e-4
+
+
 if __name__ == "__main__":  # it leaves groups and patches behind
     sampler = VLLMSampler(4, 40, engine=EngineConfig(**QUICK))
     sampler.reach(PolicyConfig(str(ROOT / FOLDER)), LONGEST)
     shows_its_worth(sampler)
+    talks_like_the_policy(sampler)

@@ -19,7 +19,16 @@ from support.demo_run import arguments, killed
 from support.forked import free_port, on_ranks
 from support.repository import PYTHONPATH, ROOT
 from support.run_folder import assert_same, scalars, state
-from support.vllm_runs import FOLDER, LONGEST, QUICK, policy_of, prompts_of, shows_its_worth, update
+from support.vllm_runs import (
+    FOLDER,
+    LONGEST,
+    QUICK,
+    policy_of,
+    prompts_of,
+    shows_its_worth,
+    talks_like_the_policy,
+    update,
+)
 
 spec = importlib.util.find_spec("vllm")
 pytestmark = [
@@ -85,6 +94,10 @@ def test_the_engine_in_this_process_is_the_policy():
 @pytest.mark.parametrize("transport", ["disk", "broadcast"])
 def test_a_server_is_the_policy(server, address, transport):
     shows_its_worth(reached(address, transport=transport))
+
+
+def test_a_server_talks_like_the_policy(server, address):
+    talks_like_the_policy(reached(address))
 
 
 def drawn_on(rank, address, transport):
