@@ -95,7 +95,17 @@ def server_of(config: dict[str, Any], number: int, python: str) -> tuple[str, li
     url = serve.address(settings, number)
     held_out = (model.get("evaluation") or {}).get("max_new_tokens") or 0
     longest = data["max_prompt_tokens"] + max(settings["max_new_tokens"], held_out)
-    return url, serve.command(python, url, model["policy"], settings["engine"], longest)
+    engine = settings["engine"]
+    return url, serve.command(python, url, model["policy"], engine, longest, is_for_cpus(python))
+
+
+def is_for_cpus(python: str) -> bool:
+    """Whether the vLLM of an interpreter is there, and built for CPUs."""
+    ask = "import sys; from vllm.platforms import current_platform as p; sys.exit(not p.is_cpu())"
+    try:
+        return subprocess.run([python, "-c", ask], capture_output=True, check=False).returncode == 0
+    except OSError:  # there is no such Python: ``check_python`` says so
+        return False
 
 
 def check_python(python: str) -> None:

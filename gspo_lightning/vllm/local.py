@@ -17,6 +17,8 @@ from gspo_lightning.bounds import check_at_least
 from gspo_lightning.vllm.engine import Completion, EngineError, Limits
 from gspo_lightning.vllm.weights import Weights
 
+AT_ONCE = 4096  # tokens of a step of vLLM on a CPU, which is its default
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -51,6 +53,15 @@ class EngineConfig:
                 "sampler.engine.gpu_memory_utilization must be in (0, 1], got "
                 f"{self.gpu_memory_utilization}"
             )
+
+
+def whole_prompts(longest: int) -> dict[str, Any]:
+    """Arguments of vLLM by which each prompt is read in one piece: all that its CPU build can.
+
+    To take back a token that it drew behind half of a prompt, vLLM 0.32 sets the offset of that
+    completion's random numbers, which a generator on a CPU has not: the engine ends with an error.
+    """
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, AT_ONCE)}
 
 
 class InProcess:
@@ -110,6 +121,7 @@ class InProcess:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from vllm import LLM
+            from vllm.platforms import current_platform
 
             return LLM(
                 model=limits.path,
@@ -123,6 +135,7 @@ class InProcess:
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",
                 use_tqdm_on_load=False,
+                **(whole_prompts(longest) if current_platform.is_cpu() else {}),
             )
 
     def load(self, tensors: Weights, version: str) -> None:

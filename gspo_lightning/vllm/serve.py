@@ -7,6 +7,8 @@ import shlex
 from typing import Any
 from urllib.parse import urlsplit
 
+from gspo_lightning.vllm.local import whole_prompts
+
 EXTENSION = "gspo_lightning.vllm.worker.Extension"
 # In dev mode a server has the calls that replace weights; none of them asks who calls.
 VARIABLES = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -37,7 +39,12 @@ def address(sampler: dict[str, Any], number: int) -> str:
 
 
 def command(
-    python: str, url: str, policy: dict[str, Any], engine: dict[str, Any], longest: int
+    python: str,
+    url: str,
+    policy: dict[str, Any],
+    engine: dict[str, Any],
+    longest: int,
+    on_cpu: bool = False,
 ) -> list[str]:
     """The words that start a server, without the variables that it needs.
 
@@ -47,18 +54,23 @@ def command(
         policy: Settings of the policy.
         engine: Settings of the engine.
         longest: Tokens of the longest text of the run.
+        on_cpu: Whether that vLLM is built for CPUs.
     """
+    most = engine["max_model_len"] or longest
     at = urlsplit(url)
     words = [python, "-m", "vllm.entrypoints.openai.api_server"]
     words += ["--model", policy["path"], "--host", str(at.hostname), "--port", str(at.port)]
     words += ["--dtype", engine["dtype"] or policy["dtype"]]
-    words += ["--max-model-len", str(engine["max_model_len"] or longest)]
+    words += ["--max-model-len", str(most)]
     words += ["--gpu-memory-utilization", str(engine["gpu_memory_utilization"])]
     words += ["--tensor-parallel-size", str(engine["tensor_parallel_size"])]
     # completions by token ids, drawn from the model's own distribution and told by it
     words += ["--enable-scale-out", "--generation-config", "vllm"]
     words += ["--logprobs-mode", "processed_logprobs"]
     words += ["--worker-extension-cls", EXTENSION, "--disable-uvicorn-access-log"]
+    if on_cpu:
+        words += ["--no-enable-chunked-prefill"]
+        words += ["--max-num-batched-tokens", str(whole_prompts(most)["max_num_batched_tokens"])]
     words += ["--revision", policy["revision"]] if policy["revision"] else []
     words += ["--enforce-eager"] if engine["enforce_eager"] else []
     words += ["--enable-sleep-mode"] if engine["sleep"] else []

@@ -72,6 +72,17 @@ def shows_its_worth(sampler):
     assert first.texts[: sampler.group_size] == alone.texts
 
 
+def reads_more_than_fits_into_a_step(sampler):
+    """Prompts of 9,600 tokens: vLLM's build for CPUs fails where it reads one of them in parts."""
+    policy = policy_of()
+    sampler.take_weights(policy, 0, anew=True)
+    ids = torch.randint(2, 18, (300, 32), generator=torch.Generator().manual_seed(0))
+    batch, sampler = batch_of(ids.tolist()), sampler.like(1, 4, 1.0)
+    samples = sampler.sample(policy, batch, seed=7)
+    few = PromptBatch(batch.prompt_ids[:2], batch.prompt_mask[:2], batch.rows[:2])
+    assert samples.texts[:2] == sampler.sample(policy, few, seed=7).texts
+
+
 def talks_like_the_policy(sampler):
     """Conversations with a scripted user: greedily those of the policy's own sampler."""
     policy = policy_of()
@@ -100,4 +111,5 @@ if __name__ == "__main__":  # it leaves groups and patches behind
     sampler = VLLMSampler(4, 40, engine=EngineConfig(**QUICK))
     sampler.reach(PolicyConfig(str(ROOT / FOLDER)), LONGEST)
     shows_its_worth(sampler)
+    reads_more_than_fits_into_a_step(sampler)
     talks_like_the_policy(sampler)

@@ -25,6 +25,7 @@ from support.vllm_runs import (
     QUICK,
     policy_of,
     prompts_of,
+    reads_more_than_fits_into_a_step,
     shows_its_worth,
     talks_like_the_policy,
     update,
@@ -97,7 +98,9 @@ def test_a_server_is_the_policy(server, address, transport):
 
 
 def test_a_server_talks_like_the_policy(server, address):
-    talks_like_the_policy(reached(address))
+    sampler = reached(address)
+    reads_more_than_fits_into_a_step(sampler)
+    talks_like_the_policy(sampler)
 
 
 def drawn_on(rank, address, transport):

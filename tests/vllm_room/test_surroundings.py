@@ -86,6 +86,22 @@ def test_a_server_is_started_as_the_run_wants_it():
     assert line.startswith("VLLM_SERVER_DEV_MODE=1 ") and "--model 'a b' " in line
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_build_for_cpus_reads_prompts_in_one_piece(tmp_path, monkeypatch, on_cpu):
+    """Asked of the interpreter that has vLLM, which here is a package of two lines."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    platform = f"class current_platform:\n    is_cpu = staticmethod(lambda: {on_cpu})\n"
+    (tmp_path / "vllm" / "platforms.py").write_text(platform)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for longest, at_once in ((40, "4096"), (9000, "9032")):
+        words = vllm_serve.server_of(config_of(max_new_tokens=longest), 0, sys.executable)[1]
+        assert ("--no-enable-chunked-prefill" in words) == on_cpu
+        assert dict(pairwise(words)).get("--max-num-batched-tokens") == (
+            at_once if on_cpu else None
+        )
+
+
 @pytest.mark.parametrize(
     ("sampler", "number", "said"),
     [
