@@ -67,6 +67,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         torch.backends.mkldnn.set_flags(_enabled=False)
     seed_everything(options.seed, verbose=False)
     settings = dict(options.settings)
+    if "objective" in settings:
+        settings["objective"] = gspo.Objective(**settings["objective"])
     if options.micro_batches > 1:
         completions = options.prompts_per_rollout * options.group_size // options.updates
         settings["micro_batch_size"] = completions // options.micro_batches

@@ -146,7 +146,10 @@ def test_a_report_has_a_table_a_figure_and_a_statement(tmp_path):
 def test_the_shipped_plan_is_read():
     plan = read_plan(PLAN)
     assert plan.sections["algorithms"].seeds == [0, 1, 2, 3, 4]
-    assert {a.algorithm for a in arms(plan.sections["off_policy"])} == {"gspo", "grpo"}
+    assert plan.sections["off_policy"].updates == [1, 4, 16, 64]
+    compared = {arm.algorithm for section in plan.sections.values() for arm in arms(section)}
+    rows = {path.stem for path in Path("configs/algorithm").glob("*.yaml")}
+    assert rows - compared == {"gspo_token", "gspo_sum", "origin_sequence", "origin_token"}
 
 
 @pytest.mark.parametrize(
