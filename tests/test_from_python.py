@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 
 import numpy
@@ -86,6 +86,13 @@ def test_plain_values_are_of_plain_types():
         def __init__(self, key="secret"):
             self.key = key
 
+    @dataclass
+    class Jury:
+        key: str = "secret"
+
+    class Own(LoRAConfig):
+        """Settings all the same."""
+
     rate = plain(numpy.float64(0.5))
     assert (rate, type(rate), plain(numpy.int64(3))) == (0.5, float, 3)
     assert plain({"a": (1, {2}), "b": digits}) == {
@@ -93,7 +100,9 @@ def test_plain_values_are_of_plain_types():
         "b": "support.reward_functions.digits",
     }
     assert plain(GroupSampler(4))["init_args"]["group_size"] == 4
-    assert "secret" not in str(plain(Judge()))  # somebody else's attributes are not told
+    # somebody else's attributes are not told
+    assert "secret" not in str(plain(Judge())) + str(plain(Jury()))
+    assert plain(Jury())["class_path"].endswith("Jury") and plain(Own(rank=2))["rank"] == 2
 
 
 def test_a_checkpoint_holds_the_settings_and_is_safe_to_load(whole):

@@ -174,7 +174,7 @@ def _try_reading(model: Any, base: Any, device: torch.device, packed: bool) -> F
         return [_gap(values, values_alone, spread), _gap(gradient, gradient_alone, gradient_alone)]
 
     reasons: list[str] = []
-    with _trial(base, device), mode_kept(model):
+    with _trial(base, device) as windows, mode_kept(model):
         model.train(model.training)  # whatever the flags of its parts say
         with _closed(base), mode_kept(model):
             model.eval()
@@ -184,7 +184,9 @@ def _try_reading(model: Any, base: Any, device: torch.device, packed: bool) -> F
                 raise ValueError(
                     f"policy.path: {type(base).__name__} {_failure(error, 'alone')}"
                 ) from error
-            _check_model(model, base, texts, expected[0])
+            _check_model(model, base, texts)
+            with _set(windows):  # a text that lies within them may be run without any mask
+                _check_model(model, base, texts)
         ways = {
             "packed": (in_one_row, ": rows are padded, not packed: "),
             "shared": (lambda: padded(2), ": prompts are read once for each completion: "),
@@ -204,7 +206,7 @@ def _try_reading(model: Any, base: Any, device: torch.device, packed: bool) -> F
     raise ValueError(f"policy.path: {type(base).__name__}{reasons[-1]}")
 
 
-def _check_model(model: Any, base: Any, texts: Texts, expected: Tensor) -> None:
+def _check_model(model: Any, base: Any, texts: Texts) -> None:
     """Refuse a model that gives no log-prob of a text, whatever way it is run.
 
     Raises:
@@ -214,25 +216,38 @@ def _check_model(model: Any, base: Any, texts: Texts, expected: Tensor) -> None:
     ids, mask, completion, on = (x[:1] for x in texts)
     close = (HALF if _is_half(base) else FLOAT32)[0]
 
-    def gap(length: int) -> float:
-        """How far the log-probs of the first text are from before, cut to ``length``."""
+    def values(length: int, last: int | None = None) -> Tensor:
+        """Log-probs of the first text, cut to ``length``, with another last token that it reads."""
         part = on & (torch.arange(on.shape[1], device=on.device) < length)
-        outputs, columns, source, _ = run_alone(model, ids, mask, completion, part, part)
-        values = _normal(outputs[0], _values(outputs[0])[0, -columns[0] :][source])
-        return _gap(values, expected[:length], expected[:length].std(-1))
+        changed = completion.clone()
+        if last is not None:
+            changed[0, length - 2] = last
+        outputs, columns, source, _ = run_alone(model, ids, mask, changed, part, part)
+        return _normal(outputs[0], _values(outputs[0])[0, -columns[0] :][source])
 
-    name = f"policy.path: {type(base).__name__} is"
-    with torch.no_grad():
-        if gap(on.shape[1]) > close:
+    @torch.no_grad()
+    def check(length: int) -> None:
+        before = values(length)
+
+        def moved(found: Tensor) -> bool:
+            return _gap(found, before[: len(found)], before.std(-1)) > close
+
+        name = f"policy.path: {type(base).__name__} is"
+        if moved(values(length)):
             raise ValueError(
                 f"{name} random: the same text has other log-probs each time; set what makes it "
                 "random to 0 in config.json, or take another model"
             )
-        if gap(on.shape[1] - 1) > close:
+        others = ids[0][ids[0] != completion[0, length - 2]].tolist()
+        changed = values(length, others[-1])[:-1] if others and length > 1 else before
+        if moved(changed) or (length == on.shape[1] and moved(values(max(1, length - 1)))):
             raise ValueError(
                 f"{name} no causal language model: its tokens see what follows them; set "
-                "is_decoder to true in config.json, or take another model"
+                "is_decoder to true in config.json, or take another model or a newer transformers"
             )
+
+    for length in {min(2, on.shape[1]), on.shape[1]}:  # one of them may lie within a window
+        check(length)
 
 
 def _not_packed(base: Any) -> str | None:
@@ -339,8 +354,11 @@ def _closed(base: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _trial(base: Any, device: torch.device) -> Iterator[None]:
-    """Compute as exactly as the weights allow, with windows that the texts reach beyond."""
+def _trial(base: Any, device: torch.device) -> Iterator[list[tuple[Any, str, int]]]:
+    """Compute as exactly as the weights allow, with windows that the texts reach beyond.
+
+    What they are otherwise is given to the block.
+    """
     changed: list[tuple[Any, str, int]] = []
     longest = base.__dict__.get("_gspo_longest", 0)  # of the run's texts, where that is known
     places = [text_config(base), *base.modules()]
@@ -355,14 +373,24 @@ def _trial(base: Any, device: torch.device) -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
-        for place, name, _ in changed:
-            setattr(place, name, WINDOW)
-        with torch.autocast(device.type, enabled=False):
-            yield
+        short = [(place, name, WINDOW) for place, name, _ in changed]
+        with _set(short), torch.autocast(device.type, enabled=False):
+            yield changed
     finally:
-        for place, name, value in changed:
-            setattr(place, name, value)
         torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def _set(values: list[tuple[Any, str, int]]) -> Iterator[None]:
+    """Attributes of objects as they are given."""
+    before = [(place, name, getattr(place, name)) for place, name, _ in values]
+    try:
+        for place, name, value in values:
+            setattr(place, name, value)
+        yield
+    finally:
+        for place, name, value in before:
+            setattr(place, name, value)
 
 
 def _texts(base: Any, device: torch.device) -> Texts:

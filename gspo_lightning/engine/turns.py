@@ -111,13 +111,13 @@ class Turns:
 
     def _begin(self, row: int, ids: list[int]) -> None:
         self.open[row] = []
+        if self.watch is not None:
+            self.watch.go_on(row, ids)
         if not ids:
             return
         self._given[row] = deque(ids)
         start = self.lengths[row]
         self.holes.append((row, start, start + len(ids)))
-        if self.watch is not None:
-            self.watch.go_on(row, ids)
 
     def long(self, row: int, least: int) -> list[int]:
         """Take all tokens that a row is given next, if there are so many: it has read them."""

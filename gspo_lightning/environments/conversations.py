@@ -111,14 +111,15 @@ class Conversations:
         self.records[row]["turns"].append({"policy": special})
         return special
 
-    def _answer(self, row: int, ids: list[int], room: int, outcome: Outcome) -> list[int] | None:
+    def _answer(self, row: int, ids: list[int], room: int, answered: Outcome) -> list[int] | None:
         record = self.records[row]
-        if outcome.error is None and not isinstance(outcome.value, Turn):
-            kind = type(outcome.value).__name__
-            outcome = Outcome(None, f"step() must give a Turn, gave {kind}: {outcome.value!r:.60}")
-        if self._failed(row, outcome):
+        if answered.error is None and not isinstance(answered.value, Turn):
+            kind = type(answered.value).__name__
+            said = f"step() must give a Turn, gave {kind}: {answered.value!r:.60}"
+            answered = Outcome(None, said)
+        if self._failed(row, answered):
             return None
-        turn: Turn = outcome.value
+        turn: Turn = answered.value
         record["reward"] += float(turn.reward)
         if turn.message is None:
             record["end"] = "done"
@@ -126,7 +127,10 @@ class Conversations:
         if len(record["turns"]) == self.max_turns:
             record["end"] = "turns"
             return None
-        tokens = self.render(row, turn, ids)
+        rendered = outcome(partial(self.render, row, turn, ids))
+        if self._failed(row, rendered):
+            return None
+        tokens: list[int] = rendered.value
         if len(tokens) >= room:  # no word of the policy would fit in behind it
             return None
         record["turns"][-1]["environment"] = turn.text
@@ -176,7 +180,9 @@ def outcome(call: Callable[[], Any]) -> Outcome:
     """What a call gives, or the error that it raises, in one line."""
     try:
         return Outcome(call())
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # such as SystemExit, or asyncio's CancelledError
         frame = traceback.extract_tb(error.__traceback__, limit=-1)[-1]
         place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
         text = " ".join(str(error).split())[: LONGEST_ERROR - 100]

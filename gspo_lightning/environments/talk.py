@@ -60,7 +60,7 @@ class Talk:
         eos_ids = self.policy.eos_ids
         drawn = ids[-1] if ids[-1] in eos_ids else None
         given = self.messages.ids(self.policy.tokenizer, turn, eos_ids, drawn)
-        self.before[row] = given or self.before[row]
+        self.before[row] = given or ids
         return given
 
     def read(self, device: torch.device) -> tuple[Read, list[dict]]:

@@ -60,7 +60,8 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if hasattr(value, "__qualname__"):  # a function or a class
         return f"{value.__module__}.{value.__qualname__}"
-    if is_dataclass(value) and not callable(value):  # a callable one is a reward, which has a class
+    own = [kind for kind in type(value).__mro__ if kind.__module__.startswith(OWN)]
+    if any(map(is_dataclass, own)) and not callable(value):  # a reward, which is, has a class
         return {f.name: plain(getattr(value, f.name)) for f in fields(value) if f.init}
     if hasattr(value, "get_vocab"):  # a tokenizer, by the place that it is from
         return str(value.name_or_path) or None
@@ -203,8 +204,12 @@ def _made(hint: Any, value: Any) -> Any:
         if value["class_path"] == APART:  # a server is no part of what a checkpoint may choose
             known = _hints(resolve_name(SAMPLER))
             settings = {name: item for name, item in settings.items() if name in known}
-        if settings.get("environment") is not None:
-            settings["environment"] = LeftOut(settings["environment"]["class_path"])
+        if (environment := settings.get("environment")) is not None:
+            again = environment.get("init_args", {}).get("what")  # of one that was left out before
+            settings["environment"] = LeftOut(again or environment["class_path"])
+        else:  # settings of turns are refused without it, which they were not always
+            settings.pop("max_turns", None)
+            settings.pop("environment_seconds", None)
         return resolve_name(SAMPLER)(**settings)
     for kind in (hint, *get_args(hint)):
         if is_dataclass(kind) and isinstance(value, dict):

@@ -147,15 +147,23 @@ def train(
             words += [f"--{name}", str(given[name])]
     made = _Made()
     words += made.policy(policy, tokenizer) + made.prompts(prompts, val) + made.rewards(reward)
-    words += made.environment(environment)
+    own = made.environment(environment)
     if ckpt_path is not None:
         words += ["--ckpt_path", str(ckpt_path)]
-    taken = {word.partition("=")[0] for word in short.written_out(words)}
+    taken = {word.partition("=")[0] for word in short.written_out(words + own)}
     for key, value in _checked(settings).items():
-        if f"--{key}" in taken or key.startswith(made.whole()):
-            raise ValueError(f"settings: {key} is set by a keyword already; leave one out")
+        for each in (key, *_inside(key, value)):
+            short_key = each.replace(".init_args", "")
+            if f"--{short_key}" in taken or short_key.startswith(made.whole()):
+                raise ValueError(f"settings: {each} is set by a keyword already; leave one out")
         words.append(f"--{key}={value if isinstance(value, str) else json.dumps(plain(value))}")
-    cli = _run(words, made)
+    try:
+        cli = _run(words + own, made)  # the sampler that the environment is for is known by then
+    except ValueError as error:
+        if "environment.init_args" not in str(error):
+            raise
+        taker = "the sampler of this config takes none; GroupSampler and VLLMSampler do"
+        raise ValueError(f"environment: {taker}") from None
     callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
     export = next((c.path for c in callbacks if isinstance(c, HFExport)), None)
     folder = Path(cli.trainer.default_root_dir)
@@ -167,6 +175,13 @@ def train(
         next(reversed(list_checkpoints(folder)), None),
         folder / export if export is not None and (folder / export).is_dir() else None,
     )
+
+
+def _inside(key: str, value: Any) -> list[str]:
+    """The keys that a setting sets which is a whole tree of them."""
+    if not isinstance(value, Mapping):
+        return []
+    return [each for k, v in value.items() for each in (f"{key}.{k}", *_inside(f"{key}.{k}", v))]
 
 
 def _no_keyword(name: str, names: list[str]) -> str:
@@ -252,10 +267,9 @@ class _Made:
         if environment is None:
             return []
         if not isinstance(environment, Environment):
-            got = f"the class {environment.__name__}" if isinstance(environment, type) else None
-            raise ValueError(
-                f"environment: expected an Environment; got {got or repr(environment)}"
-            )
+            is_class = isinstance(environment, type)
+            got = f"the class {environment.__name__}" if is_class else repr(environment)
+            raise ValueError(f"environment: expected an Environment; got {got[:80]}")
         self.sampler["environment"] = environment
         kind = type(environment)
         stand_in = {

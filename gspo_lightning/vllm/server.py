@@ -8,10 +8,10 @@ import json
 import logging
 import socket
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, as_completed
 from datetime import timedelta
@@ -240,7 +240,6 @@ class Servers:
         self.loads = [known[url] for url in loads]
         self.timeout, self.start_timeout = timeout, start_timeout
         self._sender = (Folder(folder) if transport == "disk" else Broadcast(timeout)).send
-        self._waiting = threading.Semaphore(AT_ONCE)
 
     def check(self, limits: Limits) -> None:
         """See ``Engine``."""
@@ -273,23 +272,26 @@ class Servers:
         """See ``Engine``."""
         for server in self.servers:
             server.wake()
-        failed = threading.Event()
+        found: list[list[Completion]] = [[] for _ in prompts]
+        waiting = deque(range(len(prompts)))
 
-        def ask(number: int) -> list[Completion]:
-            with self._waiting:
-                if failed.is_set():
-                    return []  # nobody reads it: the first one that failed is raised
+        def ask() -> None:
+            while True:
                 try:
-                    server = self.servers[number % len(self.servers)]
-                    return server.complete(prompts[number], params[number])
-                except EngineError:
-                    failed.set()
+                    number = waiting.popleft()
+                except IndexError:  # others have taken the last ones
+                    return
+                server = self.servers[number % len(self.servers)]
+                try:
+                    found[number] = server.complete(prompts[number], params[number])
+                except BaseException:
+                    waiting.clear()  # nobody reads the others: this error is raised
                     raise
 
-        asked = [beside(ask, number) for number in range(len(prompts))]
+        asked = [beside(ask) for _ in range(min(AT_ONCE, len(prompts)))]
         for each in as_completed(asked):
             each.result()
-        return [each.result() for each in asked]
+        return found
 
     def release(self) -> None:
         """See ``Engine``."""

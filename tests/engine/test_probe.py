@@ -211,6 +211,20 @@ def test_a_model_whose_tokens_see_what_follows_is_refused(make_model):
         probe.reading(ready(model), CPU)
 
 
+def test_a_model_that_lacks_its_mask_on_short_texts_is_refused(make_model):
+    """Doge of transformers 5.17: a text within the window was run without any mask."""
+    model = ready(make_model("mistral", sliding_window=9))
+    norm = model.model.norm
+    forward = norm.forward
+
+    def masked_behind_the_window(x):
+        return forward(x if x.shape[1] > model.config.sliding_window else x + x.mean(1, True))
+
+    norm.forward = masked_behind_the_window
+    with pytest.raises(ValueError, match=r"no causal language model.* or a newer transformers"):
+        probe.reading(model, CPU)
+
+
 def test_a_model_that_cannot_read_a_text_is_refused_in_one_line(llama):
     llama.model.forward = lambda *args, **kwargs: {}["state"]
     with pytest.raises(

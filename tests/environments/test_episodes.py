@@ -1,5 +1,6 @@
 """Episodes: what they are asked, in which order, and what an error or a hang of one costs."""
 
+import asyncio
 import threading
 import time
 
@@ -27,7 +28,7 @@ def conversations(answer, count=4, seconds=None, max_turns=8, environment=None):
         max_turns,
         seconds,
         read,
-        lambda row, turn, ids: [*map(ord, turn.text)],
+        lambda row, turn, ids: [*turn.text.encode()],
     )
 
 
@@ -72,6 +73,8 @@ def test_what_has_no_turn_or_no_room_behind_it_is_not_said(options, room, end):
 WRONG = [
     (ZeroDivisionError("by\nzero"), "ZeroDivisionError: by zero (environments.py:"),
     (SystemExit(3), "SystemExit: 3"),
+    (asyncio.CancelledError(), "CancelledError: "),
+    (Turn("\ud800"), "UnicodeEncodeError: "),  # which no tokenizer takes
     ("higher", "step() must give a Turn, gave str: 'higher'"),
     (None, "step() must give a Turn, gave NoneType"),
 ]

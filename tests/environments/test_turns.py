@@ -146,6 +146,18 @@ def test_stop_strings_end_turns(make_model, tokenizer):
     assert stopped > 2
 
 
+def test_a_turn_that_is_answered_with_nothing_begins_anew(make_model, tokenizer):
+    """A stop string that has ended a turn is not found once more with the next token."""
+    policy = Policy(make_model("qwen3"), tokenizer)
+    policy.ends = Ends(tokenizer, ["444"])  # what this policy says all the time
+    environment = Says(lambda row, text: Turn(""))
+    sampler = GroupSampler(1, T, 0.0, environment=environment, max_turns=9)
+    samples = sampler.sample(policy, batch_of(PROMPTS), seed=SEED)
+    drawn = samples.special_texts[1].split("\n")
+    assert samples.completion_ids[1].tolist() == [7] * T and samples.mask[1].all()
+    assert drawn == [""] * (T // 3) + ["4" * (T % 3)]
+
+
 def test_no_stop_string_goes_across_what_a_row_is_given(tokenizer):
     def ids(text):
         return tokenizer(text)["input_ids"]

@@ -26,6 +26,9 @@ model:
   init_args: {sampler: {class_path: gspo_lightning.GroupSampler}}
 data: {class_path: gspo_lightning.PromptData}
 """
+SERVED = {"class_path": "gspo_lightning.VLLMSampler", "init_args": {"server": "http://127.0.0.1:1"}}
+AHEAD = {"class_path": "gspo_lightning.AsyncSampler", "init_args": {"inner": SERVED}}
+TALKS = {"environment": Says(0)}
 PROMPTS = [f"{i}+{i + 1}=" for i in range(1, 6)]
 
 
@@ -146,6 +149,13 @@ def test_what_a_program_has_in_its_hands_goes_on_exactly_or_is_refused(here, mod
         ({"environment": Says}, ValueError, "environment: expected .*; got the class Says"),
         ({"environment_factory": Says}, TypeError, "did you mean `environment`"),
         ({"environment": Says(0)}, ValueError, "sampler.environment needs a term"),
+        (TALKS | {"settings": {"model.sampler.init_args.environment": 1}}, ValueError, "a keyword"),
+        (TALKS | {"settings": {"model.sampler": TALKS}}, ValueError, "a keyword already"),
+        (
+            TALKS | {"settings": {"model.sampler": AHEAD}},
+            ValueError,
+            "environment: the sampler of this config takes no",
+        ),
         ({"reward": [digits, 3]}, ValueError, "model.rewards: expected RewardTerm .*, got int"),
         ({"reward": "no.such"}, ValueError, "model.rewards.fn: there is no module no"),
         ({"ckpt_path": "last"}, ValueError, "no checkpoint.*; leave ckpt_path out .* run_folder$"),

@@ -118,6 +118,8 @@ class FakeVLLM:
 class Server(ThreadingHTTPServer):
     """Says nothing of clients that went away, in whatever test runs by then."""
 
+    request_queue_size = 512  # as many as call at one time
+
     def handle_error(self, request, client_address):
         pass
 

@@ -158,6 +158,26 @@ def test_the_engine_samples_beside_the_trainer_with_the_weights_it_was_given(fak
     assert off(policy, sampler.sample(policy, batch, seed=4)) < 1e-5
 
 
+def test_no_more_requests_wait_at_one_time_than_servers_take(fake, policy, config, monkeypatch):
+    monkeypatch.setattr(server, "AT_ONCE", 2)
+    at_once, most, lock = [], [], threading.Lock()
+
+    def watched(body):
+        with lock:
+            at_once.append(body)
+            most.append(len(at_once))
+        time.sleep(0.02)
+        with lock:
+            at_once.pop()
+        return fake.complete(body["token_ids"], body["sampling_params"])
+
+    fake.extra["/inference/v1/generate"] = watched
+    sampler = reached(fake, config)
+    sampler.take_weights(policy, 0)
+    samples = sampler.draw(policy, batch_of([*PROMPTS, *PROMPTS]), seed=4)
+    assert max(most) == 2 and len(most) == 8 and off(policy, samples) < 1e-5
+
+
 # ---- a run ---------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from gspo_lightning.vllm.ahead import AsyncSampler
 from gspo_lightning.vllm.local import EngineConfig
 from gspo_lightning.vllm.sampler import VLLMSampler
 from support import fake_sglang
+from support.environments import Talker
 from support.fake_vllm import serving
 from support.pages import blocks
 from support.prompts import PROMPTS, batch_of
@@ -48,6 +49,17 @@ def test_a_checkpoint_leads_to_no_server():
     for made in (_made(Sampler, kept), _made(Sampler, ahead)):
         assert type(made) is GroupSampler
         assert (made.group_size, made.max_new_tokens, made.temperature) == (4, 12, 0.5)
+
+
+def test_an_environment_is_named_in_a_checkpoint_and_settings_that_nobody_read_are_dropped():
+    sampler = VLLMSampler(4, 12, server="http://1.2.3.4:5", environment=Talker(), max_turns=3)
+    made = _made(Sampler, json.loads(json.dumps(plain(sampler))))
+    again = _made(Sampler, json.loads(json.dumps(plain(made))))
+    for each in (made, again):
+        assert (each.max_turns, each.environment.what) == (3, "support.environments.Talker")
+    older = plain(GroupSampler(4))
+    older["init_args"] |= {"max_turns": 4, "environment_seconds": 2.0}  # once they were not refused
+    assert _made(Sampler, older).max_turns == 8
 
 
 def config_of(**sampler):
