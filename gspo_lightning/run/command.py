@@ -226,6 +226,8 @@ class GSPOCLI(LightningCLI):
             parser.add_argument("--json", action="store_true", help=text)
             text = "Look at as much of a slow model as of a fast one, which takes minutes."
             parser.add_argument("--thorough", action="store_true", help=text)
+            text = "Null, as it stands in the config.yaml of a run: no checkpoint is examined."
+            parser.add_argument("--ckpt_path", type=str | None, help=text)
         return parser
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
@@ -258,6 +260,10 @@ class GSPOCLI(LightningCLI):
         self.rehearsal = bool(config.trainer.fast_dev_run)
         if ours := shipped.data_in(json.dumps(config.as_dict(), default=str)):
             say(f"{', '.join(ours)}: not here, so taken from the package ({shipped.DATA})")
+        if self.subcommand == "doctor" and config.pop("ckpt_path", None) is not None:
+            raise ValueError(
+                "ckpt_path: doctor examines what a run starts with, not a checkpoint; --ckpt_path null"
+            )
         trains = self.subcommand == "fit" and not self.rehearsal
         if trains:
             lock.check_lock(self.root)

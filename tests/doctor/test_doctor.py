@@ -19,7 +19,7 @@ from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.policy import load_policy
 from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.run.command import CommandTrainer
-from support.command import run
+from support.command import refused, run
 from support.repository import ROOT
 from support.tiny_models import EOS, build_model, build_tokenizer
 from support.tiny_run import make_module, write_prompts
@@ -79,6 +79,13 @@ def test_a_run_with_a_critic_and_one_completion_a_prompt_is_examined_to_its_end(
     assert found["gradient"]["status"] == found["ratio"]["status"] == "ok"
     assert found["gradient"]["value"]["rows"] > 1
     assert "flat groups" not in found and found["reward digits"]["status"] == "ok"
+
+
+def test_the_config_that_a_run_has_written_is_examined_but_for_its_checkpoint(folder, capsys):
+    Path("config.yaml").write_text(f"{CONFIG}ckpt_path: null\n")
+    assert errors(doctor(capsys, "--num_prompts 1", code=0)) == []
+    line = refused(capsys, "doctor --config config.yaml --ckpt_path last")
+    assert line.startswith("ckpt_path: doctor examines what a run starts with")
 
 
 def errors(findings):
