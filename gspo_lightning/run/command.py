@@ -262,7 +262,8 @@ class GSPOCLI(LightningCLI):
             say(f"{', '.join(ours)}: not here, so taken from the package ({shipped.DATA})")
         if self.subcommand == "doctor" and config.pop("ckpt_path", None) is not None:
             raise ValueError(
-                "ckpt_path: doctor examines what a run starts with, not a checkpoint; --ckpt_path null"
+                "ckpt_path: doctor examines what a run starts with, not a checkpoint; give "
+                "--ckpt_path null"
             )
         trains = self.subcommand == "fit" and not self.rehearsal
         if trains:
