@@ -63,8 +63,22 @@ def group_advantages(
         arXiv:2505.23585. ``gpg``: arXiv:2504.02546. ``pass_at_k``: arXiv:2503.19595.
         ``reinforce_plus_plus``: arXiv:2501.03262.
 
-    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.5]]), kind="relative")
-    tensor([[ 0.5000, -0.5000,  0.0000]])
+    The first of two groups, of which the second is flat:
+
+    >>> rewards = torch.tensor([[3.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    >>> lengths = torch.tensor([[1, 1, 1, 3], [1, 1, 1, 1]])
+    >>> for kind in get_args(Kind):
+    ...     found = group_advantages(rewards, kind, lengths=lengths)[0]
+    ...     print(kind, [round(value, 2) for value in found.tolist()])
+    normalized [1.41, 0.0, -0.71, -0.71]
+    relative [2.0, 0.0, -1.0, -1.0]
+    leave_one_out [2.67, 0.0, -1.33, -1.33]
+    batch_normalized [2.16, 0.0, -1.08, -1.08]
+    opo [2.33, 0.33, -0.67, -0.67]
+    gpg [4.0, 0.0, -2.0, -2.0]
+    pass_at_k [1.41, 0.0, 0.0, 0.0]
+    reinforce_plus_plus [3.0, 1.0, 0.0, 0.0]
+    reinforce_plus_plus_baseline [2.0, 0.0, -1.0, -1.0]
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")

@@ -48,6 +48,9 @@ def kl_estimate(
 
     >>> kl_estimate(torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -2.0]))
     tensor([0.3679, 0.0000])
+    >>> old_logprobs = torch.tensor([-1.5])  # 0.3679 e^0.5
+    >>> kl_estimate(torch.tensor([-1.0]), torch.tensor([-2.0]), "k3_corrected", old_logprobs)
+    tensor([0.6065])
     """
     if kind not in get_args(Estimator):
         raise ValueError(f"kind must be one of {', '.join(get_args(Estimator))}, got {kind!r}")

@@ -300,9 +300,9 @@ def token_weights(
         ``fixed_length``: Dr. GRPO, arXiv:2503.20783, section 3.2. ``token_sum``: LUSPO,
         arXiv:2602.05261.
 
-    >>> token_weights(torch.tensor([[True, True], [True, False]]), "sequence_mean")
-    tensor([[0.2500, 0.2500],
-            [0.5000, 0.0000]])
+    >>> mask = torch.tensor([[True, True], [True, False]])
+    >>> [token_weights(mask, kind).tolist() for kind in ("sequence_mean", "token_sum")]
+    [[[0.25, 0.25], [0.5, 0.0]], [[0.5, 0.5], [0.5, 0.0]]]
     """
     _check_choice("aggregation", aggregation, Aggregation)
     if aggregation == "fixed_length" and (max_length is None or max_length < 1):
@@ -345,10 +345,17 @@ def picked_tokens(
     Returns:
         (B, T) bool, False under a False mask; ties with the last one are in, by their entropy.
 
-    >>> entropy, mask = torch.tensor([[0.1, 0.9, 0.2, 0.9]]), torch.ones(1, 4, dtype=torch.bool)
-    >>> choices = Objective(pick="high_entropy", pick_share=0.3)
-    >>> picked_tokens(entropy, entropy, entropy, entropy, mask, choices, seed=0).int()
-    tensor([[0, 1, 0, 1]], dtype=torch.int32)
+    Covariances here are 3, 0.5, 0.5 and 0:
+
+    >>> logprobs, mask = torch.tensor([[-3.0, -1, -1, -1]]), torch.ones(1, 4, dtype=torch.bool)
+    >>> entropy, advantages = torch.tensor([[0.1, 0.9, 0.2, 0.9]]), torch.tensor([[-2.0, 1, 1, 0]])
+    >>> for pick in get_args(Pick):
+    ...     row = Objective("token", pick=pick, pick_share=0.3)
+    ...     given = logprobs, logprobs, entropy, advantages, mask, row
+    ...     print(pick, picked_tokens(*given, seed=0).int().tolist())
+    high_entropy [[0, 1, 0, 1]]
+    clip_cov [[1, 0, 0, 0]]
+    kl_cov [[1, 0, 0, 0]]
     """
     advantages = _per_token(advantages, mask)
     log_ratio = importance_log_ratio(logprobs, old_logprobs, mask, "token")
@@ -408,6 +415,27 @@ def policy_loss(
     Source:
         GSPO, arXiv:2507.18071, eq. 5. PPO, arXiv:1707.06347, eq. 7. CISPO, arXiv:2506.13585. For
         the others see ``Objective``.
+
+    How strongly two tokens of ratios 2 and 1/2 are pushed up, each a completion or both in one:
+
+    >>> def push(advantage, shape=(2, 1), **choices):
+    ...     logprobs = torch.tensor([2.0, 0.5]).log().reshape(shape).requires_grad_()
+    ...     ones = torch.ones(shape)
+    ...     given = logprobs, 0 * ones, advantage * ones, ones.bool(), ones, Objective(**choices)
+    ...     policy_loss(*given).loss.backward()
+    ...     return [round(0.0 - slope, 2) for slope in logprobs.grad.flatten().tolist()]
+    >>> grpo = {"ratio": "token", "clip_low": 0.2, "clip_high": 0.2}
+    >>> push(1, **grpo), push(-1, **grpo), push(-1, **grpo, clip_dual=1.5)  # dual clip
+    ([0.0, 0.5], [-2.0, 0.0], [0.0, 0.0])
+    >>> push(1, **grpo, surrogate="cispo"), push(1, ratio="token", surrogate="soft")  # CISPO, SAPO
+    ([1.2, 0.8], [1.57, 0.47])
+    >>> push(1, ratio="sequence_sum", surrogate="gamma")  # VESPO: 4 / e^3 and e^1.5 / 4
+    [0.2, 1.12]
+    >>> push(1, (1, 2), **grpo | {"ratio": "geometric"})  # GMPO: the root of 1.2 * 0.5
+    [0.0, 0.77]
+    >>> wide = {"ratio": "token", "clip_low": 1.0}
+    >>> push(-1, **wide), push(-1, **wide, off_policy_limit=0.5)  # DeepSeek: ln 2 nats less likely
+    ([-2.0, -0.5], [-2.0, 0.0])
     """
     for name, tensor in {"old_logprobs": old_logprobs, "mask": mask, "weights": weights}.items():
         if tensor.shape != logprobs.shape:

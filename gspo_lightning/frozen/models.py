@@ -165,6 +165,18 @@ class ReferencePolicy:
         Args:
             policy: A model with the same parameters.
             steps: Optimizer steps that were taken.
+
+        >>> from torch import nn
+        >>> reference = ReferencePolicy(sync=ReferenceSync(mixup=0.6, every=2))
+        >>> policy, reference.model = (
+        ...     nn.ParameterList([torch.full((1,), value)]) for value in (1.0, 0.0))
+        >>> for steps in (1, 2, 3, 4):
+        ...     reference.follow(policy, steps)
+        ...     print(steps, round(reference.model[0].item(), 2))
+        1 0.0
+        2 0.6
+        3 0.6
+        4 0.84
         """
         if self.sync is None or steps % self.sync.every:
             return
