@@ -22,7 +22,8 @@ class Section:
 
     Args:
         title: Heading in the report.
-        algorithms: Names of overlays in ``configs/algorithm``.
+        algorithms: Names of overlays in ``configs/algorithm``; ``grpo + kl/off`` has a further
+            overlay on top.
         updates: Optimizer steps per rollout, in one epoch; one arm for each.
         seeds: What ``seed_everything`` takes; the same for every arm, so that arms are paired.
         configs: Config files on top of the plan's.
@@ -55,7 +56,8 @@ class Arm:
     def name(self) -> str:
         """Of the run's folder."""
         on_top = "".join(f"{Path(config).stem}-" for config in self.configs)
-        return f"{on_top}{self.algorithm}-{self.updates}-seed{self.seed}"
+        algorithm = self.algorithm.replace(" ", "").replace("/", "_")
+        return f"{on_top}{algorithm}-{self.updates}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Plan:
 
     def files(self, arm: Arm) -> list[str]:
         """The config files of a run but the one that the comparison adds."""
-        return [*self.configs, *arm.configs, str(overlay(arm.algorithm))]
+        return [*self.configs, *arm.configs, *map(str, overlays(arm.algorithm))]
 
 
 def read_plan(path: str) -> Plan:
@@ -101,7 +103,7 @@ def read_plan(path: str) -> Plan:
     for name, section in sections.items():
         if not section.algorithms or not section.updates or not section.seeds:
             raise ValueError(f"{path}: sections.{name} needs algorithms, updates and seeds")
-        for file in map(overlay, section.algorithms):
+        for file in (file for name in section.algorithms for file in overlays(name)):
             if not file.is_file():
                 known = [c.removeprefix("algorithm/") for c in config_list() if "algorithm/" in c]
                 raise ValueError(f"{path}: sections.{name}: there is no {file}; there are {known}")
@@ -123,9 +125,16 @@ def build(kind: Any, where: str, entry: Any) -> Any:
         raise ValueError(f"{where}: {error}") from error
 
 
-def overlay(algorithm: str) -> Path:
-    """The overlay of an algorithm."""
-    return Path(find_config(f"configs/algorithm/{algorithm}.yaml")[0])
+def overlays(algorithm: str) -> list[Path]:
+    """The overlays of an algorithm: its own, and what is put on top.
+
+    >>> [f"{file.parent.name}/{file.name}" for file in overlays("grpo + kl/off")]
+    ['algorithm/grpo.yaml', 'kl/off.yaml']
+    """
+    first, *others = (name.strip() for name in algorithm.split("+"))
+    return [
+        Path(find_config(f"configs/{name}.yaml")[0]) for name in (f"algorithm/{first}", *others)
+    ]
 
 
 def arms(section: Section) -> Iterator[Arm]:

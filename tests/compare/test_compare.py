@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from gspo_lightning.compare import __main__ as compare
-from gspo_lightning.compare.plan import Arm, arms, merged, overlay, read_plan, settings
+from gspo_lightning.compare.plan import Arm, arms, merged, overlays, read_plan, settings
 from gspo_lightning.compare.report import (
     Run,
     differences,
@@ -157,6 +157,7 @@ def test_the_shipped_plan_is_read():
     [
         ({"seedz": [0]}, "unknown ['seedz']"),
         ({"algorithms": ["gspoo"]}, "there is no configs/algorithm/gspoo.yaml"),
+        ({"algorithms": ["gspo + kl/of"]}, "there is no configs/kl/of.yaml"),
         ({"seeds": []}, "sections.algorithms needs algorithms, updates and seeds"),
         ({"configs": ["configs/none.yaml"]}, "there is no config configs/none.yaml"),
     ],
@@ -181,7 +182,7 @@ def test_every_run_has_the_same_updates_completions_and_a_reference_to_measure_w
     for algorithm in ("gspo", "dapo", "grpo"):
         arm = Arm(algorithm, 16, 0, (), False)
         own = settings(plan, arm)
-        model = merged([*plan.configs, str(overlay(algorithm))])["model"]
+        model = merged([*plan.configs, *map(str, overlays(algorithm))])["model"]
         assert own["model"]["init_args"]["num_minibatches"] == 16
         assert own["data"]["init_args"]["num_rollouts"] == 60
         assert (model["init_args"]["reference"] is None) == (
