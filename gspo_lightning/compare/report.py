@@ -21,6 +21,7 @@ from gspo_lightning.compare.significance import holm, t_test
 LEVEL = 0.05  # of significance, over all comparisons of a table
 LATE = 10  # rollouts at the end whose mean stands in the table
 COLOURS = ("#1f5a96", "#c8553d", "#3b8c5a", "#8c6bb1", "#d9a441", "#5f6b73", "#b0457b", "#3aa6b9")
+STYLES = ("-", "--", ":", "-.")
 PANELS = (  # title, key of a rollout or of a validation
     ("Reward", "train/reward"),
     ("Held-out accuracy, sampled", "val/accuracy_sampled"),
@@ -197,11 +198,13 @@ def draw(path: Path, groups: Mapping[tuple[str, int], list[Run]]) -> None:
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(12, 18), dpi=100, layout="constrained")
-    several = len({updates for _, updates in groups}) > 1
+    algorithms = list(dict.fromkeys(algorithm for algorithm, _ in groups))
+    steps = list(dict.fromkeys(updates for _, updates in groups))
     for row, (title, key) in zip(picture.subplots(len(PANELS), 2), PANELS, strict=True):
-        for number, ((algorithm, updates), runs) in enumerate(groups.items()):
-            colour = COLOURS[number % len(COLOURS)]
-            style = ("-", "--", ":")[number // len(COLOURS) % 3]
+        for (algorithm, updates), runs in groups.items():
+            # an algorithm has a colour, its number of updates a style
+            again, colour = divmod(algorithms.index(algorithm), len(COLOURS))
+            style = STYLES[(again * len(steps) + steps.index(updates)) % len(STYLES)]
             found = [series(run, key) for run in runs]
             # as far as the shortest run of the group goes
             values = list(zip(*(of_run for _, _, of_run in found), strict=False))
@@ -211,11 +214,11 @@ def draw(path: Path, groups: Mapping[tuple[str, int], list[Run]]) -> None:
             spread = [stdev(v) if len(v) > 1 else 0.0 for v in values]
             low = [m - s for m, s in zip(middle, spread, strict=True)]
             high = [m + s for m, s in zip(middle, spread, strict=True)]
-            label = f"{algorithm}, {updates}" if several else algorithm
+            label = f"{algorithm}, {updates}" if len(steps) > 1 else algorithm
             for place, axes in enumerate(row):
                 x = [mean(v) for v in zip(*(run[place] for run in found), strict=False)]
-                axes.plot(x, middle, style, color=colour, linewidth=1.6, label=label)
-                axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+                axes.plot(x, middle, style, color=COLOURS[colour], linewidth=1.6, label=label)
+                axes.fill_between(x, low, high, color=COLOURS[colour], alpha=0.15, linewidth=0)
         for axes, unit in zip(row, ("rollout", "seconds"), strict=True):
             axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
             axes.set_xlabel(unit, fontsize=9, color="0.35")
