@@ -197,7 +197,7 @@ def test_no_weight_changes_and_no_gradient_stays(tmp_path, model_dir):
         ("--data.path missing.jsonl", "data.path: there is no file missing.jsonl"),
         ("--model.num_minibatches 3", "model.num_minibatches must divide the 16 completions"),
         ("--data.chat_template true", "data.chat_template is true, but the tokenizer has no"),
-        ("--ckpt_path last", "unknown key `ckpt_path`"),
+        ("--ckpt_path last", "ckpt_path: doctor examines what a run starts with, not a checkpoint"),
         (
             "--data.val_path prompts.jsonl --trainer.val_check_interval 9",
             "trainer.val_check_interval is 9, the run has 3 batches",
