@@ -1,8 +1,9 @@
 """Time updates that pick tokens by statistics of the whole mini-batch, against one that does not.
 
-Prints a Markdown table, that of docs/performance.md. The statistics must be known before the first backward pass, which costs
-one more forward pass over each mini-batch. CPU seconds of the updates of a rollout, each run in a
-process of its own, in turn; ratios are medians over rounds, with the smallest and the largest.
+Prints the table of docs/performance.md. Statistics must be known before the first backward pass,
+which costs one more forward pass over each mini-batch. CPU seconds of the updates of a rollout,
+each run in a process of its own, in turn; ratios are medians over rounds, with the smallest and
+the largest.
 
     python benchmarks/picks.py
 """
