@@ -59,8 +59,8 @@ class Evaluation:
         """Refuse a ``correct`` that names no reward term."""
         if self.correct is not None and self.correct not in terms:
             raise ValueError(
-                f"evaluation.correct is {self.correct!r}, which is no reward; "
-                f"there are {sorted(terms)}"
+                f"evaluation.correct is {self.correct!r}, which is no reward; set "
+                f"model.evaluation.correct to one of {sorted(terms)}"
             )
 
     def samplers(self, training: Sampler) -> dict[str, Sampler]:

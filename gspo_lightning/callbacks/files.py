@@ -196,6 +196,13 @@ class AdaptiveKL(Callback):
                 "AdaptiveKL needs a reference policy to measure the KL divergence against: set "
                 "model.reference, or remove AdaptiveKL from trainer.callbacks"
             )
+        fixed = getattr(pl_module, "hparams", {}).get("kl_coef", 0.0)
+        if fixed not in (0.0, self.initial):
+            raise ValueError(
+                f"model.kl_coef is {fixed}, and AdaptiveKL sets the coefficient, {self.initial} at "
+                "first: for one that stays take AdaptiveKL out of trainer.callbacks (config base "
+                "has none, the demos' have), else leave model.kl_coef at 0"
+            )
         prompts = getattr(trainer.datamodule, "prompts_per_rollout", None)
         if prompts is not None:
             # A rule that cannot take rollouts of this size says so now, not after the first one.

@@ -105,7 +105,8 @@ def read_plan(path: str) -> Plan:
             raise ValueError(f"{path}: sections.{name} needs algorithms, updates and seeds")
         for file in (file for name in section.algorithms for file in overlays(name)):
             if not file.is_file():
-                known = [c.removeprefix("algorithm/") for c in config_list() if "algorithm/" in c]
+                kind = f"{file.parent.name}/"
+                known = [c.removeprefix(kind) for c in config_list() if c.startswith(kind)]
                 raise ValueError(f"{path}: sections.{name}: there is no {file}; there are {known}")
     for config in [*plan.configs, *(c for s in sections.values() for c in s.configs)]:
         if not Path(find_config(config)[0]).is_file():

@@ -241,9 +241,9 @@ def write_report(out: Path, plan: Plan, runs: Mapping[str, list[Run]], command: 
     lines += [
         f"Made by `{command}` with {versions}, Python {platform.python_version()}, one thread a "
         f"run. Every figure of every rollout is in [{out.name}.csv]({out.name}.csv); the command "
-        "gives the same file on the same machine, to the last digit. Each run samples "
-        f"{plan.completions:,} completions. After ± stands the standard error over seeds; figures "
-        f"of rollouts are means over the last {LATE}.",
+        "gives the same file on the same machine, to the last digit. Each run samples at least "
+        f"{plan.completions:,} completions, in whole rollouts. After ± stands the standard error "
+        f"over seeds; figures of rollouts are means over the last {LATE}.",
         "",
     ]
     for name, section in plan.sections.items():

@@ -22,7 +22,7 @@ from gspo_lightning.checkpoint.quoted import printable
 from gspo_lightning.doctor import memory, numbers, rewards, text
 from gspo_lightning.doctor.clipping import clipping
 from gspo_lightning.doctor.engine import engine
-from gspo_lightning.doctor.environment import episodes
+from gspo_lightning.doctor.environment import episodes, out_of_turns
 from gspo_lightning.doctor.findings import (
     Finding,
     announced,
@@ -130,9 +130,15 @@ def examine(
         return found
     samples = drawn[0]
     checks = {
-        **({"environment": lambda: episodes(environment, samples)} if environment else {}),
+        **(
+            {"environment": lambda: episodes(environment, samples, policy.tokenizer)}
+            if environment
+            else {}
+        ),
         "prompt": lambda: text.example(policy, samples),
-        "truncated": lambda: rewards.truncation(samples.finished.cpu(), cap, limit),
+        "truncated": lambda: rewards.truncation(
+            samples.finished.cpu(), cap, limit, out_of_turns(samples)
+        ),
         "rewards": lambda: earned(module, samples, cap, totals),
         "kl": lambda: numbers.start_kl(module, trainer, samples, effort.kl_rows),
         "ratio noise": lambda: numbers.noise(module, data, samples, effort.rows),

@@ -23,11 +23,16 @@ ENDLESS = (
 SAME = 1e-6  # relative difference of rewards that count as equal, as in ``flat_groups``
 
 
-def truncation(finished: Tensor, cap: int, limit: int) -> Finding:
+def truncation(finished: Tensor, cap: int, limit: int, out_of_turns: float = 0.0) -> Finding:
     """How many completions were cut at ``cap`` tokens, and whether the run would cut as many.
 
-    ``finished`` is (B,) bool; ``limit`` is ``sampler.max_new_tokens``.
+    ``finished`` is (B,) bool; ``limit`` is ``sampler.max_new_tokens``; ``out_of_turns`` is the
+    share of completions that had tokens left and no turn.
     """
+    if out_of_turns > MOST:
+        text = f"{out_of_turns:.0%} of {len(finished)} episodes were cut as they had no turn left"
+        remedy = "raise sampler.max_turns, let the environment end them, or set truncated: keep"
+        return Finding("truncated", "warning", text, remedy, {"out_of_turns": out_of_turns})
     share = (~finished).float().mean().item()
     value = {"cut_share": share, "cap": cap, "limit": limit}
     text = f"{share:.0%} of {len(finished)} completions were cut at {cap} tokens"

@@ -18,6 +18,7 @@ from gspo_lightning.start.typed import program
 PATIENCE = 20  # rollouts without one clipped sequence before that is called suspicious
 MOST = 0.6  # of groups flat, of ratios clipped: what is left to learn from is the smaller part
 CUT = 0.5  # of completions that hit the limit: what is learned is mostly what a cut text earns
+MORE_TURNS = "raise sampler.max_turns, let the environment end them, or set model.truncated: keep"
 STEADY = 5  # rollouts in a row: figures of one rollout scatter, five alike are no accident
 COLLAPSED = 0.1  # of the entropy at the start: samples of a group are then nearly copies
 DETERMINISTIC = 5e-3  # nats per token: an entropy that is collapse wherever it began
@@ -128,6 +129,8 @@ def overclipped(figures: Figures, run: History) -> str | None:
 def truncated(figures: Figures, run: History) -> str | None:
     """Most completions hit the limit."""
     if (share := figures.get("rollout/truncated_fraction", 0.0)) > CUT:
+        if (turns := figures.get("env/out_of_turns", 0.0)) > share / 2:
+            return f"{turns:.0%} of the episodes had no turn left; {MORE_TURNS}"
         return (
             f"{share:.0%} of the completions hit the limit of {run.limit} tokens: it is too short, "
             "or the policy never ends a text; raise sampler.max_new_tokens, set "
@@ -311,9 +314,11 @@ def variance(figures: Figures, run: History) -> str | None:
         return None
     mend = "use other prompts (data.path), or a reward term that tells these apart"
     if (share := figures.get("rollout/truncated_fraction", 0.0)) > CUT:
+        more = "set policy.stop_strings or policy.stop_token_ids, or raise sampler.max_new_tokens"
+        if figures.get("env/out_of_turns", 0.0) > share / 2:
+            more = MORE_TURNS
         mend = (
-            f"{share:.0%} of the completions hit the limit, and model.truncated makes them alike: "
-            "set policy.stop_strings or policy.stop_token_ids, or raise sampler.max_new_tokens"
+            f"{share:.0%} of the completions were cut, and model.truncated makes them alike: {more}"
         )
     return (
         f"the rewards do not differ within groups any more (standard deviation {now:.1e}, at the "

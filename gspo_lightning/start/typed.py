@@ -33,6 +33,7 @@ _CALLED = {  # what messages call the options of a command, and what they are in
     r"--trainer\.default_root_dir (NEW|[\w.-]*/[\w./-]+)": r'run_folder="\1"',
     r"--trainer\.default_root_dir\b": "run_folder",
     r"--config (?:configs/)?([\w/]*\w)(?:\.yaml)?": r'config=[..., "\1"]',
+    r"set model\.sampler\.environment\b": "pass environment=...",
     r"--accept_changes true": 'settings={"accept_changes": True}',
     r"--([\w.]+) (\d+)\b": r'settings={"\1": \2}',
 }

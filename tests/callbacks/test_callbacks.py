@@ -104,6 +104,14 @@ def test_adaptive_kl_needs_a_reference(tmp_path):
         fit(tmp_path, [AdaptiveKL()], module=RolloutDummy(reference=False))
 
 
+def test_a_coefficient_that_stays_and_one_that_adapts_are_refused_together(tmp_path):
+    module = RolloutDummy()
+    module.hparams["kl_coef"] = 0.04
+    with pytest.raises(ValueError, match=r"model.kl_coef is 0.04, and AdaptiveKL .*, 0.2 at first"):
+        fit(tmp_path, [AdaptiveKL()], module=module)
+    fit(tmp_path, [AdaptiveKL(initial=0.04)], module=module)
+
+
 def test_a_horizon_too_short_for_the_rollout_is_refused_before_training(tmp_path):
     seen = []
 

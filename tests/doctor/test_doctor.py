@@ -532,3 +532,4 @@ def test_truncation_is_known_only_at_the_limit():
     assert "raise sampler.max_new_tokens" in truncation(finished, 8, 8).remedy
     assert "is not known" in truncation(finished, 8, 9).text
     assert truncation(~finished, 8, 8).status == "ok"
+    assert "raise sampler.max_turns" in truncation(finished, 8, 8, out_of_turns=0.9).remedy

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from gspo_lightning import EnvironmentReward, GSPOModule, PromptData, Turn
 from gspo_lightning.callbacks.report import sample_rows
 from gspo_lightning.data.prompts import PromptData as Prompts
-from gspo_lightning.doctor.environment import episodes
+from gspo_lightning.doctor.environment import episodes, out_of_turns
 from gspo_lightning.doctor.text import example
 from gspo_lightning.environments import COLUMN, transcript
 from gspo_lightning.evaluation import Evaluation
@@ -222,6 +223,11 @@ def test_doctor_plays_an_episode_again(trained):
     count = itertools.count()
     found = episodes(Says(lambda row, text: Turn(str(next(count)))), rollout)
     assert found.status == "warning" and "will not be exact" in found.text
+    unknown = SimpleNamespace(unk_token_id=int(rollout.completion_ids[~rollout.mask].max()))
+    found = episodes(Talker(), rollout, unknown)
+    assert found.status == "warning" and "unknown to the tokenizer" in found.text
+    ends = [{COLUMN: {"end": end}} for end in ("turns", "done", "turns", "tokens")]
+    assert out_of_turns(SimpleNamespace(rows=ends)) == 0.5
     broken = dict(rollout.rows[3])
     broken[COLUMN] = broken[COLUMN] | {"error": "OSError: no server", "end": "error"}
     rollout = replace(rollout, rows=[*rollout.rows[:3], broken, *rollout.rows[4:]])

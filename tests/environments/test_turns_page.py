@@ -57,16 +57,21 @@ def test_the_configs_are_some(at_the_root, tmp_path):
     settings, tools = map(yaml.safe_load, BLOCKS["yaml"])
     sampler = settings["model"]["init_args"]["sampler"]["init_args"]
     assert sampler["environment"] == {"class_path": "my_envs.GuessDigit"}
-    assert tools["environment"]["init_args"] == {"tools": ["my_tools.area"]}
-    sampler |= tools
-    tools["environment"]["init_args"]["tools"] = ["support.environments.add"]
+    further = tools["model"]["init_args"]
+    environment = further["sampler"]["init_args"]["environment"]
+    assert environment["init_args"] == {"tools": ["my_tools.area"]}
+    environment["init_args"]["tools"] = ["support.environments.add"]
+    sampler["environment"] = environment
+    settings["model"]["init_args"]["rewards"] |= further["rewards"]
     (tmp_path / "turns.yaml").write_text("# the page's\n" + yaml.safe_dump(settings))
     module = instantiated(
         *("--config", "configs/turns.yaml", "--config", tmp_path / "turns.yaml"),
-        *("--trainer.default_root_dir", tmp_path / "run", "--model.evaluation.correct", "won"),
+        *("--trainer.default_root_dir", tmp_path / "run"),
     ).model
     assert module.sampler.environment.tools == [add]
     assert module.sampler.environment_seconds == 10 and module.rewards["won"].policy.skip
+    assert module.rewards.keys() == {"won", "used", "right"}
+    assert module.hparams["evaluation"]["correct"] == "won"
 
 
 THOUGHTS, OPENING = "takes the thoughts out", "begins earlier answers otherwise"

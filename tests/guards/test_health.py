@@ -15,6 +15,7 @@ WELL = {
     "train/clip_fraction_sequences": 0.1,
     "train/clip_fraction_tokens": 0.1,
     "rollout/truncated_fraction": 0.1,
+    "env/out_of_turns": 0.0,
     "rollout/flat_best_fraction": 0.2,
     "rollout/flat_worst_fraction": 0.2,
     "rollout/flat_groups_kept": 0.0,
@@ -61,6 +62,8 @@ CASES = [  # rule, figures that show it, figures that just do not, cause, settin
      "61% of the ratios are clipped", "learning_rate"),
     ("truncated", {"truncated_fraction": 0.51}, {"truncated_fraction": 0.5},
      "51% of the completions hit the limit of 100 tokens", "max_new_tokens"),
+    ("truncated", {"truncated_fraction": 0.9, "out_of_turns": 0.8}, {"truncated_fraction": 0.5},
+     "80% of the episodes had no turn left", "sampler.max_turns"),
     ("flat_best", {"flat_best_fraction": 0.5, "flat_worst_fraction": 0.11},
      {"flat_best_fraction": 0.5, "flat_worst_fraction": 0.1}, "all best (50%)", "harder prompts"),
     ("flat_worst", {"flat_best_fraction": 0.11, "flat_worst_fraction": 0.5},
@@ -219,10 +222,10 @@ def test_rules_read_only_what_all_ranks_share():
             return super().get(name, default)
 
     health = watch()
-    for _ in range(START + 1):
-        health.check(Recorder(figures(kl_divergence=0.05)))
+    for cut in (0.1, 0.9) * START:
+        health.check(Recorder(figures(kl_divergence=0.05, truncated_fraction=cut)))
     assert {name.partition("/")[0] for name in Recorder.read} <= {
-        *("train", "policy", "rollout", "reward", "sampler"),
+        *("train", "policy", "rollout", "reward", "sampler", "env"),
     }
     assert Recorder.read == set(WELL) - {"train/clip_fraction_tokens"}
 
