@@ -314,11 +314,12 @@ def variance(figures: Figures, run: History) -> str | None:
         return None
     mend = "use other prompts (data.path), or a reward term that tells these apart"
     if (share := figures.get("rollout/truncated_fraction", 0.0)) > CUT:
+        what = "hit the limit"
         more = "set policy.stop_strings or policy.stop_token_ids, or raise sampler.max_new_tokens"
         if figures.get("env/out_of_turns", 0.0) > share / 2:
-            more = MORE_TURNS
+            what, more = "had no turn left", MORE_TURNS
         mend = (
-            f"{share:.0%} of the completions were cut, and model.truncated makes them alike: {more}"
+            f"{share:.0%} of the completions {what}, and model.truncated makes them alike: {more}"
         )
     return (
         f"the rewards do not differ within groups any more (standard deviation {now:.1e}, at the "

@@ -161,6 +161,7 @@ def adaptive(rule="MultiplicativeKL", target=0.12, initial=0.2, warmup=5):
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_another_rule_of_the_kl_coefficient_makes_it_another_run(copied, capsys):
     command = ["fit", "--config=run.yaml", adaptive(), "--trainer.default_root_dir=kl"]
+    command.append("--model.kl_coef=0.0")
     assert train.main(command) == 0
     last = [*command, "--ckpt_path=last", "--data.num_rollouts=2"]
     for change, line in [
