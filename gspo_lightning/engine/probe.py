@@ -184,9 +184,11 @@ def _try_reading(model: Any, base: Any, device: torch.device, packed: bool) -> F
                 raise ValueError(
                     f"policy.path: {type(base).__name__} {_failure(error, 'alone')}"
                 ) from error
-            _check_model(model, base, texts)
-            with _set(windows):  # a text that lies within them may be run without any mask
-                _check_model(model, base, texts)
+            longest = texts.on.shape[1]
+            _check_model(model, base, texts, longest)
+            if windows:  # a text that lies within them may be run without any mask
+                with _set(windows):
+                    _check_model(model, base, texts, min(2, longest))
         ways = {
             "packed": (in_one_row, ": rows are padded, not packed: "),
             "shared": (lambda: padded(2), ": prompts are read once for each completion: "),
@@ -206,18 +208,25 @@ def _try_reading(model: Any, base: Any, device: torch.device, packed: bool) -> F
     raise ValueError(f"policy.path: {type(base).__name__}{reasons[-1]}")
 
 
-def _check_model(model: Any, base: Any, texts: Texts) -> None:
+@torch.no_grad()
+def _check_model(model: Any, base: Any, texts: Texts, length: int) -> None:
     """Refuse a model that gives no log-prob of a text, whatever way it is run.
 
+    Args:
+        model: As for :func:`reading`.
+        base: The transformers model in it.
+        texts: Of which the first is tried.
+        length: Tokens of its completion.
+
     Raises:
-        ValueError: If a text has other log-probs at the second time, or if its tokens see what
+        ValueError: If the text has other log-probs at the second time, or if its tokens see what
             follows them.
     """
     ids, mask, completion, on = (x[:1] for x in texts)
     close = (HALF if _is_half(base) else FLOAT32)[0]
 
     def values(length: int, last: int | None = None) -> Tensor:
-        """Log-probs of the first text, cut to ``length``, with another last token that it reads."""
+        """Log-probs of the text, cut to ``length``, with another last token that it reads."""
         part = on & (torch.arange(on.shape[1], device=on.device) < length)
         changed = completion.clone()
         if last is not None:
@@ -225,29 +234,24 @@ def _check_model(model: Any, base: Any, texts: Texts) -> None:
         outputs, columns, source, _ = run_alone(model, ids, mask, changed, part, part)
         return _normal(outputs[0], _values(outputs[0])[0, -columns[0] :][source])
 
-    @torch.no_grad()
-    def check(length: int) -> None:
-        before = values(length)
+    before = values(length)
 
-        def moved(found: Tensor) -> bool:
-            return _gap(found, before[: len(found)], before.std(-1)) > close
+    def moved(found: Tensor) -> bool:
+        return _gap(found, before[: len(found)], before.std(-1)) > close
 
-        name = f"policy.path: {type(base).__name__} is"
-        if moved(values(length)):
-            raise ValueError(
-                f"{name} random: the same text has other log-probs each time; set what makes it "
-                "random to 0 in config.json, or take another model"
-            )
-        others = ids[0][ids[0] != completion[0, length - 2]].tolist()
-        changed = values(length, others[-1])[:-1] if others and length > 1 else before
-        if moved(changed) or (length == on.shape[1] and moved(values(max(1, length - 1)))):
-            raise ValueError(
-                f"{name} no causal language model: its tokens see what follows them; set "
-                "is_decoder to true in config.json, or take another model or a newer transformers"
-            )
-
-    for length in {min(2, on.shape[1]), on.shape[1]}:  # one of them may lie within a window
-        check(length)
+    name = f"policy.path: {type(base).__name__} is"
+    if moved(values(length)):
+        raise ValueError(
+            f"{name} random: the same text has other log-probs each time; set what makes it "
+            "random to 0 in config.json, or take another model"
+        )
+    others = ids[0][ids[0] != completion[0, length - 2]].tolist()
+    changed = values(length, others[-1])[:-1] if others and length > 1 else before
+    if moved(changed) or (length == on.shape[1] and moved(values(max(1, length - 1)))):
+        raise ValueError(
+            f"{name} no causal language model: its tokens see what follows them; set "
+            "is_decoder to true in config.json, or take another model or a newer transformers"
+        )
 
 
 def _not_packed(base: Any) -> str | None:

@@ -100,7 +100,9 @@ class Turns:
     def _answered(self, ended: Sequence[Ended | None]) -> list[bool]:
         """Ask for answers to the turns that ended, all at once; whether the rows are over."""
         asked = [turn for turn in ended if turn is not None]
-        answers = iter(self.answer(asked) if asked else [])
+        if not asked:  # as at most steps
+            return [False] * len(ended)
+        answers = iter(self.answer(asked))
         over = []
         for turn in ended:
             ids = [] if turn is None else next(answers)
