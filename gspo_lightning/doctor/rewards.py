@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gspo_lightning.advantages import flat_groups, group_advantages
 from gspo_lightning.doctor.findings import Finding
+from gspo_lightning.guards.health import MORE_TURNS
 from gspo_lightning.rewards.terms import RewardError, RewardTerm, Scores, score
 
 MOST = 0.5  # of completions cut, or of rewards missing: what is left does not describe the whole
@@ -31,8 +32,7 @@ def truncation(finished: Tensor, cap: int, limit: int, out_of_turns: float = 0.0
     """
     if out_of_turns > MOST:
         text = f"{out_of_turns:.0%} of {len(finished)} episodes were cut as they had no turn left"
-        remedy = "raise sampler.max_turns, let the environment end them, or set truncated: keep"
-        return Finding("truncated", "warning", text, remedy, {"out_of_turns": out_of_turns})
+        return Finding("truncated", "warning", text, MORE_TURNS, {"out_of_turns": out_of_turns})
     share = (~finished).float().mean().item()
     value = {"cut_share": share, "cap": cap, "limit": limit}
     text = f"{share:.0%} of {len(finished)} completions were cut at {cap} tokens"

@@ -24,12 +24,6 @@ from support.tiny_run import run
 
 
 @pytest.fixture
-def fake():
-    with serving(build_model("qwen3", seed=5)) as fake:  # not the policy's weights
-        yield fake
-
-
-@pytest.fixture
 def policy(tokenizer):
     return Policy(build_model("qwen3"), tokenizer)
 

@@ -13,7 +13,6 @@ from gspo_lightning.rewards.terms import RewardTerm
 from gspo_lightning.sampling import GroupSampler
 from gspo_lightning.vllm.sampler import VLLMSampler
 from support.environments import Says, Talker
-from support.fake_vllm import serving
 from support.observers import Outputs
 from support.prompts import PROMPTS, batch_of
 from support.tiny_models import build_model
@@ -21,12 +20,6 @@ from support.tiny_run import make_module, make_trainer, run
 
 G, T, EOS = 3, 20, [1, 5, 9, 13]
 GENERATE = "/inference/v1/generate"
-
-
-@pytest.fixture
-def fake():
-    with serving(build_model("qwen3", seed=5)) as fake:  # not the policy's weights
-        yield fake
 
 
 @pytest.fixture
